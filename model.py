@@ -1,0 +1,466 @@
+"""Llama from scratch: Llama 2 / 3 / 3.1 / 3.2, Mistral, Zephyr, Tulu 3, SmolLM2 and Qwen2, one packed token stream in, hidden states out.
+
+Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query heads, G key/value heads, K head size, V vocabulary.
+Module names are Hugging Face's, so their weights load strictly with no key map.
+"""
+
+import functools
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from kernels import attention, rms_norm
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear of a block
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a Llama. Field names and meanings are config.json's; the three bias switches are ours."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 4096
+    sliding_window: int | None = None  # documents longer than this are refused: the mask of a sliding window is not implemented
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    model_type: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+
+    @classmethod
+    def from_hf(cls, directory):
+        """Read config.json in `directory`. Raises ValueError, naming the key, for anything this file cannot represent exactly."""
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{directory}: no config.json there; expected a Hugging Face model folder")
+        return _config_from_hf(json.loads(path.read_text()), str(path))
+
+    @classmethod
+    def preset(cls, name):
+        """A known shape without its weights: llama-3.1-8b, llama-3.2-1b, mistral-7b, or tiny (the demo's)."""
+        llama3 = dict(vocab_size=128256, head_dim=128, rope_theta=500000.0, max_position_embeddings=131072, num_key_value_heads=8)
+        shapes = {
+            "llama-3.1-8b": llama3 | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                                          rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
+            "llama-3.2-1b": llama3 | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                                          head_dim=64, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), tie_word_embeddings=True),
+            "mistral-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                               num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, sliding_window=4096, model_type="mistral"),
+            "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True),
+        }  # fmt: skip
+        if name not in shapes:
+            raise ValueError(f"preset={name!r}: expected one of {', '.join(shapes)}")
+        return cls(**shapes[name])
+
+    def to_hf(self):
+        """The config.json dict with which transformers builds the same model."""
+        rope = {"rope_type": "default"}
+        if self.rope_scaling:
+            rope = {"rope_type": "llama3"} | vars(self.rope_scaling)
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "model_type", "bos_token_id", "eos_token_id")  # fmt: skip
+        out = {key: getattr(self, key) for key in keys}
+        # both spellings: transformers 4 reads rope_theta and rope_scaling, transformers 5 reads rope_parameters
+        out |= {"rope_theta": self.rope_theta, "rope_scaling": rope if self.rope_scaling else None}
+        out |= {"rope_parameters": rope | {"rope_theta": self.rope_theta}, "hidden_act": "silu", "attention_dropout": 0.0}
+        out["architectures"] = [_ARCHITECTURES[self.model_type]]
+        if self.model_type == "llama":
+            if self.qkv_bias != self.o_bias:
+                raise ValueError("qkv_bias != o_bias: Hugging Face's Llama has one switch, attention_bias, for both")
+            out |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+        if self.model_type == "mistral":
+            out["sliding_window"] = self.sliding_window
+        if self.model_type == "qwen2":
+            out |= {"use_sliding_window": self.sliding_window is not None, "sliding_window": self.sliding_window}
+        return out
+
+    def flops(self, length):
+        """Forward floating-point operations of one document of `length` tokens: matmuls and causal attention, counted exactly.
+
+        Training costs 3x (forward + backward), 2x when only LoRA adapters are trained (no weight gradients of the frozen matmuls).
+        """
+        D, HK, GK = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        per_layer = 2 * D * HK + 2 * D * GK + 3 * D * self.intermediate_size  # weights in matmuls: q and o, k and v, gate and up and down
+        matmuls = 2 * length * (self.num_hidden_layers * per_layer + D * self.vocab_size)
+        scores_and_mix = self.num_hidden_layers * 4 * HK * length * (length + 1) // 2
+        return matmuls + scores_and_mix
+
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def _config_from_hf(raw, source):
+    def refuse(key, expected):
+        raise ValueError(f"{source}: {key}={raw.get(key)!r}: expected {expected}")
+
+    if raw.get("model_type") not in _ARCHITECTURES:
+        refuse("model_type", f"one of {', '.join(_ARCHITECTURES)}: this code represents no other architecture exactly")
+    for key, allowed in (("hidden_act", ("silu",)), ("attention_dropout", (0, None)), ("partial_rotary_factor", (1, None)),
+                         ("pretraining_tp", (1, None)), ("quantization_config", (None,))):  # fmt: skip
+        if key in raw and raw[key] not in allowed:
+            refuse(key, f"{allowed[0]!r}" if key != "quantization_config" else "no such key: quantised weights are not supported")
+    heads, model_type = raw["num_attention_heads"], raw["model_type"]
+    rope_theta, rope_scaling = _rope_from_hf(raw, source)
+    windowed = model_type == "mistral" or (model_type == "qwen2" and raw.get("use_sliding_window", False))
+    eos = raw.get("eos_token_id")
+    return LlamaConfig(
+        **{key: raw[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")},
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=raw["max_position_embeddings"],
+        sliding_window=raw.get("sliding_window") if windowed else None,
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        qkv_bias=model_type == "qwen2" or raw.get("attention_bias", False),
+        o_bias=model_type == "llama" and raw.get("attention_bias", False),
+        mlp_bias=model_type == "llama" and raw.get("mlp_bias", False),
+        model_type=model_type,
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+    )
+
+
+def _rope_from_hf(raw, source):
+    """(theta, RopeScaling | None) from either spelling: rope_parameters (transformers 5) or rope_theta + rope_scaling."""
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(key) or {}
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f"{source}: {key}: rope_type={kind!r}: expected 'default' or 'llama3'")
+    return theta, RopeScaling(**{name: rope[name] for name in RopeScaling.__dataclass_fields__})
+
+
+# ---------------------------------------------------------------- rotary positions
+
+
+@functools.lru_cache(maxsize=8)
+def rope_frequencies(config, device):
+    """Angle per position of each of the K/2 rotated pairs, (K/2,) float32 (RoFormer, eq. 15; Llama 3.1's scaling of the slow ones)."""
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling:
+        # wavelengths shorter than the high-frequency limit stay, longer than the low-frequency limit are stretched by `factor`, a ramp between
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # rotations within the original context
+        ramp = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+        frequencies = ramp * frequencies + (1 - ramp) * frequencies / scaling.factor
+    return frequencies.to(device)
+
+
+def rotate(x, cos, sin):
+    """Rotate pairs (x[i], x[i + K/2]) by the position's angles, in float32. x (T, H, K); cos, sin (T, 1, K/2). Returns x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------- the blocks
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, K = config.hidden_size, config.head_dim
+        self.head_dim = K
+        self.q_proj = nn.Linear(D, config.num_attention_heads * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=config.o_bias)
+
+    def forward(self, x, cos, sin, cu_seqlens, max_seqlen, attend):
+        T = x.shape[0]
+        q = rotate(self.q_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, H, K)
+        k = rotate(self.k_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, G, K)
+        v = self.v_proj(x).view(T, -1, self.head_dim)
+        return self.o_proj(attend(q, k, v, cu_seqlens, max_seqlen).reshape(T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, D, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = "none"
+
+    def forward(self, hidden, *stream):
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._forward(hidden, *stream)
+        options = {"context_fn": _save_matmuls_only} if self.recompute == "selective" else {}
+        # no dropout anywhere, so there is no random state to bring back
+        return checkpoint(self._forward, hidden, *stream, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def _forward(self, hidden, *stream):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), *stream)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Body(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """A decoder whose forward stops at the hidden states: logits are `hidden @ model.lm_head.weight.T`, best never made (kernels.token_logps)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, tap=None, cache=None):
+        """Hidden states after the final norm, (T, D), of a packed stream.
+
+        input_ids, position_ids (T,) int64, positions counted from 0 in each document; cu_seqlens (N+1,) int32; max_seqlen int.
+        tap(layer, hidden) -> hidden, if given, sees and may replace the residual stream (T, D) after every block (layer = 0..L-1),
+        before the final norm: the one place to read from and to steer at. cache: a KVCache that holds the documents' earlier tokens.
+        """
+        config = self.config
+        if config.sliding_window and max_seqlen > config.sliding_window:
+            raise ValueError(f"sliding_window={config.sliding_window}: a document of {max_seqlen} tokens needs a window mask, which is not "
+                             f"implemented; expected max_seq_len <= {config.sliding_window}")  # fmt: skip
+        angles = position_ids[:, None, None] * rope_frequencies(config, position_ids.device)  # (T, 1, K/2)
+        cos, sin = angles.cos(), angles.sin()
+        hidden = self.model.embed_tokens(input_ids)
+        for index, layer in enumerate(self.model.layers):
+            attend = attention if cache is None else functools.partial(cache.attend, index)
+            hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen, attend)
+            if tap is not None:
+                hidden = tap(index, hidden)
+        return self.model.norm(hidden)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Random weights for training from scratch: normal(0, 0.02), norms at one, biases at zero. Residual outputs are scaled by
+        1/sqrt(2L) so that the stream's variance does not grow with depth (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, param in self.named_parameters():
+            if param.ndim == 1:
+                param.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                param.copy_(torch.randn(param.shape, generator=generator) * std)
+
+
+# ---------------------------------------------------------------- memory for speed: recompute in the backward pass
+
+
+def apply_recompute(model, mode):
+    """mode: "none" keeps every activation; "selective" keeps matmul and attention outputs and recomputes the cheap rest (norms, rotary,
+    SwiGLU); "full" keeps each block's input only, at 1.31x the FLOPs."""
+    for layer in model.model.layers:
+        layer.recompute = mode
+
+
+def _save_matmuls_only():
+    def policy(context, op, *args, **kwargs):
+        name = str(op)
+        kept = name.startswith(("aten.mm.", "aten.addmm.")) or "attention" in name or "varlen" in name
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + (alpha / rank) B A x, with W and b frozen (Hu et al. 2021, eq. 3). Keeps the plain linear's parameter names."""
+
+    def __init__(self, linear, rank, alpha, dropout):
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate a second weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=linear.weight.device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=linear.weight.device, dtype=torch.float32))
+        self.scale, self.dropout, self.enabled = alpha / rank, dropout, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+    def merged_weight(self):
+        """W + (alpha / rank) B A, added in float32 and rounded once to W's dtype: (out, in)."""
+        return (self.weight.float() + self.scale * self.lora_B.float() @ self.lora_A.float()).to(self.weight.dtype)
+
+
+def apply_lora(model, rank, alpha, dropout=0.0, targets=LINEARS):
+    """Freeze the model and put LoRA adapters (float32) on every linear whose name is in `targets`. Call init_lora once they are allocated."""
+    unknown = set(targets) - set(LINEARS)
+    if unknown or not targets:
+        raise ValueError(f"lora_targets={sorted(targets)}: expected a choice of {', '.join(LINEARS)}")
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name in set(targets) & set(dict(parent.named_children())):
+                setattr(parent, name, LoRALinear(getattr(parent, name), rank, alpha, dropout))
+
+
+@torch.no_grad()
+def init_lora(model, seed, assign=lambda param, values: param.copy_(values)):
+    """A uniform in +-1/sqrt(in) (what kaiming_uniform with a = sqrt(5), PEFT's choice, amounts to), B zero: the model starts unchanged.
+
+    `assign(param, values)` stores a full float32 tensor; a sharded model passes plumbing.parallel.assign, so any rank count gets the same A.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        if name.endswith("lora_A"):
+            assign(param, (torch.rand(param.shape, generator=generator) * 2 - 1) / math.sqrt(param.shape[1]))
+        elif name.endswith("lora_B"):
+            assign(param, torch.zeros(param.shape))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Replace every LoRALinear of an unsharded model by the plain linear with its merged weight."""
+    for parent in [m for m in model.modules() if isinstance(m, (Attention, MLP))]:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
+                plain.weight, plain.bias = nn.Parameter(child.merged_weight()), child.bias
+                setattr(parent, name, plain)
+
+
+@contextmanager
+def adapters_disabled(model):
+    """Within the context the model is the frozen base: the DPO reference, at no memory cost."""
+    adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enabled = True
+
+
+# ---------------------------------------------------------------- generation
+
+
+class KVCache:
+    """Keys and values of N documents that grow together: k, v (L, N, S, G, K) with S slots each, lengths (N,)."""
+
+    def __init__(self, config, num_documents, slots, dtype, device):
+        shape = (config.num_hidden_layers, num_documents, slots, config.num_key_value_heads, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.lengths = torch.zeros(num_documents, dtype=torch.int64, device=device)
+
+    def attend(self, layer, q, k, v, cu_seqlens, max_seqlen):
+        """Store the new tokens' k, v behind each document's earlier ones and attend: packed attention for the prompts, when the cache
+        is empty; afterwards one new token per document against its own slots."""
+        counts = cu_seqlens.long().diff()  # (N,) new tokens per document
+        document = torch.repeat_interleave(torch.arange(len(counts), device=q.device), counts)
+        slot = torch.arange(len(document), device=q.device) - cu_seqlens[document] + self.lengths[document]
+        self.k[layer, document, slot], self.v[layer, document, slot] = k, v
+        if max_seqlen > 1 or not self.lengths.any():
+            assert not self.lengths.any(), "prompts are read in one go, then one token at a time"
+            return attention(q, k, v, cu_seqlens, max_seqlen)
+        filled = torch.arange(self.k.shape[2], device=q.device) <= self.lengths[:, None]  # (N, S): the new token sees itself
+        keys, values = (x[layer].transpose(1, 2).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (self.k, self.v))  # (N, H, S, K)
+        return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=filled[:, None, None])[:, :, 0]  # (N, H, K)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, eos_id=None, temperature=0.0, seed=0, tap=None):
+    """Continue several prompts side by side with a KV cache.
+
+    prompts: list of non-empty token-id lists. temperature 0 is greedy, above 0 samples softmax(logits / temperature) with `seed`.
+    Returns one list of new ids per prompt, ended after eos_id (int or tuple) or at max_new_tokens. `tap` as in Llama.forward.
+    """
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    stops = set(eos_id) if isinstance(eos_id, (tuple, list)) else {eos_id}
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, dtype, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    input_ids = torch.tensor([i for p in prompts for i in p], device=device)
+    counts, answers, done = lengths, [[] for _ in prompts], [False] * len(prompts)
+    for _ in range(max_new_tokens):
+        cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
+        positions = torch.cat([torch.arange(start, start + n, device=device) for start, n in zip(cache.lengths, counts, strict=True)])
+        hidden = model(input_ids, positions, cu_seqlens, int(counts.max()), tap=tap, cache=cache)
+        cache.lengths += counts
+        logits = (hidden[cu_seqlens[1:].long() - 1] @ model.lm_head.weight.T).float()  # (N, V) of each document's last token
+        if temperature > 0:
+            input_ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+        else:
+            input_ids = logits.argmax(-1)
+        for n, token in enumerate(input_ids.tolist()):
+            if not done[n]:
+                answers[n].append(token)
+                done[n] = token in stops
+        if all(done):
+            break
+        counts = torch.ones_like(counts)
+    return answers
