@@ -1,0 +1,168 @@
+"""The process group and the sharding: the only file that says `torch.distributed`, together with its neighbours in plumbing/.
+
+One code path for any number of processes: a single process is a group of one. Parameters are always FSDP2 DTensors, float32, split into
+contiguous rows (dim 0), rank r owning rows [r*ceil(n/W), (r+1)*ceil(n/W)).
+"""
+
+import os
+import signal
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+_background_group = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+
+def init():
+    """Join torchrun's process group, or make a group of one: NCCL on GPUs, gloo on CPUs. Returns Ranks."""
+    global _background_group
+    rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2), **where)  # rank 0 may tokenise or hash while the others wait
+    _background_group = dist.new_group(backend="gloo")
+    return Ranks(rank, local_rank, world_size, device)
+
+
+def shutdown():
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def background_group():
+    """A gloo group of all ranks that only the checkpoint writer threads use, so that they never meet the training collectives."""
+    return _background_group
+
+
+def barrier():
+    """Wait for all ranks."""
+    sum_across_ranks([0.0])
+
+
+def main_first(ranks, work):
+    """work() on rank 0, then on the others, which find what rank 0 left on disk. Returns work()'s result on every rank."""
+    result = work() if ranks.main else None
+    barrier()
+    return result if ranks.main else work()
+
+
+# ---------------------------------------------------------------- sharding
+
+
+def shard(model, precision):
+    """Apply FSDP2 to every block and to the model itself (embedding, final norm and lm_head form the root's group).
+
+    precision "fp32": everything in float32. "bf16": weights are gathered as bf16 and gradients reduced in float32; the shards stay as they are.
+    The root stays gathered from its forward to its backward, because lm_head.weight is read in between, outside any module's forward.
+    """
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    # inputs are not cast: cos and sin stay float32
+    dtypes = {"fp32": {}, "bf16": {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}}[precision]
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def materialize(model, device):
+    """Allocate, uninitialised, the shards of a model that was built and sharded on the meta device."""
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    model.to_empty(device=device)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def release(model):
+    """Drop the root's gathered weights after a pass without a backward, which would otherwise outlive the next optimizer step."""
+    model.reshard()
+
+
+def local_rows(param):
+    """(first row, local tensor): this rank's rows of dim 0. A plain tensor is all rows, from 0."""
+    if not isinstance(param, DTensor):
+        return 0, param.detach()
+    rows = -(-param.shape[0] // param.device_mesh.size())
+    local = param.to_local().detach()
+    first = min(rows * param.device_mesh.get_local_rank(), param.shape[0])
+    assert local.shape[0] == max(0, min(rows, param.shape[0] - first)), (local.shape, param.shape)
+    return first, local
+
+
+@torch.no_grad()
+def assign(param, values):
+    """Copy this rank's rows of a full tensor into `param`."""
+    assert values.shape == param.shape, (values.shape, param.shape)
+    first, local = local_rows(param)
+    local.copy_(values[first : first + local.shape[0]])
+
+
+# ---------------------------------------------------------------- sums and norms
+
+
+def sum_across_ranks(values):
+    """Element-wise sum over ranks of a list of numbers (any one rank's list length), in float64. Returns a list of floats."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)  # on the CPU group: nothing is queued on the GPU
+    return total.tolist()
+
+
+def max_across_ranks(value):
+    """The largest of one number per rank."""
+    largest = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def clip_grad_norm(params, max_norm):
+    """Scale all gradients so that their global L2 norm is at most max_norm (None: never). Returns the norm before scaling, a float.
+
+    The norm of the *whole* gradient: squares are summed over this rank's rows in float32 per tensor and float64 across them, then over ranks.
+    """
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in params if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm([g for g in grads if g.numel()])).double() if grads else torch.zeros(1, dtype=torch.float64)
+    (square,) = sum_across_ranks([norms.square().sum().item()])
+    norm = square**0.5
+    if max_norm is not None and norm > max_norm:
+        torch._foreach_mul_(grads, max_norm / norm)
+    return norm
+
+
+# ---------------------------------------------------------------- stopping
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C; `received()` agrees on it across ranks, so that all of them stop after the same step."""
+
+    def __init__(self):
+        self._signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, frame):
+        self._signal = number
+
+    def received(self):
+        """The signal number seen by any rank, 0 for none."""
+        return int(max_across_ranks(self._signal))
