@@ -1,0 +1,227 @@
+"""Each fast path against its slow twin, values and gradients, and what it must never allocate."""
+
+import pytest
+import torch
+from tiny_models import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels import (
+    IGNORE_INDEX,
+    attention,
+    attention_reference,
+    rms_norm,
+    rms_norm_reference,
+    segment_sums,
+    token_logps,
+    token_logps_reference,
+)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def value_and_gradients(function, inputs, seed=99):
+    """function(*inputs) and the gradients of a random weighting of it, with respect to every input."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = function(*leaves)
+    return value.detach(), torch.autograd.grad(value, leaves, randn(*value.shape, seed=seed, dtype=value.dtype))
+
+
+def assert_twins(fast, slow, inputs, tolerance=1e-5):
+    """Same values and same gradients, to tolerance * (1 + |expected|)."""
+    value, grads = value_and_gradients(fast, inputs)
+    expected, expected_grads = value_and_gradients(slow, inputs)
+    torch.testing.assert_close(value, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(grads, expected_grads, atol=tolerance, rtol=tolerance)
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("lengths", [(1,), (9,), (5, 1, 8), (1, 1, 1), (3, 13)])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 8), (6, 2, 5), (3, 1, 16)])
+def test_attention_equals_reference(lengths, heads, kv_heads, head_dim):
+    T = sum(lengths)
+    q, k, v = randn(T, heads, head_dim), randn(T, kv_heads, head_dim, seed=1), randn(T, kv_heads, head_dim, seed=2)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def with_stream(function):
+        return lambda q, k, v: function(q, k, v, cu_seqlens, max(lengths))
+
+    assert_twins(with_stream(attention), with_stream(attention_reference), (q, k, v))
+
+
+def test_attention_reference_by_hand():
+    """Two documents of 2 and 1 tokens, one head of size 1, scale 1. Token 0 sees itself: 10. Token 1 has scores 1*0 and 1*ln 3, so weights
+    1/4 and 3/4: 10/4 + 3*20/4 = 17.5. Token 2 is alone: 30."""
+    q, k, v = torch.ones(3, 1, 1), torch.tensor([0.0, 3.0, 5.0]).view(3, 1, 1), torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1)
+    k[1] = torch.tensor(3.0).log()
+    out = attention_reference(q, k, v, torch.tensor([0, 2, 3], dtype=torch.int32), 2)
+    torch.testing.assert_close(out.flatten(), torch.tensor([10.0, 17.5, 30.0]))
+
+
+def test_attention_gradcheck():
+    q, k, v = (randn(5, heads, 3, seed=heads, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, cu_seqlens, 3), (q, k, v))
+
+
+# ---------------------------------------------------------------- rms_norm
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 64)])
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_rms_norm_equals_reference(shape, eps):
+    x, weight = randn(*shape) * 3, randn(shape[-1], seed=1)
+    assert_twins(lambda x, w: rms_norm(x, w, eps), lambda x, w: rms_norm_reference(x, w, eps), (x, weight))
+
+
+def test_rms_norm_bf16_is_rounded_once():
+    """1/256 relative is half a bf16 step of rounding: what one rounding of a float32 result may differ from another's."""
+    x, weight = randn(11, 48).bfloat16(), randn(48, seed=1).bfloat16()
+    exact = rms_norm_reference(x.float(), weight.float(), 1e-5)
+    assert rms_norm(x, weight, 1e-5).dtype == torch.bfloat16
+    assert ((rms_norm(x, weight, 1e-5).float() - exact) / exact).abs().max() <= 1 / 256
+    assert torch.equal(rms_norm_reference(x, weight, 1e-5), exact.bfloat16())
+
+
+def test_rms_norm_by_hand():
+    """x = (3, 4): mean square 12.5, so with eps = 12.5 the divisor is 5; weights 1 and 2."""
+    out = rms_norm_reference(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), 12.5)
+    torch.testing.assert_close(out, torch.tensor([[0.6, 1.6]]))
+
+
+def test_rms_norm_gradcheck():
+    inputs = [randn(3, 5, dtype=torch.float64).requires_grad_(), randn(5, seed=1, dtype=torch.float64).requires_grad_()]
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), inputs)
+
+
+# ---------------------------------------------------------------- token_logps
+
+T, D, V = 13, 8, 31
+
+
+def logps_inputs():
+    targets = torch.randint(V, (T,), generator=torch.Generator().manual_seed(3))
+    targets[[0, 4, 12]] = IGNORE_INDEX
+    return randn(T, D), randn(V, D, seed=1), targets
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 6, 12, 13, 100])
+def test_token_logps_equals_reference(chunk):
+    hidden, weight, targets = logps_inputs()
+    assert_twins(lambda h, w: token_logps(h, w, targets, chunk=chunk), lambda h, w: token_logps_reference(h, w, targets), (hidden, weight))
+
+
+def test_token_logps_by_hand():
+    """Logits 0 and ln 3: probabilities 1/4 and 3/4. The third row is ignored."""
+    hidden, weight = torch.ones(3, 1), torch.tensor([[0.0], [3.0]])
+    weight[1] = weight[1].log()
+    targets = torch.tensor([0, 1, IGNORE_INDEX])
+    expected = torch.tensor([0.25, 0.75, 1.0]).log()
+    torch.testing.assert_close(token_logps(hidden, weight, targets), expected)
+    torch.testing.assert_close(token_logps_reference(hidden, weight, targets), expected)
+
+
+def test_token_logps_gradients_against_float64():
+    """The kernel works in float32, too coarse for gradcheck: its analytic gradients are compared with autograd's through float64."""
+    hidden, weight, targets = logps_inputs()
+    _, grads = value_and_gradients(lambda h, w: token_logps(h, w, targets, chunk=5), (hidden, weight))
+
+    def exact(h, w):
+        return -torch.nn.functional.cross_entropy(h @ w.T, targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    exact_grads = torch.autograd.grad(exact(*leaves), leaves, randn(T, seed=99).double())
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert relative_error(grad.double(), exact_grad) < 2e-6
+
+
+def test_token_logps_ignored_positions_have_no_value_and_no_gradient():
+    hidden, weight, targets = logps_inputs()
+    values, (grad_hidden, _) = value_and_gradients(lambda h, w: token_logps(h, w, targets, chunk=5), (hidden, weight))
+    ignored = targets == IGNORE_INDEX
+    assert (values[ignored] == 0).all() and (values[~ignored] < 0).all()
+    assert (grad_hidden[ignored] == 0).all() and (grad_hidden[~ignored] != 0).any(dim=1).all()
+
+
+def test_token_logps_all_ignored():
+    hidden, weight, _ = logps_inputs()
+    nothing = torch.full((T,), IGNORE_INDEX)
+    values, grads = value_and_gradients(lambda h, w: token_logps(h, w, nothing, chunk=5), (hidden, weight))
+    assert not values.any() and not grads[0].any() and not grads[1].any()
+
+
+def test_token_logps_of_an_empty_stream():
+    values, grads = value_and_gradients(lambda h, w: token_logps(h, w, torch.empty(0, dtype=torch.int64)), (randn(0, D), randn(V, D)))
+    assert values.shape == (0,) and grads[0].shape == (0, D) and not grads[1].any()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_token_logps_gives_no_gradient_to_what_is_frozen(frozen):
+    """LoRA freezes lm_head: its (V, D) gradient must not even be allocated."""
+    hidden, weight, targets = logps_inputs()
+    hidden.requires_grad_(frozen != "hidden")
+    weight.requires_grad_(frozen != "weight")
+    token_logps(hidden, weight, targets).sum().backward()
+    assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
+
+
+def test_token_logps_survive_logits_of_a_thousand():
+    """softmax of +-1000 overflows unless the maximum is taken out first: the likely token has log p = 0, the other -2000."""
+    values, grads = value_and_gradients(
+        lambda h, w: token_logps(h, w, torch.tensor([0, 1])), (torch.full((2, 1), 1000.0), torch.tensor([[1.0], [-1.0]]))
+    )
+    assert values.tolist() == [0.0, -2000.0]
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+def largest_tensor(function, hidden, weight):
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    with LargestTensor() as forward:
+        value = function(*leaves).sum()
+    with LargestTensor() as backward:
+        value.backward()
+    return forward.numel, backward.numel
+
+
+def test_token_logps_never_hold_all_logits():
+    """CHECKS 20. T = 96, V = 64, D = 4, chunk = 8: one chunk's logits are 512 numbers, (T, V) would be 6,144; the reference shows that the
+    recorder sees such a tensor in both passes."""
+    hidden, weight, targets = randn(96, 4), randn(64, 4, seed=1), torch.arange(96) % 64
+    assert largest_tensor(lambda h, w: token_logps(h, w, targets, chunk=8), hidden, weight) == (8 * 64, 8 * 64)
+    assert largest_tensor(lambda h, w: token_logps_reference(h, w, targets), hidden, weight) == (96 * 64, 96 * 64)
+
+
+# ---------------------------------------------------------------- segment_sums
+
+
+@pytest.mark.parametrize("lengths", [(4,), (2, 0, 3), (0, 5, 0), (0, 0), (1, 1, 1, 7)])
+def test_segment_sums_equal_a_loop(lengths):
+    values = randn(sum(lengths))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+
+    def loop(values):
+        return torch.stack([piece.sum() for piece in values.split(list(lengths))])
+
+    assert_twins(lambda v: segment_sums(v, offsets), loop, (values,))
+
+
+def test_segment_sums_gradcheck():
+    offsets = torch.tensor([0, 2, 2, 5])
+    assert torch.autograd.gradcheck(lambda v: segment_sums(v, offsets), randn(5, dtype=torch.float64).requires_grad_())
