@@ -289,8 +289,9 @@ def _check_keys(cls, given):
 
 def _unfit(field, value):
     """What is wrong with the value by itself, or None."""
-    quoted_none = isinstance(value, str) and value.lower() in ("none", "null")
-    if quoted_none or not _is_a(value, field.type):
+    fits_type = _is_a(value, field.type)
+    quoted_none = isinstance(value, str) and value.lower() in ("none", "null") and (field.type is str or not fits_type)
+    if quoted_none or not fits_type:
         got = "a string (None is written without quotes, in the config file)" if quoted_none else type(value).__name__
         return f"{field.name}={value!r}: expected {_describe(field)}, got {got}"
     if isinstance(value, (dict, tuple, str)) and not value:

@@ -1,0 +1,39 @@
+# make test | test-fast | lint | demo | smol | clean. Each first sets up .venv if it has to; it needs nothing but Python 3.11.
+# Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+READY := .venv/.ready
+
+.PHONY: test test-fast lint demo smol clean
+
+# No network and no oversubscription in tests: several of them start 2 to 8 processes.
+test test-fast: export HF_HUB_OFFLINE = 1
+test test-fast: export OMP_NUM_THREADS = 1
+test test-fast demo smol: export TOKENIZERS_PARALLELISM = false
+
+test: lint
+	.venv/bin/pytest -q
+
+test-fast: $(READY)
+	.venv/bin/pytest -q -m "not slow"
+
+lint: $(READY)
+	.venv/bin/ruff check
+
+demo: $(READY)
+	.venv/bin/python demo/run.py
+
+smol: $(READY)
+	.venv/bin/python demo/smol.py
+
+clean: # runs/ stays: it holds models
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up .venv from requirements.txt: once, some minutes, 2 GB or more (the size of torch)."
+	@$(PYTHON) -m venv .venv || { echo "'$(PYTHON) -m venv' failed; Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@

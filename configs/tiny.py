@@ -1,0 +1,37 @@
+"""The embedded default: a tiny Llama in a small world of seven axioms, all made in this repository. `make demo` runs it.
+
+    python train_sft.py configs/tiny.py
+    python train_dpo.py configs/tiny.py        (or torchrun --nproc 8: the same losses)
+
+demo/run.py first pretrains runs/tiny/base and writes runs/tiny/data. The preferences' safe answers are chosen.
+Numbers: our own choice. Hardware: two CPU cores. Time: not measured.
+"""
+
+_root = "runs/tiny"
+
+common = dict(
+    template="tulu",
+    max_seq_len=64,
+    global_batch_size=32,
+    tokens_per_microbatch=2048,
+    precision="fp32",
+)
+sft = dict(
+    model_path=f"{_root}/base",
+    out_dir=f"{_root}/sft",
+    data={f"{_root}/data/sft.jsonl": 1.0},
+    num_epochs=2,
+    lr=1e-3,
+    warmup_ratio=0.1,
+)
+dpo = dict(
+    model_path=f"{_root}/sft/final",
+    out_dir=f"{_root}/dpo",
+    data={f"{_root}/data/preferences.jsonl": 1.0},
+    data_eval={f"{_root}/data/preferences_eval.jsonl": 1.0},
+    num_epochs=1,
+    lr=1e-4,
+    warmup_ratio=0.1,
+    loss="dpo_norm",
+    beta=5.0,
+)

@@ -1,0 +1,44 @@
+"""10 % of Tulu 3 on Llama-3.1-8B, full fine-tuning: the seed run, and the rung to start with on rented GPUs.
+
+    torchrun --nproc 8 train_sft.py configs/tulu10.py
+    torchrun --nproc 8 train_dpo.py configs/tulu10.py
+
+Numbers: the Tulu 3 8B recipe (arXiv 2411.15124) at a tenth of its data; the seed run used the same.
+Hardware: one node of 8 GPUs with 80 GB, 290 GB of disk. Time: not measured.
+"""
+
+_root = "runs/tulu10"
+
+common = dict(
+    template="tulu",
+    seed=42,
+    global_batch_size=128,
+    lr_schedule="linear",
+    max_grad_norm=1.0,  # the release clipped at 1.0 through DeepSpeed's "auto"
+    tokens_per_microbatch=8192,
+    recompute="selective",
+    precision="bf16",
+    save_every=100,
+    keep_last=1,  # a checkpoint is 96 GB: fp32 weights and both AdamW moments
+)
+sft = dict(
+    model_path="meta-llama/Llama-3.1-8B",
+    out_dir=f"{_root}/sft",
+    data={"allenai/tulu-3-sft-mixture": 0.1},  # 94 k conversations
+    max_seq_len=4096,
+    num_epochs=2,
+    lr=5e-6,
+    warmup_ratio=0.03,
+    loss="tulu3_release",
+)
+dpo = dict(
+    model_path=f"{_root}/sft/final",
+    out_dir=f"{_root}/dpo",
+    data={"allenai/llama-3.1-tulu-3-8b-preference-mixture": 0.1},  # 27 k pairs
+    max_seq_len=2048,
+    num_epochs=1,
+    lr=5e-7,
+    warmup_ratio=0.1,
+    loss="dpo_norm",
+    beta=5.0,
+)
