@@ -1,0 +1,218 @@
+"""Exact resume: `checkpoints/step_000123/`, written in the background, read on any number of ranks. safetensors and JSON only.
+
+A step folder holds one rank_00000.safetensors per rank (its rows of every trained parameter and of its optimizer state; the header says
+which row comes first), checkpoint.json, and COMPLETED, written last. A kill at any byte leaves an unfinished folder, which the next start
+removes, and the checkpoints before it as they were. Frozen weights are not stored: they come from model_path again.
+"""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from plumbing import parallel
+from plumbing.weights import (
+    copy_rows,
+    fingerprint,
+    load_adapter,
+    load_pretrained,
+    load_weights,
+    open_safetensors,
+    publish,
+    resolve,
+    save_adapter,
+    save_pretrained,
+    sharded_parameters,
+    sync_folder,
+    write_json,
+    write_safetensors,
+)
+
+__all__ = ["Checkpointer", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve", "save_adapter", "save_pretrained"]
+
+
+class Checkpointer:
+    """The resumable checkpoints of one run. All ranks construct it, and call save, load and wait together, between init and shutdown.
+
+    identity: the configuration values that decide the numbers; a checkpoint saved under others is refused. keep_last: how many finished
+    checkpoints stay (a new one is finished before an old one goes). fresh=True deletes those of an earlier run.
+    """
+
+    def __init__(self, run_dir, keep_last, identity, fresh=False):
+        self.folder, self.keep_last = Path(run_dir) / "checkpoints", keep_last
+        self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+        self._writer, self._pending = ThreadPoolExecutor(max_workers=1), None
+        if dist.get_rank() == 0:
+            for path in self.folder.glob("*step_*"):
+                if fresh or not (path / "COMPLETED").exists():  # what a kill left behind
+                    _delete(path)
+        parallel.barrier()
+
+    def latest(self):
+        """The newest finished checkpoint, or None. ValueError when it was saved under another configuration."""
+        finished = self._finished()
+        if finished:
+            self._read_index(finished[-1])
+        return finished[-1] if finished else None
+
+    def _finished(self):
+        return sorted((path.parent for path in self.folder.glob("step_*/COMPLETED")), key=lambda path: int(path.name.removeprefix("step_")))
+
+    def save(self, step, model, optimizer, meta):
+        """Copy this rank's shards to host memory, then write them in the background; load() gives `meta` (JSON values) back.
+
+        Waits for the previous save first, and raises its error if it failed. A step that is already saved is not saved again.
+        """
+        self.wait()
+        path = self.folder / f"step_{step:06d}"
+        if path in self._finished():
+            return
+        tensors = _trained_tensors(model, optimizer)
+        index = {"step": step, "world_size": dist.get_world_size(), "identity": self.identity, "meta": meta, "shapes": _shapes(tensors)}
+        rows = {key: (first, local.to("cpu", copy=True)) for key, (first, local) in _local_rows(tensors).items()}
+        self._pending = self._writer.submit(self._write, path, index, rows)
+
+    def wait(self):
+        """Return once the last save is finished on every rank; if it failed on any, raise on all."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def load(self, path, model, optimizer):
+        """Fill the trained parameters and the optimizer state from a checkpoint of any number of ranks; returns meta with its step.
+
+        ValueError: another configuration, a truncated or missing file, other tensors than this model's.
+        """
+        index = self._read_index(path)
+        stored = _stored_rows(path, index["world_size"])
+        if index["shapes"].keys() - _trained_tensors(model, optimizer).keys():
+            _allocate_state(optimizer)
+        tensors = _trained_tensors(model, optimizer)
+        here, there = _shapes(tensors), index["shapes"]
+        differing = [f"{key}: {there.get(key)}, expected {here.get(key)}" for key in here | there if here.get(key) != there.get(key)]
+        if differing:
+            raise ValueError(f"{path}: {len(differing)} tensors do not fit the model:\n  " + "\n  ".join(differing[:20]))
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                copy_rows(tensor, stored[key])
+        return index["meta"] | {"step": index["step"]}
+
+    def _read_index(self, path):
+        index = json.loads((path / "checkpoint.json").read_text())
+        there, here = index["identity"], self.identity
+        differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+        if differing:
+            changes = "; ".join(f"{key}={there.get(key)!r} there, {here.get(key)!r} now" for key in differing)
+            raise ValueError(f"{path} was saved under another configuration: {changes}. Restore it, or take another out_dir, or --fresh")
+        return index
+
+    # ------------------------------------------------------------ in the writer thread
+
+    def _write(self, path, index, rows):
+        folder, rank = path.with_name(f".tmp_{path.name}"), dist.get_rank()
+        _on_all_ranks(lambda: _write_rows(folder, rank, rows))
+        _on_all_ranks(lambda: self._finish(folder, path, index) if rank == 0 else None)
+
+    def _finish(self, folder, path, index):
+        write_json(folder / "checkpoint.json", index)
+        publish(folder, path)
+        write_json(path / "COMPLETED", {})
+        sync_folder(path)  # the new checkpoint is on the disk before an old one goes
+        for old in self._finished()[: -self.keep_last]:
+            _delete(old)
+
+
+def _on_all_ranks(work):
+    """work() here and on every rank; when it failed on one, all raise, so that none waits for the other."""
+    error = None
+    try:
+        work()
+    except Exception as caught:  # raised below, once the others know
+        error = caught
+    failures = torch.tensor([0 if error is None else 1])
+    dist.all_reduce(failures, group=parallel.background_group())
+    if error is not None:
+        raise error
+    if failures.item():
+        raise RuntimeError(f"the checkpoint failed on {failures.item()} other rank(s), see there; earlier checkpoints are untouched")
+
+
+def _write_rows(folder, rank, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = {key: (local.dtype, local.shape) for key, (_, local) in rows.items()}
+    first_rows = json.dumps({key: first for key, (first, _) in rows.items()})
+    write_safetensors(folder / f"rank_{rank:05d}.safetensors", specs, lambda key: rows[key][1], {"first_rows": first_rows})
+
+
+def _delete(path):
+    (path / "COMPLETED").unlink(missing_ok=True)  # first, so that a kill half way leaves an unfinished checkpoint, not a torn one
+    shutil.rmtree(path)
+
+
+# ---------------------------------------------------------------- what a checkpoint holds
+
+
+def _trained_tensors(model, optimizer):
+    """{"param/<name>" or "<state>/<name>": sharded tensor} of everything that training changes; a scalar state counts as one row."""
+    tensors = {}
+    for name, param in sharded_parameters(model).items():
+        if param.requires_grad:
+            tensors[f"param/{name}"] = param.detach()
+            for state, value in optimizer.state.get(param, {}).items():
+                tensors[f"{state}/{name}"] = value.view(1) if value.ndim == 0 else value
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # stable: wider dtypes first, as the writer wants
+
+
+def _shapes(tensors):
+    return {key: list(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _local_rows(tensors):
+    rows = {key: parallel.local_rows(tensor) for key, tensor in tensors.items()}
+    return {key: (first, local) for key, (first, local) in rows.items() if local.numel()}
+
+
+def _allocate_state(optimizer):
+    """Let the optimizer allocate its state as it would in training: a step of zero gradients at lr 0. The caller overwrites all of it."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for param in group["params"]:
+            param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _stored_rows(path, world_size):
+    """{key: _StoredRows} of the files of all ranks that saved."""
+    stored = {}
+    for rank in range(world_size):
+        file = open_safetensors(path / f"rank_{rank:05d}.safetensors")
+        for key, first in json.loads(file.metadata()["first_rows"]).items():
+            stored.setdefault(key, _StoredRows(f"{path}: {key}", [])).pieces.append((first, file.get_slice(key)))
+    return stored
+
+
+@dataclass(frozen=True)
+class _StoredRows:
+    """One tensor whose rows are spread over several files; [first:stop] reads just those."""
+
+    name: str
+    pieces: list  # (first row, file slice) in row order
+
+    def __getitem__(self, rows):
+        parts, row = [], rows.start
+        for start, piece in self.pieces:
+            stop = min(rows.stop, start + piece.get_shape()[0])
+            if start <= row < stop:
+                parts.append(piece[row - start : stop - start])
+                row = stop
+        if row < rows.stop:
+            raise ValueError(f"{self.name}: rows {row}..{rows.stop} are in none of the files")
+        return torch.cat(parts)

@@ -1,0 +1,390 @@
+"""Hugging Face folders in and out of (sharded) models: weights, tokenizer, adapters. safetensors and JSON only.
+
+Sharded means FSDP2: every parameter is a DTensor, split over the ranks by rows of dimension 0. When reading, each rank touches its own rows
+of the files and nothing else; when writing, one full parameter at a time exists on rank 0. Neither ever holds a model in host memory.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from data import Tokenizer
+from model import Llama, LlamaConfig, LoRALinear, apply_lora
+from plumbing import parallel
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAX_FILE_BYTES = 5 * 10**9
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_safetensors(path, tensors, read, metadata=None):
+    """Write one safetensors file (8-byte length, JSON header, raw bytes), fsync it, return its size in bytes.
+
+    tensors: {name: (dtype, shape)}, wider dtypes first. read(name) is called in that order, its result cast and dropped: only one tensor is
+    in memory, where the library's own writer wants them all. OSError (disk full, quota) names the path and the bytes needed.
+    """
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    for name, (dtype, shape) in tensors.items():
+        assert end % dtype.itemsize == 0, f"{name}: unaligned"
+        start, end = end, end + _num_bytes(dtype, shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    size = 8 + len(head) + end
+    try:
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            for name, (dtype, shape) in tensors.items():
+                tensor = read(name).detach().to(dtype).cpu().contiguous()
+                assert tensor.shape == torch.Size(shape), name
+                file.write(tensor.view(-1).view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        path.unlink()  # a torn file is of no use, and its space may be needed to go on
+        message = f"{error.strerror}: {size:,} bytes needed, {free:,} free; what was saved earlier is untouched; writing"
+        raise OSError(error.errno, message, str(path)) from error
+    return size
+
+
+def _num_bytes(dtype, shape):
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+def open_safetensors(path):
+    """Memory-map a safetensors file. ValueError when it is missing, truncated or something else."""
+    if not path.is_file():
+        raise ValueError(f"{path}: missing file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({path.stat().st_size:,} bytes): {error}") from error
+
+
+def write_json(path, content):
+    """Write and fsync: what a rename publishes must already be on the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(folder, target):
+    """Rename a finished folder to its name, replacing an older one; at any moment a whole copy of old or new is on the disk."""
+    old = target.with_name(f".old_{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(path):
+    """fsync a folder: the names in it, which the fsync of a file does not cover."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# ---------------------------------------------------------------- finding and identifying a model folder
+
+
+def resolve(path_or_repo):
+    """The local folder, or, for "org/name", the hub's snapshot of its weights, configs and chat template (downloaded once)."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    key = f"model_path={str(path_or_repo)!r}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
+        raise ValueError(f"{key}: no such folder, and not a hub name like 'org/name'")
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(snapshot_download(str(path_or_repo), allow_patterns=wanted, ignore_patterns="*/*"))  # the top folder only
+    except OSError as error:  # what the hub raises when offline, for a gated or for an unknown repository
+        raise ValueError(f"{key}: no such folder, and no such download from the hub: {error}") from error
+
+
+def weight_files(directory):
+    """The safetensors files of a model folder, by its index. ValueError when one is missing."""
+    index = directory / WEIGHTS_INDEX
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        pickles = sorted(path.name for path in directory.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle, and pickles are never loaded: convert it to safetensors" if pickles else ""
+        raise ValueError(f"{directory}: missing weight files: {', '.join(missing)}{hint}")
+    return [directory / name for name in names]
+
+
+def fingerprint(directory):
+    """sha256 (hex) of config.json and the weight files' contents: other weights under the same path are another model."""
+    paths = [Path(directory) / "config.json", *weight_files(Path(directory))]
+    with _bar(total=sum(path.stat().st_size for path in paths), desc="hashing weights", unit="B", unit_scale=True) as bar:
+        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+            digests = pool.map(lambda path: _sha256(path, bar), paths)
+    return hashlib.sha256("".join(f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)).encode()).hexdigest()
+
+
+def _sha256(path, bar):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _bar(iterable=None, **options):
+    return tqdm(iterable, delay=5, disable=_rank() != 0, **options)  # appears once a pass has taken 5 s
+
+
+def _rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+# ---------------------------------------------------------------- reading
+
+
+def sharded_parameters(model):
+    """{name: parameter}, this rank's shards; a tied one once.
+
+    FSDP2 leaves the root's parameters gathered after a forward without a backward: put them back first, or the gathered copies would be
+    taken for the parameters.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def copy_rows(tensor, rows):
+    """Fill this rank's rows of a sharded or plain tensor with rows[first:stop], cast to its dtype; rows: what reads when sliced."""
+    first, local = parallel.local_rows(tensor)
+    if local.numel():  # with more ranks than rows, the last ranks own none
+        local.copy_(rows[first : first + local.shape[0]])
+
+
+@torch.no_grad()
+def load_weights(model, directory):
+    """Stream a folder's safetensors into the model's parameters, sharded or plain, each rank its own rows; adapters are left alone.
+
+    ValueError lists every missing, unexpected or misshapen tensor with its file, before anything is copied.
+    """
+    directory = Path(directory)
+    params = {name: param for name, param in sharded_parameters(model).items() if not _is_adapter(name)}
+    stored = _tensors(weight_files(directory))
+    if model.config.tie_word_embeddings and "lm_head.weight" in stored:  # tied, yet stored twice
+        _check_tied(stored["model.embed_tokens.weight"], stored.pop("lm_head.weight"), directory)
+    for name in [name for name in stored if name.endswith("rotary_emb.inv_freq")]:  # in old exports; config.json determines it
+        del stored[name]
+    _check_fit(params, stored, directory)
+    for name, param in _bar(params.items(), desc="reading weights", unit="tensor"):
+        copy_rows(param, stored[name])
+
+
+def _tensors(paths):
+    """{name: slice} of several safetensors files; slice[a:b] reads rows, slice.get_shape() the header."""
+    files = [open_safetensors(path) for path in paths]
+    return {name: file.get_slice(name) for file in files for name in file.keys()}
+
+
+def _check_fit(params, stored, source):
+    problems = [f"{name}: missing" for name in params if name not in stored]
+    problems += [f"{name}: unexpected" for name in stored if name not in params]
+    for name in params.keys() & stored.keys():
+        shape, expected = tuple(stored[name].get_shape()), tuple(params[name].shape)
+        if shape != expected:
+            problems.append(f"{name}: shape {shape}, expected {expected}")
+        if stored[name].get_dtype() not in DTYPES.values():
+            problems.append(f"{name}: dtype {stored[name].get_dtype()}, expected one of {', '.join(DTYPES.values())}")
+    if problems:
+        raise ValueError(f"{source}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(sorted(problems)[:20]))
+
+
+def _check_tied(embedding, head, source):
+    parts = [slice(i, i + 4096) for i in range(0, embedding.get_shape()[0], 4096)]
+    if embedding.get_shape() != head.get_shape() or not all(torch.equal(embedding[part], head[part]) for part in parts):
+        raise ValueError(f"{source}: lm_head.weight differs from model.embed_tokens.weight, yet config.json says tie_word_embeddings=true")
+
+
+def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
+    """(Llama, Tokenizer) of a model folder or hub name, unsharded. ValueError when its parts do not fit together."""
+    directory = resolve(path_or_repo)
+    config, tokenizer = LlamaConfig.from_hf(directory), Tokenizer.from_dir(directory)
+    check_vocabulary(config, tokenizer)
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    parallel.materialize(model, device)
+    load_weights(model, directory)
+    return model, tokenizer
+
+
+def check_vocabulary(config, tokenizer):
+    """ValueError when the tokenizer makes ids that the embedding has no row for (fewer ids than rows is common padding)."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only vocab_size={config.vocab_size} rows")
+
+
+# ---------------------------------------------------------------- writing
+
+
+@torch.no_grad()
+def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None):
+    """Write a folder that transformers, vLLM and load_pretrained read: weights in files of at most 5 GB, config, tokenizer, template.
+
+    Collective: all ranks call it, rank 0 writes. dtype None keeps the parameters' own; adapters are merged in float32 and cast once. The
+    folder appears by a rename when it is whole. One that holds a model is replaced, any other non-empty one is refused (ValueError).
+    """
+    directory = Path(directory)
+    check_vocabulary(model.config, tokenizer)
+    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
+        raise ValueError(f"{directory}: not empty and not a model folder, so it is not replaced")
+    params = {name: param for name, param in sharded_parameters(model).items() if not _is_adapter(name)}
+    plan = _plan_files({name: (dtype or param.dtype, param.shape) for name, param in params.items()})
+    folder = directory.with_name(f".tmp_{directory.name}")
+    if _rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for file_name, tensors in plan.items():
+        if _rank() == 0:
+            write_safetensors(folder / file_name, tensors, lambda name: _full_weight(model, name, params[name]))
+        else:
+            for name in tensors:
+                _full_weight(model, name, params[name])  # this rank's part of the gather
+    if _rank() == 0:
+        _write_configs(folder, model.config, tokenizer, plan, chat_template)
+        publish(folder, directory)
+    if dist.is_initialized():
+        parallel.barrier()
+
+
+def _full_weight(model, name, param):
+    """The whole of one parameter, its adapters merged; on every rank, because a gather is collective."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return _gather(module.merged_weight() if isinstance(module, LoRALinear) and param is module.weight else param)
+
+
+def _gather(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _plan_files(tensors):
+    """{file name: {name: (dtype, shape)}} with at most MAX_FILE_BYTES per file (or one tensor); wider dtypes first, as the writer wants."""
+    groups, size = [{}], 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
+        size += _num_bytes(dtype, shape)
+        if groups[-1] and size > MAX_FILE_BYTES:
+            groups.append({})
+            size = _num_bytes(dtype, shape)
+        groups[-1][name] = (dtype, shape)
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    return dict(zip(names if len(groups) > 1 else [WEIGHTS], groups, strict=True))
+
+
+def _write_configs(folder, config, tokenizer, plan, chat_template):
+    if len(plan) > 1:
+        total = sum(_num_bytes(*spec) for tensors in plan.values() for spec in tensors.values())
+        weight_map = {name: file_name for file_name, tensors in plan.items() for name in tensors}
+        write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    stops = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or ())
+    stops += [tokenizer.eos_id] if tokenizer.eos_id not in (None, *stops) else []  # the end of turn that was trained
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    (dtype, _), *_ = next(iter(plan.values())).values()
+    write_json(folder / "config.json", model_config := config.to_hf() | ids | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "generation_config.json", {key: model_config[key] for key in ids if model_config[key] is not None})
+    tokenizer.save(folder, chat_template)
+
+
+# ---------------------------------------------------------------- adapters, in PEFT's format
+
+
+def _is_adapter(name):
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def _peft_name(name):
+    return f"base_model.model.{name}.weight"
+
+
+def _adapter_config(model):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        return None
+    layer, rank = next(iter(layers.values())), next(iter(layers.values())).lora_A.shape[0]
+    targets = sorted({name.rpartition(".")[2] for name in layers})
+    return {"r": rank, "lora_alpha": layer.scale * rank, "lora_dropout": layer.dropout, "target_modules": targets}
+
+
+@torch.no_grad()
+def save_adapter(model, directory, base):
+    """Write the LoRA adapters as PEFT does (adapter_model.safetensors, adapter_config.json); base: the base model's path or hub name.
+
+    Collective: all ranks call it, rank 0 writes, a rename publishes.
+    """
+    directory, config = Path(directory), _adapter_config(model)
+    assert config, "save_adapter needs a model with adapters"
+    params = {_peft_name(name): param for name, param in sharded_parameters(model).items() if _is_adapter(name)}
+    folder = directory.with_name(f".tmp_{directory.name}")
+    if _rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        specs = {name: (param.dtype, param.shape) for name, param in params.items()}
+        write_safetensors(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
+        fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+        write_json(folder / ADAPTER_CONFIG, fixed | {"base_model_name_or_path": str(base)} | config)
+        publish(folder, directory)
+    else:
+        for param in params.values():
+            _gather(param)
+    if dist.is_initialized():
+        parallel.barrier()
+
+
+@torch.no_grad()
+def load_adapter(model, directory):
+    """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none (a sharded model must have them already).
+
+    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer) and for another rank,
+    alpha or choice of layers than the model's.
+    """
+    directory = Path(directory)
+    raw = json.loads((directory / ADAPTER_CONFIG).read_text())
+    plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
+    off = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices")
+    problems = [f"{key}={raw[key]!r}, expected {value!r}" for key, value in plain.items() if raw.get(key, value) != value]
+    problems += [f"{key}={raw[key]!r}, expected it off" for key in off if raw.get(key)]
+    targets = raw["target_modules"]
+    if not isinstance(targets, list):
+        problems.append(f"target_modules={targets!r}, expected a list of layer names")
+    if problems:
+        raise ValueError(f"{directory / ADAPTER_CONFIG}: " + "; ".join(problems))
+    if _adapter_config(model) is None:
+        apply_lora(model, raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
+    here, there = _adapter_config(model), {"r": raw["r"], "lora_alpha": raw["lora_alpha"], "target_modules": sorted(targets)}
+    differing = [f"{key}={value!r}, the model has {here[key]!r}" for key, value in there.items() if here[key] != value]
+    if differing:
+        raise ValueError(f"{directory / ADAPTER_CONFIG}: " + "; ".join(differing))
+    params = {_peft_name(name): param for name, param in sharded_parameters(model).items() if _is_adapter(name)}
+    stored = _tensors([directory / ADAPTER_WEIGHTS])
+    _check_fit(params, stored, directory / ADAPTER_WEIGHTS)
+    for name, param in params.items():
+        copy_rows(param, stored[name])
