@@ -106,16 +106,15 @@ class LlamaConfig:
             out |= {"use_sliding_window": self.sliding_window is not None, "sliding_window": self.sliding_window}
         return out
 
-    def flops(self, length):
-        """Forward floating-point operations of one document of `length` tokens: matmuls and causal attention, counted exactly.
+    def flops(self, length, logits=None):
+        """Forward floating-point operations of one document of `length` tokens, matmuls and causal attention counted exactly.
 
-        Training costs 3x (forward + backward), 2x when only LoRA adapters are trained (no weight gradients of the frozen matmuls).
+        logits: positions whose logits are taken (default: all). Both may be int64 arrays, one entry per document.
         """
         D, HK, GK = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        per_layer = 2 * D * HK + 2 * D * GK + 3 * D * self.intermediate_size  # weights in matmuls: q and o, k and v, gate and up and down
-        matmuls = 2 * length * (self.num_hidden_layers * per_layer + D * self.vocab_size)
-        scores_and_mix = self.num_hidden_layers * 4 * HK * length * (length + 1) // 2
-        return matmuls + scores_and_mix
+        per_layer = 2 * D * HK + 2 * D * GK + 3 * D * self.intermediate_size  # weights of q and o, k and v, gate and up and down
+        blocks = self.num_hidden_layers * (2 * length * per_layer + 2 * HK * length * (length + 1))  # scores and mix: 4 HK per visible pair
+        return blocks + 2 * D * self.vocab_size * (length if logits is None else logits)
 
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -404,6 +403,12 @@ def adapters_disabled(model):
     finally:
         for adapter in adapters:
             adapter.enabled = True
+
+
+def training_flops(model, forward_flops, tokens):
+    """Forward + backward FLOPs: 3x the forward; with LoRA 2x (frozen matmuls have no weight gradient) and 6 per adapter weight and token."""
+    adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return 2 * forward_flops + 6 * adapters * tokens if adapters else 3 * forward_flops
 
 
 # ---------------------------------------------------------------- generation

@@ -1,0 +1,721 @@
+"""From rows of chat to packed token streams: templates, ids + loss mask in one pass, mixtures, preference pairs, packing, the step plan.
+
+Reading order is leaf to root: tokenizer, templates, encode, sources, mixtures, tokenised cache, packing, step plan. Letters: T tokens of a
+stream, N documents in it, B examples of one optimizer step, n documents of a dataset.
+"""
+
+import dataclasses
+import hashlib
+import heapq
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+import tokenizers
+import torch
+from tqdm import tqdm
+
+from kernels import IGNORE_INDEX
+
+ROLES = ("system", "user", "assistant")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer without transformers: `tokenizer.json` runs, `tokenizer_config.json` names the special tokens.
+
+    Never adds a token by itself; special-token strings inside the text are recognised, as transformers does with a rendered chat template.
+    """
+
+    def __init__(self, files: dict[str, bytes], origin: str):
+        self.files, self.origin = files, origin
+        config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
+        self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        self.core.no_truncation()
+        self.core.no_padding()
+        self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
+        self.bos_token, self.eos_token, pad_token = (_token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
+        self.bos_id, self.eos_id, self.pad_id = (self._id_of(token) for token in (self.bos_token, self.eos_token, pad_token))
+        self.vocab_size = self.core.get_vocab_size(with_added_tokens=True)
+        self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        self.chat_template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else template
+
+    @classmethod
+    def from_dir(cls, folder) -> "Tokenizer":
+        """The tokenizer of a Hugging Face folder. ValueError when it has no tokenizer.json or no tokenizer_config.json."""
+        folder = Path(folder)
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if name not in files:
+                raise ValueError(f"tokenizer: {folder / name} does not exist; expected a Hugging Face folder with a fast tokenizer")
+        return cls(files, str(folder))
+
+    def _id_of(self, token: str | None) -> int | None:
+        if token is None:
+            return None
+        ids = self.encode(token)
+        if len(ids) != 1:
+            raise ValueError(f"tokenizer {self.origin}: special token {token!r} becomes ids {ids}; expected one id")
+        return ids[0]
+
+    def encode(self, text: str) -> list[int]:
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """On all cores: the threads are the tokenizer's own, so no worker processes and nothing to fork."""
+        return self.core.encode_batch(texts, add_special_tokens=False)
+
+    def decode(self, ids) -> str:
+        return self.core.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, folder, chat_template: str | None = None) -> None:
+        """Write the original files into `folder`, with `chat_template` (Jinja, see TEMPLATES) where given, as AutoTokenizer reads them."""
+        files = dict(self.files)
+        if chat_template is not None:  # in both places: older readers know only tokenizer_config.json
+            config = json.loads(files["tokenizer_config.json"]) | {"chat_template": chat_template}
+            files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+            files["chat_template.jinja"] = chat_template.encode()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def _token_text(token) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+# ---------------------------------------------------------------------------------------------------------------- templates
+
+# The Jinja that goes out with a checkpoint. Training never runs it: `render` below writes the same characters by hand, with the spans.
+# tulu    Tulu 3. No BOS, also for Llama-3.1: open-instruct ran without --add_bos and tokenises the rendered template without specials.
+# zephyr  as published with zephyr-7b: every turn ends in EOS and a newline; no BOS in the template.
+# llama3  Llama 3 Instruct: BOS once, contents stripped. Llama 3.1's own template also puts dates into a system turn; this one does not.
+# chatml  without a default system prompt (SmolLM2's and Qwen2's own templates add one when the conversation has none).
+TEMPLATES = {
+    "tulu": "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% else %}{{ '\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+    "zephyr": "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+    "llama3": "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+}
+HEADERS = {
+    "tulu": "<|{}|>\n",
+    "zephyr": "<|{}|>\n",
+    "llama3": "<|start_header_id|>{}<|end_header_id|>\n\n",
+    "chatml": "<|im_start|>{}\n",
+}
+SPECIAL_TOKENS = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "chatml": ("<|im_start|>", "<|im_end|>")}
+
+
+def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
+    """The template's name; None means the tokenizer's own, which must be, to the letter, one of TEMPLATES."""
+    if template is None:
+        for name, jinja in TEMPLATES.items():
+            if tokenizer.chat_template == jinja:
+                return name
+        raise ValueError(
+            f"template=None: the chat template of {tokenizer.origin} is none of ours; expected template to be one of {list(TEMPLATES)}"
+        )
+    if template not in TEMPLATES:
+        raise ValueError(f"template={template!r}: expected one of {list(TEMPLATES)}")
+    return template
+
+
+@lru_cache(maxsize=16)
+def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
+    """The token that ends an assistant turn (the EOS to train and to stop on). ValueError when `tokenizer` lacks a token of `template`."""
+    eos = SPECIAL_TOKENS[template][-1] if template in SPECIAL_TOKENS else tokenizer.eos_token
+    needed = [*SPECIAL_TOKENS.get(template, ()), eos] + ([tokenizer.bos_token] if template == "llama3" else [])
+    for token in needed:
+        if token is None or len(tokenizer.encode(token)) != 1:
+            raise ValueError(f"template={template!r}: expected {token or 'its BOS or EOS'} to be one id in tokenizer {tokenizer.origin}")
+    return eos
+
+
+def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as one string, and per assistant turn the character span of its content and end-of-turn token.
+
+    ValueError for no messages, a role not in ROLES, a content that is not a string, an answer that already ends in the end-of-turn token.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages={messages!r}: expected a list of at least one message")
+    eos, header = end_of_turn(template, tokenizer), HEADERS[template]
+    pieces, spans = [tokenizer.bos_token if template == "llama3" else ""], []
+    at = len(pieces[0])
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or not isinstance(content, str):
+            raise ValueError(f"message {i}: role={role!r}, content={type(content).__name__}; expected a role of {ROLES} and a string")
+        is_answer = role == "assistant"
+        content = content.strip() if template == "llama3" else content
+        if is_answer and content.endswith(eos):
+            raise ValueError(f"message {i}: the answer already ends in {eos}; expected text without it (the template adds it)")
+        body = content + (eos if is_answer or template != "tulu" else "")
+        is_bare = template == "llama3" or (template == "tulu" and is_answer and i == len(messages) - 1)
+        head = header.format(role)
+        pieces += [head, body, "" if is_bare else "\n"]
+        if is_answer:
+            spans.append((at + len(head), at + len(head) + len(body)))
+        at += len(head) + len(body) + (not is_bare)
+    return "".join(pieces), spans
+
+
+# ---------------------------------------------------------------------------------------------------------------- encode
+
+
+def mask_spans(encoding: tokenizers.Encoding, spans: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
+    """(T,) bool, True for every token that overlaps a span; and how many of those began before their span (straddled header and answer)."""
+    mask, straddling = np.zeros(len(encoding), dtype=bool), 0
+    for start, end in spans:
+        # A character may be several tokens (the bytes of an emoji) and this gives the first; the span's last character is EOS's: one token.
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        mask[first : last + 1] = True
+        straddling += encoding.token_to_chars(first)[0] < start
+    return mask, straddling
+
+
+def encode_chat(messages, tokenizer: Tokenizer, template: str, max_seq_len: int, supervise: str = "all") -> tuple[list[int], list[bool]]:
+    """Ids of a conversation and whether each is trained on: assistant content + end-of-turn token, of all turns or of the "last" one.
+
+    The string is tokenised once, so a token can straddle header and answer (some BPEs merge "\\n" and " "): it is then supervised.
+    Cut at `max_seq_len` ids, from the right, as in Tulu 3. ValueError as in `render`.
+    """
+    text, spans = render(messages, template, tokenizer)
+    ids, mask, _, _ = _ids_and_mask(tokenizer.encode_batch([text])[0], spans, tokenizer, max_seq_len, supervise)
+    return ids.tolist(), mask.tolist()
+
+
+def _ids_and_mask(encoding, spans, tokenizer: Tokenizer, max_seq_len: int, supervise: str) -> tuple[np.ndarray, np.ndarray, int, bool]:
+    """(T,) int32 ids, (T,) bool mask, straddling tokens, whether ids were cut off."""
+    if supervise not in ("all", "last"):
+        raise ValueError(f"supervise={supervise!r}: expected 'all' or 'last'")
+    ids = np.array(encoding.ids, dtype=np.int32)
+    mask, straddling = mask_spans(encoding, spans if supervise == "all" else spans[-1:])
+    assert tokenizer.bos_id is None or ids[:2].tolist() != [tokenizer.bos_id] * 2, "double BOS"
+    return ids[:max_seq_len], mask[:max_seq_len], straddling, len(ids) > max_seq_len
+
+
+# ---------------------------------------------------------------------------------------------------------------- sources
+
+
+def _transcript(text: str) -> list[dict]:
+    """Messages of an hh-rlhf transcript: "\\n\\nHuman: ..\\n\\nAssistant: ..", contents stripped."""
+    head, *turns = re.split(r"\n\n(Human|Assistant):", text)
+    if head.strip() or not turns:
+        raise ValueError(f"transcript begins {text[:40]!r}; expected '\\n\\nHuman:'")
+    role = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": role[who], "content": content.strip()} for who, content in zip(turns[::2], turns[1::2])]
+
+
+def _exchange(prompt: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _pku(row: dict) -> list[list[dict]] | str:
+    safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
+    if sum(safe) != 1:
+        return "not exactly one safe response"
+    answers = [row["response_0"], row["response_1"]]
+    return [_exchange(row["prompt"], answers[safe.index(True)]), _exchange(row["prompt"], answers[safe.index(False)])]
+
+
+# description, columns, types of those columns in the first row, row -> [messages] or [chosen, rejected] or the reason to drop it.
+# The first that fits is used; preference rows serve SFT with their chosen side.
+SCHEMAS = (
+    ("chat: messages", {"messages": list}, lambda row: [row["messages"]]),
+    ("pairs of message lists: chosen, rejected", {"chosen": list, "rejected": list}, lambda row: [row["chosen"], row["rejected"]]),
+    (
+        "prompt, chosen, rejected as strings",
+        {"prompt": str, "chosen": str, "rejected": str},
+        lambda row: [_exchange(row["prompt"], row["chosen"]), _exchange(row["prompt"], row["rejected"])],
+    ),
+    (
+        "hh-rlhf transcripts: chosen, rejected",
+        {"chosen": str, "rejected": str},
+        lambda row: [_transcript(row["chosen"]), _transcript(row["rejected"])],
+    ),
+    (
+        "PKU-SafeRLHF: prompt, response_0, response_1, is_response_0_safe, is_response_1_safe",
+        {"prompt": str, "response_0": str, "response_1": str, "is_response_0_safe": bool, "is_response_1_safe": bool},
+        _pku,
+    ),
+    (
+        "PKU-SafeRLHF pairs: prompt, response[2] (the safer one first: inferred from its contents, the file does not say)",
+        {"prompt": str, "response": list},
+        lambda row: [_exchange(row["prompt"], answer) for answer in row["response"]],
+    ),
+)
+
+
+def find_schema(name: str, rows: datasets.Dataset, sides: int):
+    """(columns, row -> conversations) of the first of SCHEMAS that fits the columns. ValueError listing both when none does."""
+    if len(rows) == 0:
+        raise ValueError(f"data {name!r}: no rows")
+    first, known = rows[0], [entry for entry in SCHEMAS if sides == 1 or "messages" not in entry[1]]
+    for _, columns, convert in known:
+        # A list of prompt messages would mean that chosen and rejected hold the answers only: none of these schemas.
+        if all(isinstance(first.get(column), kind) for column, kind in columns.items()) and not isinstance(first.get("prompt"), list):
+            return list(columns), convert
+    found = ", ".join(f"{column} ({type(value).__name__})" for column, value in first.items())
+    raise ValueError(f"data {name!r}: columns {found} fit no known schema; expected one of: {'; '.join(entry[0] for entry in known)}")
+
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def open_source(name: str) -> datasets.Dataset:
+    """Rows of "path" (jsonl, json, parquet, csv, each also .gz; or a folder from Dataset.save_to_disk) or of "org/name" on the hub.
+
+    A "[split]" at the end picks the split of a hub dataset or saved folder; without it "train".
+    """
+    path, split = re.fullmatch(r"(.*?)(?:\[(\w+)\])?", name).groups()
+    suffix = Path(path.removesuffix(".gz")).suffix
+    if Path(path).is_dir():
+        saved = datasets.load_from_disk(path)
+        return saved[split or "train"] if isinstance(saved, datasets.DatasetDict) else saved
+    if Path(path).is_file():
+        if suffix not in READERS or split:
+            raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or .gz of one), and no [split]")
+        return datasets.load_dataset(READERS[suffix], data_files=path, split="train")
+    if suffix in READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError(f"data {name!r}: no such file or folder")
+    return datasets.load_dataset(path, split=split or "train")
+
+
+# ---------------------------------------------------------------------------------------------------------------- mixtures
+
+
+def mixture_rows(n: int, amount: float | int) -> np.ndarray:
+    """Row numbers that open-instruct picks of n rows: a float is a fraction, an int a count; beyond n whole repeats, then a random rest.
+
+    The rest is `RandomState(42).choice` in that order, whatever the run's seed; exactly n rows (1.0) stay in file order.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
+        raise ValueError(f"data amount {amount!r}: expected a float fraction or an int count above 0")
+    repeats, rest = divmod(int(amount * n) if isinstance(amount, float) else amount, n)
+    return np.concatenate([np.arange(n)] * repeats + [np.random.RandomState(42).choice(n, rest, replace=False)]).astype(np.int64)
+
+
+def is_held_out(messages: list[dict], fraction: float) -> bool:
+    """Whether the first user message hashes into `fraction`: rows and dialogues that open alike fall on one side, in every dataset."""
+    prompt = next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) < fraction * 2**64
+
+
+# ---------------------------------------------------------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True)
+class Documents:
+    """n tokenised conversations end to end, as numpy columns that may be memory-mapped files."""
+
+    input_ids: np.ndarray  # (total,) int32
+    loss_mask: np.ndarray  # (total,) bool, True where the token is trained on
+    offsets: np.ndarray  # (n + 1,) int64, document i is [offsets[i], offsets[i + 1])
+    row_ids: np.ndarray  # (n,) str, "source#row"
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.input_ids[span], self.loss_mask[span]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @cached_property
+    def num_targets(self) -> np.ndarray:
+        """(n,) int64 positions that predict a supervised token; a document's first token is predicted by nothing."""
+        supervised = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])[self.offsets]
+        return np.diff(supervised) - self.loss_mask[self.offsets[:-1]]
+
+    def flops(self, config, ids) -> np.ndarray:
+        """(B,) forward FLOPs of documents `ids`; the vocabulary matmul runs on supervised positions only."""
+        return config.flops(self.lengths[ids], self.num_targets[ids])
+
+    def pack(self, ids) -> "PackedBatch":
+        return pack([self[i] for i in ids])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of ids, mask and offsets: equal means the same tokens in the same order."""
+        digest = hashlib.sha256()
+        for column in (self.input_ids, self.loss_mask, self.offsets):
+            digest.update(np.ascontiguousarray(column))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """n preference pairs; chosen[i] and rejected[i] come from one row."""
+
+    chosen: Documents
+    rejected: Documents
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.chosen.lengths + self.rejected.lengths
+
+    def flops(self, config, ids) -> np.ndarray:
+        return self.chosen.flops(config, ids) + self.rejected.flops(config, ids)
+
+    def pack(self, ids) -> "PackedBatch":
+        """One stream: the chosen answers of `ids` in order, then the rejected ones."""
+        return pack([side[i] for side in (self.chosen, self.rejected) for i in ids])
+
+    @property
+    def row_ids(self) -> np.ndarray:
+        return self.chosen.row_ids
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256((self.chosen.fingerprint + self.rejected.fingerprint).encode()).hexdigest()
+
+
+def load_sft(data, tokenizer, template, max_seq_len, supervise, cache_dir, data_eval=None, log=print) -> tuple[Documents, Documents | None]:
+    """Training documents of a mixture {"hub/name" or "path", optionally with "[split]": fraction or count}, and held-out ones.
+
+    data_eval: None, another mixture, or a float: the fraction of prompts (see is_held_out) that are held out of `data`.
+    Tokenised once and kept under `cache_dir`: let one process per machine call this first, then the others, which find the files.
+    Counts, and rows dropped by reason, go to `log`. ValueError for what a source or a config has wrong, naming source and row.
+    """
+    train, held_out = _load(data, ("messages",), tokenizer, template, max_seq_len, supervise, cache_dir, data_eval, log)
+    return train[0], held_out and held_out[0]
+
+
+def load_preferences(data, tokenizer, template, max_seq_len, supervise, cache_dir, data_eval=None, log=print) -> tuple[Pairs, Pairs | None]:
+    """As load_sft, for preference pairs; each side is cut at `max_seq_len` on its own, and a pair is dropped when either side is."""
+    train, held_out = _load(data, ("chosen", "rejected"), tokenizer, template, max_seq_len, supervise, cache_dir, data_eval, log)
+    return Pairs(*train), held_out and Pairs(*held_out)
+
+
+def _load(data, sides, tokenizer, template, max_seq_len, supervise, cache_dir, data_eval, log):
+    if data_eval is None or isinstance(data_eval, dict):
+        settings = dict(template=template, max_seq_len=max_seq_len, supervise=supervise, held_out=0.0)
+        train = _load_mixture(data, sides, tokenizer, settings, Path(cache_dir), log)["train"]
+        return train, _load_mixture(data_eval, sides, tokenizer, settings, Path(cache_dir), log)["train"] if data_eval else None
+    if not 0 < data_eval < 1:
+        raise ValueError(f"data_eval={data_eval!r}: expected None, a mixture, or a fraction between 0 and 1")
+    settings = dict(template=template, max_seq_len=max_seq_len, supervise=supervise, held_out=data_eval)
+    splits = _load_mixture(data, sides, tokenizer, settings, Path(cache_dir), log)
+    return splits["train"], splits["eval"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokenised cache
+
+CHUNK = 1024  # rows read and tokenised at a time: enough work for every thread, little memory
+
+
+def _load_mixture(data: dict, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents] | None]:
+    """{"train" | "eval": [Documents per side]} from the cache, or tokenised now and then from the cache."""
+    if not isinstance(data, dict) or not data:
+        raise ValueError(f"data={data!r}: expected {{source: fraction or count}} with at least one source")
+    settings = settings | {"template": resolve_template(settings["template"], tokenizer)}
+    end_of_turn(settings["template"], tokenizer)  # a template that this tokenizer cannot write is refused before anything is read
+    sources = []
+    for name, amount in data.items():
+        rows = open_source(name)
+        columns, convert = find_schema(name, rows, len(sides))
+        sources.append((name, rows.select_columns(columns).with_format("arrow"), mixture_rows(len(rows), amount), convert))
+    key = _cache_key(sources, sides, tokenizer, settings)
+    folder = cache_dir / key[:32]
+    splits = _read_cache(folder, sides, log)
+    if splits is None:
+        columns, stats = _tokenise(sources, sides, tokenizer, settings, log)
+        _write_cache(folder, columns, {"key": key, "data": data, "settings": settings, "stats": stats})
+        splits = _read_cache(folder, sides, log)
+    return splits
+
+
+def _chunks(rows: datasets.Dataset, indices: np.ndarray):
+    for first in range(0, len(indices), CHUNK):
+        picked = indices[first : first + CHUNK]
+        yield picked, rows[picked]  # a pyarrow.Table
+
+
+def _cache_key(sources, sides, tokenizer: Tokenizer, settings: dict) -> str:
+    """sha256 of everything that the ids depend on: the picked rows' content (not their path), the tokenizer, the settings, this code."""
+    parts = [sides, settings, tokenizer.fingerprint, tokenizer.bos_token, tokenizer.eos_token, tokenizers.__version__]
+    digest = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
+    for name, rows, indices, _ in sources:
+        digest.update(json.dumps([name, len(indices)]).encode() + indices.tobytes())
+        for _, table in _chunks(rows, indices):
+            for batch in table.combine_chunks().to_batches():
+                digest.update(batch.serialize())
+    return digest.hexdigest()
+
+
+def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict, log) -> tuple[dict, dict]:
+    """Columns {"train.chosen.input_ids": array, ..} of the rows that are kept, and the counts."""
+    split_names = ["train", "eval"] if settings["held_out"] else ["train"]
+    parts = {(split, side): ([], []) for split in split_names for side in sides}  # ids and masks, one array per document
+    row_ids, stats, dropped = {split: [] for split in split_names}, Counter(), Counter()
+    with tqdm(total=sum(len(indices) for _, _, indices, _ in sources), desc="tokenising", unit=" rows") as progress:
+        for name, rows, indices, convert in sources:
+            for numbers, table in _chunks(rows, indices):
+                for number, encoded in zip(numbers, _encode_rows(name, numbers, table.to_pylist(), convert, sides, tokenizer, settings)):
+                    if isinstance(encoded, str):
+                        dropped[encoded] += 1
+                        continue
+                    split = "eval" if encoded[0][-1] else "train"
+                    row_ids[split].append(f"{name}#{number}")
+                    for side, (ids, mask, straddling, is_cut, _) in zip(sides, encoded):
+                        parts[split, side][0].append(ids)
+                        parts[split, side][1].append(mask)
+                        stats.update(tokens=len(ids), supervised=int(mask.sum()), straddling=straddling, truncated=int(is_cut))
+                progress.update(len(numbers))
+    stats = dict(rows=progress.n, kept={split: len(row_ids[split]) for split in split_names}, dropped=dict(dropped), **stats)
+    log(describe(stats))
+    for split in split_names:
+        if not row_ids[split]:
+            raise ValueError(f"data: no row is left for {split}: {describe(stats)}")
+    if stats["supervised"] in (0, stats["tokens"]):
+        raise ValueError(f"data: {stats['supervised']:,} of {stats['tokens']:,} tokens are supervised; expected some but not all")
+    columns = {}
+    for (split, side), (ids, masks) in parts.items():
+        columns[f"{split}.{side}.input_ids"] = np.concatenate(ids)
+        columns[f"{split}.{side}.loss_mask"] = np.concatenate(masks)
+        columns[f"{split}.{side}.offsets"] = np.cumsum([0] + [len(document) for document in ids], dtype=np.int64)
+        columns[f"{split}.{side}.row_ids"] = np.array(row_ids[split])
+    return columns, stats
+
+
+def _encode_rows(name: str, numbers, rows: list[dict], convert, sides, tokenizer: Tokenizer, settings: dict) -> list:
+    """Per row: [(ids, mask, straddling tokens, is cut, is held out) per side], or the reason why it is dropped."""
+    results, texts = [], []
+    for number, row in zip(numbers, rows):
+        try:
+            conversations = convert(row)
+            if not isinstance(conversations, str):
+                conversations = [(messages, *render(messages, settings["template"], tokenizer)) for messages in conversations[: len(sides)]]
+                texts += [text for _, text, _ in conversations]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"data {name!r}, row {number}: {error}") from error
+        results.append(conversations)
+    encodings = iter(tokenizer.encode_batch(texts))
+    for i, conversations in enumerate(results):
+        if isinstance(conversations, str):
+            continue
+        held_out = is_held_out(conversations[0][0], settings["held_out"])
+        encoded = [
+            _ids_and_mask(next(encodings), spans, tokenizer, settings["max_seq_len"], settings["supervise"])
+            for _, _, spans in conversations
+        ]
+        if all(mask.any() for _, mask, _, _ in encoded):
+            results[i] = [(*part, held_out) for part in encoded]
+        elif all(spans for _, _, spans in conversations):
+            results[i] = f"no answer within {settings['max_seq_len']} tokens"
+        else:
+            results[i] = "no assistant turn"
+    return results
+
+
+def describe(stats: dict) -> str:
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in stats["dropped"].items()) or "0"
+    kept = " + ".join(f"{count:,} {split}" for split, count in stats["kept"].items())
+    if "tokens" not in stats:
+        return f"data: {stats['rows']:,} rows -> none; dropped: {dropped}"
+    share = stats["supervised"] / stats["tokens"]
+    return (
+        f"data: {stats['rows']:,} rows -> {kept}; dropped: {dropped}; {stats['tokens']:,} tokens, {share:.1%} supervised; "
+        f"{stats['truncated']:,} conversations truncated; {stats['straddling']:,} tokens straddle header and answer (supervised)"
+    )
+
+
+def _write_cache(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenising-") as scratch:
+        new = Path(scratch) / "columns"
+        new.mkdir()
+        for name, column in columns.items():
+            np.save(new / f"{name}.npy", column, allow_pickle=False)
+        meta["sha256"] = {path.name: _file_sha256(path) for path in sorted(new.glob("*.npy"))}
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+
+
+def _read_cache(folder: Path, sides, log) -> dict[str, list[Documents] | None] | None:
+    """The memory-mapped columns of `folder`, or None where there is none or its files are not those that were written."""
+    if not (folder / "meta.json").is_file():
+        return None
+    meta = json.loads((folder / "meta.json").read_text())
+    for name, sha256 in meta["sha256"].items():
+        if not (folder / name).is_file() or _file_sha256(folder / name) != sha256:
+            log(f"data: {folder / name} is missing or damaged: tokenising again")
+            return None
+    splits = {"train": None, "eval": None}
+    for split in meta["stats"]["kept"]:
+        splits[split] = []
+        for side in sides:
+            names = [f"{split}.{side}.{column.name}.npy" for column in dataclasses.fields(Documents)]
+            splits[split].append(Documents(*[np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names]))
+    log(f"{describe(meta['stats'])} (from {folder})")
+    return splits
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """N documents end to end in one stream of T tokens; nothing is padded."""
+
+    input_ids: torch.Tensor  # (T,) int64
+    position_ids: torch.Tensor  # (T,) int64, from 0 in each document
+    cu_seqlens: torch.Tensor  # (N + 1,) int32, document d is [cu_seqlens[d], cu_seqlens[d + 1])
+    max_seqlen: int  # tokens of the longest document
+    targets: torch.Tensor  # (T,) int64, the next token of the same document where that is supervised, IGNORE_INDEX elsewhere
+    supervised: torch.Tensor  # (S,) int64, the positions that have a target
+    supervised_offsets: torch.Tensor  # (N + 1,) int64, document d owns supervised[offsets[d] : offsets[d + 1]]
+
+    def to(self, device) -> "PackedBatch":
+        """The batch on `device`; to a GPU from pinned memory and without waiting."""
+        is_cuda = torch.device(device).type == "cuda"
+
+        def move(value):
+            return (value.pin_memory() if is_cuda else value).to(device, non_blocking=is_cuda) if torch.is_tensor(value) else value
+
+        return PackedBatch(*[move(getattr(self, field.name)) for field in dataclasses.fields(self)])
+
+
+def pack(documents: list[tuple[np.ndarray, np.ndarray]]) -> PackedBatch:
+    """One stream of (input_ids, loss_mask) documents; targets are shifted within each document, so its last token never has one."""
+    assert documents, "pack needs a document"
+    lengths = np.array([len(ids) for ids, _ in documents])
+    ends = np.cumsum(lengths)
+    cu_seqlens = np.concatenate([[0], ends])
+    ids = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
+    has_target = np.roll(np.concatenate([mask for _, mask in documents]).astype(bool), -1)
+    has_target[ends - 1] = False
+    supervised = np.flatnonzero(has_target)
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], lengths)),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        targets=torch.from_numpy(np.where(has_target, np.roll(ids, -1), IGNORE_INDEX)),
+        supervised=torch.from_numpy(supervised),
+        supervised_offsets=torch.from_numpy(np.searchsorted(supervised, cu_seqlens)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- step plan
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) int64 permutation of an epoch; RandomState, whose streams numpy keeps frozen across versions."""
+    order = np.random.RandomState([seed, epoch]).permutation(n).astype(np.int64)
+    order.flags.writeable = False  # shared through the cache
+    return order
+
+
+def steps_per_epoch(n: int, global_batch_size: int) -> int:
+    """Optimizer steps in which every example is seen once; the last may be partial."""
+    return math.ceil(n / global_batch_size)
+
+
+def step_examples(step: int, n: int, global_batch_size: int, seed: int) -> np.ndarray:
+    """(B,) int64 ids of optimizer step `step`, from 0: a function of these numbers alone, whatever ran before and on how many ranks."""
+    epoch, step = divmod(step, steps_per_epoch(n, global_batch_size))
+    return epoch_order(n, seed, epoch)[step * global_batch_size : (step + 1) * global_batch_size]
+
+
+def plan_step(lengths, costs, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
+    """plan[rank][micro-batch] = indices into the B examples: the fewest micro-batches that fit, then balanced by cost.
+
+    Longest processing time first: by falling cost, each example goes to the cheapest bin with room. Ranks wait for each other in every
+    micro-batch (sharded parameters are gathered together), so bins of similar cost form one. ValueError for an example that never fits.
+    """
+    lengths, costs = np.asarray(lengths), np.asarray(costs, dtype=np.float64)
+    if lengths.max() > tokens_per_microbatch:
+        raise ValueError(
+            f"tokens_per_microbatch={tokens_per_microbatch}: an example has {lengths.max()} tokens; expected at least that many"
+        )
+    order = np.argsort(-costs, kind="stable").tolist()
+    rounds = math.ceil(lengths.sum() / (world_size * tokens_per_microbatch))
+    while (bins := _fill(order, lengths.tolist(), costs.tolist(), rounds * world_size, tokens_per_microbatch)) is None:
+        rounds += 1
+    bins = [sorted(members) for _, members in sorted(bins, key=lambda filled: -filled[0])]
+    return [[bins[turn * world_size + rank] for turn in range(rounds)] for rank in range(world_size)]
+
+
+def _fill(order: list[int], lengths: list[int], costs: list[float], num_bins: int, room: int) -> list[tuple[float, list[int]]] | None:
+    """(cost, members) of each bin, or None when an example found no bin with room."""
+    heap = [(0.0, i, 0, []) for i in range(num_bins)]  # cost, bin (breaks ties), tokens, members
+    for example in order:
+        full = []
+        while heap and heap[0][2] + lengths[example] > room:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost, i, tokens, members = heap[0]
+        heapq.heapreplace(heap, (cost + costs[example], i, tokens + lengths[example], members + [example]))
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return [(cost, members) for cost, _, _, members in sorted(heap, key=lambda entry: entry[1])]
+
+
+def padding_waste(plan: list[list[list[int]]], lengths) -> float:
+    """Share of token slots in which a rank waits for the longest stream of its lockstep micro-batch: 1 - tokens / slots."""
+    tokens = np.array([[sum(int(lengths[i]) for i in members) for members in rank] for rank in plan])  # (world_size, micro-batches)
+    return float(1 - tokens.sum() / (len(plan) * tokens.max(axis=0).sum()))
+
+
+def in_order(n: int, size: int) -> list[np.ndarray]:
+    """0..n-1 in consecutive pieces of `size`: the steps of a pass without training."""
+    return [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+PLACEHOLDER = (np.zeros(1, np.int32), np.zeros(1, bool))  # one unsupervised token, for a rank that has no example in a micro-batch
+
+
+def local_batches(dataset, ids, model_config, tokens_per_microbatch: int, ranks):
+    """Yield (ids of the micro-batch, PackedBatch on the device, the step's padding_waste) for this rank's share of one step's examples.
+
+    dataset: Documents or Pairs; ids (B,), the same on every rank. Every rank gets equally many micro-batches, if need be without ids.
+    """
+    lengths = dataset.lengths[ids]
+    plan = plan_step(lengths, dataset.flops(model_config, ids), ranks.world_size, tokens_per_microbatch)
+    for members in plan[ranks.rank]:
+        batch = dataset.pack(ids[members]) if members else pack([PLACEHOLDER])
+        yield ids[members], batch.to(ranks.device), padding_waste(plan, lengths)

@@ -1,0 +1,66 @@
+"""The learning-rate schedule and AdamW, with every number that frameworks leave implicit."""
+
+import math
+
+import torch
+
+from plumbing import parallel
+
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # recorded in the manifest
+
+
+def warmup_steps(config, total_steps):
+    """Warm-up in steps: config.warmup_steps, or warmup_ratio of the run rounded *down*, as open-instruct does (the HF Trainer rounds up)."""
+    return config.warmup_steps if config.warmup_steps is not None else int(config.warmup_ratio * total_steps)
+
+
+def learning_rate(step, total_steps, peak, schedule, warmup):
+    """Rate of optimizer step `step` (0-based): a pure function, so no process can step it twice.
+
+    Linear from 0 to `peak` over `warmup` steps (the first step of a warm-up has rate 0, as in transformers), then "linear" or "cosine"
+    to 0 at step == total_steps, which is the step after the last.
+    """
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return peak * ((1 - progress) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def adamw(model, weight_decay):
+    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters. Decay touches matrices only, not norms and biases."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # lr is set before every step; fused: one kernel over all tensors
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+
+
+def apply_gradients(optimizer, lr, max_grad_norm):
+    """Clip, check, step, clear. Returns the global gradient norm before clipping.
+
+    A norm that is not finite raises FloatingPointError on every rank before any weight has changed.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = parallel.clip_grad_norm(params, max_grad_norm)
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"gradient norm is {grad_norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+def sample_weights(model, per_tensor=1 << 16):
+    """Copies of the first elements of every trainable parameter's local rows, to see after a step whether they moved."""
+    return [parallel.local_rows(p)[1].flatten()[:per_tensor].clone() for p in model.parameters() if p.requires_grad]
+
+
+def weights_changed(before, model):
+    """Share of the sampled weights that differ from `before`: near 1 after a step with a rate above 0, unless updates are lost to rounding."""
+    after = sample_weights(model)
+    moved = sum((a != b).sum().item() for a, b in zip(after, before, strict=True))
+    moved, total = parallel.sum_across_ranks([moved, sum(b.numel() for b in before)])
+    return moved / total

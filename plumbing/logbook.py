@@ -1,0 +1,133 @@
+"""The run folder and what a run says of itself: config.json, manifest.json, metrics.jsonl and the step line."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from plumbing.config import config_dict
+
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets")
+# (metric, label, format) in the order of the step line; metrics that a stage does not have are left out
+_STEP_LINE = (
+    ("loss", "loss", "{:.4f}"),
+    ("rewards/margins", "margin", "{:.4f}"),
+    ("rewards/accuracies", "acc", "{:.3f}"),
+    ("grad_norm", "gnorm", "{:.3g}"),
+    ("lr", "lr", "{:.2e}"),
+    ("step_s", "", "{:.2f} s"),
+    ("tokens_per_s", "", "{:,.0f} tok/s"),
+    ("mfu", "mfu", "{:.1%}"),
+    ("peak_mem_gib", "", "{:.2f} GiB"),
+)
+
+
+class Logbook:
+    """Writes the run folder from rank 0; every rank may call every method."""
+
+    def __init__(self, config, ranks, total_steps, implicit):
+        """implicit: the values that no key states (reduction, eps, data fingerprints, ...); they go into the manifest."""
+        self.ranks, self.total_steps, self.log_every = ranks, total_steps, config.log_every
+        self.folder = Path(config.out_dir)
+        self.peak = measured_matmul_peak(ranks.device)
+        self._metrics = None
+        if ranks.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", config_dict(config))
+            hardware = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
+            machine = {"hardware": hardware, "world_size": ranks.world_size, "matmul_peak_flops": self.peak, "python": platform.python_version()}
+            about = {"command": shlex.join(sys.argv), "commit": _commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": _versions()}
+            write_json(self.folder / "manifest.json", about | machine | implicit)
+        self._start = time.perf_counter()
+
+    def say(self, text):
+        """Print once, from rank 0."""
+        if self.ranks.main:
+            print(text, flush=True)
+
+    def resume_at(self, step):
+        """Forget the metrics of steps that are about to be trained again, and open the file for more."""
+        if self.ranks.main:
+            path = self.folder / "metrics.jsonl"
+            lines = path.read_text().splitlines() if step and path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+            self._metrics = path.open("a")
+        self._start = time.perf_counter()
+
+    def step(self, step, metrics, tokens, flops):
+        """Record finished optimizer step number `step` (1-based). tokens, flops: of all ranks; the time runs from the previous call."""
+        elapsed = time.perf_counter() - self._start
+        metrics = {"step": step, **metrics, "step_s": elapsed, "tokens_per_s": tokens / elapsed, "peak_mem_gib": peak_memory_gib(self.ranks.device)}
+        if self.peak:
+            metrics["mfu"] = flops / elapsed / (self.peak * self.ranks.world_size)
+        self.write(metrics)
+        if step % self.log_every == 0 or step in (1, self.total_steps):
+            parts = [f"{label} {form.format(metrics[key])}".strip() for key, label, form in _STEP_LINE if key in metrics]
+            self.say(" | ".join([f"step {step:05d}/{self.total_steps:05d}", *parts]))
+        self._start = time.perf_counter()
+
+    def write(self, metrics):
+        """Append one line to metrics.jsonl and flush it."""
+        if self.ranks.main:
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
+
+    def pause(self):
+        """Start the clock of the next step now: what was done since the last one (an evaluation, a checkpoint) is not its time."""
+        self._start = time.perf_counter()
+
+
+def write_json(path, value):
+    """Write atomically: a reader sees the old file or the new one."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.rename(path)
+
+
+def peak_memory_gib(device):
+    """The most memory in use so far: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def measured_matmul_peak(device, size=8192, repeats=10):
+    """FLOP/s of a bf16 size^3 product of random numbers on this GPU, what mfu is a share of; None on a CPU, where mfu is not reported."""
+    if device.type != "cuda":
+        return None
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        a @ b
+    end.record()
+    end.synchronize()
+    return 2 * size**3 * repeats / (start.elapsed_time(end) / 1000)
+
+
+def _versions():
+    installed = {dist.metadata["Name"] for dist in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
+
+
+def _commit():
+    """The commit of this checkout, with "+changes" when files differ from it; "unknown" outside a git checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return "unknown"
+
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True, env=os.environ | {"LC_ALL": "C"}).stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
