@@ -35,5 +35,5 @@ $(READY): requirements.txt
 		|| { echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: try make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up .venv from requirements.txt: once, some minutes, 2 GB or more (the size of torch)."
 	@$(PYTHON) -m venv .venv || { echo "'$(PYTHON) -m venv' failed; Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --requirement requirements.txt
 	@touch $@

@@ -1,0 +1,286 @@
+"""plumbing/config.py: what a config may say, what it says back when it is wrong, and that every file in configs/ loads."""
+
+import dataclasses
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from data import TEMPLATES
+from plumbing.config import (
+    DPOConfig,
+    SFTConfig,
+    Template,
+    check_world_size,
+    config_dict,
+    config_hash,
+    help_text,
+    load,
+    resume_dict,
+)
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+# The smallest file that works; what a test adds stands behind it and wins.
+MINIMAL = """
+common = dict(model_path="base", data={"a.jsonl": 1.0}, max_seq_len=16, global_batch_size=8, tokens_per_microbatch=64, lr=1e-3)
+sft = dict(out_dir="runs/sft")
+dpo = dict(out_dir="runs/dpo")
+"""
+VALUES = dict(model_path="base", out_dir="o", data={"a.jsonl": 1.0}, max_seq_len=16, global_batch_size=8, tokens_per_microbatch=64, lr=1e-3)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(text) puts MINIMAL + text where `x.py` finds it."""
+    monkeypatch.chdir(tmp_path)
+    return lambda text: Path("x.py").write_text(MINIMAL + text)
+
+
+def problems(stage, *argv):
+    with pytest.raises(ValueError) as error:
+        load(stage, ["x.py", *argv])
+    return str(error.value).splitlines()
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads(path, stage):
+    config = load(stage, [str(path)])
+    assert config.out_dir == f"runs/{path.stem}/{stage}"
+    assert path.read_text().startswith('"""') and 20 <= len(path.read_text().splitlines()) <= 50
+    if stage == "dpo":
+        assert config.model_path == f"runs/{path.stem}/sft/final", "DPO starts from (and is compared with) the SFT model"
+
+
+def test_the_seed_run_is_as_recorded():
+    sft, dpo = (load(stage, [str(CONFIGS[0].with_name("tulu10.py"))]) for stage in ("sft", "dpo"))
+    assert (sft.lr, sft.warmup_ratio, sft.num_epochs, sft.global_batch_size, sft.max_seq_len) == (5e-6, 0.03, 2, 128, 4096)
+    assert (dpo.lr, dpo.warmup_ratio, dpo.num_epochs, dpo.global_batch_size, dpo.max_seq_len) == (5e-7, 0.1, 1, 128, 2048)
+    assert (dpo.loss, dpo.beta, sft.lr_schedule, dpo.lr_schedule) == ("dpo_norm", 5.0, "linear", "linear")
+    assert sft.data == {"allenai/tulu-3-sft-mixture": 0.1} and dpo.data == {"allenai/llama-3.1-tulu-3-8b-preference-mixture": 0.1}
+
+
+def test_the_failed_run_is_as_recorded():
+    sft, dpo = (load(stage, [str(CONFIGS[0].with_name("pku_lora.py"))]) for stage in ("sft", "dpo"))
+    assert (sft.lora_rank, sft.lora_alpha, len(sft.lora_targets), sft.max_seq_len) == (16, 16.0, 7, 2048)
+    assert (sft.lr, dpo.lr, dpo.warmup_steps, dpo.num_epochs, dpo.loss, dpo.beta) == (2e-4, 1e-5, 5, 1, "dpo", 0.1)
+
+
+# ---------------------------------------------------------------- precedence
+
+
+def test_precedence_is_default_common_section_command_line(write):
+    write("common |= dict(seed=1, weight_decay=0.1)\ndpo |= dict(seed=2)")
+    assert load("sft", ["x.py"]).seed == 1
+    assert load("dpo", ["x.py"]).seed == 2
+    assert load("dpo", ["--seed=3", "x.py"]).seed == 3
+    dpo = load("dpo", ["x.py"])
+    assert (dpo.weight_decay, dpo.num_epochs, dpo.fresh) == (0.1, 1, False)
+
+
+def test_the_command_line_changes_the_started_stage_only(write):
+    write('dpo |= dict(loss="simpo", gamma_beta_ratio=0.5)')
+    assert load("sft", ["x.py", "--loss=tulu3_release"]).loss == "tulu3_release"
+    assert load("dpo", ["x.py"]).loss == "simpo"
+
+
+def test_values_are_read_by_the_declared_type(write):
+    write("")
+    config = load(
+        "dpo", ["x.py", "--lr=5e-7", "--max_steps=7", "--beta=2", "--data_eval=0.1", "--cache_dir=12", "--template=chatml", "--fresh"]
+    )
+    assert (config.lr, config.max_steps, config.beta, config.data_eval) == (5e-7, 7, 2.0, 0.1)
+    assert (config.cache_dir, config.template, config.fresh) == ("12", "chatml", True)
+    assert type(config.beta) is float
+    assert load("dpo", ["x.py", "--fresh=false"]).fresh is False
+
+
+def test_private_names_and_imports_stay_private(write):
+    write('import math\n_root = "r"\ncommon |= dict(lr=1 / math.pi, template=None)\nsft |= dict(out_dir=f"{_root}/sft")')
+    config = load("sft", ["x.py"])
+    assert (config.out_dir, config.template) == ("r/sft", None)
+
+
+def test_a_file_may_hold_one_stage_only(write):
+    write("del dpo")
+    assert load("sft", ["x.py"]).out_dir == "runs/sft"
+    assert problems("dpo") == ["x.py: no section 'dpo': expected dpo = dict(...)"]
+
+
+# ---------------------------------------------------------------- messages
+
+QUOTED = "got a string (None is written without quotes, in the config file)"
+IN_THE_FILE = [
+    ("dpo |= dict(beat=5)", "x.py: dpo: unknown key 'beat', did you mean 'beta'?"),
+    ("sft |= dict(beta=5)", "x.py: sft: unknown key 'beta' (a key of dpo)"),
+    ("common |= dict(beta=5)", "x.py: common: unknown key 'beta' (a key of dpo)"),
+    ("common |= dict(frobnicate=5)", "x.py: common: unknown key 'frobnicate'"),
+    ("stf = dict()", "x.py: unknown section 'stf', did you mean 'sft'?"),
+    ("root = 'runs'", "x.py: unknown section 'root'; expected common, sft or dpo (a private name starts with _)"),
+    ("sft = [1]", "x.py: sft: expected a dict, got list"),
+    ("del common['lr']", "x.py: dpo: missing 'lr': peak learning rate of AdamW"),
+    ("sft |= dict(fresh=True)", "x.py: sft: fresh: expected on the command line only; here it would restart the run at every start"),
+    ("sft |= dict(lr='5e-6')", "x.py: sft: lr='5e-6': expected float > 0, got str"),
+    ("sft |= dict(num_epochs=2.0)", "x.py: sft: num_epochs=2.0: expected int >= 1, got float"),
+    ("sft |= dict(seed=True)", "x.py: sft: seed=True: expected int >= 0, got bool"),
+    ("sft |= dict(lr=True)", "x.py: sft: lr=True: expected float > 0, got bool"),
+    ("sft |= dict(lr=None)", "x.py: sft: lr=None: expected float > 0, got NoneType"),
+    ("sft |= dict(max_steps='None')", f"x.py: sft: max_steps='None': expected int >= 1 or None, {QUOTED}"),
+    ("sft |= dict(template='null')", f"x.py: sft: template='null': expected tulu | zephyr | llama3 | chatml or None, {QUOTED}"),
+    ("sft |= dict(cache_dir='None')", f"x.py: sft: cache_dir='None': expected str, {QUOTED}"),
+    ("sft |= dict(model_path='')", "x.py: sft: model_path='': expected str, got none"),
+    ("sft |= dict(lr=0)", "x.py: sft: lr=0: expected float > 0"),
+    ("sft |= dict(lr=float('nan'))", "x.py: sft: lr=nan: expected float > 0"),
+    ("sft |= dict(lr=float('inf'))", "x.py: sft: lr=inf: expected float > 0"),
+    ("sft |= dict(warmup_ratio=1.0)", "x.py: sft: warmup_ratio=1.0: expected float >= 0 and < 1"),
+    ("dpo |= dict(beta=-1.0)", "x.py: dpo: beta=-1.0: expected float > 0"),
+    ("dpo |= dict(label_smoothing=0.5)", "x.py: dpo: label_smoothing=0.5: expected float >= 0 and < 0.5"),
+    ("dpo |= dict(loss='kto')", "x.py: dpo: loss='kto': expected dpo_norm | dpo | simpo | ipo | wpo, got str"),
+    ("sft |= dict(loss='dpo')", "x.py: sft: loss='dpo': expected token_mean | tulu3_release, got str"),
+    ("sft |= dict(precision='fp16')", "x.py: sft: precision='fp16': expected fp32 | bf16, got str"),
+    ("sft |= dict(data={})", "x.py: sft: data={}: expected dict {str: float or int > 0}, got none"),
+    ("sft |= dict(data={'a': 0})", "x.py: sft: data={'a': 0}: expected dict {str: float or int > 0}"),
+    ("sft |= dict(data={'a': True})", "x.py: sft: data={'a': True}: expected dict {str: float or int > 0}, got dict"),
+    ("sft |= dict(data='a')", "x.py: sft: data='a': expected dict {str: float or int > 0}, got str"),
+    ("sft |= dict(data_eval=1)", "x.py: sft: data_eval=1: expected dict {str: float or int > 0} or float > 0 and < 1 or None"),
+    ("sft |= dict(eval_every=5)", "x.py: sft: eval_every=5: needs data_eval"),
+    ("sft |= dict(warmup_ratio=.1, warmup_steps=5)", "x.py: sft: warmup_ratio=0.1, warmup_steps=5: expected one of the two"),
+    (
+        "sft |= dict(max_seq_len=65)",
+        "x.py: sft: tokens_per_microbatch=64: expected at least max_seq_len=65 (a document must fit one stream)",
+    ),
+    (
+        "dpo |= dict(max_seq_len=33)",
+        "x.py: dpo: tokens_per_microbatch=64: expected at least twice max_seq_len=33 (a pair must fit one stream)",
+    ),
+    ("dpo |= dict(loss='simpo')", "x.py: dpo: loss='simpo', gamma_beta_ratio=None: simpo needs one, no other loss has one"),
+    ("dpo |= dict(gamma_beta_ratio=.5)", "x.py: dpo: loss='dpo_norm', gamma_beta_ratio=0.5: simpo needs one, no other loss has one"),
+    (
+        "dpo |= dict(loss='ipo', label_smoothing=.1)",
+        "x.py: dpo: label_smoothing=0.1: defined for dpo_norm, dpo and simpo, not for loss='ipo'",
+    ),
+    (
+        "sft |= dict(lora_rank=4)",
+        "x.py: sft: lora_rank=4, lora_alpha=None: expected both (the scale is lora_alpha / lora_rank) or neither",
+    ),
+    (
+        "sft |= dict(lora_alpha=4)",
+        "x.py: sft: lora_rank=0, lora_alpha=4.0: expected both (the scale is lora_alpha / lora_rank) or neither",
+    ),
+    (
+        "sft |= dict(lora_targets=('q_proj', 'lm_head'))",
+        "x.py: sft: lora_targets=('q_proj', 'lm_head'): expected tuple of "
+        "q_proj | k_proj | v_proj | o_proj | gate_proj | up_proj | down_proj, got tuple",
+    ),
+]
+
+
+@pytest.mark.parametrize("text, expected", IN_THE_FILE, ids=[text for text, _ in IN_THE_FILE])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_wrong_file_is_refused_whichever_stage_starts(write, stage, text, expected):
+    write(text)
+    assert expected in problems(stage)
+
+
+ON_THE_COMMAND_LINE = [
+    ("--beat=1", "command line: unknown key 'beat', did you mean 'beta'?"),
+    ("--beta", "command line: --beta: expected --beta=value"),
+    ("-beta=1", "command line: unknown key '-beta', did you mean 'beta'?"),
+    ("--max_steps=none", f"command line: max_steps='none': expected int >= 1 or None, {QUOTED}"),
+    ("--template=None", f"command line: template='None': expected tulu | zephyr | llama3 | chatml or None, {QUOTED}"),
+    ("--max_steps=1e3", "command line: max_steps='1e3': expected int >= 1 or None, got str"),
+    ("--lr=fast", "command line: lr='fast': expected float > 0, got str"),
+    ("--lr=-1", "command line: lr=-1.0: expected float > 0"),
+    ("--fresh=yes", "command line: fresh='yes': expected bool, got str"),
+    ("--data=a.jsonl", "command line: data: no string is read as dict {str: float or int > 0}: put it into the config file"),
+    (
+        "--lora_targets=q_proj",
+        "command line: lora_targets: no string is read as tuple of q_proj | k_proj | v_proj | o_proj | gate_proj | up_proj | down_proj: "
+        "put it into the config file",
+    ),
+    ("--max_seq_len=64", "x.py: dpo: tokens_per_microbatch=64: expected at least twice max_seq_len=64 (a pair must fit one stream)"),
+]
+
+
+@pytest.mark.parametrize("arg, expected", ON_THE_COMMAND_LINE, ids=[arg for arg, _ in ON_THE_COMMAND_LINE])
+def test_a_wrong_argument_is_refused(write, arg, expected):
+    write("")
+    assert problems("dpo", arg) == [expected]
+
+
+def test_all_problems_come_at_once_and_only_once(write):
+    write("common |= dict(lr='x')\nsft |= dict(warmup_ratio=2.0, warmup_steps=5)\ndpo |= dict(beat=1, lora_rank=4)\nstf = {}")
+    assert problems("sft", "--num_epoch=1") == [
+        "x.py: unknown section 'stf', did you mean 'sft'?",
+        "command line: unknown key 'num_epoch', did you mean 'num_epochs'?",
+        "x.py: common: lr='x': expected float > 0, got str",  # not reported again as missing, nor once per stage
+        "x.py: sft: warmup_ratio=2.0: expected float >= 0 and < 1",  # so the rule about warmup_steps has nothing to say
+        "x.py: dpo: unknown key 'beat', did you mean 'beta'?",
+        "x.py: dpo: lora_rank=4, lora_alpha=None: expected both (the scale is lora_alpha / lora_rank) or neither",
+    ]
+
+
+def test_the_file_itself(write):
+    write("")
+    with pytest.raises(ValueError, match="^y.py: no such config file, did you mean 'x.py'\\?$"):
+        load("sft", ["y.py"])
+    with pytest.raises(ValueError, match="expected one config file, got \\[\\]: train_sft.py CONFIG.py"):
+        load("sft", [])
+    with pytest.raises(ValueError, match="expected one config file, got \\['x.py', '5'\\]"):
+        load("sft", ["x.py", "--seed", "5"])
+
+
+# ---------------------------------------------------------------- the dataclasses, --help, the hash
+
+
+def test_a_config_made_in_code_is_checked_too():
+    config = SFTConfig(**VALUES)
+    with pytest.raises(ValueError, match="^lr=0: expected float > 0$"):
+        dataclasses.replace(config, lr=0)
+    with pytest.raises(ValueError, match="a document must fit one stream"):
+        dataclasses.replace(config, tokens_per_microbatch=8)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+
+
+@pytest.mark.parametrize("stage, cls", [("sft", SFTConfig), ("dpo", DPOConfig)])
+def test_help_lists_every_key_with_type_default_unit_and_meaning(stage, cls, capsys):
+    with pytest.raises(SystemExit) as leave:
+        load(stage, ["nowhere.py", "--help"])
+    assert leave.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed == help_text(stage) + "\n"
+    for field in dataclasses.fields(cls):
+        assert f"\n  {field.name}: " in printed
+        assert f"[{field.metadata['unit']}] {field.metadata['help']}" in printed
+    assert "  lr: float > 0, required\n      [-] peak learning rate of AdamW" in printed
+    assert "  max_steps: int >= 1 or None, default None\n" in printed
+    assert "  data: dict {str: float or int > 0}, required (in the file only)\n" in printed
+
+
+def test_hash_is_of_what_the_result_depends_on():
+    config = SFTConfig(**VALUES)
+    same = dict(out_dir="p", cache_dir="c", log_every=2, save_every=3, keep_last=4, fresh=True, recompute="full", tokens_per_microbatch=128)
+    assert config_hash(dataclasses.replace(config, **same)) == config_hash(config)
+    other = [dict(seed=1), dict(lr=2e-3), dict(data={"a.jsonl": 1}), dict(max_steps=5), dict(precision="fp32"), dict(global_batch_size=4)]
+    assert len({config_hash(dataclasses.replace(config, **change)) for change in [{}, *other]}) == len(other) + 1
+    assert config_hash(DPOConfig(**VALUES)) != config_hash(config)
+
+
+def test_hash_does_not_depend_on_how_it_was_written():
+    """5 and 5.0, and the order of the keys, are one config; so are the file's values and the resolved ones in config.json."""
+    five, again = DPOConfig(**VALUES, beta=5), DPOConfig(beta=5.0, **dict(reversed(VALUES.items())))
+    assert config_hash(five) == config_hash(again) and len(config_hash(five)) == 64
+    assert resume_dict(five).items() <= config_dict(five).items()
+    assert config_dict(five)["lora_targets"] == list(five.lora_targets) and config_dict(five)["out_dir"] == "o"
+
+
+def test_check_world_size():
+    config = SFTConfig(**VALUES)
+    check_world_size(config, 8)
+    with pytest.raises(ValueError, match="global_batch_size=8: a batch that cannot be formed on 9 ranks"):
+        check_world_size(config, 9)
+
+
+def test_names_agree_with_the_modules_that_own_them():
+    assert set(get_args(Template)) == set(TEMPLATES)
