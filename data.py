@@ -26,14 +26,8 @@ from tqdm import tqdm
 from kernels import IGNORE_INDEX
 
 ROLES = ("system", "user", "assistant")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+                   "chat_template.jinja")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
@@ -52,8 +46,10 @@ class Tokenizer:
         self.core.no_truncation()
         self.core.no_padding()
         self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
-        self.bos_token, self.eos_token, pad_token = (_token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
-        self.bos_id, self.eos_id, self.pad_id = (self._id_of(token) for token in (self.bos_token, self.eos_token, pad_token))
+        special = {key: config.get(f"{key}_token") for key in ("bos", "eos", "pad")}
+        special = {key: token["content"] if isinstance(token, dict) else token for key, token in special.items()}
+        self.bos_token, self.eos_token = special["bos"], special["eos"]
+        self.bos_id, self.eos_id, self.pad_id = (token and self.single_id(token) for token in special.values())
         self.vocab_size = self.core.get_vocab_size(with_added_tokens=True)
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         template = config.get("chat_template")
@@ -71,20 +67,19 @@ class Tokenizer:
                 raise ValueError(f"tokenizer: {folder / name} does not exist; expected a Hugging Face folder with a fast tokenizer")
         return cls(files, str(folder))
 
-    def _id_of(self, token: str | None) -> int | None:
-        if token is None:
-            return None
-        ids = self.encode(token)
-        if len(ids) != 1:
-            raise ValueError(f"tokenizer {self.origin}: special token {token!r} becomes ids {ids}; expected one id")
-        return ids[0]
-
     def encode(self, text: str) -> list[int]:
         return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
         """On all cores: the threads are the tokenizer's own, so no worker processes and nothing to fork."""
         return self.core.encode_batch(texts, add_special_tokens=False)
+
+    def single_id(self, token: str) -> int:
+        """The id of a special token. ValueError when the tokenizer does not read it as one."""
+        ids = self.encode(token)
+        if len(ids) != 1:
+            raise ValueError(f"tokenizer {self.origin}: {token} becomes {len(ids)} ids; expected a special token")
+        return ids[0]
 
     def decode(self, ids) -> str:
         return self.core.decode(list(ids), skip_special_tokens=False)
@@ -100,10 +95,6 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (folder / name).write_bytes(content)
-
-
-def _token_text(token) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
 
 
 # ---------------------------------------------------------------------------------------------------------------- templates
@@ -126,12 +117,7 @@ TEMPLATES = {
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
 }
-HEADERS = {
-    "tulu": "<|{}|>\n",
-    "zephyr": "<|{}|>\n",
-    "llama3": "<|start_header_id|>{}<|end_header_id|>\n\n",
-    "chatml": "<|im_start|>{}\n",
-}
+HEADERS = {"tulu": "<|{}|>\n", "zephyr": "<|{}|>\n", "llama3": "<|start_header_id|>{}<|end_header_id|>\n\n", "chatml": "<|im_start|>{}\n"}
 SPECIAL_TOKENS = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "chatml": ("<|im_start|>", "<|im_end|>")}
 
 
@@ -141,9 +127,7 @@ def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
         for name, jinja in TEMPLATES.items():
             if tokenizer.chat_template == jinja:
                 return name
-        raise ValueError(
-            f"template=None: the chat template of {tokenizer.origin} is none of ours; expected template to be one of {list(TEMPLATES)}"
-        )
+        raise ValueError(f"template=None: the chat template of {tokenizer.origin} is none of ours; expected one of {list(TEMPLATES)}")
     if template not in TEMPLATES:
         raise ValueError(f"template={template!r}: expected one of {list(TEMPLATES)}")
     return template
@@ -153,10 +137,10 @@ def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
 def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
     """The token that ends an assistant turn (the EOS to train and to stop on). ValueError when `tokenizer` lacks a token of `template`."""
     eos = SPECIAL_TOKENS[template][-1] if template in SPECIAL_TOKENS else tokenizer.eos_token
-    needed = [*SPECIAL_TOKENS.get(template, ()), eos] + ([tokenizer.bos_token] if template == "llama3" else [])
-    for token in needed:
-        if token is None or len(tokenizer.encode(token)) != 1:
-            raise ValueError(f"template={template!r}: expected {token or 'its BOS or EOS'} to be one id in tokenizer {tokenizer.origin}")
+    for token in (*SPECIAL_TOKENS.get(template, ()), eos, *([tokenizer.bos_token] if template == "llama3" else [])):
+        if token is None:
+            raise ValueError(f"template={template!r}: tokenizer {tokenizer.origin} names no BOS or EOS token; expected one in its config")
+        tokenizer.single_id(token)
     return eos
 
 
@@ -165,8 +149,8 @@ def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[s
 
     ValueError for no messages, a role not in ROLES, a content that is not a string, an answer that already ends in the end-of-turn token.
     """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages={messages!r}: expected a list of at least one message")
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"messages={messages!r}: expected a list of at least one message {{role, content}}")
     eos, header = end_of_turn(template, tokenizer), HEADERS[template]
     pieces, spans = [tokenizer.bos_token if template == "llama3" else ""], []
     at = len(pieces[0])
@@ -191,36 +175,34 @@ def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[s
 # ---------------------------------------------------------------------------------------------------------------- encode
 
 
-def mask_spans(encoding: tokenizers.Encoding, spans: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """(T,) bool, True for every token that overlaps a span; and how many of those began before their span (straddled header and answer)."""
-    mask, straddling = np.zeros(len(encoding), dtype=bool), 0
-    for start, end in spans:
-        # A character may be several tokens (the bytes of an emoji) and this gives the first; the span's last character is EOS's: one token.
-        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-        mask[first : last + 1] = True
-        straddling += encoding.token_to_chars(first)[0] < start
-    return mask, straddling
-
-
 def encode_chat(messages, tokenizer: Tokenizer, template: str, max_seq_len: int, supervise: str = "all") -> tuple[list[int], list[bool]]:
     """Ids of a conversation and whether each is trained on: assistant content + end-of-turn token, of all turns or of the "last" one.
 
-    The string is tokenised once, so a token can straddle header and answer (some BPEs merge "\\n" and " "): it is then supervised.
     Cut at `max_seq_len` ids, from the right, as in Tulu 3. ValueError as in `render`.
     """
     text, spans = render(messages, template, tokenizer)
-    ids, mask, _, _ = _ids_and_mask(tokenizer.encode_batch([text])[0], spans, tokenizer, max_seq_len, supervise)
-    return ids.tolist(), mask.tolist()
+    (encoding,) = tokenizer.encode_batch([text])
+    ids, mask, _ = ids_and_mask(encoding, spans, tokenizer, supervise)
+    return ids[:max_seq_len].tolist(), mask[:max_seq_len].tolist()
 
 
-def _ids_and_mask(encoding, spans, tokenizer: Tokenizer, max_seq_len: int, supervise: str) -> tuple[np.ndarray, np.ndarray, int, bool]:
-    """(T,) int32 ids, (T,) bool mask, straddling tokens, whether ids were cut off."""
+def ids_and_mask(encoding, spans: list[tuple[int, int]], tokenizer: Tokenizer, supervise: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """(T,) int32 ids; (T,) bool, True where a token overlaps a span; how many of those began before their span.
+
+    The whole string was tokenised at once, so a token can straddle header and answer (BPEs merge newlines): it is supervised, and counted.
+    """
     if supervise not in ("all", "last"):
         raise ValueError(f"supervise={supervise!r}: expected 'all' or 'last'")
     ids = np.array(encoding.ids, dtype=np.int32)
-    mask, straddling = mask_spans(encoding, spans if supervise == "all" else spans[-1:])
     assert tokenizer.bos_id is None or ids[:2].tolist() != [tokenizer.bos_id] * 2, "double BOS"
-    return ids[:max_seq_len], mask[:max_seq_len], straddling, len(ids) > max_seq_len
+    mask, straddling = np.zeros(len(ids), dtype=bool), 0
+    for start, end in spans if supervise == "all" else spans[-1:]:
+        # A character may be several tokens (the bytes of an emoji), of which this gives the first, or none (dropped by a normaliser).
+        first = next(token for token in map(encoding.char_to_token, range(start, end)) if token is not None)
+        last = encoding.char_to_token(end - 1)  # of the end-of-turn token, which is one token
+        mask[first : last + 1] = True
+        straddling += encoding.token_to_chars(first)[0] < start
+    return ids, mask, straddling
 
 
 # ---------------------------------------------------------------------------------------------------------------- sources
@@ -228,64 +210,57 @@ def _ids_and_mask(encoding, spans, tokenizer: Tokenizer, max_seq_len: int, super
 
 def _transcript(text: str) -> list[dict]:
     """Messages of an hh-rlhf transcript: "\\n\\nHuman: ..\\n\\nAssistant: ..", contents stripped."""
-    head, *turns = re.split(r"\n\n(Human|Assistant):", text)
+    head, *turns = re.split(r"\n\n(Human|Assistant):", text or "")
     if head.strip() or not turns:
-        raise ValueError(f"transcript begins {text[:40]!r}; expected '\\n\\nHuman:'")
+        raise ValueError(f"transcript begins {text[:40] if text else text!r}; expected '\\n\\nHuman:'")
     role = {"Human": "user", "Assistant": "assistant"}
     return [{"role": role[who], "content": content.strip()} for who, content in zip(turns[::2], turns[1::2])]
 
 
-def _exchange(prompt: str, answer: str) -> list[dict]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+def _exchanges(prompt: str, answers: list[str]) -> list[list[dict]]:
+    if len(answers) != 2:
+        raise ValueError(f"{len(answers)} answers; expected two")
+    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers]
 
 
 def _pku(row: dict) -> list[list[dict]] | str:
-    safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
-    if sum(safe) != 1:
-        return "not exactly one safe response"
-    answers = [row["response_0"], row["response_1"]]
-    return [_exchange(row["prompt"], answers[safe.index(True)]), _exchange(row["prompt"], answers[safe.index(False)])]
+    is_safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
+    if is_safe.count(True) != 1:
+        return "for not exactly one safe response"
+    first, second = row["response_0"], row["response_1"]
+    return _exchanges(row["prompt"], [first, second] if is_safe[0] else [second, first])
 
 
-# description, columns, types of those columns in the first row, row -> [messages] or [chosen, rejected] or the reason to drop it.
-# The first that fits is used; preference rows serve SFT with their chosen side.
+NoneType = type(None)
+# What it is; its columns and their types in the first row; row -> [messages], or [chosen, rejected], or the reason to drop it.
+# The first that fits is used; for SFT, preference rows give their chosen side.
 SCHEMAS = (
-    ("chat: messages", {"messages": list}, lambda row: [row["messages"]]),
-    ("pairs of message lists: chosen, rejected", {"chosen": list, "rejected": list}, lambda row: [row["chosen"], row["rejected"]]),
-    (
-        "prompt, chosen, rejected as strings",
-        {"prompt": str, "chosen": str, "rejected": str},
-        lambda row: [_exchange(row["prompt"], row["chosen"]), _exchange(row["prompt"], row["rejected"])],
-    ),
-    (
-        "hh-rlhf transcripts: chosen, rejected",
-        {"chosen": str, "rejected": str},
-        lambda row: [_transcript(row["chosen"]), _transcript(row["rejected"])],
-    ),
-    (
-        "PKU-SafeRLHF: prompt, response_0, response_1, is_response_0_safe, is_response_1_safe",
-        {"prompt": str, "response_0": str, "response_1": str, "is_response_0_safe": bool, "is_response_1_safe": bool},
-        _pku,
-    ),
-    (
-        "PKU-SafeRLHF pairs: prompt, response[2] (the safer one first: inferred from its contents, the file does not say)",
-        {"prompt": str, "response": list},
-        lambda row: [_exchange(row["prompt"], answer) for answer in row["response"]],
-    ),
-)
+    ("messages", {"messages": list}, lambda row: [row["messages"]]),
+    # Not with a list as prompt: then nothing says whether chosen repeats it.
+    ("chosen, rejected: message lists", {"chosen": list, "rejected": list, "prompt": (str, NoneType)},
+     lambda row: [row["chosen"], row["rejected"]]),
+    ("prompt, chosen, rejected: strings", {"prompt": str, "chosen": str, "rejected": str},
+     lambda row: _exchanges(row["prompt"], [row["chosen"], row["rejected"]])),
+    ("chosen, rejected: hh-rlhf transcripts", {"chosen": str, "rejected": str},
+     lambda row: [_transcript(row["chosen"]), _transcript(row["rejected"])]),
+    ("prompt, response_0, response_1, is_response_0_safe, is_response_1_safe: PKU-SafeRLHF, rows where exactly one is safe",
+     {"prompt": str, "response_0": str, "response_1": str, "is_response_0_safe": bool, "is_response_1_safe": bool}, _pku),
+    # Which of the two is safer is inferred from their contents; no column says so.
+    ("prompt, response: PKU-SafeRLHF pairs, the safer first", {"prompt": str, "response": list},
+     lambda row: _exchanges(row["prompt"], row["response"])),
+)  # fmt: skip
 
 
-def find_schema(name: str, rows: datasets.Dataset, sides: int):
+def find_schema(name: str, rows: datasets.Dataset, sides: tuple[str, ...]):
     """(columns, row -> conversations) of the first of SCHEMAS that fits the columns. ValueError listing both when none does."""
     if len(rows) == 0:
         raise ValueError(f"data {name!r}: no rows")
-    first, known = rows[0], [entry for entry in SCHEMAS if sides == 1 or "messages" not in entry[1]]
+    first, known = rows[0], SCHEMAS if len(sides) == 1 else SCHEMAS[1:]  # messages alone are no pair
     for _, columns, convert in known:
-        # A list of prompt messages would mean that chosen and rejected hold the answers only: none of these schemas.
-        if all(isinstance(first.get(column), kind) for column, kind in columns.items()) and not isinstance(first.get("prompt"), list):
-            return list(columns), convert
+        if all(isinstance(first.get(column), kind) for column, kind in columns.items()):
+            return [column for column in columns if column in first], convert
     found = ", ".join(f"{column} ({type(value).__name__})" for column, value in first.items())
-    raise ValueError(f"data {name!r}: columns {found} fit no known schema; expected one of: {'; '.join(entry[0] for entry in known)}")
+    raise ValueError(f"data {name!r}: columns {found}; expected one of: {'; '.join(what for what, _, _ in known)}")
 
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -405,33 +380,36 @@ class Pairs:
         return hashlib.sha256((self.chosen.fingerprint + self.rejected.fingerprint).encode()).hexdigest()
 
 
-def load_sft(data, tokenizer, template, max_seq_len, supervise, cache_dir, data_eval=None, log=print) -> tuple[Documents, Documents | None]:
-    """Training documents of a mixture {"hub/name" or "path", optionally with "[split]": fraction or count}, and held-out ones.
+def load_sft(config, tokenizer: Tokenizer, log=print) -> tuple[Documents, Documents | None]:
+    """Training and held-out documents of config.data; keys read: data, data_eval, template, max_seq_len, supervise, cache_dir.
 
-    data_eval: None, another mixture, or a float: the fraction of prompts (see is_held_out) that are held out of `data`.
-    Tokenised once and kept under `cache_dir`: let one process per machine call this first, then the others, which find the files.
-    Counts, and rows dropped by reason, go to `log`. ValueError for what a source or a config has wrong, naming source and row.
+    data: {"hub/name" or "path", optionally with "[split]": float fraction or int count}. data_eval: None, the same, or the fraction of
+    prompts (see is_held_out) that `data` goes without. Preference rows give their chosen side. Tokenised once and kept under cache_dir:
+    one process per machine calls this first, then the others, which find the files. What was kept and dropped goes to `log`.
+    ValueError for what a source or a key has wrong, naming source and row.
     """
-    train, held_out = _load(data, ("messages",), tokenizer, template, max_seq_len, supervise, cache_dir, data_eval, log)
+    train, held_out = _load(config, ("messages",), tokenizer, log)
     return train[0], held_out and held_out[0]
 
 
-def load_preferences(data, tokenizer, template, max_seq_len, supervise, cache_dir, data_eval=None, log=print) -> tuple[Pairs, Pairs | None]:
-    """As load_sft, for preference pairs; each side is cut at `max_seq_len` on its own, and a pair is dropped when either side is."""
-    train, held_out = _load(data, ("chosen", "rejected"), tokenizer, template, max_seq_len, supervise, cache_dir, data_eval, log)
+def load_preferences(config, tokenizer: Tokenizer, log=print) -> tuple[Pairs, Pairs | None]:
+    """As load_sft, for preference pairs: each side is cut at max_seq_len by itself; a pair goes when either side is left without answer."""
+    train, held_out = _load(config, ("chosen", "rejected"), tokenizer, log)
     return Pairs(*train), held_out and Pairs(*held_out)
 
 
-def _load(data, sides, tokenizer, template, max_seq_len, supervise, cache_dir, data_eval, log):
-    if data_eval is None or isinstance(data_eval, dict):
-        settings = dict(template=template, max_seq_len=max_seq_len, supervise=supervise, held_out=0.0)
-        train = _load_mixture(data, sides, tokenizer, settings, Path(cache_dir), log)["train"]
-        return train, _load_mixture(data_eval, sides, tokenizer, settings, Path(cache_dir), log)["train"] if data_eval else None
-    if not 0 < data_eval < 1:
-        raise ValueError(f"data_eval={data_eval!r}: expected None, a mixture, or a fraction between 0 and 1")
-    settings = dict(template=template, max_seq_len=max_seq_len, supervise=supervise, held_out=data_eval)
-    splits = _load_mixture(data, sides, tokenizer, settings, Path(cache_dir), log)
-    return splits["train"], splits["eval"]
+def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[list[Documents], list[Documents] | None]:
+    is_share = isinstance(config.data_eval, float)
+    if is_share and not 0 < config.data_eval < 1:
+        raise ValueError(f"data_eval={config.data_eval}: expected a fraction between 0 and 1, a mixture, or None")
+    template = resolve_template(config.template, tokenizer)
+    end_of_turn(template, tokenizer)  # a template that this tokenizer cannot write is refused before anything is read
+    settings = {"template": template, "max_seq_len": config.max_seq_len, "supervise": config.supervise}
+    settings["held_out"] = config.data_eval if is_share else 0.0
+    splits = _load_mixture(config.data, sides, tokenizer, settings, Path(config.cache_dir), log)
+    if config.data_eval and not is_share:
+        splits["eval"] = _load_mixture(config.data_eval, sides, tokenizer, settings, Path(config.cache_dir), log)["train"]
+    return splits["train"], splits.get("eval")
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokenised cache
@@ -439,123 +417,124 @@ def _load(data, sides, tokenizer, template, max_seq_len, supervise, cache_dir, d
 CHUNK = 1024  # rows read and tokenised at a time: enough work for every thread, little memory
 
 
-def _load_mixture(data: dict, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents] | None]:
-    """{"train" | "eval": [Documents per side]} from the cache, or tokenised now and then from the cache."""
-    if not isinstance(data, dict) or not data:
-        raise ValueError(f"data={data!r}: expected {{source: fraction or count}} with at least one source")
-    settings = settings | {"template": resolve_template(settings["template"], tokenizer)}
-    end_of_turn(settings["template"], tokenizer)  # a template that this tokenizer cannot write is refused before anything is read
-    sources = []
+def _load_mixture(data: dict, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
+    """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped from cache_dir; tokenised into it when not there."""
+    sources = []  # (name, rows, row numbers, row -> conversations)
     for name, amount in data.items():
         rows = open_source(name)
-        columns, convert = find_schema(name, rows, len(sides))
+        columns, convert = find_schema(name, rows, sides)
         sources.append((name, rows.select_columns(columns).with_format("arrow"), mixture_rows(len(rows), amount), convert))
-    key = _cache_key(sources, sides, tokenizer, settings)
-    folder = cache_dir / key[:32]
-    splits = _read_cache(folder, sides, log)
-    if splits is None:
-        columns, stats = _tokenise(sources, sides, tokenizer, settings, log)
-        _write_cache(folder, columns, {"key": key, "data": data, "settings": settings, "stats": stats})
-        splits = _read_cache(folder, sides, log)
-    return splits
+    folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
+    if not _is_intact(folder, log):
+        columns, stats = _tokenise(sources, sides, tokenizer, settings)
+        _write_cache(folder, columns, {"data": data, "settings": settings, "stats": stats})
+    stats = json.loads((folder / "meta.json").read_text())["stats"]
+    log(describe(stats))
+    names = [column.name for column in dataclasses.fields(Documents)]
+
+    def column(*parts):
+        return np.load(folder / f"{'.'.join(parts)}.npy", mmap_mode="r", allow_pickle=False)
+
+    return {split: [Documents(*[column(split, side, name) for name in names]) for side in sides] for split in stats["kept"]}
 
 
-def _chunks(rows: datasets.Dataset, indices: np.ndarray):
-    for first in range(0, len(indices), CHUNK):
-        picked = indices[first : first + CHUNK]
-        yield picked, rows[picked]  # a pyarrow.Table
+def _chunks(rows: datasets.Dataset, numbers: np.ndarray):
+    """(row numbers, pyarrow table of those rows), CHUNK at a time."""
+    for first in range(0, len(numbers), CHUNK):
+        picked = numbers[first : first + CHUNK]
+        yield picked, rows[picked]
 
 
 def _cache_key(sources, sides, tokenizer: Tokenizer, settings: dict) -> str:
-    """sha256 of everything that the ids depend on: the picked rows' content (not their path), the tokenizer, the settings, this code."""
+    """sha256 of all that the columns depend on: the picked rows' names and content, the tokenizer, the settings, this file."""
     parts = [sides, settings, tokenizer.fingerprint, tokenizer.bos_token, tokenizer.eos_token, tokenizers.__version__]
     digest = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
-    for name, rows, indices, _ in sources:
-        digest.update(json.dumps([name, len(indices)]).encode() + indices.tobytes())
-        for _, table in _chunks(rows, indices):
+    for name, rows, numbers, _ in sources:
+        digest.update(json.dumps([name, len(numbers)]).encode() + numbers.tobytes())
+        for _, table in _chunks(rows, numbers):
             for batch in table.combine_chunks().to_batches():
                 digest.update(batch.serialize())
     return digest.hexdigest()
 
 
-def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict, log) -> tuple[dict, dict]:
+def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dict[str, np.ndarray], dict]:
     """Columns {"train.chosen.input_ids": array, ..} of the rows that are kept, and the counts."""
-    split_names = ["train", "eval"] if settings["held_out"] else ["train"]
-    parts = {(split, side): ([], []) for split in split_names for side in sides}  # ids and masks, one array per document
-    row_ids, stats, dropped = {split: [] for split in split_names}, Counter(), Counter()
-    with tqdm(total=sum(len(indices) for _, _, indices, _ in sources), desc="tokenising", unit=" rows") as progress:
-        for name, rows, indices, convert in sources:
-            for numbers, table in _chunks(rows, indices):
-                for number, encoded in zip(numbers, _encode_rows(name, numbers, table.to_pylist(), convert, sides, tokenizer, settings)):
-                    if isinstance(encoded, str):
-                        dropped[encoded] += 1
+    splits = ["train", "eval"] if settings["held_out"] else ["train"]
+    documents = {(split, side): [] for split in splits for side in sides}  # (ids, mask) each
+    row_ids, dropped = {split: [] for split in splits}, Counter()
+    counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0)
+    with tqdm(total=sum(len(numbers) for _, _, numbers, _ in sources), desc="tokenising", unit=" rows") as progress:
+        for name, rows, picked, convert in sources:
+            for numbers, table in _chunks(rows, picked):
+                conversations = _render_rows(name, numbers, table.to_pylist(), convert, sides, tokenizer, settings["template"])
+                for number, row in zip(numbers, _encode_rows(conversations, tokenizer, settings, counts)):
+                    if isinstance(row, str):
+                        dropped[row] += 1
                         continue
-                    split = "eval" if encoded[0][-1] else "train"
+                    split, encoded = row
                     row_ids[split].append(f"{name}#{number}")
-                    for side, (ids, mask, straddling, is_cut, _) in zip(sides, encoded):
-                        parts[split, side][0].append(ids)
-                        parts[split, side][1].append(mask)
-                        stats.update(tokens=len(ids), supervised=int(mask.sum()), straddling=straddling, truncated=int(is_cut))
+                    for side, document in zip(sides, encoded):
+                        documents[split, side].append(document)
                 progress.update(len(numbers))
-    stats = dict(rows=progress.n, kept={split: len(row_ids[split]) for split in split_names}, dropped=dict(dropped), **stats)
-    log(describe(stats))
-    for split in split_names:
-        if not row_ids[split]:
-            raise ValueError(f"data: no row is left for {split}: {describe(stats)}")
-    if stats["supervised"] in (0, stats["tokens"]):
-        raise ValueError(f"data: {stats['supervised']:,} of {stats['tokens']:,} tokens are supervised; expected some but not all")
+    stats = {"rows": progress.n, "kept": {split: len(row_ids[split]) for split in splits}, "dropped": dropped, **counts}
+    if 0 in stats["kept"].values() or counts["supervised"] in (0, counts["tokens"]):
+        raise ValueError(f"{describe(stats)}; expected rows on every side, and some but not all of their tokens supervised")
     columns = {}
-    for (split, side), (ids, masks) in parts.items():
-        columns[f"{split}.{side}.input_ids"] = np.concatenate(ids)
-        columns[f"{split}.{side}.loss_mask"] = np.concatenate(masks)
-        columns[f"{split}.{side}.offsets"] = np.cumsum([0] + [len(document) for document in ids], dtype=np.int64)
+    for (split, side), pieces in documents.items():
+        columns[f"{split}.{side}.input_ids"] = np.concatenate([ids for ids, _ in pieces])
+        columns[f"{split}.{side}.loss_mask"] = np.concatenate([mask for _, mask in pieces])
+        columns[f"{split}.{side}.offsets"] = np.cumsum([0] + [len(ids) for ids, _ in pieces], dtype=np.int64)
         columns[f"{split}.{side}.row_ids"] = np.array(row_ids[split])
     return columns, stats
 
 
-def _encode_rows(name: str, numbers, rows: list[dict], convert, sides, tokenizer: Tokenizer, settings: dict) -> list:
-    """Per row: [(ids, mask, straddling tokens, is cut, is held out) per side], or the reason why it is dropped."""
-    results, texts = [], []
+def _render_rows(name: str, numbers, rows: list[dict], convert, sides, tokenizer: Tokenizer, template: str) -> list:
+    """Per row: [(messages, text, spans) per side], or the reason why it is dropped. ValueError names source and row."""
+    rendered = []
     for number, row in zip(numbers, rows):
         try:
             conversations = convert(row)
             if not isinstance(conversations, str):
-                conversations = [(messages, *render(messages, settings["template"], tokenizer)) for messages in conversations[: len(sides)]]
-                texts += [text for _, text, _ in conversations]
-        except (ValueError, TypeError, AttributeError) as error:
+                conversations = [(messages, *render(messages, template, tokenizer)) for messages in conversations[: len(sides)]]
+        except ValueError as error:
             raise ValueError(f"data {name!r}, row {number}: {error}") from error
-        results.append(conversations)
+        rendered.append(conversations)
+    return rendered
+
+
+def _encode_rows(rendered: list, tokenizer: Tokenizer, settings: dict, counts: Counter):
+    """Per row of `rendered`: ("train" or "eval", [(ids, mask) per side]), or the reason why it is dropped. Adds to `counts`."""
+    texts = [text for row in rendered if not isinstance(row, str) for _, text, _ in row]
     encodings = iter(tokenizer.encode_batch(texts))
-    for i, conversations in enumerate(results):
-        if isinstance(conversations, str):
+    limit = settings["max_seq_len"]
+    for row in rendered:
+        if isinstance(row, str):
+            yield row
             continue
-        held_out = is_held_out(conversations[0][0], settings["held_out"])
-        encoded = [
-            _ids_and_mask(next(encodings), spans, tokenizer, settings["max_seq_len"], settings["supervise"])
-            for _, _, spans in conversations
-        ]
-        if all(mask.any() for _, mask, _, _ in encoded):
-            results[i] = [(*part, held_out) for part in encoded]
-        elif all(spans for _, _, spans in conversations):
-            results[i] = f"no answer within {settings['max_seq_len']} tokens"
+        whole = [ids_and_mask(next(encodings), spans, tokenizer, settings["supervise"]) for _, _, spans in row]
+        cut = [(ids[:limit], mask[:limit]) for ids, mask, _ in whole]
+        if not all(spans for _, _, spans in row):
+            yield "without an assistant turn"
+        elif not all(mask.any() for _, mask in cut):
+            yield f"without an answer in the first {limit} tokens"
         else:
-            results[i] = "no assistant turn"
-    return results
+            for (ids, mask), (all_ids, _, straddling) in zip(cut, whole):
+                counts.update(tokens=len(ids), supervised=int(mask.sum()), straddling=straddling, truncated=len(all_ids) > limit)
+            yield "eval" if is_held_out(row[0][0], settings["held_out"]) else "train", cut
 
 
 def describe(stats: dict) -> str:
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in stats["dropped"].items()) or "0"
+    """The line that says what became of the rows."""
     kept = " + ".join(f"{count:,} {split}" for split, count in stats["kept"].items())
-    if "tokens" not in stats:
-        return f"data: {stats['rows']:,} rows -> none; dropped: {dropped}"
-    share = stats["supervised"] / stats["tokens"]
+    dropped = "".join(f", {count:,} dropped {reason}" for reason, count in stats["dropped"].items())
     return (
-        f"data: {stats['rows']:,} rows -> {kept}; dropped: {dropped}; {stats['tokens']:,} tokens, {share:.1%} supervised; "
+        f"data: {stats['rows']:,} rows: {kept}{dropped or ', 0 dropped'}; {stats['tokens']:,} tokens, {stats['supervised']:,} supervised; "
         f"{stats['truncated']:,} conversations truncated; {stats['straddling']:,} tokens straddle header and answer (supervised)"
     )
 
 
 def _write_cache(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
+    """All or nothing: written beside `folder`, then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenising-") as scratch:
         new = Path(scratch) / "columns"
@@ -569,23 +548,15 @@ def _write_cache(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> No
         new.rename(folder)
 
 
-def _read_cache(folder: Path, sides, log) -> dict[str, list[Documents] | None] | None:
-    """The memory-mapped columns of `folder`, or None where there is none or its files are not those that were written."""
-    if not (folder / "meta.json").is_file():
-        return None
-    meta = json.loads((folder / "meta.json").read_text())
-    for name, sha256 in meta["sha256"].items():
-        if not (folder / name).is_file() or _file_sha256(folder / name) != sha256:
-            log(f"data: {folder / name} is missing or damaged: tokenising again")
-            return None
-    splits = {"train": None, "eval": None}
-    for split in meta["stats"]["kept"]:
-        splits[split] = []
-        for side in sides:
-            names = [f"{split}.{side}.{column.name}.npy" for column in dataclasses.fields(Documents)]
-            splits[split].append(Documents(*[np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names]))
-    log(f"{describe(meta['stats'])} (from {folder})")
-    return splits
+def _is_intact(folder: Path, log) -> bool:
+    """Whether `folder` holds, byte for byte, what was written."""
+    if not folder.exists():
+        return False
+    recorded = json.loads((folder / "meta.json").read_text())["sha256"]
+    damaged = [name for name, sha256 in recorded.items() if not (folder / name).is_file() or _file_sha256(folder / name) != sha256]
+    if damaged:
+        log(f"data: {folder}: {', '.join(damaged)} missing or damaged; tokenising again")
+    return not damaged
 
 
 def _file_sha256(path: Path) -> str:
