@@ -69,7 +69,7 @@ class Config:
     out_dir: str = key("run", "path", "run folder: config, manifest, metrics, checkpoints, final model", identity=False)
     log_every: int = key("run", "steps", "between step lines", default=1, least=1, identity=False)
     eval_every: int | None = key(
-        "run", "steps", "between evaluations on data_eval; None: only at the end", default=None, least=1, identity=False
+        "run", "steps", "between evaluations on data_eval; None: at start and end only", default=None, least=1, identity=False
     )
     save_every: int | None = key(
         "run", "steps", "between resumable checkpoints; None: only when stopped", default=None, least=1, identity=False
