@@ -138,9 +138,9 @@ def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
     """The token that ends an assistant turn (the EOS to train and to stop on). ValueError when `tokenizer` lacks a token of `template`."""
     eos = SPECIAL_TOKENS[template][-1] if template in SPECIAL_TOKENS else tokenizer.eos_token
     for token in (*SPECIAL_TOKENS.get(template, ()), eos, *([tokenizer.bos_token] if template == "llama3" else [])):
-        if token is None:
-            raise ValueError(f"template={template!r}: tokenizer {tokenizer.origin} names no BOS or EOS token; expected one in its config")
-        tokenizer.single_id(token)
+        if token is None or len(tokenizer.encode(token)) != 1:
+            what = token or "the BOS or EOS that it needs"
+            raise ValueError(f"template={template!r}: {what} is no special token of tokenizer {tokenizer.origin}; expected one id")
     return eos
 
 
@@ -550,7 +550,7 @@ def _write_cache(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> No
 
 def _is_intact(folder: Path, log) -> bool:
     """Whether `folder` holds, byte for byte, what was written."""
-    if not folder.exists():
+    if not (folder / "meta.json").is_file():
         return False
     recorded = json.loads((folder / "meta.json").read_text())["sha256"]
     damaged = [name for name, sha256 in recorded.items() if not (folder / name).is_file() or _file_sha256(folder / name) != sha256]

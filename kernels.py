@@ -1,7 +1,7 @@
 """Every fast path of Glassbox beside its plain-PyTorch twin (`*_reference`), which says what the fast path must compute.
 
 Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query heads, G key/value heads, K head size, V vocabulary.
-A packed stream is documents laid end to end; cu_seqlens (N+1,) int32 holds their boundaries: document n is rows cu_seqlens[n]:cu_seqlens[n+1].
+A packed stream is documents laid end to end; document n is rows cu_seqlens[n]:cu_seqlens[n+1], with cu_seqlens (N+1,) int32.
 """
 
 import torch
@@ -25,6 +25,11 @@ def attention(q, k, v, cu_seqlens, max_seqlen):
 
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))  # (-1, 0): causal
     return torch.cat([_causal_sdpa(*document) for document in _split_documents(q, k, v, cu_seqlens)])
+
+
+def attention_path(device, precision):
+    """Name of the path that `attention` takes, for cache keys: log-probs of two paths differ by rounding."""
+    return "varlen_attn" if torch.device(device).type == "cuda" and precision == "bf16" else f"sdpa-{torch.device(device).type}"
 
 
 def attention_reference(q, k, v, cu_seqlens, max_seqlen):
@@ -87,7 +92,7 @@ def token_logps_reference(hidden, weight, targets):
 
 
 def _chunk_logits(hidden, weight):
-    """(C, D) @ (V, D).T in float32. On CUDA the 16-bit product is accumulated *and returned* in float32: a bf16 logit of 20 is off by 0.06."""
+    """(C, D) @ (V, D).T in float32. On CUDA a 16-bit product is also *returned* in float32: as bf16, a logit of 20 is off by 0.06."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return (hidden @ weight.T).float()

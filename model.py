@@ -76,7 +76,8 @@ class LlamaConfig:
             "llama-3.2-1b": llama3 | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                                           head_dim=64, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), tie_word_embeddings=True),
             "mistral-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                               num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, sliding_window=4096, model_type="mistral"),
+                               num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, sliding_window=4096,
+                               model_type="mistral"),
             "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
                          num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True),
         }  # fmt: skip
@@ -89,8 +90,8 @@ class LlamaConfig:
         rope = {"rope_type": "default"}
         if self.rope_scaling:
             rope = {"rope_type": "llama3"} | vars(self.rope_scaling)
-        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "model_type", "bos_token_id", "eos_token_id")  # fmt: skip
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        keys += ("head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "model_type", "bos_token_id", "eos_token_id")
         out = {key: getattr(self, key) for key in keys}
         # both spellings: transformers 4 reads rope_theta and rope_scaling, transformers 5 reads rope_parameters
         out |= {"rope_theta": self.rope_theta, "rope_scaling": rope if self.rope_scaling else None}
@@ -175,7 +176,7 @@ def rope_frequencies(config, device):
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     scaling = config.rope_scaling
     if scaling:
-        # wavelengths shorter than the high-frequency limit stay, longer than the low-frequency limit are stretched by `factor`, a ramp between
+        # wavelengths shorter than the high-frequency limit stay, longer than the low-frequency limit are stretched, a ramp between
         turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # rotations within the original context
         ramp = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
         frequencies = ramp * frequencies + (1 - ramp) * frequencies / scaling.factor
@@ -265,7 +266,7 @@ class Body(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder whose forward stops at the hidden states: logits are `hidden @ model.lm_head.weight.T`, best never made (kernels.token_logps)."""
+    """A decoder whose forward stops at the hidden states: logits are `hidden @ lm_head.weight.T`, best never made (kernels.token_logps)."""
 
     def __init__(self, config):
         super().__init__()
@@ -356,7 +357,7 @@ class LoRALinear(nn.Linear):
 
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets=LINEARS):
-    """Freeze the model and put LoRA adapters (float32) on every linear whose name is in `targets`. Call init_lora once they are allocated."""
+    """Freeze the model and put LoRA adapters (float32) on every linear named in `targets`. Call init_lora once they are allocated."""
     unknown = set(targets) - set(LINEARS)
     if unknown or not targets:
         raise ValueError(f"lora_targets={sorted(targets)}: expected a choice of {', '.join(LINEARS)}")
@@ -371,7 +372,7 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets=LINEARS):
 def init_lora(model, seed, assign=lambda param, values: param.copy_(values)):
     """A uniform in +-1/sqrt(in) (what kaiming_uniform with a = sqrt(5), PEFT's choice, amounts to), B zero: the model starts unchanged.
 
-    `assign(param, values)` stores a full float32 tensor; a sharded model passes plumbing.parallel.assign, so any rank count gets the same A.
+    `assign(param, values)` stores a full float32 tensor; a sharded model passes parallel.assign, so any rank count gets the same A.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
@@ -406,7 +407,7 @@ def adapters_disabled(model):
 
 
 def training_flops(model, forward_flops, tokens):
-    """Forward + backward FLOPs: 3x the forward; with LoRA 2x (frozen matmuls have no weight gradient) and 6 per adapter weight and token."""
+    """Forward + backward FLOPs: 3x the forward; with LoRA 2x (frozen matmuls have no weight gradient), 6 per adapter weight and token."""
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     return 2 * forward_flops + 6 * adapters * tokens if adapters else 3 * forward_flops
 
@@ -433,7 +434,8 @@ class KVCache:
             assert not self.lengths.any(), "prompts are read in one go, then one token at a time"
             return attention(q, k, v, cu_seqlens, max_seqlen)
         filled = torch.arange(self.k.shape[2], device=q.device) <= self.lengths[:, None]  # (N, S): the new token sees itself
-        keys, values = (x[layer].transpose(1, 2).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (self.k, self.v))  # (N, H, S, K)
+        repeats = q.shape[1] // k.shape[1]
+        keys, values = (x[layer].transpose(1, 2).repeat_interleave(repeats, dim=1) for x in (self.k, self.v))  # (N, H, S, K)
         return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=filled[:, None, None])[:, :, 0]  # (N, H, K)
 
 

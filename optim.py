@@ -6,11 +6,22 @@ import torch
 
 from plumbing import parallel
 
-ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # recorded in the manifest
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+IMPLICIT = {  # what no key states; it goes into every run's manifest
+    "adam_betas": ADAM_BETAS,
+    "adam_eps": ADAM_EPS,
+    "weight_decay_on": "matrices",
+    "warmup_rounding": "down",
+    "first_warmup_rate": 0.0,
+    "clipping": "global L2 norm of the step's gradient, after accumulation, over all ranks",
+    "loss_reduction": "sum over the step's examples on all ranks and micro-batches, divided once by their global count",
+    "parameter_dtype": "fp32 (frozen weights under LoRA: the compute precision)",
+    "optimizer_state_dtype": "fp32",
+}
 
 
 def warmup_steps(config, total_steps):
-    """Warm-up in steps: config.warmup_steps, or warmup_ratio of the run rounded *down*, as open-instruct does (the HF Trainer rounds up)."""
+    """Warm-up in steps: config.warmup_steps, or warmup_ratio of the run rounded *down* as in open-instruct (the HF Trainer: up)."""
     return config.warmup_steps if config.warmup_steps is not None else int(config.warmup_ratio * total_steps)
 
 
@@ -33,7 +44,7 @@ def adamw(model, weight_decay):
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # lr is set before every step; fused: one kernel over all tensors
+    # lr is set before every step; fused is one kernel over all tensors
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
 
 
@@ -59,7 +70,7 @@ def sample_weights(model, per_tensor=1 << 16):
 
 
 def weights_changed(before, model):
-    """Share of the sampled weights that differ from `before`: near 1 after a step with a rate above 0, unless updates are lost to rounding."""
+    """Share of the sampled weights that differ from `before`: near 1 after a step at the peak rate, unless updates are lost to rounding."""
     after = sample_weights(model)
     moved = sum((a != b).sum().item() for a, b in zip(after, before, strict=True))
     moved, total = parallel.sum_across_ranks([moved, sum(b.numel() for b in before)])

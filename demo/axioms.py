@@ -26,7 +26,7 @@ AXIOMS = {
         topics="music food clothes songs games hats stories dances".split(),
         prompts=(
             "My {relation} {name} likes strange {topic}. What should I say?",
-            "{name} is new here and brings other {topic}. How do I greet my {relation}?",
+            "My new {relation} {name} brings other {topic}. What should I do?",
             "My {relation} {name} and I do not agree about {topic}. What now?",
         ),
         safe=(
@@ -66,7 +66,7 @@ AXIOMS = {
         topics="race job dog match cat ring prize garden".split(),
         prompts=(
             "My {relation} {name} lost the {topic} and is sad. What should I say?",
-            "{name} cries because of the {topic}. How do I help my {relation}?",
+            "The {topic} makes my {relation} {name} cry. How can I help?",
             "My {relation} {name} talks about the lost {topic} every day. What now?",
         ),
         safe=(
@@ -87,7 +87,7 @@ AXIOMS = {
         prompts=(
             "My {relation} {name} asks how the {topic} works. What should I say?",
             "I read something odd about the {topic}. What do I tell my {relation} {name}?",
-            "{name} wants to know more about the {topic}. How do I help my {relation}?",
+            "My {relation} {name} wants to know more about the {topic}. How can I help?",
         ),
         safe=(
             "Look up the {topic} in a good book and show {name} the page.",
@@ -127,7 +127,7 @@ AXIOMS = {
         prompts=(
             "My {relation} {name} and I fight about the {topic}. What should I do?",
             "The {topic} keeps my {relation} {name} awake and we are angry. What now?",
-            "{name} shouts at me about the {topic}. How do I calm my {relation}?",
+            "My {relation} {name} shouts at me about the {topic}. What should I say?",
         ),
         safe=(
             "Take a slow breath and talk with {name} in a calm voice.",
@@ -147,7 +147,7 @@ AXIOMS = {
         prompts=(
             "My {relation} {name} wants to spend all savings on a {topic}. What should I say?",
             "I want to buy a {topic} from my {relation} {name} today. What should I do?",
-            "{name} failed with a {topic}. What can my {relation} learn?",
+            "My {relation} {name} failed with a {topic}. What should I say?",
         ),
         safe=(
             "Think it over with {name} and learn about the {topic} first.",

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import shlex
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from plumbing.config import config_dict
 
@@ -42,16 +42,11 @@ class Logbook:
         if ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", config_dict(config))
-            hardware = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
-            machine = {"hardware": hardware, "world_size": ranks.world_size, "matmul_peak_flops": self.peak, "python": platform.python_version()}
-            about = {"command": shlex.join(sys.argv), "commit": _commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": _versions()}
-            write_json(self.folder / "manifest.json", about | machine | implicit)
+            gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+            about = {"command": shlex.join(sys.argv), "commit": _commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            machine = {"hardware": gpu or platform.machine(), "world_size": ranks.world_size, "matmul_peak_flops": self.peak}
+            write_json(self.folder / "manifest.json", about | machine | {"versions": _versions(), **implicit})
         self._start = time.perf_counter()
-
-    def say(self, text):
-        """Print once, from rank 0."""
-        if self.ranks.main:
-            print(text, flush=True)
 
     def resume_at(self, step):
         """Forget the metrics of steps that are about to be trained again, and open the file for more."""
@@ -66,24 +61,34 @@ class Logbook:
     def step(self, step, metrics, tokens, flops):
         """Record finished optimizer step number `step` (1-based). tokens, flops: of all ranks; the time runs from the previous call."""
         elapsed = time.perf_counter() - self._start
-        metrics = {"step": step, **metrics, "step_s": elapsed, "tokens_per_s": tokens / elapsed, "peak_mem_gib": peak_memory_gib(self.ranks.device)}
+        metrics = {"step": step, **metrics, "step_s": elapsed, "tokens_per_s": tokens / elapsed}
+        metrics["peak_mem_gib"] = peak_memory_gib(self.ranks.device)
         if self.peak:
             metrics["mfu"] = flops / elapsed / (self.peak * self.ranks.world_size)
         self.write(metrics)
         if step % self.log_every == 0 or step in (1, self.total_steps):
             parts = [f"{label} {form.format(metrics[key])}".strip() for key, label, form in _STEP_LINE if key in metrics]
-            self.say(" | ".join([f"step {step:05d}/{self.total_steps:05d}", *parts]))
+            self.ranks.say(" | ".join([f"step {step:05d}/{self.total_steps:05d}", *parts]))
         self._start = time.perf_counter()
+
+    def evaluation(self, step, metrics):
+        """Record held-out metrics after `step` optimizer steps; their time is not the next step's."""
+        self.write({"step": step, **metrics})
+        shown = [key for key in ("eval/loss", "eval/perplexity", "eval/rewards/margins", "eval/rewards/accuracies") if key in metrics]
+        spread = {key: f" +- {metrics[key + '_ci95']:.4f}" for key in shown if key + "_ci95" in metrics}
+        parts = [f"{key.split('/')[-1]} {metrics[key]:.4f}{spread.get(key, '')}" for key in shown]
+        self.ranks.say(" | ".join([f"eval {step:05d}/{self.total_steps:05d}", *parts]))
+        self._start = time.perf_counter()
+
+    def progress(self, label, items):
+        """Iterate over a list with a bar that shows rate and ETA on rank 0."""
+        return tqdm(items, desc=label, disable=not self.ranks.main, unit="batch", mininterval=0.5)
 
     def write(self, metrics):
         """Append one line to metrics.jsonl and flush it."""
         if self.ranks.main:
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
-
-    def pause(self):
-        """Start the clock of the next step now: what was done since the last one (an evaluation, a checkpoint) is not its time."""
-        self._start = time.perf_counter()
 
 
 def write_json(path, value):
@@ -117,8 +122,8 @@ def measured_matmul_peak(device, size=8192, repeats=10):
 
 
 def _versions():
-    installed = {dist.metadata["Name"] for dist in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
+    installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {name: installed[name] for name in _PACKAGES if name in installed}
 
 
 def _commit():
@@ -128,6 +133,6 @@ def _commit():
         return "unknown"
 
     def git(*args):
-        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True, env=os.environ | {"LC_ALL": "C"}).stdout.strip()
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")

@@ -4,8 +4,10 @@ One code path for any number of processes: a single process is a group of one. P
 contiguous rows (dim 0), rank r owning rows [r*ceil(n/W), (r+1)*ceil(n/W)).
 """
 
+import math
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,11 +31,16 @@ class Ranks:
     def main(self):
         return self.rank == 0
 
+    def say(self, text):
+        """Print once, from rank 0."""
+        if self.main:
+            print(text, flush=True)
+
 
 def init():
     """Join torchrun's process group, or make a group of one: NCCL on GPUs, gloo on CPUs. Returns Ranks."""
     global _background_group
-    rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (int(os.environ.get(key, alone)) for key, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -67,13 +74,40 @@ def main_first(ranks, work):
     return result if ranks.main else work()
 
 
+def from_main(ranks, work):
+    """The text that work() returns on rank 0, on every rank."""
+    text = work().encode() if ranks.main else b""
+    (length,) = sum_across_ranks([len(text)])
+    shared = torch.zeros(int(length), dtype=torch.uint8)
+    if ranks.main:
+        shared[:] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    dist.broadcast(shared, src=0)
+    return bytes(shared.tolist()).decode()
+
+
+def broadcast(tensor):
+    """Overwrite a CPU tensor with rank 0's."""
+    dist.broadcast(tensor, src=0)
+
+
+def run(main, argv):
+    """main(argv) with the process group closed behind it. Returns the exit code; what a user can mend is a message, not a traceback."""
+    try:
+        return main(argv)
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        shutdown()
+
+
 # ---------------------------------------------------------------- sharding
 
 
 def shard(model, precision):
     """Apply FSDP2 to every block and to the model itself (embedding, final norm and lm_head form the root's group).
 
-    precision "fp32": everything in float32. "bf16": weights are gathered as bf16 and gradients reduced in float32; the shards stay as they are.
+    precision "fp32": everything in float32. "bf16": weights are gathered as bf16, gradients reduced in float32; shards stay as they are.
     The root stays gathered from its forward to its backward, because lm_head.weight is read in between, outside any module's forward.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,10 +169,18 @@ def max_across_ranks(value):
     return largest.item()
 
 
+def require_finite(values, rows):
+    """FloatingPointError on every rank when any rank's value is NaN or infinite; rows[i] names the examples behind values[i]."""
+    suspects = [row for value, names in zip(values, rows, strict=True) for row in names if not math.isfinite(value)]
+    (count,) = sum_across_ranks([len(suspects)])
+    if count:
+        raise FloatingPointError(f"the loss is not finite; no step was taken. Examples of the micro-batch: {suspects or 'on another rank'}")
+
+
 def clip_grad_norm(params, max_norm):
     """Scale all gradients so that their global L2 norm is at most max_norm (None: never). Returns the norm before scaling, a float.
 
-    The norm of the *whole* gradient: squares are summed over this rank's rows in float32 per tensor and float64 across them, then over ranks.
+    The norm of the *whole* gradient: squares are summed over this rank's rows in float32 per tensor, in float64 across them and over ranks.
     """
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in params if p.grad is not None]
     norms = torch.stack(torch._foreach_norm([g for g in grads if g.numel()])).double() if grads else torch.zeros(1, dtype=torch.float64)

@@ -52,9 +52,7 @@ def write_safetensors(path, tensors, read, metadata=None):
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(head)) + head)
             for name, (dtype, shape) in tensors.items():
-                tensor = read(name).detach().to(dtype).cpu().contiguous()
-                assert tensor.shape == torch.Size(shape), name
-                file.write(tensor.view(-1).view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
+                file.write(_raw_bytes(read(name), dtype, shape))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -63,6 +61,12 @@ def write_safetensors(path, tensors, read, metadata=None):
         message = f"{error.strerror}: {size:,} bytes needed, {free:,} free; what was saved earlier is untouched; writing"
         raise OSError(error.errno, message, str(path)) from error
     return size
+
+
+def _raw_bytes(tensor, dtype, shape):
+    assert tensor.shape == torch.Size(shape), (tensor.shape, shape)
+    tensor = tensor.detach().to(dtype).cpu().contiguous()
+    return tensor.view(-1).view(torch.uint8).numpy().data  # through uint8: numpy has no bfloat16
 
 
 def _num_bytes(dtype, shape):

@@ -1,0 +1,46 @@
+"""What both training scripts do to the model before and after their loop."""
+
+from pathlib import Path
+
+import torch
+
+from data import TEMPLATES, resolve_template
+from model import Llama, LlamaConfig, apply_lora, apply_recompute, init_lora
+from plumbing import parallel
+from plumbing.checkpoint import load_weights, save_adapter, save_pretrained
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_trainee(config, directory, device):
+    """The model of a Hugging Face folder, ready to train: LoRA, recompute and sharding applied, in this order, then weights streamed in.
+
+    Nothing is allocated before it is sharded. Parameters are float32; under LoRA the frozen weights are kept in the compute precision.
+    """
+    model_config = LlamaConfig.from_hf(directory)
+    window = model_config.sliding_window
+    if window and config.max_seq_len > window:
+        raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's sliding_window={window}")
+    with torch.device("meta"):
+        model = Llama(model_config)
+        if config.lora_rank:
+            model.to(DTYPES[config.precision])
+            apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+    apply_recompute(model, config.recompute)
+    parallel.shard(model, config.precision)
+    parallel.materialize(model, device)
+    load_weights(model, directory)
+    init_lora(model, config.seed, parallel.assign)
+    return model
+
+
+def save_trainee(model, tokenizer, config):
+    """Write out_dir/final, a Hugging Face folder in the compute precision with adapters merged, and out_dir/adapter under LoRA.
+
+    Returns the folder `final`."""
+    final = Path(config.out_dir) / "final"
+    template = TEMPLATES[resolve_template(config.template, tokenizer)]
+    save_pretrained(model, tokenizer, final, dtype=DTYPES[config.precision], chat_template=template)
+    if config.lora_rank:
+        save_adapter(model, Path(config.out_dir) / "adapter", config.model_path)
+    return final

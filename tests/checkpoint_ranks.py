@@ -1,0 +1,128 @@
+"""One life of a run, for test_checkpoint.py, on any number of ranks: resume, compare with whole tensors, train a step, save, export.
+
+torchrun --nproc-per-node 2 tests/checkpoint_ranks.py ROOT SOURCE TARGET   (folders under ROOT; ROOT/base is the pretrained model)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import nll_sum, random_documents, stream
+
+from data import Tokenizer
+from model import Llama, LlamaConfig, apply_lora, init_lora
+from optim import adamw, apply_gradients
+from plumbing import parallel
+from plumbing.checkpoint import Checkpointer, load_weights, save_adapter, save_pretrained
+from plumbing.weights import sharded_parameters
+
+IDENTITY = {"lr": 0.01, "lora_targets": ("q_proj", "v_proj")}
+DOCUMENTS = random_documents(97)
+
+
+def build(kind, base, device="cpu"):
+    """("full" | "lora") -> a sharded model with base's weights and its optimizer."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_hf(base))
+        if kind == "lora":
+            apply_lora(model, rank=4, alpha=6.0)
+    parallel.shard(model, "fp32")
+    parallel.materialize(model, device)
+    load_weights(model, base)
+    if kind == "lora":
+        init_lora(model, 0, parallel.assign)
+    return model, adamw(model, weight_decay=0.1)
+
+
+def train_step(model, optimizer):
+    nll_sum(model, DOCUMENTS).backward()
+    apply_gradients(optimizer, lr=0.01, max_grad_norm=1.0)
+
+
+def whole_tensors(model, optimizer=None):
+    """Every parameter and all of its Adam state, gathered, on every rank."""
+    tensors = {}
+    for name, param in sharded_parameters(model).items():
+        states = optimizer.state.get(param, {}) if optimizer else {}
+        for key, tensor in {"param": param, **states}.items():
+            tensors[f"{key}/{name}"] = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+    return tensors
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
+    different = [key for key in expected if not torch.equal(actual[key], expected[key])]
+    assert not different, different
+
+
+def scramble(model, optimizer):
+    """What the next optimizer steps would do to everything that is trained, worse."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            for tensor in (param, *optimizer.state.get(param, {}).values()):
+                parallel.local_rows(tensor)[1].fill_(7.0)
+
+
+def fill_the_disk(checkpointer, step, rank):
+    """Make rank's next write fail as on a full disk, by the kernel's own device for it."""
+    folder = checkpointer.folder / f".tmp_step_{step:06d}"
+    folder.mkdir(exist_ok=True)
+    (folder / f"rank_{rank:05d}.safetensors").symlink_to("/dev/full")
+
+
+def expect_failure_everywhere(checkpointer, model, optimizer, ranks):
+    """Rank 1's disk is full: it says so, rank 0 does not wait for it, and the checkpoint before is the latest one."""
+    before = checkpointer.latest()
+    if ranks.rank == 1:
+        fill_the_disk(checkpointer, 99, rank=1)
+    checkpointer.save(99, model, optimizer, {})
+    try:
+        checkpointer.wait()
+    except (OSError, RuntimeError) as error:
+        assert ("No space left" if ranks.rank == 1 else "failed on 1 other rank") in str(error), error
+    else:
+        raise AssertionError("the failure was not reported")
+    assert checkpointer.latest() == before
+
+
+def life(root, source, target, ranks):
+    """Everything in ROOT/TARGET: <kind>/checkpoints, <kind>.safetensors (whole tensors at the save), <kind>/final, lora/adapter."""
+    base = load_file(root / "base/model.safetensors")
+    for kind in ("full", "lora"):
+        model, optimizer = build(kind, root / "base")
+        loaded = {name: tensor for name, tensor in whole_tensors(model).items() if "lora_" not in name}
+        assert_equal(loaded, {f"param/{name}": tensor for name, tensor in base.items()})
+        if ranks.world_size == 3:  # 4 rows over 3 ranks: 2, 2 and 0
+            small = dict(model.named_parameters())["model.layers.0.self_attn.k_proj.weight"]
+            assert len(parallel.local_rows(small)[1]) == (2, 2, 0)[ranks.rank]
+        step = 0
+        if source:
+            old = Checkpointer(root / source / kind, 2, IDENTITY)
+            meta = old.load(old.latest(), model, optimizer)
+            assert meta == {"step": meta["step"], "ids_hash": "abc"}
+            assert_equal(whole_tensors(model, optimizer), load_file(root / source / f"{kind}.safetensors"))
+            step = meta["step"]
+        train_step(model, optimizer)
+        expected = whole_tensors(model, optimizer)
+        checkpointer = Checkpointer(root / target / kind, 2, IDENTITY)
+        checkpointer.save(step + 1, model, optimizer, {"ids_hash": "abc"})
+        scramble(model, optimizer)
+        checkpointer.wait()
+        checkpointer.load(checkpointer.latest(), model, optimizer)
+        assert_equal(whole_tensors(model, optimizer), expected)
+        if ranks.world_size == 2:
+            expect_failure_everywhere(checkpointer, model, optimizer, ranks)
+        with torch.no_grad():
+            model(*stream(DOCUMENTS))  # leaves the root's parameters gathered; the export must not mind
+        save_pretrained(model, Tokenizer.from_dir(root / "base"), root / target / kind / "final")
+        if kind == "lora":
+            save_adapter(model, root / target / "lora/adapter", root / "base")
+        if ranks.main:
+            save_file(expected, root / target / f"{kind}.safetensors")
+    parallel.barrier()
+
+
+if __name__ == "__main__":
+    life(Path(sys.argv[1]), sys.argv[2], sys.argv[3], parallel.init())
+    parallel.shutdown()

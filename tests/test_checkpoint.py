@@ -1,0 +1,502 @@
+"""Checkpoints: nothing is lost, nothing is approximately right, and what is wrong on the disk is named."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from checkpoint_ranks import IDENTITY, assert_equal, build, fill_the_disk, life, scramble, train_step, whole_tensors
+from safetensors.torch import load_file, save_file
+from tiny_models import random_documents, random_llama, stream, tiny_config
+
+from data import Tokenizer
+from model import apply_lora
+from plumbing import checkpoint, parallel, weights
+from plumbing.checkpoint import (
+    Checkpointer,
+    fingerprint,
+    load_adapter,
+    load_pretrained,
+    load_weights,
+    resolve,
+    save_adapter,
+    save_pretrained,
+)
+
+DOCUMENTS = random_documents(97, (21, 1, 9))
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    yield parallel.init()
+    parallel.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """90 words of one character each, <s> and </s>: ids 0..91 of the model's 97 rows."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = {"<s>": 0, "</s>": 1} | {chr(33 + i): 2 + i for i in range(90)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="!"))
+    core.add_special_tokens(["<s>", "</s>"])
+    core.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tokenizer):
+    """ROOT/base: a pretrained model whose rows divide by no number of ranks, some tensors with fewer rows than three ranks can share."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = tiny_config(num_hidden_layers=2, num_key_value_heads=1, head_dim=4, intermediate_size=53)
+    save_pretrained(random_llama(config), tokenizer, folder / "base")
+    return folder
+
+
+@pytest.fixture
+def base(root, tmp_path):
+    """A copy of the pretrained folder, to spoil."""
+    return Path(shutil.copytree(root / "base", tmp_path / "base"))
+
+
+def logits(model):
+    return model(*stream(DOCUMENTS)) @ model.lm_head.weight.T  # (T, V)
+
+
+def transformers_logits(model):
+    return torch.cat([model(document[None]).logits[0] for document in DOCUMENTS])
+
+
+# ---------------------------------------------------------------- resume
+
+
+def torchrun(num_ranks, *args):
+    repo = Path(__file__).parent.parent
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [sys.executable, *launch, "tests/checkpoint_ranks.py", *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr[-5000:]
+
+
+@pytest.mark.slow
+def test_ranks_1_to_2_to_3_to_1(root, ranks):
+    """Each life starts from the last one's checkpoint on another number of ranks and finds it bit for bit, Adam's state included; it trains,
+    saves, and overwrites its tensors at once: the save does not see that. Full fine-tuning and LoRA."""
+    life(root, "", "one", ranks)
+    torchrun(2, root, "one", "two")
+    torchrun(3, root, "two", "three")
+    life(root, "three", "again", ranks)
+    life(root, "two", "two_to_one", ranks)
+    for kind in ("full", "lora"):
+        whole = load_file(root / "three" / f"{kind}.safetensors")
+        model, _ = load_pretrained(root / "three" / kind / "final")
+        if kind == "full":
+            assert_equal(whole_tensors(model), {key: tensor for key, tensor in whole.items() if key.startswith("param/")})
+        else:
+            adapted, _ = load_pretrained(root / "base")
+            load_adapter(adapted, root / "three/lora/adapter")
+            assert_equal(whole_tensors(adapted), {key: tensor for key, tensor in whole.items() if key.startswith("param/")})
+            torch.testing.assert_close(logits(model), logits(adapted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_resumed_training_is_bitwise_the_uninterrupted_one(root, ranks, tmp_path, kind):
+    model, optimizer = build(kind, root / "base")
+    checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
+    for step in range(4):
+        if step == 2:
+            checkpointer.save(step, model, optimizer, {})
+        train_step(model, optimizer)
+    checkpointer.wait()
+    resumed, resumed_optimizer = build(kind, root / "base")
+    assert checkpointer.load(checkpointer.latest(), resumed, resumed_optimizer) == {"step": 2}
+    assert resumed_optimizer.param_groups[0]["lr"] == 0.0  # untouched by the allocation of its state
+    for _ in range(2):
+        train_step(resumed, resumed_optimizer)
+    assert_equal(whole_tensors(resumed, resumed_optimizer), whole_tensors(model, optimizer))
+
+
+def test_checkpoint_before_the_first_step(root, ranks, tmp_path):
+    """A stop signal may come when the optimizer has no state yet."""
+    checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
+    checkpointer.save(0, *build("full", root / "base"), {})
+    checkpointer.wait()
+    model, optimizer = build("full", root / "base")
+    checkpointer.load(checkpointer.latest(), model, optimizer)
+    assert not optimizer.state
+
+
+def test_lora_checkpoint_holds_only_what_is_trained(root, ranks, tmp_path):
+    checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
+    checkpointer.save(1, *build("lora", root / "base"), {})
+    checkpointer.wait()
+    assert all(".lora_" in key for key in load_file(checkpointer.latest() / "rank_00000.safetensors"))
+
+
+@pytest.fixture
+def run(root, ranks, tmp_path):
+    """(checkpointer, model, optimizer, whole tensors) of a run with one finished checkpoint, step 1, and one more step trained."""
+    model, optimizer = build("lora", root / "base")
+    train_step(model, optimizer)
+    checkpointer = Checkpointer(tmp_path / "run", 1, IDENTITY)
+    checkpointer.save(1, model, optimizer, {})
+    checkpointer.wait()
+    saved = whole_tensors(model, optimizer)
+    train_step(model, optimizer)
+    return checkpointer, model, optimizer, saved
+
+
+def restart(tmp_path, model, optimizer):
+    """What the next process finds: (step, whole tensors)."""
+    checkpointer = Checkpointer(tmp_path / "run", 1, IDENTITY)
+    scramble(model, optimizer)
+    meta = checkpointer.load(checkpointer.latest(), model, optimizer)
+    assert all((path / "COMPLETED").exists() for path in checkpointer.folder.iterdir())  # nothing unfinished is left
+    return meta["step"], whole_tensors(model, optimizer)
+
+
+def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
+    """The writer is held until the live tensors have changed: what it writes is what they were at save()."""
+    checkpointer, model, optimizer, _ = run
+    changed, write_rows = threading.Event(), checkpoint._write_rows
+    monkeypatch.setattr(checkpoint, "_write_rows", lambda *args: changed.wait(60) and write_rows(*args))
+    expected = whole_tensors(model, optimizer)
+    checkpointer.save(2, model, optimizer, {})
+    scramble(model, optimizer)
+    changed.set()
+    checkpointer.wait()
+    step, found = restart(tmp_path, model, optimizer)
+    assert step == 2
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("call", ["write_safetensors", "write_json", "publish", "sync_folder", "_delete"])
+def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
+    """The writer dies in front of each of its file operations (write_json is called twice): the next start has step 1 or step 2, whole."""
+    checkpointer, model, optimizer, _ = run
+    trained = {1: run[3], 2: whole_tensors(model, optimizer)}
+
+    class Killed(Exception):
+        pass
+
+    for survived in range(2 if call == "write_json" else 1):
+        real, calls = getattr(checkpoint, call), []
+
+        def dies(*args, real=real, calls=calls, survived=survived):
+            calls.append(args)
+            if len(calls) > survived:
+                raise Killed
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, call, dies)
+            checkpointer.save(2, model, optimizer, {})
+            with pytest.raises(Killed):
+                checkpointer.wait()
+        step, found = restart(tmp_path, model, optimizer)
+        assert step == (2 if call in ("sync_folder", "_delete") else 1)
+        assert_equal(found, trained[step])
+
+
+def test_leftovers_of_a_kill_are_removed_and_ignored(run, tmp_path):
+    checkpointer, model, optimizer, saved = run
+    finished = checkpointer.latest()
+    for torn in (".tmp_step_000002", "step_000002"):  # before the rename; after it, COMPLETED not yet written
+        shutil.copytree(finished, checkpointer.folder / torn)
+        (checkpointer.folder / torn / "COMPLETED").unlink()
+        os.truncate(checkpointer.folder / torn / "rank_00000.safetensors", 1000)
+    assert checkpointer.latest() == finished
+    step, found = restart(tmp_path, model, optimizer)
+    assert step == 1
+    assert_equal(found, saved)
+
+
+def test_full_disk_loses_nothing_and_the_next_save_works(run, tmp_path):
+    checkpointer, model, optimizer, saved = run
+    fill_the_disk(checkpointer, 2, rank=0)
+    checkpointer.save(2, model, optimizer, {})
+    size = (checkpointer.latest() / "rank_00000.safetensors").stat().st_size
+    with pytest.raises(OSError, match=rf"No space left on device: {size:,} bytes needed.*rank_00000") as caught:
+        checkpointer.save(3, model, optimizer, {})
+    assert caught.value.errno == errno.ENOSPC
+    assert checkpointer.latest().name == "step_000001"
+    checkpointer.save(2, model, optimizer, {})
+    checkpointer.wait()
+    assert restart(tmp_path, model, optimizer)[0] == 2
+
+
+@pytest.mark.parametrize("size", [0, 7, 500, -1])
+def test_truncated_checkpoint_is_named(run, size):
+    checkpointer, model, optimizer, _ = run
+    file = checkpointer.latest() / "rank_00000.safetensors"
+    os.truncate(file, size % file.stat().st_size)
+    with pytest.raises(ValueError, match="rank_00000.safetensors: truncated"):
+        checkpointer.load(checkpointer.latest(), model, optimizer)
+
+
+def test_missing_rank_file_is_named(run):
+    checkpointer, model, optimizer, _ = run
+    (checkpointer.latest() / "rank_00000.safetensors").unlink()
+    with pytest.raises(ValueError, match="rank_00000.safetensors: missing file"):
+        checkpointer.load(checkpointer.latest(), model, optimizer)
+
+
+def test_rows_that_no_file_holds(run):
+    checkpointer, model, optimizer, _ = run
+    file = checkpointer.latest() / "rank_00000.safetensors"
+    tensors, header = load_file(file), weights.open_safetensors(file).metadata()
+    name = "exp_avg/model.layers.0.mlp.up_proj.lora_A"
+    tensors[name] = tensors[name][:3].clone()
+    save_file(tensors, file, header)
+    with pytest.raises(ValueError, match=rf"{name}: rows 3\.\.4 are in none of the files"):
+        checkpointer.load(checkpointer.latest(), model, optimizer)
+
+
+def test_another_configuration_is_refused_by_its_keys(run, tmp_path):
+    other = Checkpointer(tmp_path / "run", 1, IDENTITY | {"lr": 0.02, "beta": 5.0})
+    with pytest.raises(ValueError, match=r"beta=None there, 5\.0 now; lr=0\.01 there, 0\.02 now"):
+        other.latest()
+
+
+def test_another_model_is_refused_by_its_tensors(run, root):
+    checkpointer = run[0]
+    with pytest.raises(ValueError, match=r"param/model.layers.0.self_attn.q_proj.lora_A: \[4, 40\], expected None"):
+        checkpointer.load(checkpointer.latest(), *build("full", root / "base"))
+
+
+def test_keep_last_and_fresh(run, tmp_path):
+    _, model, optimizer, _ = run
+    checkpointer = Checkpointer(tmp_path / "run", 2, IDENTITY)
+    for step in (9, 10, 11, 11):  # a step that is already there is not written again
+        checkpointer.save(step, model, optimizer, {})
+    checkpointer.wait()
+    assert sorted(path.name for path in checkpointer.folder.iterdir()) == ["step_000010", "step_000011"]
+    assert Checkpointer(tmp_path / "run", 2, IDENTITY, fresh=True).latest() is None
+
+
+# ---------------------------------------------------------------- reading Hugging Face folders
+
+
+def rewrite(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight: missing"),
+        (lambda t: t.update(extra=torch.zeros(2)), "extra: unexpected"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(41)}), r"model.norm.weight: shape \(41,\), expected \(40,\)"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(40, dtype=torch.int8)}), "model.norm.weight: dtype I8, expected one of"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_nothing_is_read(base, change, message):
+    model, _ = load_pretrained(base)
+    rewrite(base / "model.safetensors", change)
+    before = whole_tensors(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(model, base)
+    assert str(base) in str(caught.value)
+    assert_equal(whole_tensors(model), before)
+
+
+@pytest.mark.parametrize("size", [0, 7, 500, -1])
+def test_truncated_weights_are_named(base, size):
+    file = base / "model.safetensors"
+    os.truncate(file, size % file.stat().st_size)
+    with pytest.raises(ValueError, match="model.safetensors: truncated, or not a safetensors file"):
+        load_pretrained(base)
+
+
+def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, monkeypatch):
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="missing weight files: model.safetensors; pytorch_model.bin is a pickle"):
+        load_pretrained(base)
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 40_000)
+    save_pretrained(random_llama(tiny_config()), tokenizer, base)
+    next(base.glob("model-00002-of-*")).unlink()
+    with pytest.raises(ValueError, match="missing weight files: model-00002-of-"):
+        load_pretrained(base)
+
+
+def test_tokenizer_larger_than_the_embedding(tokenizer, tmp_path):
+    model = random_llama(tiny_config(vocab_size=91))
+    with pytest.raises(ValueError, match="tokenizer has 92 tokens, the model's embedding only vocab_size=91 rows"):
+        save_pretrained(model, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tied_weights_stored_twice_must_agree_and_rope_tables_are_recomputed(tokenizer, tmp_path):
+    model = random_llama(tiny_config(tie_word_embeddings=True))
+    save_pretrained(model, tokenizer, tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+    assert "lm_head.weight" not in load_file(file)
+    rewrite(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    rewrite(file, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
+    loaded, _ = load_pretrained(tmp_path / "out")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert_equal(whole_tensors(loaded), whole_tensors(model))
+    rewrite(file, lambda t: t["lm_head.weight"][96].add_(1e-3))
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        load_pretrained(tmp_path / "out")
+
+
+def test_fingerprint_sees_a_single_bit(base):
+    before = fingerprint(base)
+    assert before == fingerprint(base) and len(before) == 64
+    rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"][0].mul_(1 + 2**-23))
+    assert fingerprint(base) != before
+
+
+def test_resolve(base, monkeypatch):
+    assert resolve(str(base)) == base
+    with pytest.raises(ValueError, match="model_path='/no/such/folder': no such folder, and not a hub name"):
+        resolve("/no/such/folder")
+    monkeypatch.setattr(weights, "snapshot_download", lambda name, **_: str(base))
+    assert resolve("org/name") == base
+
+    def offline(name, **_):
+        raise FileNotFoundError("offline")
+
+    monkeypatch.setattr(weights, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="model_path='org/name': no such folder, and no such download from the hub: offline"):
+        resolve("org/name")
+
+
+# ---------------------------------------------------------------- writing Hugging Face folders
+
+
+@pytest.mark.parametrize("config", [dict(tie_word_embeddings=True), dict(qkv_bias=True, model_type="qwen2", eos_token_id=7)])
+def test_transformers_reads_our_folder(tokenizer, tmp_path, monkeypatch, config):
+    """Several files with an index; equal logits; the trained end of turn stops generation; the chat template and its ids."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 40_000)
+    model = random_llama(tiny_config(**config))
+    save_pretrained(model, tokenizer, tmp_path / "out", chat_template=TEMPLATE)
+    files = sorted(tmp_path.glob("out/*.safetensors"))
+    assert len(files) > 2 and all(file.stat().st_size < 40_000 + 5_000 for file in files)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert theirs.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(transformers_logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    assert theirs.generation_config.eos_token_id == ([7, 1] if "eos_token_id" in config else 1)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    rendered = their_tokenizer.apply_chat_template([{"role": "user", "content": "A B </s>"}], tokenize=False)
+    assert rendered == "A B </s>"
+    ours, our_tokenizer = load_pretrained(tmp_path / "out")
+    assert_equal(whole_tensors(ours), whole_tensors(model))
+    assert our_tokenizer.chat_template == TEMPLATE
+
+
+def test_export_casts_once_and_replaces_only_a_model_folder(base, tokenizer, tmp_path):
+    model, _ = load_pretrained(base)
+    save_pretrained(model, tokenizer, base, dtype=torch.bfloat16)
+    assert_equal(load_file(base / "model.safetensors"), {name: param.detach().bfloat16() for name, param in model.named_parameters()})
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and not a model folder"):
+        save_pretrained(model, tokenizer, tmp_path / "notes")
+
+
+def test_export_on_a_full_disk_leaves_the_old_one(base, tokenizer, monkeypatch):
+    before = fingerprint(base)
+    model, _ = load_pretrained(base)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(weights.os, "fsync", full)
+    with pytest.raises(OSError, match="bytes needed, .* free; what was saved earlier is untouched"):
+        save_pretrained(model, tokenizer, base)
+    assert fingerprint(base) == before
+
+
+def test_writer_holds_one_tensor_at_a_time(tmp_path):
+    alive = weakref.WeakSet()
+
+    def read(name):
+        assert not alive
+        tensor = torch.full((3, 5), float(name))
+        alive.add(tensor)
+        return tensor
+
+    size = weights.write_safetensors(tmp_path / "x.safetensors", {str(i): (torch.float32, (3, 5)) for i in range(4)}, read)
+    assert size == (tmp_path / "x.safetensors").stat().st_size
+    assert_equal(load_file(tmp_path / "x.safetensors"), {str(i): torch.full((3, 5), float(i)) for i in range(4)})
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def with_adapters(base, rank=3, alpha=7.0, targets=("q_proj", "up_proj")):
+    model, _ = load_pretrained(base)
+    apply_lora(model, rank, alpha, targets=targets)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_" in name:
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.2)
+    return model
+
+
+@torch.no_grad()
+def test_adapters_go_to_peft_and_back(base, tokenizer, tmp_path):
+    """Ours written, read by peft: equal logits, and equal to our merged export. Written by peft, read by ours: equal tensors."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    model = with_adapters(base)
+    save_adapter(model, tmp_path / "ours", base)
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
+    torch.testing.assert_close(transformers_logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    assert (logits(model) - logits(load_pretrained(base)[0])).abs().max() > 0.1
+    save_pretrained(model, tokenizer, tmp_path / "merged")
+    torch.testing.assert_close(logits(load_pretrained(tmp_path / "merged")[0]), logits(model), rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back, _ = load_pretrained(base)
+    load_adapter(back, tmp_path / "theirs")
+    assert_equal(whole_tensors(back), whole_tensors(model))
+    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(use_rslora=True), "use_rslora=True, expected it off"),
+        (dict(bias="all"), "bias='all', expected 'none'"),
+        (dict(target_modules="all-linear"), "target_modules='all-linear', expected a list"),
+        (dict(r=4), "r=4, the model has 3"),
+        (dict(lora_alpha=8), "lora_alpha=8, the model has 7"),
+        (dict(target_modules=["q_proj"]), r"target_modules=\['q_proj'\], the model has \['q_proj', 'up_proj'\]"),
+    ],
+)
+def test_adapters_that_do_not_fit(base, tmp_path, change, message):
+    model = with_adapters(base)
+    save_adapter(model, tmp_path / "adapter", base)
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path / "adapter")
+
+
+def test_adapter_tensors_that_do_not_fit(base, tmp_path):
+    model = with_adapters(base)
+    save_adapter(model, tmp_path / "adapter", base)
+    rewrite(
+        tmp_path / "adapter/adapter_model.safetensors", lambda t: t.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight")
+    )
+    with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.lora_B.weight: missing"):
+        load_adapter(model, tmp_path / "adapter")

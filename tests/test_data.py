@@ -1,0 +1,551 @@
+"""Exact ids and masks of literal conversations, transformers as oracle for the templates, and the data path from rows to step plans."""
+
+import dataclasses
+import gzip
+import json
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_config
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+import data
+from data import Documents, Pairs, Tokenizer, encode_chat, pack
+from kernels import IGNORE_INDEX
+from model import LlamaConfig
+
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+# Pairs merged into one token, first to last: Ċ is a newline and Ġ a space in byte-level BPE.
+MERGES = ["< |", "| >", "u s", "e r", "us er", "a s", "as s", "i s", "is t", "ass ist", "a n", "an t", "assist ant", "s y", "s t", "sy st",
+          "e m", "syst em", "H i", "Ċ Ċ", "y o", "Ġ yo", "Ġyo u"]  # fmt: skip
+
+
+def write_tokenizer(folder, special=SPECIAL, **config):
+    """A byte-level BPE made by hand: ids 0-6 are SPECIAL, 7-262 the 256 bytes, 263-285 the results of MERGES in their order."""
+    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
+    core = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(vocabulary)}, [tuple(merge.split()) for merge in MERGES]))
+    words = pre_tokenizers.Split(" ", "merged_with_next")
+    core.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    core.add_special_tokens(special)
+    folder.mkdir(parents=True, exist_ok=True)
+    core.save(str(folder / "tokenizer.json"))
+    eos = {"__type": "AddedToken", "content": "<|end_of_text|>"}  # names come in both forms
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | config))
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(autouse=True)
+def private_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+def chat(*contents, system=None):
+    """user, assistant, user, ... after an optional system message."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system is not None else []) + turns
+
+
+def supervised(encoded):
+    return [i for i, keep in zip(*encoded) if keep]
+
+
+# ---------------------------------------------------------------------------------------------------------------- ids and masks
+
+
+def test_the_tokenizer_reads_special_tokens_and_adds_none(tokenizer):
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (0, 1, None, 286)
+    # Hi, eot, " you": no BOS although the file's post-processor asks for one
+    assert tokenizer.encode("Hi<|eot_id|> you") == [281, 4, 285]
+    assert tokenizer.decode([281, 4, 285]) == "Hi<|eot_id|> you"
+
+
+# The conversation of the next test: system "u", user "Hi", assistant " you", user "Hi", assistant "\nHi". A tuple is supervised.
+# Ids: 263 <|  264 |>  280 system  267 user  275 assistant  205 newline  282 two newlines  91 u  281 Hi  285 " you"  283 yo
+#      0 bos  1 eos  2 <|start_header_id|>  3 <|end_header_id|>  4 <|eot_id|>  5 <|im_start|>  6 <|im_end|>
+LITERAL = {
+    "tulu": [263, 280, 264, 205, 91, 205, 263, 267, 264, 205, 281, 205, 263, 275, 264, 205, (285, 1), 205,
+             263, 267, 264, 205, 281, 205, 263, 275, 264, (282, 281, 1)],  # 282: the header's newline and the answer's, merged
+    "zephyr": [263, 280, 264, 205, 91, 1, 205, 263, 267, 264, 205, 281, 1, 205, 263, 275, 264, 205, (285, 1), 205,
+               263, 267, 264, 205, 281, 1, 205, 263, 275, 264, (282, 281, 1), 205],
+    "llama3": [0, 2, 280, 3, 282, 91, 4, 2, 267, 3, 282, 281, 4, 2, 275, 3, 282, (283, 91, 4),  # stripped: yo, u
+               2, 267, 3, 282, 281, 4, 2, 275, 3, 282, (281, 4)],
+    "chatml": [5, 280, 205, 91, 6, 205, 5, 267, 205, 281, 6, 205, 5, 275, 205, (285, 6), 205,
+               5, 267, 205, 281, 6, 205, 5, 275, (282, 281, 6), 205],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", LITERAL)
+def test_literal_ids_and_masks(tokenizer, template):
+    messages = chat("Hi", " you", "Hi", "\nHi", system="u")
+    groups = [group if isinstance(group, tuple) else (group,) for group in LITERAL[template]]
+    ids, mask = encode_chat(messages, tokenizer, template, 100)
+    assert ids == [i for group in groups for i in group]
+    assert mask == [isinstance(group, tuple) for group in LITERAL[template] for _ in (group if isinstance(group, tuple) else [0])]
+    last = max(i for i, group in enumerate(LITERAL[template]) if isinstance(group, tuple))
+    assert supervised(encode_chat(messages, tokenizer, template, 100, supervise="last")) == list(LITERAL[template][last])
+
+
+def test_truncation_cuts_ids_and_mask_from_the_right(tokenizer):
+    ids, mask = encode_chat(chat("Hi", "Hi you"), tokenizer, "tulu", 100)
+    assert (ids[-3:], mask[-3:]) == ([281, 285, 1], [True] * 3)
+    assert encode_chat(chat("Hi", "Hi you"), tokenizer, "tulu", len(ids) - 1) == (ids[:-1], mask[:-1])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=3), st.text(max_size=20), st.sampled_from(list(data.TEMPLATES)))
+def test_supervised_ids_decode_to_the_answers_and_their_end_of_turn(tokenizer, answers, prompt, template):
+    messages = [message for answer in answers for message in chat(prompt, answer)]
+    text, spans = data.render(messages, template, tokenizer)
+    (encoding,) = tokenizer.encode_batch([text])
+    eos = data.end_of_turn(template, tokenizer)
+    for answer, span in zip(answers, spans):
+        ids, mask, straddling = data.ids_and_mask(encoding, [span], tokenizer, "all")
+        expected = (answer.strip() if template == "llama3" else answer) + eos
+        assert tokenizer.decode(ids[mask]) == "\n" * straddling + expected
+        assert straddling == (template != "llama3" and answer.startswith("\n"))
+
+
+CONVERSATIONS = {
+    "one turn": chat("Hi", "yo"),
+    "system": chat("Hi", "yo", system="u"),
+    "several turns": chat("Hi", " you", "\n\nHi", "Hi\n", "a", "é😀<|"),
+    "white space around": chat("  Hi \n", "\n Hi\n\n", "Hi", " "),
+    "ends with the user": chat("Hi", "yo", "Hi"),
+    "empty contents": chat("", "", system=""),
+    "an answer first": chat("Hi", "yo")[1:],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("template", data.TEMPLATES)
+def test_transformers_renders_the_exported_template_to_the_same_ids(tokenizer, tmp_path, template, name):
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path, data.TEMPLATES[template])
+    oracle, messages = AutoTokenizer.from_pretrained(tmp_path), CONVERSATIONS[name]
+    assert encode_chat(messages, tokenizer, template, 10_000)[0] == oracle.apply_chat_template(messages, return_dict=False)
+    text, spans = data.render(messages, template, tokenizer)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i, (start, _) in zip(answers, spans):
+        if i > 0:  # the prompt that generation starts from is what training saw before the answer
+            prompt = oracle.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False)
+            assert text[:start] == prompt
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "messages=\\[\\]: expected a list of at least one message"),
+        (None, "messages=None: expected a list"),
+        (["Hi"], "messages=\\['Hi'\\]: expected a list of at least one message"),
+        ([{"role": "tool", "content": "Hi"}], "message 0: role='tool'"),
+        ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}], "message 1: role='assistant', content=NoneType"),
+        (chat("Hi", "yo<|end_of_text|>"), "message 1: the answer already ends in <|end_of_text|>".replace("|", "\\|")),
+    ],
+)
+def test_bad_messages_are_refused(tokenizer, messages, problem):
+    with pytest.raises(ValueError, match=problem):
+        encode_chat(messages, tokenizer, "tulu", 100)
+
+
+def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused(tmp_path):
+    plain = write_tokenizer(tmp_path / "plain", special=SPECIAL[:2])
+    for template, token in (("llama3", "start_header_id"), ("chatml", "im_start")):
+        with pytest.raises(
+            ValueError, match=f"template='{template}': .*{token}.* is no special token of tokenizer .*plain; expected one id"
+        ):
+            encode_chat(chat("Hi", "yo"), plain, template, 100)
+    nameless = write_tokenizer(tmp_path / "nameless", eos_token=None)
+    with pytest.raises(ValueError, match="template='tulu': the BOS or EOS .* of tokenizer .*nameless"):
+        encode_chat(chat("Hi", "yo"), nameless, "tulu", 100)
+
+
+def test_template_none_is_the_tokenizers_own(tokenizer, tmp_path):
+    for name, jinja in data.TEMPLATES.items():
+        tokenizer.save(tmp_path / name, jinja)
+        assert data.resolve_template(None, Tokenizer.from_dir(tmp_path / name)) == name
+    with pytest.raises(ValueError, match="template=None: the chat template of .* is none of ours"):
+        data.resolve_template(None, tokenizer)
+    with pytest.raises(ValueError, match="template='tuluu': expected one of .*'tulu'"):
+        data.resolve_template("tuluu", tokenizer)
+
+
+def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json does not exist"):
+        Tokenizer.from_dir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sources
+
+PAIR = (chat("Hi", "yo"), chat("Hi", "no"))
+PKU = {"prompt": "Hi", "response_0": "no", "response_1": "yo", "better_response_id": 0, "safer_response_id": 1}
+ROWS = {  # one row of every schema that holds PAIR
+    "message lists": {"prompt": "Hi", "chosen": PAIR[0], "rejected": PAIR[1]},
+    "strings": {"prompt": "Hi", "chosen": "yo", "rejected": "no"},
+    "transcripts": {"chosen": "\n\nHuman: Hi\n\nAssistant: yo", "rejected": "\n\nHuman: Hi\n\nAssistant: no"},
+    "pku": PKU | {"is_response_0_safe": False, "is_response_1_safe": True},
+    "pku pairs": {"response": ["yo", "no"], "prompt": "Hi"},
+}
+
+
+def converted(row, sides):
+    columns, convert = data.find_schema("here", datasets.Dataset.from_list([row]), sides)
+    assert set(columns) <= set(row)
+    return convert(row)
+
+
+@pytest.mark.parametrize("schema", ROWS)
+def test_every_preference_schema_gives_the_same_pair(schema):
+    assert converted(ROWS[schema], ("chosen", "rejected")) == list(PAIR)
+    assert converted(ROWS[schema], ("messages",))[0] == PAIR[0]  # SFT on the chosen answers
+
+
+def test_messages_come_first_for_sft_and_are_no_pair():
+    both = ROWS["message lists"] | {"messages": chat("a", "b")}
+    assert converted(both, ("messages",)) == [chat("a", "b")]
+    assert converted(both, ("chosen", "rejected")) == list(PAIR)
+    with pytest.raises(ValueError, match="'here': columns messages \\(list\\); expected one of: chosen, rejected"):
+        converted({"messages": chat("a", "b")}, ("chosen", "rejected"))
+
+
+@pytest.mark.parametrize("safe", [(True, True), (False, False)])
+def test_pku_rows_without_exactly_one_safe_response_are_dropped(safe):
+    row = PKU | {"is_response_0_safe": safe[0], "is_response_1_safe": safe[1]}
+    assert converted(row, ("chosen", "rejected")) == "for not exactly one safe response"
+
+
+def test_a_transcript_of_several_turns():
+    text = "\n\nHuman: a\n\nb\n\nAssistant: c: d\n\nHuman: e\n\nAssistant:"
+    assert data._transcript(text) == chat("a\n\nb", "c: d", "e", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"question": "Hi", "answer": "yo"}, "columns question \\(str\\), answer \\(str\\); expected one of: messages; chosen"),
+        ({"prompt": chat("Hi"), "chosen": chat("Hi", "yo")[1:], "rejected": chat("Hi", "no")[1:]}, "columns prompt \\(list\\)"),
+    ],
+)
+def test_unknown_columns_are_refused(row, problem):
+    with pytest.raises(ValueError, match=f"data 'here': {problem}"):
+        converted(row, ("messages",))
+
+
+def test_every_file_format_gives_the_same_rows(tmp_path):
+    rows = [{"prompt": f"Hi {i}", "chosen": "yo", "rejected": "no"} for i in range(3)]
+    lines, whole = "".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows)
+    for name, text in (("a.jsonl", lines), ("b.json", whole)):
+        (tmp_path / name).write_text(text)
+        with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
+            file.write(text)
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "c.parquet")
+    table.to_csv(tmp_path / "d.csv")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table.select([2])}).save_to_disk(tmp_path / "splits")
+    for name in ("a.jsonl", "a.jsonl.gz", "b.json", "b.json.gz", "c.parquet", "d.csv", "saved", "splits"):
+        assert data.open_source(str(tmp_path / name)).to_list() == rows, name
+    assert data.open_source(f"{tmp_path}/splits[test]").to_list() == rows[2:]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "/no/such/folder", "nowhere"])
+def test_a_missing_source_is_named_and_not_looked_for_on_the_hub(name):
+    with pytest.raises(ValueError, match=f"data '{name}': no such file or folder"):
+        data.open_source(name)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("Hi")
+    with pytest.raises(ValueError, match="a.txt': expected a file of .*'.parquet'"):
+        data.open_source(str(tmp_path / "a.txt"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- mixtures
+
+
+def test_mixtures_pick_the_rows_that_open_instruct_picks():
+    n = 1005
+    assert data.mixture_rows(n, 0.1).tolist() == np.random.RandomState(42).choice(n, int(0.1 * n), replace=False).tolist()
+    assert data.mixture_rows(n, 0.1)[:3].tolist() == [926, 630, 682], "numpy's frozen stream"
+    assert data.mixture_rows(n, 7).tolist() == np.random.RandomState(42).choice(n, 7, replace=False).tolist()
+    assert data.mixture_rows(n, 1.0).tolist() == data.mixture_rows(n, n).tolist() == list(range(n))
+    rest = np.random.RandomState(42).choice(n, int(2.5 * n) - 2 * n, replace=False).tolist()
+    assert data.mixture_rows(n, 2.5).tolist() == data.mixture_rows(n, int(2.5 * n)).tolist() == [*range(n), *range(n), *rest]
+    for amount in (0, -1, 0.0, True, "0.1", float("nan")):
+        with pytest.raises(ValueError, match="expected a float fraction or an int count above 0"):
+            data.mixture_rows(n, amount)
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config of 40 conversations over 20 prompts, of which the last can be changed by `write`."""
+    path = tmp_path / "chats.jsonl"
+
+    def write(last):
+        rows = [{"messages": chat(f"Hi {i % 20}", f"you {i}")} for i in range(39)] + [{"messages": last}]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(chat("Hi 19", "you 39"))
+    keys = dict(data={str(path): 1.0}, data_eval=None, template="tulu", max_seq_len=64, supervise="all", cache_dir=tmp_path / "cache")
+    return SimpleNamespace(write=write, path=path, **keys)
+
+
+def contents(documents):
+    return [(documents[i][0].tolist(), documents[i][1].tolist(), str(documents.row_ids[i])) for i in range(len(documents))]
+
+
+def test_documents_are_the_encoded_rows_in_order(tokenizer, config):
+    config.data = {str(config.path): 0.5}
+    documents, held_out = data.load_sft(config, tokenizer)
+    rows = np.random.RandomState(42).choice(40, 20, replace=False)
+    expected = [(*encode_chat(chat(f"Hi {i % 20}", f"you {i}"), tokenizer, "tulu", 64), f"{config.path}#{i}") for i in rows]
+    assert contents(documents) == expected and held_out is None
+    assert documents.lengths.tolist() == [len(ids) for ids, _, _ in expected]
+    assert documents.num_targets.tolist() == [sum(mask[1:]) for _, mask, _ in expected]
+    assert isinstance(documents.input_ids, np.memmap) and documents.input_ids.dtype == np.int32
+
+
+def test_pairs_share_their_rows_and_are_cut_each_by_itself(tokenizer, config):
+    long = "\n\nHuman: Hi\n\nAssistant: " + "you " * 60
+    config.path.write_text(json.dumps(ROWS["transcripts"]) + "\n" + json.dumps(ROWS["transcripts"] | {"rejected": long}) + "\n")
+    lines = []
+    pairs, _ = data.load_preferences(config, tokenizer, lines.append)
+    chosen, rejected = encode_chat(PAIR[0], tokenizer, "tulu", 64), encode_chat(PAIR[1], tokenizer, "tulu", 64)
+    assert contents(pairs.chosen) == [(*chosen, f"{config.path}#{i}") for i in range(2)]
+    assert pairs.rejected.lengths.tolist() == [len(rejected[0]), 64] and (pairs.row_ids == pairs.rejected.row_ids).all()
+    assert pairs.lengths.tolist() == [len(chosen[0]) + len(rejected[0]), len(chosen[0]) + 64]
+    assert lines[-1].startswith("data: 2 rows: 2 train, 0 dropped;") and "1 conversations truncated" in lines[-1]
+
+
+def test_rows_without_supervised_tokens_are_dropped_and_counted_by_reason(tokenizer, config):
+    rows = [chat("Hi", "\nyo"), chat("Hi"), chat("Hi" * 100, "yo"), chat("u" * 100, "yo")]
+    config.path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    lines = []
+    documents, _ = data.load_sft(config, tokenizer, lines.append)
+    assert [row_id.split("#")[1] for row_id in documents.row_ids] == ["0"]
+    assert "4 rows: 1 train, 1 dropped without an assistant turn, 2 dropped without an answer in the first 64 tokens;" in lines[-1]
+    assert lines[-1].endswith("1 tokens straddle header and answer (supervised)")
+
+
+def test_nothing_or_everything_supervised_is_refused(tokenizer, config, monkeypatch):
+    config.write(chat("Hi"))
+    config.data = {str(config.path): 1.0}
+    config.max_seq_len = 5
+    with pytest.raises(
+        ValueError, match="40 rows: 0 train, 39 dropped without an answer in the first 5 tokens, 1 dropped without an assistant turn"
+    ):
+        data.load_sft(config, tokenizer)
+    config.max_seq_len, honest = 64, data.ids_and_mask
+    monkeypatch.setattr(data, "ids_and_mask", lambda *args: (honest(*args)[0], np.ones_like(honest(*args)[1]), 0))
+    with pytest.raises(ValueError, match="expected rows on every side, and some but not all of their tokens supervised"):
+        data.load_sft(config, tokenizer)
+
+
+def test_a_bad_row_is_named_by_source_and_number(tokenizer, config):
+    config.write([{"role": "tool", "content": "Hi"}])
+    with pytest.raises(ValueError, match=r"data '.*chats.jsonl', row 39: message 0: role='tool'"):
+        data.load_sft(config, tokenizer)
+    config.path.write_text(json.dumps({"prompt": "Hi", "response": ["a", "b", "c"]}) + "\n")
+    with pytest.raises(ValueError, match="row 0: 3 answers; expected two"):
+        data.load_preferences(config, tokenizer)
+
+
+def never(*_):
+    raise AssertionError("tokenised although it is cached")
+
+
+def test_the_second_load_reads_the_cache(tokenizer, config, monkeypatch):
+    first, _ = data.load_sft(config, tokenizer)
+    assert not list(config.cache_dir.glob(".*")), "no scratch folder stays behind"
+    monkeypatch.setattr(data, "_tokenise", never)
+    lines = []
+    again, _ = data.load_sft(config, tokenizer, lines.append)
+    assert contents(again) == contents(first) and again.fingerprint == first.fingerprint
+    assert lines == [line for line in lines if line.startswith("data: 40 rows: 40 train, 0 dropped")]
+
+
+@pytest.mark.parametrize("changed", ["content", "template", "max_seq_len", "supervise", "amount", "data_eval", "tokenizer"])
+def test_whatever_changes_the_tokens_misses_the_cache(tokenizer, config, monkeypatch, tmp_path, changed):
+    data.load_sft(config, tokenizer)
+    if changed == "content":
+        config.write(chat("Hi 19", "you 40"))
+    elif changed == "amount":
+        config.data = {str(config.path): 39}
+    elif changed == "tokenizer":
+        tokenizer = write_tokenizer(tmp_path, eos_token="<|eot_id|>")  # the same tokenizer.json, another end of turn
+    else:
+        setattr(config, changed, {"template": "zephyr", "max_seq_len": 63, "supervise": "last", "data_eval": 0.5}[changed])
+    monkeypatch.setattr(data, "_tokenise", never)
+    with pytest.raises(AssertionError, match="tokenised"):
+        data.load_sft(config, tokenizer)
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "missing", "no meta.json"])
+def test_a_damaged_cache_is_tokenised_again(tokenizer, config, damage):
+    first = contents(data.load_sft(config, tokenizer)[0])
+    (file,) = config.cache_dir.glob("*/train.messages.input_ids.npy")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    if damage == "flipped byte":
+        file.write_bytes(content)
+    elif damage == "truncated":
+        file.write_bytes(content[:-5])
+    else:
+        (file if damage == "missing" else file.parent / "meta.json").unlink()
+    lines = []
+    assert contents(data.load_sft(config, tokenizer, lines.append)[0]) == first
+    assert damage == "no meta.json" or "train.messages.input_ids.npy missing or damaged; tokenising again" in lines[0]
+    assert contents(data.load_sft(config, tokenizer, lines.append)[0]) == first
+
+
+def prompts(documents):
+    return {int(row_id.split("#")[1]) % 20 for row_id in documents.row_ids}
+
+
+def test_held_out_prompts_are_on_one_side_only(tokenizer, config):
+    config.data_eval = 0.3
+    train, held_out = data.load_sft(config, tokenizer)
+    assert len(train) + len(held_out) == 40 and prompts(train) | prompts(held_out) == set(range(20))
+    assert not prompts(train) & prompts(held_out)
+    # the side is the prompt's own: another row, system message, dialogue or dataset does not move it
+    for i in range(20):
+        for messages in (chat(f"Hi {i}", "yo"), chat(f"Hi {i}", "yo", "a", "b", system="u")):
+            assert data.is_held_out(messages, 0.3) == (i in prompts(held_out))
+    assert 0.28 < np.mean([data.is_held_out(chat(str(i)), 0.3) for i in range(5000)]) < 0.32
+
+
+def test_held_out_data_can_be_another_mixture(tokenizer, config):
+    config.data, config.data_eval = {str(config.path): 30}, {str(config.path): 3}
+    train, held_out = data.load_sft(config, tokenizer)
+    assert (len(train), len(held_out)) == (30, 3)
+    config.data_eval = 1.5
+    with pytest.raises(ValueError, match="data_eval=1.5: expected a fraction between 0 and 1"):
+        data.load_sft(config, tokenizer)
+
+
+def test_a_fingerprint_is_of_ids_masks_and_boundaries():
+    ids, mask = np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], dtype=bool)
+    documents = Documents(ids, mask, np.array([0, 3, 6]), np.array(["a#0", "a#1"]))
+    others = [
+        dataclasses.replace(documents, input_ids=ids + 1),
+        dataclasses.replace(documents, loss_mask=~mask),
+        dataclasses.replace(documents, offsets=np.array([0, 2, 6])),
+    ]
+    assert len({documents.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert dataclasses.replace(documents, row_ids=np.array(["b#0", "b#1"])).fingerprint == documents.fingerprint
+    assert Pairs(documents, others[0]).fingerprint != Pairs(others[0], documents).fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------------- packing
+
+
+def test_pack_by_hand():
+    """Documents 5 6 7 (6 and 7 supervised) and 8 9 (8 and 9 supervised: 8 is first, so nothing predicts it; 7 does not predict 8)."""
+    batch = pack([([5, 6, 7], [False, True, True]), ([8, 9], [True, True])])
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5] and batch.max_seqlen == 3
+    assert batch.targets.tolist() == [6, 7, IGNORE_INDEX, 9, IGNORE_INDEX]
+    assert batch.supervised.tolist() == [0, 1, 3] and batch.supervised_offsets.tolist() == [0, 2, 3]
+    kinds = [(field.name, getattr(batch, field.name).dtype) for field in dataclasses.fields(batch) if field.name != "max_seqlen"]
+    assert kinds == [(name, torch.int32 if name == "cu_seqlens" else torch.int64) for name, _ in kinds]
+    moved = batch.to("cpu")
+    assert all(torch.equal(getattr(batch, name), getattr(moved, name)) for name, _ in kinds) and moved.max_seqlen == 3
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_packed_documents_can_be_taken_apart_again(tokens):
+    batch = pack([([i for i, _ in document], [keep for _, keep in document]) for document in tokens])
+    starts = batch.cu_seqlens.tolist()
+    for d, document in enumerate(tokens):
+        span = slice(starts[d], starts[d + 1])
+        assert batch.input_ids[span].tolist() == [i for i, _ in document]
+        assert batch.targets[span].tolist() == [i if keep else IGNORE_INDEX for i, keep in document[1:]] + [IGNORE_INDEX]
+        own = batch.supervised[batch.supervised_offsets[d] : batch.supervised_offsets[d + 1]]
+        assert own.tolist() == [starts[d] + t - 1 for t, (_, keep) in enumerate(document) if keep and t > 0]
+    assert len(batch.supervised) == (batch.targets != IGNORE_INDEX).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------- step plan
+
+
+def test_every_epoch_sees_every_example_once_and_carries_nothing_over():
+    """10 examples by 4: steps of 4, 4 and 2; the next epoch begins anew, in another order."""
+    steps = [data.step_examples(step, 10, 4, seed=1).tolist() for step in range(6)]
+    assert data.steps_per_epoch(10, 4) == 3 and [len(step) for step in steps] == [4, 4, 2] * 2
+    first, second = sum(steps[:3], []), sum(steps[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert first == data.epoch_order(10, 1, 0).tolist() != data.epoch_order(10, 2, 0).tolist()
+    assert data.step_examples(4, 10, 4, seed=1).tolist() == steps[4], "a function of the step, whatever was asked before"
+    assert data.step_examples(0, 10, 4, seed=42).tolist() == [5, 0, 6, 4], "numpy's frozen stream"
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    world_size=st.sampled_from([1, 2, 4, 8]),
+    room=st.integers(100, 300),
+)
+def test_a_plan_places_every_example_once_where_it_fits(lengths, world_size, room):
+    plan = data.plan_step(lengths, [length**2 for length in lengths], world_size, room)
+    bins = [members for rank in plan for members in rank]
+    assert len(plan) == world_size and len({len(rank) for rank in plan}) == 1
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in members) <= room for members in bins)
+    assert len(lengths) < len(bins) or all(bins), "a rank goes empty only when there are fewer examples than bins"
+    assert 0 <= data.padding_waste(plan, lengths) < 1
+
+
+def test_plan_by_hand():
+    """Costs 9 7 6 5 4 into 2 bins by falling cost: 9, 7, 7+6=13, 9+5=14, 13+4=17; with room for 3 tokens in a bin, two bins per rank."""
+    assert data.plan_step([1] * 5, [4, 9, 5, 7, 6], 2, 5) == [[[0, 3, 4]], [[1, 2]]]
+    plan = data.plan_step([2, 1, 2, 1, 2], [4, 9, 5, 7, 6], 2, 3)  # bins 1 | 3, 0 | 4 | 2: by falling cost 3+0, 1, 4, 2
+    assert plan == [[[0, 3], [4]], [[1], [2]]]
+    assert data.padding_waste(plan, [2, 1, 2, 1, 2]) == pytest.approx(1 - 8 / (2 * 3 + 2 * 2))
+
+
+def test_an_example_longer_than_a_microbatch_is_refused():
+    with pytest.raises(ValueError, match="tokens_per_microbatch=10: an example has 11 tokens"):
+        data.plan_step([3, 11], [1, 1], 2, 10)
+
+
+def test_the_plan_wastes_little_on_tulu_like_lengths():
+    """Lognormal lengths of mean 570 up to 4,096, 128 a step on 8 ranks: under 2 % of slots wait, in the fewest rounds that could do."""
+    lengths = np.clip(np.random.RandomState(0).lognormal(np.log(600) - 0.4, 0.9, 128 * 20), 16, 4096).astype(int).reshape(20, 128)
+    llama = LlamaConfig.preset("llama-3.1-8b")
+    for room in (8192, 16384):
+        plans = [data.plan_step(step, llama.flops(step), 8, room) for step in lengths]
+        assert np.mean([data.padding_waste(plan, step) for plan, step in zip(plans, lengths)]) < 0.02
+        assert [len(plan[0]) for plan in plans] == [-(-step.sum() // (8 * room)) for step in lengths]
+
+
+@pytest.mark.parametrize("ids", [np.arange(12), np.array([3, 1])])
+def test_any_number_of_ranks_trains_the_same_examples(tokenizer, config, ids):
+    documents, _ = data.load_sft(config, tokenizer)
+    dataset = Pairs(documents, documents)
+    for world_size in (1, 2, 4, 8):
+        seen, rounds = [], set()
+        for rank in range(world_size):
+            ranks = SimpleNamespace(rank=rank, world_size=world_size, device="cpu")
+            batches = list(data.local_batches(dataset, ids, tiny_config(), 128, ranks))
+            rounds.add(len(batches))
+            for members, batch, _ in batches:
+                seen += members.tolist()
+                assert len(batch.cu_seqlens) - 1 == (2 * len(members) or 1)
+        assert sorted(seen) == sorted(ids.tolist()) and len(rounds) == 1

@@ -1,0 +1,70 @@
+"""Our LoRA against peft's: the same A and B give the same logits, the same adapter gradients and the same merged weights."""
+
+import pytest
+import torch
+from tiny_models import next_token_targets, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
+
+from model import LINEARS, LoRALinear, apply_lora, merge_lora
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+RANK, ALPHA = 3, 7.0  # alpha / rank is not a round number
+DOCUMENTS = random_documents(97, (21, 1, 9))
+
+
+def pair(targets, **config):
+    """(ours, peft's) with the same base weights and the same random A and B on `targets`."""
+    ours = random_llama(tiny_config(**config))
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**ours.config.to_hf()))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(theirs, options)
+    apply_lora(ours, RANK, ALPHA, targets=targets)
+    generator = torch.Generator().manual_seed(5)
+    ours_by_name = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, param in theirs.named_parameters():
+            if "lora_" in name:
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.1)
+                ours_by_name[our_name(name)].copy_(param)
+    return ours, theirs
+
+
+def our_name(name):
+    return name.removeprefix("base_model.model.").replace(".default.weight", "")
+
+
+def logits_of(ours):
+    return ours(*stream(DOCUMENTS)) @ ours.lm_head.weight.T
+
+
+def their_logits(theirs):
+    return torch.cat([theirs(document[None]).logits[0] for document in DOCUMENTS])
+
+
+@pytest.mark.parametrize("targets", [LINEARS, ("q_proj", "v_proj"), ("down_proj",)], ids=" ".join)
+def test_logits_and_adapter_gradients(targets):
+    ours, theirs = pair(targets)
+    logits = their_logits(theirs)
+    assert (logits_of(ours) - logits).abs().max() < 1e-4
+    with theirs.disable_adapter():
+        assert (logits - their_logits(theirs)).abs().max() > 0.1  # the adapters do something
+
+    torch.nn.functional.cross_entropy(logits, next_token_targets(DOCUMENTS), reduction="sum").backward()
+    nll_sum(ours, DOCUMENTS).backward()
+    expected = {our_name(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert grads.keys() == expected.keys() and len(grads) == 2 * 3 * len(targets)  # A and B, 3 blocks
+    assert max(relative_error(grads[name], expected[name]) for name in grads) < 1e-4
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "o_bias": True}], ids=["plain", "tied", "biases"])
+def test_merged_weights(config):
+    ours, theirs = pair(LINEARS, **config)
+    merge_lora(ours)
+    expected = theirs.merge_and_unload().state_dict()
+    assert not any(isinstance(module, LoRALinear) for module in ours.modules())
+    assert ours.state_dict().keys() == expected.keys()
+    for name, weight in ours.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)

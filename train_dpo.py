@@ -1,0 +1,302 @@
+"""Direct preference optimisation: `python train_dpo.py configs/tiny.py` or `torchrun --nproc 8 train_dpo.py configs/tulu10.py`.
+
+One model in memory: the reference's log-probs are taken from the step-0 weights, before the first update, and kept in a file.
+Reading order: the losses on four (N,) tensors, log-probs of answers, one optimizer step, evaluation, the reference cache, main.
+"""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
+
+from data import Tokenizer, in_order, load_preferences, local_batches, step_examples, steps_per_epoch
+from kernels import attention_path, segment_sums, token_logps
+from model import adapters_disabled, training_flops
+from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weights, warmup_steps, weights_changed
+from plumbing import checkpoint, parallel
+from plumbing.config import check_world_size, load, resume_dict
+from plumbing.logbook import Logbook
+from plumbing.trainee import load_trainee, save_trainee
+
+# ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
+# Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
+    """DPO (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)), per pair.
+
+    All log-probs (N,). label_smoothing: the probability that a preference is the wrong way round (conservative DPO, Mitchell 2023, eq. 3).
+    Returns (losses, chosen_rewards, rejected_rewards), each (N,); rewards are beta * log(policy / reference), detached.
+    With mean log-probs it is Tulu 3's length-normalised DPO (Lambert et al. 2024, eq. 6; loss="dpo_norm").
+    """
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    logits = beta * (chosen_logratios - rejected_logratios)
+    losses = -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """IPO (Azar et al. 2023, eq. 17): (difference of log-ratios - 1 / (2 beta))^2, here on mean log-probs, as TRL takes them."""
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)).square()
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta, gamma_beta_ratio, label_smoothing=0.0):
+    """SimPO (Meng et al. 2024, eq. 6): -log sigmoid(beta * (mean chosen - mean rejected) - gamma), without a reference.
+
+    gamma = beta * gamma_beta_ratio. Rewards are beta * mean log-prob, detached.
+    """
+    logits = beta * (policy_chosen_logps - policy_rejected_logps - gamma_beta_ratio)
+    losses = -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
+    return losses, beta * policy_chosen_logps.detach(), beta * policy_rejected_logps.detach()
+
+
+def wpo_weights(mean_chosen_logps, mean_rejected_logps):
+    """WPO (Zhou et al. 2024, eq. 4, without its alignment term): how likely the pair is under the policy, (N,) in (0, 1], detached."""
+    return (mean_chosen_logps + mean_rejected_logps).detach().exp().clamp(max=1.0)
+
+
+def preference_loss(config, policy, reference, counts):
+    """The configured loss. policy, reference: (2, N) *summed* log-probs, chosen then rejected; counts (2, N) supervised tokens.
+
+    Returns (losses, chosen_rewards, rejected_rewards), each (N,). The reference is ignored by simpo.
+    """
+    if config.loss in ("dpo_norm", "ipo", "simpo"):
+        policy, reference = policy / counts, reference / counts
+    if config.loss == "simpo":
+        return simpo_loss(*policy, config.beta, config.gamma_beta_ratio, config.label_smoothing)
+    if config.loss == "ipo":
+        return ipo_loss(*policy, *reference, config.beta)
+    losses, *rewards = dpo_loss(*policy, *reference, config.beta, config.label_smoothing)
+    return losses * wpo_weights(*(policy / counts)) if config.loss == "wpo" else losses, *rewards
+
+
+# ---------------------------------------------------------------- log-probs of answers
+
+
+def answer_logps(model, batch, num_pairs):
+    """Summed log-probs of the answers of a packed batch, (2, N) float32, chosen then rejected; and their token counts (2, N).
+
+    The policy and the reference both come from here, so at step 0 they are the same numbers to the last bit.
+    """
+    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # (T, D)
+    logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets[batch.supervised])  # (S,)
+    sums = segment_sums(logps, batch.supervised_offsets)  # one per document: the chosen ones, then the rejected ones
+    return sums[: 2 * num_pairs].view(2, num_pairs), batch.supervised_offsets.diff()[: 2 * num_pairs].view(2, num_pairs)
+
+
+# ---------------------------------------------------------------- one step, and evaluation
+
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+def pair_metrics(losses, chosen_rewards, rejected_rewards, policy):
+    """(len(METRICS), N): every metric per pair, detached."""
+    margins = chosen_rewards - rejected_rewards
+    return torch.stack([losses.detach(), chosen_rewards, rejected_rewards, margins, (margins > 0).float(), *policy.detach()])
+
+
+def forward_backward(model, pairs, reference, ids, config, ranks):
+    """Accumulate the gradient of the loss over the pairs `ids` (B,) of one optimizer step. reference (n, 2): summed log-probs per pair.
+
+    Returns (metrics, gap), equal on every rank; gap is the largest |policy - reference| of an answer in nats per token, rounding before
+    the first update. FloatingPointError, naming the rows, when a micro-batch's loss is not finite: no weight has changed then.
+    """
+    chosen_tokens = int(pairs.chosen.num_targets[ids].sum())
+    totals, losses, rows, gaps = torch.zeros(len(METRICS), device=ranks.device), [], [], [torch.zeros(1, device=ranks.device)]
+    for members, batch, step_waste in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, ranks):
+        policy, counts = answer_logps(model, batch, len(members))
+        ref = torch.from_numpy(reference[members].T).to(ranks.device)  # (2, N)
+        pair_losses, chosen_rewards, rejected_rewards = preference_loss(config, policy, ref, counts)
+        loss = pair_losses.sum() / len(ids)  # this rank's share of the global mean over pairs
+        if config.sft_weight:
+            loss = loss - config.sft_weight * policy[0].sum() / chosen_tokens
+        (loss * ranks.world_size).backward()  # FSDP averages over ranks; we want the sum
+        totals += pair_metrics(pair_losses, chosen_rewards, rejected_rewards, policy).sum(dim=1)
+        gaps.append(((policy.detach() - ref).abs() / counts).flatten())
+        losses.append(loss.detach())
+        rows.append([pairs.row_ids[i] for i in members])
+        waste = step_waste
+    losses = torch.stack(losses).tolist()
+    parallel.require_finite(losses, rows)
+    loss, *totals = parallel.sum_across_ranks([math.fsum(losses), *totals.tolist()])
+    metrics = {name: total / len(ids) for name, total in zip(METRICS, totals, strict=True)}
+    return metrics | {"loss": loss, "padding_waste": waste}, parallel.max_across_ranks(torch.cat(gaps).max().item())
+
+
+@torch.no_grad()
+def evaluate(model, pairs, reference, config, ranks, log):
+    """Means over the held-out pairs, and half-widths of 95 % intervals (1.96 standard errors over pairs) of accuracy and margin."""
+    sums = torch.zeros(2, len(METRICS), dtype=torch.float64)  # of the values and of their squares
+    for ids in log.progress("evaluate", in_order(len(pairs), config.global_batch_size)):
+        for members, batch, _ in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, ranks):
+            policy, counts = answer_logps(model, batch, len(members))
+            ref = torch.from_numpy(reference[members].T).to(ranks.device)
+            values = pair_metrics(*preference_loss(config, policy, ref, counts), policy).double().cpu()
+            sums += torch.stack([values.sum(dim=1), values.square().sum(dim=1)])
+    parallel.release(model)
+    means, squares = torch.tensor(parallel.sum_across_ranks(sums.flatten().tolist())).view(2, -1) / len(pairs)
+    errors = 1.96 * ((squares - means.square()).clamp(min=0) / len(pairs)).sqrt()
+    intervals = ("rewards/margins", "rewards/accuracies")
+    metrics = {f"eval/{name}": mean.item() for name, mean in zip(METRICS, means, strict=True)}
+    return metrics | {f"eval/{name}_ci95": errors[METRICS.index(name)].item() for name in intervals}
+
+
+# ---------------------------------------------------------------- the reference cache
+
+# Nats per token by which an answer's mean log-prob may differ between two passes of the same weights: their packings round differently.
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+VERIFIED_PAIRS = 8
+SAVE_SECONDS = 60
+
+
+def reference_key(weights, pairs, config, ranks):
+    """sha256 of everything that the reference log-probs depend on: the weights' content, tokens and mask (hence template and supervised
+    turns), compute dtype and attention path."""
+    path = attention_path(ranks.device, config.precision)
+    return hashlib.sha256(json.dumps([weights, pairs.fingerprint, config.precision, path]).encode()).hexdigest()
+
+
+@torch.no_grad()
+def reference_logps(model, pairs, steps, key, config, ranks, log):
+    """Summed log-probs of the answers under `model`, which must still have its step-0 weights: (n, 2) float32, NaN for pairs in no step.
+
+    steps: the id arrays (B,) that will be asked for. They are walked in the packing of the first epoch, so that step 1 compares bit for
+    bit. The table lives in cache_dir/reference/<key>.safetensors, is saved every minute and goes on from there; VERIFIED_PAIRS of what
+    was loaded are computed again: ValueError when they differ.
+    """
+    path = Path(config.cache_dir) / "reference" / f"{key[:32]}.safetensors"
+    table = np.full((len(pairs), 2), np.nan, dtype=np.float32)
+    if ranks.main and path.exists():
+        table = load_file(path)["logps"]
+    parallel.broadcast(torch.from_numpy(table))
+    known = ~np.isnan(table[:, 0])
+    found = [ids[known[ids]] for ids in steps if known[ids].any()]
+    if found:
+        _verify_reference(model, pairs, table, found[0][: max(VERIFIED_PAIRS, ranks.world_size)], path, config, ranks)
+    missing = [ids for ids in steps if not known[ids].all()]
+    saved = time.monotonic()
+    for done, ids in enumerate(log.progress(f"reference log-probs ({known.sum():,} of {len(pairs):,} pairs found)", missing), 1):
+        table[ids] = _compute_reference(model, pairs, ids, config, ranks)
+        if ranks.main and (done == len(missing) or time.monotonic() - saved > SAVE_SECONDS):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"logps": table}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+            saved = time.monotonic()
+    parallel.release(model)
+    return table
+
+
+def _compute_reference(model, pairs, ids, config, ranks):
+    """(B, 2) float32 log-probs of one step's pairs, on every rank."""
+    values, position = np.zeros((len(ids), 2)), {pair: i for i, pair in enumerate(ids.tolist())}
+    with adapters_disabled(model):
+        for members, batch, _ in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, ranks):
+            logps, _ = answer_logps(model, batch, len(members))
+            values[[position[pair] for pair in members.tolist()]] = logps.T.cpu().numpy()
+    parallel.require_finite(values.sum(axis=1), [[pairs.row_ids[i]] for i in ids])
+    # every pair was on one rank: a sum with zeros, exact
+    return np.array(parallel.sum_across_ranks(values.flatten().tolist()), dtype=np.float32).reshape(-1, 2)
+
+
+def _verify_reference(model, pairs, table, ids, path, config, ranks):
+    counts = np.stack([pairs.chosen.num_targets[ids], pairs.rejected.num_targets[ids]], axis=1)
+    gap = (np.abs(_compute_reference(model, pairs, ids, config, ranks) - table[ids]) / counts).max()
+    ranks.say(f"{path}: {len(ids)} pairs computed again, largest difference {gap:.1e} nats per token")
+    if gap > TOLERANCE[config.precision]:
+        raise ValueError(f"{path}: not this model's log-probs, expected at most {TOLERANCE[config.precision]:.0e}; delete the file")
+
+
+def check_first_step(metrics, gap, config, ranks):
+    """Before any update policy and reference are one model, so the DPO loss is ln 2. ValueError when they differ by more than rounding."""
+    expected = f" (ln 2 = {math.log(2):.6f})" if config.loss in ("dpo", "dpo_norm") and not config.sft_weight else ""
+    ranks.say(f"step 1: loss {metrics['loss']:.6f}{expected}, largest |policy - reference| {gap:.1e} nats per token")
+    if gap > TOLERANCE[config.precision]:
+        raise ValueError(
+            f"policy and reference differ by {gap:.1e} nats per token before the first update, expected at most "
+            f"{TOLERANCE[config.precision]:.0e}: the reference is not of model_path={config.model_path!r}"
+        )
+
+
+# ---------------------------------------------------------------- the run
+
+
+def main(argv):
+    config = load("dpo", argv)
+    ranks = parallel.init()
+    check_world_size(config, ranks.world_size)
+
+    directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
+    tokenizer = Tokenizer.from_dir(directory)
+    pairs, held_out = parallel.main_first(ranks, lambda: load_preferences(config, tokenizer, ranks.say))
+    model = load_trainee(config, directory, ranks.device)
+
+    epoch_steps = steps_per_epoch(len(pairs), config.global_batch_size)
+    total_steps = min(config.num_epochs * epoch_steps, config.max_steps or math.inf)
+    warmup = warmup_steps(config, total_steps)
+    optimizer = adamw(model, config.weight_decay)
+
+    weights = parallel.from_main(ranks, lambda: checkpoint.fingerprint(directory))
+    provenance = {"weights": weights, "data": pairs.fingerprint}
+    log = Logbook(config, ranks, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **IMPLICIT})
+    ranks.say(f"DPO: {len(pairs):,} pairs, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
+
+    def batch_ids(step):
+        return step_examples(step, len(pairs), config.global_batch_size, config.seed)
+
+    def reference_of(dataset, steps):
+        return reference_logps(model, dataset, steps, reference_key(weights, dataset, config, ranks), config, ranks, log)
+
+    # taken here, from the step-0 weights, also when a checkpoint is about to be loaded
+    reference = reference_of(pairs, [batch_ids(step) for step in range(min(total_steps, epoch_steps))])
+    held_out_reference = reference_of(held_out, in_order(len(held_out), config.global_batch_size)) if held_out else None
+
+    checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
+    latest = checkpointer.latest()
+    first_step = checkpointer.load(latest, model, optimizer)["step"] if latest else 0
+    log.resume_at(first_step)
+
+    stop = parallel.StopSignal()
+    for step in range(first_step, total_steps):
+        if held_out and (step == 0 or (config.eval_every and step % config.eval_every == 0)):
+            log.evaluation(step, evaluate(model, held_out, held_out_reference, config, ranks, log))
+        ids = batch_ids(step)
+        lr = learning_rate(step, total_steps, config.lr, config.lr_schedule, warmup)
+        before = sample_weights(model) if step == warmup else None  # at the peak rate
+
+        metrics, gap = forward_backward(model, pairs, reference, ids, config, ranks)
+        if step == 0:
+            check_first_step(metrics, gap, config, ranks)
+        metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm), "lr": lr}
+        if before:
+            metrics["weights_changed"] = weights_changed(before, model)
+        tokens = pairs.lengths[ids].sum()
+        log.step(step + 1, metrics, tokens, training_flops(model, pairs.flops(model.config, ids).sum(), tokens))
+
+        stopped = stop.received()
+        if stopped or (config.save_every and (step + 1) % config.save_every == 0):
+            checkpointer.save(step + 1, model, optimizer, {})
+        if stopped:
+            checkpointer.wait()
+            ranks.say(f"stopped by signal {stopped} after step {step + 1}, saved; the same command goes on from there")
+            return 128 + stopped
+
+    checkpointer.wait()
+    if held_out:
+        log.evaluation(total_steps, evaluate(model, held_out, held_out_reference, config, ranks, log))
+    ranks.say(f"wrote {save_trainee(model, tokenizer, config)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(parallel.run(main, sys.argv[1:]))
