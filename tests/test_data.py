@@ -25,6 +25,8 @@ SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end
 MERGES = ["< |", "| >", "u s", "e r", "us er", "a s", "as s", "i s", "is t", "ass ist", "a n", "an t", "assist ant", "s y", "s t", "sy st",
           "e m", "syst em", "H i", "Ċ Ċ", "y o", "Ġ yo", "Ġyo u"]  # fmt: skip
 
+repeatable = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
 
 def write_tokenizer(folder, special=SPECIAL, **config):
     """A byte-level BPE made by hand: ids 0-6 are SPECIAL, 7-262 the 256 bytes, 263-285 the results of MERGES in their order."""
@@ -105,7 +107,7 @@ def test_truncation_cuts_ids_and_mask_from_the_right(tokenizer):
     assert encode_chat(chat("Hi", "Hi you"), tokenizer, "tulu", len(ids) - 1) == (ids[:-1], mask[:-1])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@repeatable
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=3), st.text(max_size=20), st.sampled_from(list(data.TEMPLATES)))
 def test_supervised_ids_decode_to_the_answers_and_their_end_of_turn(tokenizer, answers, prompt, template):
     messages = [message for answer in answers for message in chat(prompt, answer)]
@@ -470,6 +472,7 @@ def test_pack_by_hand():
     assert all(torch.equal(getattr(batch, name), getattr(moved, name)) for name, _ in kinds) and moved.max_seqlen == 3
 
 
+@repeatable
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_packed_documents_can_be_taken_apart_again(tokens):
     batch = pack([([i for i, _ in document], [keep for _, keep in document]) for document in tokens])
@@ -497,6 +500,7 @@ def test_every_epoch_sees_every_example_once_and_carries_nothing_over():
     assert data.step_examples(0, 10, 4, seed=42).tolist() == [5, 0, 6, 4], "numpy's frozen stream"
 
 
+@repeatable
 @given(
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40),
     world_size=st.sampled_from([1, 2, 4, 8]),
