@@ -1,0 +1,80 @@
+"""Random weights of a real shape and rows of known length, for timing: python bench/world.py DIR --tokenizer FOLDER [--preset NAME]
+
+Writes DIR/base (a Hugging Face folder, bf16) and DIR/{sft,dpo}_{fixed,mix}.jsonl. Speed and memory do not depend on what the weights are.
+Words are common English ones that byte-level BPEs encode as one token each, so a row's length in tokens is its number of words.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import Tokenizer
+from model import Llama, LlamaConfig
+from plumbing import parallel
+from plumbing.checkpoint import save_pretrained
+
+WORDS = "the of and to in is that for it was on are as with his they at be this from have or by one had not but what all were".split()
+SFT_ROWS, DPO_ROWS = 512, 1024
+
+
+def words(rng, n):
+    """n words: n tokens, give or take one at the edges."""
+    return " ".join(rng.choice(WORDS, max(1, int(n))))
+
+
+def tulu_like_lengths(rng, n, mean=600, sigma=1.1, longest=4096):
+    """n document lengths with a long tail: lognormal with the given mean, cut at `longest`."""
+    return np.clip(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n), 32, longest).astype(int)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def chat(rng, prompt, answer):
+    return {"messages": [{"role": "user", "content": words(rng, prompt)}, {"role": "assistant", "content": words(rng, answer)}]}
+
+
+def pair(rng, prompt, chosen, rejected):
+    return {"prompt": words(rng, prompt), "chosen": words(rng, chosen), "rejected": words(rng, rejected)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--preset", default="llama-3.1-8b")
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write_rows(args.folder / "sft_fixed.jsonl", [chat(rng, 1000, 3200) for _ in range(SFT_ROWS)])  # truncated to max_seq_len = 4,096
+    write_rows(args.folder / "sft_mix.jsonl", [chat(rng, 0.3 * n, 0.7 * n) for n in tulu_like_lengths(rng, 4 * SFT_ROWS)])
+    write_rows(args.folder / "dpo_fixed.jsonl", [pair(rng, 243, 249, 249) for _ in range(DPO_ROWS)])  # 2 x 500 tokens with the template
+    prompts, chosen, rejected = (tulu_like_lengths(rng, DPO_ROWS, mean, longest=1000) for mean in (200, 300, 300))
+    write_rows(args.folder / "dpo_mix.jsonl", [pair(rng, *lengths) for lengths in zip(prompts, chosen, rejected, strict=True)])
+
+    tokenizer = Tokenizer.from_dir(args.tokenizer)
+    config = LlamaConfig.preset(args.preset)
+    config = dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    parallel.init()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.manual_seed(0)
+        model = Llama(config).to(torch.bfloat16)
+    for param in model.parameters():
+        if param.ndim == 2:
+            torch.nn.init.normal_(param, std=0.02)
+    save_pretrained(model, tokenizer, args.folder / "base", dtype=torch.bfloat16)
+    parallel.shutdown()
+    print(f"{args.folder}: {sum(p.numel() for p in model.parameters()):,} parameters in base/, rows in *.jsonl")
+
+
+if __name__ == "__main__":
+    main()
