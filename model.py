@@ -131,22 +131,25 @@ def _config_from_hf(raw, source):
                          ("pretraining_tp", (1, None)), ("quantization_config", (None,))):  # fmt: skip
         if key in raw and raw[key] not in allowed:
             refuse(key, f"{allowed[0]!r}" if key != "quantization_config" else "no such key: quantised weights are not supported")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+                "max_position_embeddings")  # fmt: skip
+    if missing := [key for key in required if raw.get(key) is None]:
+        raise ValueError(f"{source}: {', '.join(missing)}: missing; expected in every {raw['model_type']} config")
     heads, model_type = raw["num_attention_heads"], raw["model_type"]
+    attention_bias = model_type == "llama" and raw.get("attention_bias", False)
     rope_theta, rope_scaling = _rope_from_hf(raw, source)
     windowed = model_type == "mistral" or (model_type == "qwen2" and raw.get("use_sliding_window", False))
     eos = raw.get("eos_token_id")
     return LlamaConfig(
-        **{key: raw[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")},
-        num_attention_heads=heads,
+        **{key: raw[key] for key in required},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        max_position_embeddings=raw["max_position_embeddings"],
         sliding_window=raw.get("sliding_window") if windowed else None,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        qkv_bias=model_type == "qwen2" or raw.get("attention_bias", False),
-        o_bias=model_type == "llama" and raw.get("attention_bias", False),
+        qkv_bias=model_type == "qwen2" or attention_bias,
+        o_bias=attention_bias,
         mlp_bias=model_type == "llama" and raw.get("mlp_bias", False),
         model_type=model_type,
         bos_token_id=raw.get("bos_token_id"),
@@ -158,13 +161,18 @@ def _rope_from_hf(raw, source):
     """(theta, RopeScaling | None) from either spelling: rope_parameters (transformers 5) or rope_theta + rope_scaling."""
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     rope = raw.get(key) or {}
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{source}: {key}: partial_rotary_factor={rope['partial_rotary_factor']!r}: expected 1")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise ValueError(f"{source}: {key}: rope_type={kind!r}: expected 'default' or 'llama3'")
-    return theta, RopeScaling(**{name: rope[name] for name in RopeScaling.__dataclass_fields__})
+    names = RopeScaling.__dataclass_fields__
+    if missing := [name for name in names if name not in rope]:
+        raise ValueError(f"{source}: {key}: {', '.join(missing)}: missing; expected with rope_type='llama3'")
+    return theta, RopeScaling(**{name: rope[name] for name in names})
 
 
 # ---------------------------------------------------------------- rotary positions
@@ -284,8 +292,9 @@ class Llama(nn.Module):
         before the final norm: the one place to read from and to steer at. cache: a KVCache that holds the documents' earlier tokens.
         """
         config = self.config
-        if config.sliding_window and max_seqlen > config.sliding_window:
-            raise ValueError(f"sliding_window={config.sliding_window}: a document of {max_seqlen} tokens needs a window mask, which is not "
+        longest = max_seqlen if cache is None else cache.slots  # a new token sees all the cached ones
+        if config.sliding_window and longest > config.sliding_window:
+            raise ValueError(f"sliding_window={config.sliding_window}: a document of {longest} tokens needs a window mask, which is not "
                              f"implemented; expected max_seq_len <= {config.sliding_window}")  # fmt: skip
         angles = position_ids[:, None, None] * rope_frequencies(config, position_ids.device)  # (T, 1, K/2)
         cos, sin = angles.cos(), angles.sin()
@@ -421,7 +430,7 @@ class KVCache:
     def __init__(self, config, num_documents, slots, dtype, device):
         shape = (config.num_hidden_layers, num_documents, slots, config.num_key_value_heads, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.lengths = torch.zeros(num_documents, dtype=torch.int64, device=device)
+        self.slots, self.lengths = slots, torch.zeros(num_documents, dtype=torch.int64, device=device)
 
     def attend(self, layer, q, k, v, cu_seqlens, max_seqlen):
         """Store the new tokens' k, v behind each document's earlier ones and attend: packed attention for the prompts, when the cache

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import gradients, nll_sum, random_documents, random_llama, stream, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import attention_reference
 from model import (
@@ -20,6 +21,7 @@ from model import (
     merge_lora,
     rope_frequencies,
     rotate,
+    training_flops,
 )
 
 DOCUMENTS = random_documents(97)
@@ -70,7 +72,8 @@ def test_config_refuses(key, value, tmp_path):
 @pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
 def test_config_refuses_rope_types(kind, tmp_path):
     """In the spelling of transformers 5, and in both of transformers 4's (`type` is the older)."""
-    assert f"rope_parameters: rope_type={kind!r}" in config_error(tmp_path, rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    assert f"rope_parameters: rope_type={kind!r}" in config_error(tmp_path, rope_parameters=rope)
     for key in ("rope_type", "type"):
         message = config_error(tmp_path, remove=["rope_parameters"], rope_scaling={key: kind, "factor": 2.0})
         assert f"rope_scaling: rope_type={kind!r}" in message
@@ -185,6 +188,11 @@ def test_flops_by_hand():
     config = tiny_config(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=4, vocab_size=10,
                          num_hidden_layers=1)  # fmt: skip
     assert config.flops(3) == 3936 + 192
+    assert config.flops(3, logits=1) == 3936 + 192 - 2 * 2 * 80  # logits of one position only
+    model = random_llama(config)
+    assert training_flops(model, 1000, tokens=3) == 3000
+    apply_lora(model, rank=2, alpha=2.0, targets=("q_proj", "k_proj"))  # A 2x8 and B 8x2, A 2x8 and B 4x2: 56 weights
+    assert training_flops(model, 1000, tokens=3) == 2000 + 6 * 56 * 3
 
 
 # ---------------------------------------------------------------- recompute
@@ -213,26 +221,25 @@ def test_recompute_gives_the_same_gradients_from_fewer_saved_bytes():
     assert full_bytes < all_bytes / 3
 
 
+class OperationNames(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def test_selective_recompute_keeps_matmuls_and_recomputes_the_rest():
-    """Saved tensors of a selective region are cached outside the hooks, so operations are counted instead: in the backward pass not one forward
-    matmul or attention runs again, while norms and silu do."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Names(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
+    """What a selective region saves bypasses the hooks above, so operations are counted instead: in the backward pass no forward matmul or
+    attention runs again, while silu does. Full recompute stops before the block's last matmul, whose output nobody needs: 6 of 7."""
     counts = {}
     for mode in ("none", "selective", "full"):
         model = random_llama(tiny_config())
         apply_recompute(model, mode)
         loss = nll_sum(model, DOCUMENTS)
-        with Names() as backward:
+        with OperationNames() as backward:
             loss.backward()
         counts[mode] = {
             "matmul": sum(name.startswith(("aten.mm.", "aten.addmm.")) for name in backward.seen),
@@ -241,7 +248,7 @@ def test_selective_recompute_keeps_matmuls_and_recomputes_the_rest():
             "gradients": gradients(model),
         }
     none, selective, full = counts["none"], counts["selective"], counts["full"]
-    assert selective["matmul"] == none["matmul"] and full["matmul"] == none["matmul"] + 3 * 7  # seven linears in each of 3 blocks
+    assert selective["matmul"] == none["matmul"] and full["matmul"] == none["matmul"] + 3 * 6
     assert selective["attention"] == none["attention"] == 0 and full["attention"] == 3 * len(DOCUMENTS)
     assert (none["silu"], selective["silu"], full["silu"]) == (0, 3, 3)
     assert all(torch.equal(selective["gradients"][name], none["gradients"][name]) for name in none["gradients"])
@@ -422,7 +429,6 @@ def test_generation_stops_after_eos():
         end = next((i + 1 for i, token in enumerate(full) if token in stops), len(full))
         assert answer == full[:end]
     assert len(answers[0]) <= 4 and max(map(len, answers)) == 12
-    assert generate(model, PROMPTS[:1], 12, eos_id=free[0][3]) == [answers[0]] or free[1][5] in answers[0]
 
 
 def test_sampling():
