@@ -93,9 +93,10 @@ class Checkpointer:
             _allocate_state(optimizer)
         tensors = _trained_tensors(model, optimizer)
         here, there = _shapes(tensors), index["shapes"]
-        differing = [f"{key}: {there.get(key)}, expected {here.get(key)}" for key in here | there if here.get(key) != there.get(key)]
-        if differing:
-            raise ValueError(f"{path}: {len(differing)} tensors do not fit the model:\n  " + "\n  ".join(differing[:20]))
+        problems = [key for key in here | there if here.get(key) != there.get(key)]
+        if problems:
+            listed = [f"{key}: {there.get(key, 'nothing')} stored, {here.get(key, 'nothing')} expected" for key in problems[:20]]
+            raise ValueError(f"{path}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(listed))
         with torch.no_grad():
             for key, tensor in tensors.items():
                 copy_rows(tensor, stored[key])

@@ -1,8 +1,10 @@
 """One life of a run, for test_checkpoint.py, on any number of ranks: resume, compare with whole tensors, train a step, save, export.
 
-torchrun --nproc-per-node 2 tests/checkpoint_ranks.py ROOT SOURCE TARGET   (folders under ROOT; ROOT/base is the pretrained model)
+checkpoint_ranks.py ROOT 2:one:two 3:two:three   (ranks : resumed folder : new folder, under ROOT; ROOT/base is the pretrained model)
 """
 
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -123,6 +125,21 @@ def life(root, source, target, ranks):
     parallel.barrier()
 
 
-if __name__ == "__main__":
-    life(Path(sys.argv[1]), sys.argv[2], sys.argv[3], parallel.init())
+def one_rank(rank, num_ranks, port, root, source, target):
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in values.items()})
+    life(root, source, target, parallel.init())
     parallel.shutdown()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    for one_life in sys.argv[2:]:  # forked, not torchrun: torch is imported once, not seven times
+        num_ranks, source, target = one_life.split(":")
+        args = (int(num_ranks), free_port(), Path(sys.argv[1]), source, target)
+        torch.multiprocessing.start_processes(one_rank, args, nprocs=int(num_ranks), start_method="fork")
