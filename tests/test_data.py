@@ -35,7 +35,8 @@ def write_tokenizer(folder, special=SPECIAL, **config):
     words = pre_tokenizers.Split(" ", "merged_with_next")
     core.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    bos = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])  # as in Llama 3: both would harm a mask
     core.add_special_tokens(special)
     folder.mkdir(parents=True, exist_ok=True)
     core.save(str(folder / "tokenizer.json"))
@@ -397,6 +398,14 @@ def test_whatever_changes_the_tokens_misses_the_cache(tokenizer, config, monkeyp
     monkeypatch.setattr(data, "_tokenise", never)
     with pytest.raises(AssertionError, match="tokenised"):
         data.load_sft(config, tokenizer)
+
+
+def test_equal_rows_at_other_places_keep_their_own_row_ids(tokenizer, config):
+    config.data = {str(config.path): 2}
+    for n in (10, 11):  # the same two contents are picked, from other rows
+        config.path.write_text((json.dumps({"messages": chat("Hi", "yo")}) + "\n") * n)
+        documents, _ = data.load_sft(config, tokenizer)
+        assert documents.row_ids.tolist() == [f"{config.path}#{i}" for i in np.random.RandomState(42).choice(n, 2, replace=False)]
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "truncated", "missing", "no meta.json"])
