@@ -451,7 +451,7 @@ def _cache_key(sources, sides, tokenizer: Tokenizer, settings: dict) -> str:
     digest = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
     for name, rows, numbers, _ in sources:
         digest.update(json.dumps([name, len(numbers)]).encode() + numbers.tobytes())
-        for _, table in _chunks(rows, numbers):
+        for _, table in tqdm(_chunks(rows, numbers), "hashing rows", math.ceil(len(numbers) / CHUNK), delay=5):
             for batch in table.combine_chunks().to_batches():
                 digest.update(batch.serialize())
     return digest.hexdigest()
