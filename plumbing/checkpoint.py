@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from plumbing import parallel
 from plumbing.weights import (
+    check_vocabulary,
     copy_rows,
     fingerprint,
     load_adapter,
@@ -32,7 +33,8 @@ from plumbing.weights import (
     write_safetensors,
 )
 
-__all__ = ["Checkpointer", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve", "save_adapter", "save_pretrained"]
+__all__ = ["Checkpointer", "check_vocabulary", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve", "save_adapter",
+           "save_pretrained"]  # fmt: skip
 
 
 class Checkpointer:
@@ -45,7 +47,7 @@ class Checkpointer:
     def __init__(self, run_dir, keep_last, identity, fresh=False):
         self.folder, self.keep_last = Path(run_dir) / "checkpoints", keep_last
         self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
-        self._writer, self._pending = ThreadPoolExecutor(max_workers=1), None
+        self._writer, self._pending, self._finished_step = ThreadPoolExecutor(max_workers=1), None, None
         if dist.get_rank() == 0:
             for path in self.folder.glob("*step_*"):
                 if fresh or not (path / "COMPLETED").exists():  # what a kill left behind
@@ -65,16 +67,15 @@ class Checkpointer:
     def save(self, step, model, optimizer, meta):
         """Copy this rank's shards to host memory, then write them in the background; load() gives `meta` (JSON values) back.
 
-        Waits for the previous save first, and raises its error if it failed. A step that is already saved is not saved again.
+        Waits for the previous save first, and raises its error if it failed. The step that was saved or loaded last is not saved again.
         """
         self.wait()
-        path = self.folder / f"step_{step:06d}"
-        if path in self._finished():
+        if step == self._finished_step:
             return
         tensors = _trained_tensors(model, optimizer)
         index = {"step": step, "world_size": dist.get_world_size(), "identity": self.identity, "meta": meta, "shapes": _shapes(tensors)}
         rows = {key: (first, local.to("cpu", copy=True)) for key, (first, local) in _local_rows(tensors).items()}
-        self._pending = self._writer.submit(self._write, path, index, rows)
+        self._pending = self._writer.submit(self._write, self.folder / f"step_{step:06d}", index, rows)
 
     def wait(self):
         """Return once the last save is finished on every rank; if it failed on any, raise on all."""
@@ -100,6 +101,7 @@ class Checkpointer:
         with torch.no_grad():
             for key, tensor in tensors.items():
                 copy_rows(tensor, stored[key])
+        self._finished_step = index["step"]
         return index["meta"] | {"step": index["step"]}
 
     def _read_index(self, path):
@@ -117,6 +119,7 @@ class Checkpointer:
         folder, rank = path.with_name(f".tmp_{path.name}"), dist.get_rank()
         _on_all_ranks(lambda: _write_rows(folder, rank, rows))
         _on_all_ranks(lambda: self._finish(folder, path, index) if rank == 0 else None)
+        self._finished_step = index["step"]
 
     def _finish(self, folder, path, index):
         write_json(folder / "checkpoint.json", index)

@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def write_safetensors(path, tensors, read, metadata=None):
             os.fsync(file.fileno())
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        path.unlink()  # a torn file is of no use, and its space may be needed to go on
+        path.unlink(missing_ok=True)  # a torn file is of no use, and its space may be needed to go on
         message = f"{error.strerror}: {size:,} bytes needed, {free:,} free; what was saved earlier is untouched; writing"
         raise OSError(error.errno, message, str(path)) from error
     return size
@@ -195,12 +196,13 @@ def load_weights(model, directory):
     """
     directory = Path(directory)
     params = {name: param for name, param in sharded_parameters(model).items() if not _is_adapter(name)}
-    stored = _tensors(weight_files(directory))
+    files = weight_files(directory)
+    stored = _tensors(files)
     if model.config.tie_word_embeddings and "lm_head.weight" in stored:  # tied, yet stored twice
         _check_tied(stored["model.embed_tokens.weight"], stored.pop("lm_head.weight"), directory)
     for name in [name for name in stored if name.endswith("rotary_emb.inv_freq")]:  # in old exports; config.json determines it
         del stored[name]
-    _check_fit(params, stored, directory)
+    _check_fit(params, stored, files)
     for name, param in _bar(params.items(), desc="reading weights", unit="tensor"):
         copy_rows(param, stored[name])
 
@@ -211,17 +213,19 @@ def _tensors(paths):
     return {name: file.get_slice(name) for file in files for name in file.keys()}
 
 
-def _check_fit(params, stored, source):
-    problems = [f"{name}: missing" for name in params if name not in stored]
-    problems += [f"{name}: unexpected" for name in stored if name not in params]
+def _check_fit(params, stored, files):
+    problems = [(name, "missing") for name in params if name not in stored]
+    problems += [(name, "unexpected") for name in stored if name not in params]
     for name in params.keys() & stored.keys():
         shape, expected = tuple(stored[name].get_shape()), tuple(params[name].shape)
         if shape != expected:
-            problems.append(f"{name}: shape {shape}, expected {expected}")
+            problems.append((name, f"shape {shape}, expected {expected}"))
         if stored[name].get_dtype() not in DTYPES.values():
-            problems.append(f"{name}: dtype {stored[name].get_dtype()}, expected one of {', '.join(DTYPES.values())}")
+            problems.append((name, f"dtype {stored[name].get_dtype()}, expected one of {', '.join(DTYPES.values())}"))
     if problems:
-        raise ValueError(f"{source}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(sorted(problems)[:20]))
+        places = {name: f" ({path.name})" for path in files for name in open_safetensors(path).keys()}
+        listed = [f"{name}: {problem}{places.get(name, '')}" for name, problem in sorted(problems)[:20]]
+        raise ValueError(f"{files[0].parent}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(listed))
 
 
 def _check_tied(embedding, head, source):
@@ -256,33 +260,47 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
     """Write a folder that transformers, vLLM and load_pretrained read: weights in files of at most 5 GB, config, tokenizer, template.
 
     Collective: all ranks call it, rank 0 writes. dtype None keeps the parameters' own; adapters are merged in float32 and cast once. The
-    folder appears by a rename when it is whole. One that holds a model is replaced, any other non-empty one is refused (ValueError).
+    folder appears by a rename when it is whole. It replaces an earlier export; ValueError when anything else is in its place.
     """
-    directory = Path(directory)
     check_vocabulary(model.config, tokenizer)
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise ValueError(f"{directory}: not empty and not a model folder, so it is not replaced")
     params = {name: param for name, param in sharded_parameters(model).items() if not _is_adapter(name)}
     plan = _plan_files({name: (dtype or param.dtype, param.shape) for name, param in params.items()})
+    with _published(Path(directory), "config.json") as folder:
+        for file_name, tensors in plan.items():
+            _write_gathered(folder / file_name, tensors, lambda name: _full_weight(model, name, params[name]))
+        if _rank() == 0:
+            _write_configs(folder, model.config, tokenizer, plan, chat_template)
+
+
+@contextmanager
+def _published(directory, config_name):
+    """A temporary folder that becomes `directory` when the block ends well; an earlier export there is replaced, other files are not."""
+    contents = [path.name for path in directory.iterdir()] if directory.exists() else []
+    foreign = [name for name in contents if not name.endswith((".safetensors", ".json", ".jinja", ".model"))]
+    if contents and (foreign or config_name not in contents):
+        raise ValueError(f"{directory}: holds {', '.join(sorted(foreign or contents)[:5])}, which no export wrote, so it is not replaced")
     folder = directory.with_name(f".tmp_{directory.name}")
     if _rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    for file_name, tensors in plan.items():
-        if _rank() == 0:
-            write_safetensors(folder / file_name, tensors, lambda name: _full_weight(model, name, params[name]))
-        else:
-            for name in tensors:
-                _full_weight(model, name, params[name])  # this rank's part of the gather
+    yield folder
     if _rank() == 0:
-        _write_configs(folder, model.config, tokenizer, plan, chat_template)
         publish(folder, directory)
     if dist.is_initialized():
         parallel.barrier()
 
 
+def _write_gathered(path, tensors, read):
+    """write_safetensors on rank 0; the other ranks make the same calls of read, which gathers."""
+    if _rank() == 0:
+        write_safetensors(path, tensors, read)
+    else:
+        for name in tensors:
+            read(name)
+
+
 def _full_weight(model, name, param):
-    """The whole of one parameter, its adapters merged; on every rank, because a gather is collective."""
+    """The whole of one parameter, its adapters merged."""
     module = model.get_submodule(name.rpartition(".")[0])
     return _gather(module.merged_weight() if isinstance(module, LoRALinear) and param is module.weight else param)
 
@@ -313,8 +331,8 @@ def _write_configs(folder, config, tokenizer, plan, chat_template):
     stops += [tokenizer.eos_id] if tokenizer.eos_id not in (None, *stops) else []  # the end of turn that was trained
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
     (dtype, _), *_ = next(iter(plan.values())).values()
-    write_json(folder / "config.json", model_config := config.to_hf() | ids | {"torch_dtype": str(dtype).removeprefix("torch.")})
-    write_json(folder / "generation_config.json", {key: model_config[key] for key in ids if model_config[key] is not None})
+    write_json(folder / "config.json", config.to_hf() | ids | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
     tokenizer.save(folder, chat_template)
 
 
@@ -330,37 +348,32 @@ def _peft_name(name):
 
 
 def _adapter_config(model):
+    """adapter_config.json's keys that describe the model's LoRA layers; None without any."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         return None
-    layer, rank = next(iter(layers.values())), next(iter(layers.values())).lora_A.shape[0]
+    layer = next(iter(layers.values()))
+    rank = layer.lora_A.shape[0]
+    alpha = round(layer.scale * rank, 9)  # undoes alpha / rank
     targets = sorted({name.rpartition(".")[2] for name in layers})
-    return {"r": rank, "lora_alpha": layer.scale * rank, "lora_dropout": layer.dropout, "target_modules": targets}
+    return {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": layer.dropout, "target_modules": targets}
 
 
 @torch.no_grad()
 def save_adapter(model, directory, base):
     """Write the LoRA adapters as PEFT does (adapter_model.safetensors, adapter_config.json); base: the base model's path or hub name.
 
-    Collective: all ranks call it, rank 0 writes, a rename publishes.
+    Collective, replaces and refuses as save_pretrained does.
     """
-    directory, config = Path(directory), _adapter_config(model)
+    config = _adapter_config(model)
     assert config, "save_adapter needs a model with adapters"
     params = {_peft_name(name): param for name, param in sharded_parameters(model).items() if _is_adapter(name)}
-    folder = directory.with_name(f".tmp_{directory.name}")
-    if _rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    with _published(Path(directory), ADAPTER_CONFIG) as folder:
         specs = {name: (param.dtype, param.shape) for name, param in params.items()}
-        write_safetensors(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
-        fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
-        write_json(folder / ADAPTER_CONFIG, fixed | {"base_model_name_or_path": str(base)} | config)
-        publish(folder, directory)
-    else:
-        for param in params.values():
-            _gather(param)
-    if dist.is_initialized():
-        parallel.barrier()
+        _write_gathered(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
+        if _rank() == 0:
+            fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+            write_json(folder / ADAPTER_CONFIG, fixed | {"base_model_name_or_path": str(base)} | config)
 
 
 @torch.no_grad()
@@ -373,7 +386,7 @@ def load_adapter(model, directory):
     directory = Path(directory)
     raw = json.loads((directory / ADAPTER_CONFIG).read_text())
     plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
-    off = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices")
+    off = ("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "rank_pattern", "alpha_pattern")
     problems = [f"{key}={raw[key]!r}, expected {value!r}" for key, value in plain.items() if raw.get(key, value) != value]
     problems += [f"{key}={raw[key]!r}, expected it off" for key in off if raw.get(key)]
     targets = raw["target_modules"]
@@ -389,6 +402,6 @@ def load_adapter(model, directory):
         raise ValueError(f"{directory / ADAPTER_CONFIG}: " + "; ".join(differing))
     params = {_peft_name(name): param for name, param in sharded_parameters(model).items() if _is_adapter(name)}
     stored = _tensors([directory / ADAPTER_WEIGHTS])
-    _check_fit(params, stored, directory / ADAPTER_WEIGHTS)
+    _check_fit(params, stored, [directory / ADAPTER_WEIGHTS])
     for name, param in params.items():
         copy_rows(param, stored[name])
