@@ -4,13 +4,19 @@ Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query h
 A packed stream is documents laid end to end; document n is rows cu_seqlens[n]:cu_seqlens[n+1], with cu_seqlens (N+1,) int32.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 IGNORE_INDEX = -100  # target of a position that is not supervised
 
 
 # ---------------------------------------------------------------- attention
+
+# torch 2.11 takes grouped heads without being asked; later ones refuse them unless asked
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def attention(q, k, v, cu_seqlens, max_seqlen):
@@ -21,9 +27,7 @@ def attention(q, k, v, cu_seqlens, max_seqlen):
     16-bit tensors on CUDA take torch's varlen flash kernel; everything else takes scaled_dot_product_attention document by document.
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10 on CUDA only
-
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))  # (-1, 0): causal
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **_GROUPED)  # (-1, 0): causal
     return torch.cat([_causal_sdpa(*document) for document in _split_documents(q, k, v, cu_seqlens)])
 
 

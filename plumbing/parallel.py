@@ -183,10 +183,11 @@ def clip_grad_norm(params, max_norm):
     The norm of the *whole* gradient: squares are summed over this rank's rows in float32 per tensor, in float64 across them and over ranks.
     """
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in params if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([g for g in grads if g.numel()])).double() if grads else torch.zeros(1, dtype=torch.float64)
+    grads = [g for g in grads if g.numel()]  # a rank may own no row of a short parameter
+    norms = torch.stack(torch._foreach_norm(grads)).double() if grads else torch.zeros(1, dtype=torch.float64)
     (square,) = sum_across_ranks([norms.square().sum().item()])
     norm = square**0.5
-    if max_norm is not None and norm > max_norm:
+    if grads and max_norm is not None and norm > max_norm:
         torch._foreach_mul_(grads, max_norm / norm)
     return norm
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,6 +67,13 @@ def test_attention_gradcheck():
     q, k, v = (randn(5, heads, 3, seed=heads, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, cu_seqlens, 3), (q, k, v))
+
+
+def test_this_torch_accepts_grouped_heads_on_a_gpu():
+    """Shapes only, no device needed: releases differ in whether varlen_attn must be asked for grouped heads."""
+    with FakeTensorMode():
+        q, kv = (torch.empty(10, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+        assert attention(q, kv, kv, torch.empty(3, device="cuda", dtype=torch.int32), 6).shape == (10, 4, 64)
 
 
 # ---------------------------------------------------------------- rms_norm

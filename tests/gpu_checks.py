@@ -1,0 +1,322 @@
+"""What only a GPU can show, for test_gpu.py and, where pytest is missing, by itself: python tests/gpu_checks.py prints what was measured.
+
+Each check asserts and returns a dict of numbers. Errors are relative: |a - b| / |b| over the whole tensor.
+"""
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # when run without pytest
+
+import torch
+from tiny_models import gradients, nll_sum, random_documents, random_llama, stream, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import (
+    IGNORE_INDEX,
+    attention,
+    attention_reference,
+    rms_norm,
+    rms_norm_reference,
+    segment_sums,
+    token_logps,
+    token_logps_reference,
+)
+from model import adapters_disabled, apply_lora, apply_recompute, generate, init_lora
+from plumbing import parallel
+
+BF16 = 2e-2  # a product of two bf16 roundings (0.4 % each), through a few operations
+LENGTHS = (257, 1, 130, 64)
+DOCUMENTS = random_documents(1000, LENGTHS)
+
+
+def randn(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def value_and_gradients(function, *inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = function(*leaves)
+    return value.detach(), torch.autograd.grad(value, leaves, randn(*value.shape, seed=99, dtype=value.dtype))
+
+
+def twins(fast, slow, *inputs):
+    """Errors of a bf16 fast path against its twin run in float32 on the same numbers: {"value": ..., "grad 0": ...}."""
+    value, grads = value_and_gradients(fast, *inputs)
+    expected, expected_grads = value_and_gradients(slow, *(x.float() for x in inputs))
+    named = {f"grad {i}": error(a, b) for i, (a, b) in enumerate(zip(grads, expected_grads, strict=True))}
+    return {"value": error(value, expected)} | named
+
+
+def assert_below(errors, limit):
+    assert all(0 < value < limit for value in errors.values()), errors  # 0 would be one path compared with itself
+    return errors
+
+
+def peak_bytes(function):
+    """Bytes allocated on top of what was there before, at the worst moment of function()."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cuda_llama(dtype=torch.float32, lora=False, **config):
+    """A Llama of 4 x 64 heads, wide enough for the flash kernel."""
+    shape = dict(vocab_size=1000, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    model = random_llama(tiny_config(**shape | dict(max_position_embeddings=512) | config), std=0.06)
+    if lora:
+        apply_lora(model, rank=4, alpha=8.0)
+        init_lora(model, seed=4)
+        for name, param in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(param, std=0.02, generator=torch.Generator().manual_seed(5))
+    return model.to("cuda", dtype)
+
+
+def on_gpu(documents):
+    return [document.cuda() for document in documents]
+
+
+def packed(documents):
+    input_ids, position_ids, cu_seqlens, max_seqlen = stream(documents)
+    return input_ids.cuda(), position_ids.cuda(), cu_seqlens.cuda(), max_seqlen
+
+
+def loss_of(model, documents=DOCUMENTS):
+    ids = on_gpu(documents)
+    targets = torch.cat([torch.cat((d[1:], d.new_tensor([IGNORE_INDEX]))) for d in ids])
+    return -token_logps(model(*packed(documents)), model.lm_head.weight, targets).sum()
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def check_attention_bf16():
+    """varlen_attn, forward and backward, over documents of odd lengths and grouped heads."""
+    worst = {}
+    for H, G, K in ((8, 8, 64), (8, 2, 128), (6, 3, 64)):
+        cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
+        inputs = randn(sum(LENGTHS), H, K), randn(sum(LENGTHS), G, K, seed=1), randn(sum(LENGTHS), G, K, seed=2)
+        errors = twins(*(lambda *x, f=f, cu=cu_seqlens: f(*x, cu, max(LENGTHS)) for f in (attention, attention_reference)), *inputs)
+        worst = {key: max(value, worst.get(key, 0)) for key, value in errors.items()}
+    return assert_below(worst, BF16)
+
+
+def check_attention_fp32():
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
+    inputs = [randn(sum(LENGTHS), heads, 64, seed=heads, dtype=torch.float32) for heads in (4, 2, 2)]
+    errors = twins(*(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (attention, attention_reference)), *inputs)
+    return assert_below(errors, 1e-5)
+
+
+def check_attention_is_repeatable():
+    """The step-0 check of DPO compares two forwards bit for bit."""
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
+    q, k, v = randn(sum(LENGTHS), 8, 128), randn(sum(LENGTHS), 2, 128, seed=1), randn(sum(LENGTHS), 2, 128, seed=2)
+    first = attention(q, k, v, cu_seqlens, max(LENGTHS))
+    assert all(torch.equal(first, attention(q, k, v, cu_seqlens, max(LENGTHS))) for _ in range(10))
+    return {}
+
+
+def check_rms_norm_bf16():
+    x, weight = randn(513, 256), randn(256, seed=1)
+    return assert_below(twins(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), x, weight), 1e-2)
+
+
+def check_token_logps_bf16():
+    """Values to float32 accuracy: the logits of bf16 inputs are accumulated and kept in float32. Gradients to bf16's."""
+    T, D, V = 1000, 256, 32000
+    hidden, weight = randn(T, D), randn(V, D, seed=1) / 16
+    targets = torch.randint(V, (T,), generator=torch.Generator().manual_seed(3)).cuda()
+    targets[::7] = IGNORE_INDEX
+    errors = twins(lambda h, w: token_logps(h, w, targets, chunk=300), lambda h, w: token_logps_reference(h, w, targets), hidden, weight)
+    assert errors["value"] < 1e-5, errors
+    assert token_logps(hidden, weight, targets)[::7].eq(0).all()
+    return assert_below(errors, 1e-2)
+
+
+def check_token_logps_memory():
+    """CHECKS 20. (T, V) logits in float32 would be 2 GiB; a chunk of 512 rows is 131 MB, and weight's float32 gradient 66 MB."""
+    T, D, V, chunk = 8192, 256, 65536, 512
+    hidden, weight = randn(T, D).requires_grad_(), (randn(V, D, seed=1) / 16).requires_grad_()
+    targets = torch.arange(T, device="cuda")
+    peak = peak_bytes(lambda: token_logps(hidden, weight, targets, chunk=chunk).sum().backward())
+    one_chunk, weight_gradient = chunk * V * 4, V * D * 4
+    assert peak < 3 * one_chunk + 3 * weight_gradient, peak
+    return {"peak GiB": peak / 2**30, "all logits GiB": T * V * 4 / 2**30}
+
+
+def check_segment_sums():
+    values, offsets = randn(1000, dtype=torch.float32), torch.tensor([0, 300, 300, 301, 1000]).cuda()
+    sums, (grad,) = value_and_gradients(lambda v: segment_sums(v, offsets), values)
+    expected, (expected_grad,) = value_and_gradients(lambda v: torch.stack([x.sum() for x in v.tensor_split(offsets.cpu()[1:-1])]), values)
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(grad, expected_grad) and sums[1] == 0
+    assert all(torch.equal(sums, segment_sums(values, offsets)) for _ in range(10))
+    return {"largest difference": (sums - expected).abs().max().item()}
+
+
+# ---------------------------------------------------------------- the model
+
+
+def check_model_bf16():
+    """bf16 on the GPU against float32 on the CPU: logits, and gradients of the summed NLL. All weights as bf16 can hold them."""
+    exact = random_llama(cuda_llama().config, std=0.06).bfloat16().float()
+    model = copy.deepcopy(exact).to("cuda", torch.bfloat16)
+    logits = model(*packed(DOCUMENTS)) @ model.lm_head.weight.T
+    expected = exact(*stream(DOCUMENTS)) @ exact.lm_head.weight.T
+    loss_of(model).backward()
+    nll_sum(exact, DOCUMENTS).backward()
+    grads, expected_grads = gradients(model), gradients(exact)
+    worst = max(error(grads[name].cpu(), expected_grads[name]) for name in grads)
+    return assert_below({"logits": error(logits.cpu(), expected), "worst gradient": worst}, 5e-2)
+
+
+def check_packed_equals_alone_bf16():
+    """CHECKS 16 in bf16: the neighbours only change the order in which matmuls sum."""
+    model = cuda_llama(torch.bfloat16)
+    together = model(*packed(DOCUMENTS))
+    alone = torch.cat([model(*packed([document])) for document in DOCUMENTS])
+    loss_of(model).backward()
+    packed_grads = gradients(model)
+    model.zero_grad()
+    for document in DOCUMENTS:
+        loss_of(model, [document]).backward()
+    worst = max(error(packed_grads[name], grad) for name, grad in gradients(model).items())
+    errors = {"hidden": error(together, alone), "worst gradient": worst}
+    assert all(value < BF16 for value in errors.values()), errors
+    return errors
+
+
+def check_generation():
+    """Float32 on the GPU continues as on the CPU. bf16 reads the prompts through varlen_attn: its first tokens are a packed forward's."""
+    prompts = [document.tolist() for document in random_documents(1000, (9, 1, 30), seed=3)]
+    model = cuda_llama()
+    assert generate(model, prompts, 16) == generate(copy.deepcopy(model).cpu(), prompts, 16)
+    model = model.bfloat16()
+    answers = generate(model, prompts, 16)
+    _, _, cu_seqlens, _ = stream([torch.tensor(p) for p in prompts])
+    last = model(*packed([torch.tensor(p) for p in prompts]))[cu_seqlens[1:].long().cuda() - 1]
+    assert [a[0] for a in answers] == (last @ model.lm_head.weight.T).float().argmax(-1).tolist()
+    assert [len(a) for a in answers] == [16] * 3
+    return {}
+
+
+class OperationNames(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def check_recompute():
+    """Equal gradients from less memory; "selective" runs no attention and no forward matmul again in the backward pass."""
+    model = cuda_llama(torch.bfloat16, num_hidden_layers=6)
+    documents = random_documents(1000, (512,) * 16)
+    peaks, forwards, grads = {}, {}, {}
+    for mode in ("none", "selective", "full"):
+        apply_recompute(model, mode)
+        model.zero_grad()
+        loss = loss_of(model, documents)
+        with OperationNames() as backward:
+            loss.backward()
+        forwards[mode] = sum("varlen" in name and "backward" not in name for name in backward.seen)
+        grads[mode] = gradients(model)
+        model.zero_grad()
+        peaks[mode] = peak_bytes(lambda: loss_of(model, documents).backward())
+    assert forwards == {"none": 0, "selective": 0, "full": 6}, forwards
+    assert peaks["full"] < peaks["selective"] < peaks["none"], peaks
+    # flash's backward adds in any order, so bits may differ between any two runs
+    worst = max(error(grads[mode][name], grad) for mode in ("selective", "full") for name, grad in grads["none"].items())
+    assert worst < BF16, worst
+    return {"worst gradient": worst} | {f"peak MiB {mode}": peak / 2**20 for mode, peak in peaks.items()}
+
+
+# ---------------------------------------------------------------- sharded
+
+
+def check_sharded_bf16_step():
+    """float32 shards, bf16 compute, on a group of one: loss and gradients near a float32 model's, one clipped step lowers the loss."""
+    parallel.init()
+    try:
+        plain, model = cuda_llama(), cuda_llama()
+        parallel.shard(model, "bf16")
+        loss = loss_of(model)
+        loss.backward()
+        expected = loss_of(plain)
+        expected.backward()
+        grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        errors = {"loss": abs(loss.item() / expected.item() - 1),
+                  "worst gradient": max(error(grads[name], p.grad) for name, p in plain.named_parameters())}  # fmt: skip
+        norm = parallel.clip_grad_norm(list(model.parameters()), 1.0)
+        whole = torch.stack([p.grad.norm() for p in plain.parameters()]).norm().item()
+        clipped = torch.stack([p.grad.full_tensor().norm() for p in model.parameters()]).norm().item()
+        assert abs(norm / whole - 1) < BF16 and abs(clipped - 1) < 1e-4, (norm, whole, clipped)
+        torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True).step()
+        model.zero_grad()
+        with torch.no_grad():
+            after = loss_of(model).item()
+            parallel.release(model)
+        assert after < loss.item(), (after, loss.item())
+        return assert_below(errors, 5e-2) | {"loss before": loss.item(), "after one step": after}
+    finally:
+        parallel.shutdown()
+
+
+def check_sharded_lora():
+    """CHECKS 5, 8 and 21: a frozen bf16 base under float32 adapters; forwards repeat bit for bit; adapters off are the base."""
+    parallel.init()
+    try:
+        model, base = cuda_llama(lora=True), cuda_llama()
+        for m in (model, base):
+            for name, param in m.named_parameters():
+                param.data = param.data if "lora_" in name else param.data.bfloat16()
+            parallel.shard(m, "bf16")
+        with torch.no_grad():
+            first = loss_of(model)
+            assert torch.equal(first, loss_of(model))
+            with adapters_disabled(model):
+                assert torch.equal(loss_of(model), loss_of(base))
+            parallel.release(model)
+        assert torch.equal(loss_of(model.train()), first)
+        loss_of(model).backward()
+        grads = gradients(model)
+        assert grads and all("lora_" in name and grad.dtype == torch.float32 and grad.full_tensor().any() for name, grad in grads.items())
+        return {"loss": first.item()}
+    finally:
+        parallel.shutdown()
+
+
+CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
+
+
+def main():
+    """Run every check, print a table, return how many failed."""
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    failed = 0
+    for check in CHECKS:
+        start = time.perf_counter()
+        try:
+            outcome, numbers = "ok", check()
+        except Exception as exception:  # one failure must not hide the others
+            failed, outcome, numbers = failed + 1, "FAILED", {type(exception).__name__: str(exception)[:300]}
+        shown = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items())
+        print(f"{check.__name__.removeprefix('check_'):32} {outcome:6} {time.perf_counter() - start:6.1f} s  {shown}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""Checks of plumbing/parallel.py that hold on any number of ranks, for test_parallel.py: a sharded model against the same plain model.
+
+torchrun --nproc-per-node 3 tests/parallel_ranks.py   (every rank runs every check and asserts)
+"""
+
+import copy
+import os
+import signal
+import sys
+
+import torch
+from tiny_models import gradients, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
+
+from model import Llama, adapters_disabled, apply_lora, apply_recompute, init_lora
+from plumbing import parallel
+
+DOCUMENTS = random_documents(97, (5, 12, 3, 9, 2, 7, 11, 4))  # 8 unequal documents: 4 + 4 on two ranks, 3 + 3 + 2 on three
+
+
+@torch.no_grad()
+def plain_model(lora=False, **config):
+    model = random_llama(tiny_config(**config))
+    if lora:
+        apply_lora(model, rank=2, alpha=6.0)  # lora_A has 2 rows: the third rank owns none
+        init_lora(model, seed=4)
+        generator = torch.Generator().manual_seed(5)
+        for name, param in model.named_parameters():
+            if name.endswith("lora_B"):
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.1)
+    return model
+
+
+def sharded(plain, precision="fp32"):
+    model = copy.deepcopy(plain)
+    parallel.shard(model, precision)
+    return model
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def backward(model, ranks):
+    """The summed NLL of all documents, each rank its own, in two micro-batches."""
+    mine = DOCUMENTS[ranks.rank :: ranks.world_size]
+    total = 0.0
+    for part in (mine[:1], mine[1:]):
+        loss = nll_sum(model, part)
+        (loss * ranks.world_size).backward()
+        total += loss.item()
+    return parallel.sum_across_ranks([total])[0]
+
+
+VARIANTS = {
+    "full": {}, "tied": {"tie_word_embeddings": True}, "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "lora": {"lora": True}, "lora-tied": {"lora": True, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+def check_gradients_and_clipping(ranks):
+    """CHECKS 1 and 18: loss, gradients and their norm over 8 unequal documents are those of one plain process; what SGD subtracts after
+    clipping has the clipped norm and the gradient's direction."""
+    for variant, config in VARIANTS.items():
+        plain = plain_model(**config)
+        model = sharded(plain)
+        before = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+        expected_loss = nll_sum(plain, DOCUMENTS)
+        expected_loss.backward()
+        assert abs(backward(model, ranks) / expected_loss.item() - 1) < 1e-6, variant
+        assert_gradients(model, plain)
+
+        params = [p for p in model.parameters() if p.requires_grad]
+        expected = torch.stack([g.double().norm() for g in gradients(plain).values()]).norm().item()
+        for max_norm in (None, expected * 2, expected / 8):  # never, not reached, reached
+            norm = parallel.clip_grad_norm(params, max_norm)
+            assert abs(norm / expected - 1) < 1e-4, (variant, norm, expected)
+        torch.optim.SGD(params, lr=1.0).step()
+        update = {name: before[name] - whole(p.detach()) for name, p in model.named_parameters()}
+        norm = torch.stack([u.double().norm() for u in update.values()]).norm().item()
+        assert abs(norm / (expected / 8) - 1) < 1e-4, (variant, norm, expected / 8)
+        for name, grad in gradients(plain).items():  # the update of a weight of about 1 is rounded at 1e-7
+            assert (update[name] - grad / 8).abs().max() < 1e-5 * grad.abs().max() + 1e-6, (variant, name)
+
+
+def assert_gradients(model, plain):
+    grads, expected = gradients(model), gradients(plain)
+    assert grads.keys() == expected.keys()
+    worst = max(relative_error(whole(grads[name]), expected[name]) for name in expected)
+    assert worst < 1e-5, worst
+
+
+def check_recompute(ranks):
+    """Blocks that are gathered again in the backward pass, with their activations recomputed, give the same gradients."""
+    plain = plain_model()
+    nll_sum(plain, DOCUMENTS).backward()
+    for mode in ("selective", "full"):
+        model = sharded(plain)
+        apply_recompute(model, mode)
+        backward(model, ranks)
+        assert_gradients(model, plain)
+
+
+def check_norm_where_a_rank_owns_nothing(ranks):
+    """One row over several ranks: all but the first have no gradient at all."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (ranks.world_size,))
+    param = torch.nn.Parameter(distribute_tensor(torch.zeros(1, 2), mesh, [Shard(0)]))
+    param.grad = distribute_tensor(torch.tensor([[3.0, 4.0]]), mesh, [Shard(0)])
+    assert parallel.clip_grad_norm([param], 1.0) == 5.0
+    torch.testing.assert_close(whole(param.grad), torch.tensor([[0.6, 0.8]]))
+    assert parallel.clip_grad_norm([], 1.0) == 0.0
+
+
+def check_rows(ranks):
+    """The ranks' rows lie end to end and cover every parameter: 97 and 40 rows do not divide evenly, 2 rows leave the third rank none."""
+    plain = plain_model(lora=True)
+    model = sharded(plain)
+    expected = dict(plain.named_parameters())
+    for name, param in model.named_parameters():
+        first, local = parallel.local_rows(param)
+        per_rank = -(-param.shape[0] // ranks.world_size)
+        assert first == min(ranks.rank * per_rank, param.shape[0])
+        assert torch.equal(local, expected[name][first : first + per_rank]), name
+        (covered,) = parallel.sum_across_ranks([local.shape[0]])
+        assert covered == param.shape[0]
+    first, local = parallel.local_rows(expected["lm_head.weight"])
+    assert first == 0 and torch.equal(local, expected["lm_head.weight"])
+
+
+def check_materialize_and_assign(ranks):
+    """A model built on the meta device, sharded, allocated and filled row by row is the plain one; tied stays tied after a step."""
+    for config in ({}, {"tie_word_embeddings": True}):
+        plain = plain_model(**config)
+        with torch.device("meta"):
+            model = Llama(plain.config)
+        parallel.shard(model, "fp32")
+        parallel.materialize(model, ranks.device)
+        for name, param in model.named_parameters():
+            parallel.assign(param, dict(plain.named_parameters())[name].detach())
+        for _ in range(2):
+            for m in (model, plain):
+                optimizer = torch.optim.SGD(m.parameters(), lr=1e-3)
+                backward(model, ranks) if m is model else nll_sum(plain, DOCUMENTS).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+        assert tied == plain.config.tie_word_embeddings
+        for name, param in model.named_parameters():
+            assert relative_error(whole(param.detach()), dict(plain.named_parameters())[name]) < 1e-5, name
+
+
+def check_lora_with_a_bf16_base(ranks):
+    """CHECKS 21: a frozen bf16 base under float32 adapters, computed in bf16: float32 adapter gradients, close to the float32 model's."""
+    plain = plain_model(lora=True)
+    model = copy.deepcopy(plain)
+    for param in model.parameters():
+        if not param.requires_grad:
+            param.data = param.data.bfloat16()
+    parallel.shard(model, "bf16")
+    loss = backward(model, ranks)
+    expected = nll_sum(plain, DOCUMENTS)
+    expected.backward()
+    assert abs(loss / expected.item() - 1) < 0.02, (loss, expected.item())
+    grads, expected_grads = gradients(model), gradients(plain)
+    assert grads.keys() == expected_grads.keys() and all("lora_" in name for name in grads)
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    flat = [torch.cat([whole(g[name]).flatten() for name in sorted(g)]) for g in (grads, expected_grads)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert all(p.dtype == (torch.float32 if "lora_" in name else torch.bfloat16) for name, p in model.named_parameters())
+
+
+def check_full_bf16_compute_keeps_float32_shards(ranks):
+    model = sharded(plain_model(), "bf16")
+    backward(model, ranks)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    assert model(*stream(DOCUMENTS)).dtype == torch.bfloat16
+
+
+def check_forwards_are_bit_equal(ranks):
+    """CHECKS 8: twice the same in train mode; with adapters off the bits of the base."""
+    for precision in ("fp32", "bf16"):
+        base, model = sharded(plain_model(), precision), sharded(plain_model(lora=True), precision).train()
+        with torch.no_grad():
+            first, second = model(*stream(DOCUMENTS)), model(*stream(DOCUMENTS))
+            assert torch.equal(first, second)
+            with adapters_disabled(model):
+                assert torch.equal(model(*stream(DOCUMENTS)), base(*stream(DOCUMENTS)))
+            assert not torch.equal(first, base(*stream(DOCUMENTS)))
+
+
+def check_release(ranks):
+    """After a pass without backward, release() makes the next forward gather the weights of the step in between."""
+    plain = plain_model()
+    model = sharded(plain)
+    with torch.no_grad():
+        nll_sum(model, DOCUMENTS)
+        parallel.release(model)
+        for m in (model, plain):
+            for param in m.parameters():
+                param.mul_(0.5)
+        assert abs(nll_sum(model, DOCUMENTS) / nll_sum(plain, DOCUMENTS) - 1) < 1e-6
+    parallel.release(model)
+
+
+def check_sums(ranks):
+    world, rank = ranks.world_size, ranks.rank
+    assert parallel.sum_across_ranks([1.0, rank, 2**-40]) == [world, world * (world - 1) / 2, world * 2**-40]
+    assert parallel.max_across_ranks(-rank) == 0 and parallel.max_across_ranks(rank) == world - 1
+    shared = torch.tensor([rank + 7])
+    parallel.broadcast(shared)
+    assert shared.item() == 7
+    assert parallel.from_main(ranks, lambda: f"déjà {rank}") == "déjà 0"
+    assert parallel.main_first(ranks, lambda: rank) == rank
+
+
+def check_finite(ranks):
+    """CHECKS 24: NaN on one rank stops all of them; the rank that has it names the examples."""
+    parallel.require_finite([1.0, 2.0], [["a"], ["b", "c"]])
+    last = ranks.rank == ranks.world_size - 1
+    try:
+        parallel.require_finite([1.0, float("nan") if last else 2.0], [["a"], ["b", "c"]])
+    except FloatingPointError as error:
+        assert ("['b', 'c']" if last else "on another rank") in str(error) and "'a'" not in str(error)
+    else:
+        raise AssertionError("not raised")
+
+
+def check_stop_signal(ranks):
+    """A signal that only the last rank gets reaches all of them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = parallel.StopSignal()
+        assert stop.received() == 0
+        if ranks.rank == ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received() == signal.SIGTERM
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
+
+
+def main():
+    ranks = parallel.init()
+    for check in CHECKS:
+        check(ranks)
+        parallel.barrier()
+        ranks.say(f"{check.__name__} holds on {ranks.world_size} rank(s)")
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
