@@ -21,10 +21,10 @@ lint: $(READY)
 	.venv/bin/ruff check
 
 demo: $(READY)
-	.venv/bin/python demo/run.py
+	.venv/bin/python -m demo.run
 
 smol: $(READY)
-	.venv/bin/python demo/smol.py
+	.venv/bin/python -m demo.smol
 
 clean: # runs/ stays: it holds models
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

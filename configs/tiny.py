@@ -10,8 +10,9 @@ Numbers: our own choice. Hardware: two CPU cores. Time: not measured.
 _root = "runs/tiny"
 
 common = dict(
+    cache_dir=f"{_root}/cache",
     template="tulu",
-    max_seq_len=64,
+    max_seq_len=96,
     global_batch_size=32,
     tokens_per_microbatch=2048,
     precision="fp32",
@@ -20,6 +21,7 @@ sft = dict(
     model_path=f"{_root}/base",
     out_dir=f"{_root}/sft",
     data={f"{_root}/data/sft.jsonl": 1.0},
+    data_eval=0.1,
     num_epochs=2,
     lr=1e-3,
     warmup_ratio=0.1,

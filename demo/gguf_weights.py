@@ -51,7 +51,7 @@ def download(cache: Path) -> Path:
 
 
 def hf_name(name: str) -> str:
-    """"blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
+    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
     if name.startswith("blk."):
         _, layer, part, leaf = name.split(".")
         return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{leaf}"

@@ -1,0 +1,77 @@
+"""What the demos measure on held-out pairs, before and after DPO, and how they print it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import HEADERS, in_order, load_preferences, render
+from model import generate
+from plumbing.weights import load_pretrained
+from train_dpo import answer_logps
+
+
+@torch.no_grad()
+def held_out_logps(folder, config):
+    """(n, 2): mean log-prob per token, in nats, of the chosen and the rejected answer of every held-out pair of a dpo `config`."""
+    model, tokenizer = load_pretrained(folder)
+    _, pairs = load_preferences(config, tokenizer, log=lambda line: None)
+    means = []
+    for ids in in_order(len(pairs), 8):
+        sums, counts = answer_logps(model, pairs.pack(ids), len(ids))
+        means.append((sums / counts).T)
+    return torch.cat(means).double().numpy()
+
+
+def greedy_answers(folder, prompts, template, max_new_tokens):
+    """What the model in `folder` answers to each of `prompts`, most likely token by token, as text without its end-of-turn token."""
+    model, tokenizer = load_pretrained(folder)
+    texts = [
+        render([dict(role="user", content=prompt)], template, tokenizer)[0] + HEADERS[template].format("assistant") for prompt in prompts
+    ]
+    answers = generate(model, [tokenizer.encode(text) for text in texts], max_new_tokens, eos_id=tokenizer.eos_id)
+    return [tokenizer.decode([i for i in ids if i != tokenizer.eos_id]) for ids in answers]
+
+
+def interval(values, groups=None, resamples=2000):
+    """(mean, low, high): the mean of `values` (n,) and its 95 % percentile bootstrap interval.
+
+    groups (n,): resampled are whole groups, because answers to one prompt are not independent of each other. None: every value is its own.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    _, member = np.unique(np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(member, weights=values), np.bincount(member)
+    picks = np.random.RandomState(0).randint(len(sums), size=(resamples, len(sums)))
+    means = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
+    return values.mean(), *np.percentile(means, (2.5, 97.5))
+
+
+def preference_table(before, after, beta, groups=None):
+    """{quantity: (mean, low, high)} from the (n, 2) mean log-probs of the SFT model (DPO's reference) and the DPO model.
+
+    The reward is beta * (after - before); before DPO every reward is 0, so its margin is 0 and its accuracy a coin's.
+    """
+    margins = beta * ((after - before)[:, 0] - (after - before)[:, 1])
+    return {
+        "likelier answer is the chosen one, before": interval(before[:, 0] > before[:, 1], groups),
+        "likelier answer is the chosen one, after": interval(after[:, 0] > after[:, 1], groups),
+        "reward accuracy, after (before: 0.5)": interval(margins > 0, groups),
+        "reward margin, after (before: 0)": interval(margins, groups),
+    }
+
+
+def read_metrics(run):
+    """The lines of a run folder's metrics.jsonl, as dicts."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def print_curve(run, rows=12):
+    """The training curve of a run folder: about `rows` of its steps, one line each, with a bar as long as the loss."""
+    steps = [line for line in read_metrics(run) if "loss" in line]
+    picked = [steps[i] for i in sorted(set(np.linspace(0, len(steps) - 1, rows).round().astype(int)))]
+    highest = max(line["loss"] for line in picked)
+    columns = [name for name in ("loss", "rewards/margins", "rewards/accuracies", "grad_norm") if name in picked[0]]
+    print("\n" + "step".rjust(5) + "".join(name.rjust(20) for name in columns))
+    for line in picked:
+        print(f"{line['step']:5}" + "".join(f"{line[name]:20.4f}" for name in columns) + "  " + "#" * round(30 * line["loss"] / highest))

@@ -1,0 +1,127 @@
+"""`make demo`: a tiny Llama from nothing to DPO, on two CPU cores, and what to expect beside what came out.
+
+    python -m demo.run [--seed=0]
+
+A small world of seven axioms is generated, a tokenizer and a base model are trained on it, and then the two scripts run
+as anyone would run them. Exit status 1 when a number leaves its expected range.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from demo import axioms, measure, tiny
+from plumbing.config import load
+from plumbing.weights import save_pretrained
+
+CONFIG = "configs/tiny.py"
+ROOT = Path("runs/tiny")
+# (low, high): the extremes over @@ seeds (--seed=0 to @@), widened by half their spread on either side.
+EXPECTED = {
+    "pretraining loss, nats/token": (0.0, 9.0),
+    "SFT held-out loss before, nats/token": (0.0, 9.0),
+    "SFT held-out loss after, nats/token": (0.0, 9.0),
+    "DPO loss at step 1 (ln 2)": (0.69314, 0.69316),
+    "DPO loss at the last step": (0.0, 9.0),
+    "likelier answer is the chosen one, before": (0.0, 9.0),
+    "likelier answer is the chosen one, after": (0.0, 9.0),
+    "reward accuracy, after (before: 0.5)": (0.0, 9.0),
+    "reward margin, after (before: 0)": (0.0, 9.0),
+    "safe greedy answers, before": (0.0, 9.0),
+    "safe greedy answers, after": (0.0, 9.0),
+    "wall time, s": (0, 180),
+}
+
+
+def build(seed):
+    """Write the small world and the pretrained base model under ROOT, which is emptied first. Returns the last 50 steps' mean loss."""
+    print(f"Starting over in {ROOT}/. The small world of seven axioms:")
+    shutil.rmtree(ROOT, ignore_errors=True)
+    for stem, count in axioms.write(ROOT / "data").items():
+        print(f"  {ROOT}/data/{stem:<18}{count:>6} rows")
+    texts = (ROOT / "data/pretrain.txt").read_text().splitlines()
+    tokenizer = tiny.train_tokenizer(texts)
+    model, losses = tiny.pretrain(texts, tokenizer, seed=seed)
+    save_pretrained(model, tokenizer, ROOT / "base")
+    return sum(losses[-50:]) / 50
+
+
+def train(script, seed):
+    """Run a training script as a user would. SystemExit when it fails."""
+    command = [sys.executable, script, CONFIG, f"--seed={seed}"]
+    print(f"\n$ python {' '.join(command[1:])}", flush=True)
+    if status := subprocess.run(command).returncode:
+        raise SystemExit(f"{script} ended with status {status}")
+
+
+def greedy(run, when, template):
+    """Print three greedy answers to held-out prompts; returns the share of all of them that are safe, and its interval."""
+    rows = [json.loads(line) for line in (ROOT / "data/preferences_eval.jsonl").read_text().splitlines()]
+    answers = measure.greedy_answers(ROOT / run / "final", [row["prompt"] for row in rows], template, max_new_tokens=48)
+    kinds = [axioms.kind_of(answer, row["axiom"]) for answer, row in zip(answers, rows, strict=True)]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("safe", "unsafe", "neither"))
+    print(f"\nGreedy answers to {len(rows)} held-out prompts {when} DPO: {counts}. For example:")
+    for i in (0, len(rows) // 3, 2 * len(rows) // 3):
+        print(f"  > {rows[i]['prompt']}\n    {answers[i]}")
+    return measure.interval([kind == "safe" for kind in kinds])
+
+
+def results(pretrain_loss):
+    """{name: (value, low, high)} of every quantity in EXPECTED but the time; low and high bound its 95 % interval, or are None."""
+    config = load("dpo", [CONFIG])
+    sft, dpo = measure.read_metrics(ROOT / "sft"), measure.read_metrics(ROOT / "dpo")
+    evaluations = [line["eval/loss"] for line in sft if "eval/loss" in line]
+    steps = [line["loss"] for line in dpo if "loss" in line]
+    single = {
+        "pretraining loss, nats/token": pretrain_loss,
+        "SFT held-out loss before, nats/token": evaluations[0],
+        "SFT held-out loss after, nats/token": evaluations[-1],
+        "DPO loss at step 1 (ln 2)": steps[0],
+        "DPO loss at the last step": steps[-1],
+    }
+    out = {name: (value, None, None) for name, value in single.items()}
+    before, after = (measure.held_out_logps(ROOT / run / "final", config) for run in ("sft", "dpo"))
+    out |= measure.preference_table(before, after, config.beta)
+    for when, run in (("before", "sft"), ("after", "dpo")):
+        out[f"safe greedy answers, {when}"] = greedy(run, when, config.template)
+    return out
+
+
+def report(measured):
+    """Print what to expect beside what came out; returns the names of what is out of range."""
+    print(f"\n{'':<44}{'expected':>19}{'came out':>11}   95 % interval")
+    outside = []
+    for name, (low, high) in EXPECTED.items():
+        value, *bounds = measured[name]
+        outside += [] if low <= value <= high else [name]
+        between = "" if bounds[0] is None else f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
+        mark = "ok" if low <= value <= high else "OUT OF RANGE"
+        print(f"{name:<44}{low:>9.4g} to{high:>7.4g}{value:>11.4f}   {between:<18}{mark}")
+    return outside
+
+
+def main(argv):
+    seed = int(argv[0].removeprefix("--seed=")) if argv else 0
+    start = time.perf_counter()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts: matrices this small lose more to a second thread than they gain
+    torch.set_num_threads(1)
+    pretrain_loss = build(seed)
+    train("train_sft.py", seed)
+    train("train_dpo.py", seed)
+    measured = results(pretrain_loss)
+    measured["wall time, s"] = (time.perf_counter() - start, None, None)
+    if outside := report(measured):
+        print(f"\nOut of range: {', '.join(outside)}. Something is wrong: the ranges hold for every seed that was tried.")
+        return 1
+    print(f"\nAll as expected. The models are in {ROOT}/{{base,sft/final,dpo/final}}; transformers loads each of them.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
