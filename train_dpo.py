@@ -239,7 +239,7 @@ def main(argv):
     directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
     pairs, held_out = parallel.main_first(ranks, lambda: load_preferences(config, tokenizer, ranks.say))
-    model = load_trainee(config, directory, ranks.device)
+    model = load_trainee(config, directory, tokenizer, ranks.device)
 
     epoch_steps = steps_per_epoch(len(pairs), config.global_batch_size)
     total_steps = min(config.num_epochs * epoch_steps, config.max_steps or math.inf)
@@ -248,6 +248,8 @@ def main(argv):
 
     weights = parallel.from_main(ranks, lambda: checkpoint.fingerprint(directory))
     provenance = {"weights": weights, "data": pairs.fingerprint}
+    checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
+    latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **IMPLICIT})
     ranks.say(f"DPO: {len(pairs):,} pairs, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
 
@@ -260,9 +262,6 @@ def main(argv):
     # taken here, from the step-0 weights, also when a checkpoint is about to be loaded
     reference = reference_of(pairs, [batch_ids(step) for step in range(min(total_steps, epoch_steps))])
     held_out_reference = reference_of(held_out, in_order(len(held_out), config.global_batch_size)) if held_out else None
-
-    checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
-    latest = checkpointer.latest()
     first_step = checkpointer.load(latest, model, optimizer)["step"] if latest else 0
     log.resume_at(first_step)
 

@@ -85,7 +85,7 @@ def main(argv):
     directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
     documents, held_out = parallel.main_first(ranks, lambda: load_sft(config, tokenizer, ranks.say))
-    model = load_trainee(config, directory, ranks.device)
+    model = load_trainee(config, directory, tokenizer, ranks.device)
 
     total_steps = min(config.num_epochs * steps_per_epoch(len(documents), config.global_batch_size), config.max_steps or math.inf)
     warmup = warmup_steps(config, total_steps)
@@ -93,10 +93,10 @@ def main(argv):
 
     weights = parallel.from_main(ranks, lambda: checkpoint.fingerprint(directory))
     provenance = {"weights": weights, "data": documents.fingerprint}
+    checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
+    latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **IMPLICIT})
     ranks.say(f"SFT: {len(documents):,} documents, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
-    checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
-    latest = checkpointer.latest()
     first_step = checkpointer.load(latest, model, optimizer)["step"] if latest else 0
     log.resume_at(first_step)
 

@@ -52,8 +52,9 @@ class Logbook:
         """Forget the metrics of steps that are about to be trained again, and open the file for more."""
         if self.ranks.main:
             path = self.folder / "metrics.jsonl"
-            lines = path.read_text().splitlines() if step and path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line
+            # an evaluation at `step` is made again
+            kept = [line for line in lines if (was := json.loads(line))["step"] < step or (was["step"] == step and "loss" in was)]
             path.write_text("".join(line + "\n" for line in kept))
             self._metrics = path.open("a")
         self._start = time.perf_counter()
@@ -122,17 +123,16 @@ def measured_matmul_peak(device, size=8192, repeats=10):
 
 
 def _versions():
-    installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    return {"python": platform.python_version()} | {name: installed[name] for name in _PACKAGES if name in installed}
+    installed = {name: dist.version for name in _PACKAGES for dist in importlib.metadata.distributions(name=name)}  # triton may not be
+    return {"python": platform.python_version()} | installed
 
 
 def _commit():
-    """The commit of this checkout, with "+changes" when files differ from it; "unknown" outside a git checkout."""
+    """The commit of this checkout, with "+changes" when files differ from it; where git knows none, what it says instead."""
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return "unknown"
-
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    head, status = (
+        subprocess.run(["git", *args], cwd=root, capture_output=True, text=True) for args in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+    )
+    if head.returncode or status.returncode:
+        return f"unknown: {(head.stderr or status.stderr).strip()}"
+    return head.stdout.strip() + ("+changes" if status.stdout else "")

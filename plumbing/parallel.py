@@ -94,7 +94,7 @@ def run(main, argv):
     """main(argv) with the process group closed behind it. Returns the exit code; what a user can mend is a message, not a traceback."""
     try:
         return main(argv)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:

@@ -8,16 +8,19 @@ from data import TEMPLATES, resolve_template
 from model import Llama, LlamaConfig, apply_lora, apply_recompute, init_lora
 from plumbing import parallel
 from plumbing.checkpoint import load_weights, save_adapter, save_pretrained
+from plumbing.weights import check_vocabulary
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_trainee(config, directory, device):
+def load_trainee(config, directory, tokenizer, device):
     """The model of a Hugging Face folder, ready to train: LoRA, recompute and sharding applied, in this order, then weights streamed in.
 
     Nothing is allocated before it is sharded. Parameters are float32; under LoRA the frozen weights are kept in the compute precision.
+    ValueError when the parts of the folder do not fit together, or the model cannot read documents of max_seq_len.
     """
     model_config = LlamaConfig.from_hf(directory)
+    check_vocabulary(model_config, tokenizer)
     window = model_config.sliding_window
     if window and config.max_seq_len > window:
         raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's sliding_window={window}")
