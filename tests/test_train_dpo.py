@@ -1,0 +1,433 @@
+"""DPO: every loss by hand, pairs in any cut, the reference cache, and ten whole steps against a plain transformers loop."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from world import (
+    SilentLog,
+    assert_gradients_equal,
+    final_weights,
+    largest_difference,
+    launch,
+    save_gradients,
+    spawn,
+    stage_parts,
+    trace,
+    whole_gradients,
+    write_config,
+)
+
+import train_dpo
+from data import in_order, local_batches, step_examples
+from train_dpo import answer_logps, dpo_loss, ipo_loss, preference_loss, simpo_loss, wpo_weights
+
+EIGHT = np.array([3, 0, 7, 12, 30, 21, 5, 6])
+LN2 = math.log(2)
+
+
+def tensors(*values):
+    return [torch.tensor([value]) for value in values]
+
+
+# ---------------------------------------------------------------- the losses by hand
+
+
+def test_dpo_loss():
+    """beta 0.1; log-ratios: chosen -10 - -12 = 2, rejected -15 - -14 = -1; logit 0.1 * 3 = 0.3: -ln sigmoid = ln(1 + e^-0.3) = 0.554355.
+
+    Smoothing 0.1: 0.9 * 0.554355 + 0.1 * ln(1 + e^0.3) = 0.9 * 0.554355 + 0.1 * 0.854355 = 0.584355. Rewards 0.2 and -0.1.
+    """
+    losses, chosen, rejected = dpo_loss(*tensors(-10.0, -15.0, -12.0, -14.0), 0.1)
+    assert (losses.item(), chosen.item(), rejected.item()) == pytest.approx((0.554355, 0.2, -0.1), abs=1e-6)
+    assert dpo_loss(*tensors(-10.0, -15.0, -12.0, -14.0), 0.1, 0.1)[0].item() == pytest.approx(0.584355, abs=1e-6)
+
+
+def test_dpo_gradient():
+    """d loss / d chosen = -beta sigmoid(-0.3) = -0.1 * 0.425557; the opposite for rejected (Rafailov et al., section 4)."""
+    policy = [t.requires_grad_() for t in tensors(-10.0, -15.0)]
+    losses, *rewards = dpo_loss(*policy, *tensors(-12.0, -14.0), 0.1)
+    losses.sum().backward()
+    assert [t.grad.item() for t in policy] == pytest.approx([-0.0425557, 0.0425557], abs=1e-7)
+    assert not any(reward.requires_grad for reward in rewards)
+
+
+def test_ipo_loss():
+    """beta 0.1: (2 - -1 - 1 / 0.2)^2 = (3 - 5)^2 = 4."""
+    assert ipo_loss(*tensors(-10.0, -15.0, -12.0, -14.0), 0.1)[0].item() == pytest.approx(4.0)
+
+
+def test_simpo_loss():
+    """beta 2, gamma / beta 0.5, means -1 and -1.75: logit 2 * (0.75 - 0.5) = 0.5, ln(1 + e^-0.5) = 0.474077; rewards -2 and -3.5.
+
+    Smoothing 0.2: 0.8 * 0.474077 + 0.2 * 0.974077 = 0.574077.
+    """
+    losses, chosen, rejected = simpo_loss(*tensors(-1.0, -1.75), 2.0, 0.5)
+    assert (losses.item(), chosen.item(), rejected.item()) == pytest.approx((0.474077, -2.0, -3.5), abs=1e-6)
+    assert simpo_loss(*tensors(-1.0, -1.75), 2.0, 0.5, 0.2)[0].item() == pytest.approx(0.574077, abs=1e-6)
+
+
+def loss_of(policy, reference, counts, **keys):
+    config = SimpleNamespace(**dict(loss="dpo_norm", beta=5.0, label_smoothing=0.0, gamma_beta_ratio=None) | keys)
+    policy, reference, counts = (torch.tensor(values).view(2, -1) for values in (policy, reference, counts))
+    return preference_loss(config, policy, reference, counts)[0].tolist()
+
+
+def test_wpo_weights_the_pair():
+    """Sums -10 and -15 over 10 and 20 tokens: means -1 and -0.75; weight e^-1.75 = 0.173774; times the DPO loss 0.554355: 0.096332.
+
+    The weight has no gradient: that of the chosen sum is 0.173774 * -0.0425557 = -0.0073951.
+    """
+    assert wpo_weights(*tensors(-1.0, -0.75)).item() == pytest.approx(0.173774, abs=1e-6)
+    policy, reference = torch.tensor([[-10.0], [-15.0]], requires_grad=True), torch.tensor([[-12.0], [-14.0]])
+    config = SimpleNamespace(loss="wpo", beta=0.1, label_smoothing=0.0)
+    losses, *_ = preference_loss(config, policy, reference, torch.tensor([[10], [20]]))
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(0.096332, abs=1e-6)
+    assert policy.grad[0].item() == pytest.approx(-0.0073951, abs=1e-7)
+
+
+def test_dpo_norm_takes_means():
+    """CHECKS 10: sums 2 over 4 tokens and -1 over 10: means 0.5 and -0.1, logit 5 * 0.6: ln(1 + e^-3) = 0.048587. ipo: (0.6 - 0.1)^2."""
+    arguments = ([-10.0, -15.0], [-12.0, -14.0], [4, 10])
+    assert loss_of(*arguments) == pytest.approx([0.048587], abs=1e-6)
+    assert loss_of(*arguments, loss="ipo") == pytest.approx([0.25])
+
+
+@pytest.mark.parametrize("n", [1, 7, 50])
+def test_dpo_norm_is_dpo_with_beta_over_n(n):
+    """CHECKS 10: when both answers have n tokens; unlike otherwise."""
+    policy, reference = [-10.0, -3.0, -15.0, -2.5], [-12.0, -3.5, -14.0, -2.0]
+    assert loss_of(policy, reference, [n] * 4) == pytest.approx(loss_of(policy, reference, [n] * 4, loss="dpo", beta=5.0 / n))
+    assert loss_of(policy, reference, [n, n, n + 1, n]) != pytest.approx(loss_of(policy, reference, [n] * 4, loss="dpo", beta=5.0 / n))
+
+
+def test_shared_earlier_turns_do_not_cancel_in_a_mean():
+    """An earlier answer has 8 tokens and log-ratio 0.7; then the chosen one has 2 tokens and 0.1, the rejected one 8 and 0.
+
+    Last turn only: 5 * (0.1 / 2 - 0 / 8) = 0.25, loss 0.5759. All turns: 5 * (0.8 / 10 - 0.7 / 16) = 0.18125, loss 0.6066.
+    For sums, beta 1: 0.8 - 0.7 = 0.1 - 0, the same loss with and without the earlier turn.
+    """
+    assert loss_of([0.1, 0.0], [0.0, 0.0], [2, 8]) == pytest.approx([0.5759], abs=5e-5)
+    assert loss_of([0.8, 0.7], [0.0, 0.0], [10, 16]) == pytest.approx([0.6066], abs=5e-5)
+    last, all_turns = ([0.1, 0.0], [2, 8]), ([0.8, 0.7], [10, 16])
+    sums = [loss_of(ratios, [0.0, 0.0], counts, loss="dpo", beta=1.0) for ratios, counts in (last, all_turns)]
+    assert sums[0] == pytest.approx(sums[1])
+
+
+@pytest.mark.parametrize("loss, value", [("dpo", LN2), ("dpo_norm", LN2), ("ipo", 0.01), ("simpo", None), ("wpo", None)])
+def test_losses_of_equal_models(loss, value):
+    """CHECKS 5: ln 2, and (1 / 10)^2 for ipo at beta 5; simpo takes no reference, wpo is ln 2 times its weight."""
+    policy, counts = [-10.0, -15.0], [4, 10]
+    actual = loss_of(policy, policy, counts, loss=loss, gamma_beta_ratio=0.0)
+    if loss == "wpo":
+        value = LN2 * math.exp(-2.5 - 1.5)
+    if loss == "simpo":  # means -2.5 and -1.5, logit 5 * -1
+        value = math.log1p(math.exp(5))
+    assert actual == pytest.approx([value], rel=1e-6)
+
+
+# ---------------------------------------------------------------- one step in any cut
+
+
+@pytest.fixture
+def stage(world, tmp_path, ranks):
+    config, pairs, model = stage_parts("dpo", write_config(tmp_path, world), ranks)
+    return SimpleNamespace(config=config, pairs=pairs, model=model, ranks=ranks)
+
+
+def fake_reference(pairs):
+    """A reference unlike the policy, so that losses and weights differ by pair: (n, 2) float32."""
+    counts = np.stack([pairs.chosen.num_targets, pairs.rejected.num_targets], axis=1)
+    return (-5.5 * counts + np.random.RandomState(0).randn(*counts.shape)).astype(np.float32)
+
+
+def step_gradients(config, pairs, model, ranks, ids=EIGHT, **changes):
+    config = SimpleNamespace(**vars(config) | changes)
+    metrics, _ = train_dpo.forward_backward(model, pairs, fake_reference(pairs), ids, config, ranks)
+    return metrics, whole_gradients(model)
+
+
+@pytest.mark.parametrize("loss, sft_weight", [("dpo_norm", 0.0), ("dpo", 0.5), ("wpo", 0.0)])
+def test_any_accumulation_is_one_batch(stage, loss, sft_weight):
+    """CHECKS 1: 8 unequal pairs as 1 x 8, in several micro-batches, and against one plain graph over documents run alone."""
+    keys = dict(loss=loss, sft_weight=sft_weight, beta=0.5)
+    lengths = stage.pairs.lengths[EIGHT]
+    whole, gradients = step_gradients(stage.config, stage.pairs, stage.model, stage.ranks, tokens_per_microbatch=lengths.sum(), **keys)
+    for room in (int(lengths.sum() / 2.5), lengths.max()):
+        assert len(list(local_batches(stage.pairs, EIGHT, stage.model.config, room, stage.ranks))) >= 3
+        cut, cut_gradients = step_gradients(stage.config, stage.pairs, stage.model, stage.ranks, tokens_per_microbatch=room, **keys)
+        assert {k: v for k, v in cut.items() if k != "padding_waste"} == pytest.approx(
+            {k: v for k, v in whole.items() if k != "padding_waste"}, rel=1e-6, abs=1e-6
+        )
+        assert_gradients_equal(cut_gradients, gradients)
+
+    plain = plain_loss(stage.model, stage.pairs, fake_reference(stage.pairs), SimpleNamespace(**vars(stage.config) | keys))
+    plain.backward()
+    assert whole["loss"] == pytest.approx(plain.item(), rel=5e-6)
+    assert_gradients_equal(whole_gradients(stage.model), gradients, 5e-6)
+
+
+def plain_loss(model, pairs, reference, config):
+    """Each document alone, full logits, the loss of its pair, the mean over EIGHT."""
+    losses, chosen_sums = [], []
+    for i in EIGHT:
+        sums = [plain_sum(model, *side[i]) for side in (pairs.chosen, pairs.rejected)]
+        counts = torch.tensor([[int(side[i][1][1:].sum())] for side in (pairs.chosen, pairs.rejected)])
+        losses.append(preference_loss(config, torch.stack(sums)[:, None], torch.from_numpy(reference[i])[:, None], counts)[0])
+        chosen_sums.append(sums[0])
+    tokens = sum(int(pairs.chosen[i][1][1:].sum()) for i in EIGHT)
+    return torch.cat(losses).mean() - config.sft_weight * torch.stack(chosen_sums).sum() / tokens
+
+
+def plain_sum(model, input_ids, mask):
+    input_ids, mask, T = torch.from_numpy(input_ids.astype(np.int64)), torch.from_numpy(np.array(mask)), len(input_ids)
+    hidden = model(input_ids, torch.arange(T), torch.tensor([0, T], dtype=torch.int32), T)
+    logps = (hidden @ model.lm_head.weight.T).log_softmax(-1)[torch.arange(T - 1), input_ids[1:]]
+    return logps[mask[1:]].sum()
+
+
+def dpo_step(config_path, ids, ranks):
+    config, pairs, model = stage_parts("dpo", config_path, ranks)
+    metrics, gradients = step_gradients(config, pairs, model, ranks, np.array(ids))
+    return metrics["loss"], gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ids", [EIGHT, EIGHT[:1]], ids=["8 pairs", "fewer pairs than ranks"])
+def test_two_ranks_have_the_gradient_of_one(world, tmp_path, ranks, ids):
+    """CHECKS 1, 2."""
+    config_path = write_config(tmp_path, world)
+    loss, gradients = dpo_step(config_path, ids, ranks)
+    spawn(partial(save_gradients, dpo_step, config_path, ids.tolist(), tmp_path / "g.safetensors"), tmp_path / "logs", ranks=2).ok()
+    other = load_tensors(tmp_path / "g.safetensors")
+    assert other.pop("loss").item() == pytest.approx(loss, rel=1e-6)
+    assert_gradients_equal(other, gradients)
+
+
+def test_train_mode_forwards_are_bit_equal(world, tmp_path, ranks):
+    """CHECKS 8: with LoRA too, whose adapters are made to count."""
+    config_path = write_config(tmp_path, world, lora_rank=4, lora_alpha=8.0)
+    config, pairs, model = stage_parts("dpo", config_path, ranks)
+    for name, param in model.named_parameters():
+        if name.endswith("lora_B"):
+            param.data.fill_(0.02)
+    model.train()
+    ((members, batch, _),) = local_batches(pairs, EIGHT[:3], model.config, 192, ranks)
+    first, second = (answer_logps(model, batch, len(members))[0] for _ in range(2))
+    assert torch.equal(first, second)
+    with train_dpo.adapters_disabled(model):
+        assert not torch.allclose(first, answer_logps(model, batch, len(members))[0])
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_by_hand(stage):
+    """Means and 95 % intervals over all held-out pairs: 1.96 times the standard deviation over pairs / sqrt(n)."""
+    reference = fake_reference(stage.pairs)
+    result = train_dpo.evaluate(stage.model, stage.pairs, reference, stage.config, stage.ranks, SilentLog())
+    with torch.no_grad():
+        policy = torch.tensor([[plain_sum(stage.model, *side[i]) for i in range(len(stage.pairs))] for side in
+                               (stage.pairs.chosen, stage.pairs.rejected)])  # fmt: skip
+    counts = np.stack([stage.pairs.chosen.num_targets, stage.pairs.rejected.num_targets])
+    rewards = 5.0 * (policy.numpy() - reference.T) / counts
+    margins = rewards[0] - rewards[1]
+    expected = {
+        "eval/loss": np.log1p(np.exp(-margins)).mean(),
+        "eval/rewards/chosen": rewards[0].mean(),
+        "eval/rewards/rejected": rewards[1].mean(),
+        "eval/rewards/margins": margins.mean(),
+        "eval/rewards/accuracies": (margins > 0).mean(),
+        "eval/logps/chosen": policy[0].mean().item(),
+        "eval/logps/rejected": policy[1].mean().item(),
+        "eval/rewards/margins_ci95": 1.96 * margins.std() / len(margins) ** 0.5,
+        "eval/rewards/accuracies_ci95": 1.96 * (margins > 0).std() / len(margins) ** 0.5,
+    }
+    assert result == pytest.approx(expected, rel=1e-4)
+
+
+# ---------------------------------------------------------------- the reference cache
+
+
+def test_reference_key_is_content():
+    """CHECKS 7: change any part, a miss; the model's path, the batch size or the learning rate are not parts."""
+    cpu = SimpleNamespace(device=torch.device("cpu"))
+
+    def key(weights="w", tokens="t", precision="fp32", ranks=cpu, **ignored):
+        return train_dpo.reference_key(weights, SimpleNamespace(fingerprint=tokens), SimpleNamespace(precision=precision, **ignored), ranks)
+
+    cuda = SimpleNamespace(device=torch.device("cuda"))
+    keys = [key(), key(weights="x"), key(tokens="x"), key(precision="bf16"), key(ranks=cuda), key(precision="bf16", ranks=cuda)]
+    assert len(set(keys)) == len(keys)
+    assert key(model_path="elsewhere", global_batch_size=7, lr=1.0) == key()
+
+
+@pytest.mark.parametrize("change", [dict(supervise="last"), dict(template="zephyr"), dict(max_seq_len=50)])
+def test_pairs_fingerprint_covers_what_is_compared(world, tmp_path, ranks, change):
+    """CHECKS 7: tokens and label turns reach the key through the pairs' fingerprint."""
+    path = tmp_path / "pref.jsonl"
+    texts = zip(("user", "assistant") * 2, ("the cat", "a dog", "the cat", "good answer"))
+    turns = [{"role": role, "content": text} for role, text in texts]
+    rejected = turns[:3] + [{"role": "assistant", "content": "never always bad"}]
+    path.write_text(json.dumps({"chosen": turns, "rejected": rejected}) + "\n")
+    data = dict(data={str(path): 1.0})
+    before, after = (stage_parts("dpo", write_config(tmp_path, world, dpo=data, **keys), ranks)[1] for keys in ({}, change))
+    assert before.fingerprint != after.fingerprint
+
+
+@pytest.fixture
+def reference(stage, monkeypatch):
+    """reference() computes or loads the table of all pairs; reference.computed lists the pairs that were run through the model."""
+    steps, computed = [step_examples(step, 35, 16, 42) for step in range(3)], []
+    original = train_dpo._compute_reference
+
+    def counted(model, pairs, ids, config, ranks):
+        if len(computed) >= run.stop_after:
+            raise KeyboardInterrupt
+        computed.append(ids)
+        return original(model, pairs, ids, config, ranks)
+
+    def run(key="k"):
+        computed.clear()
+        return train_dpo.reference_logps(stage.model, stage.pairs, steps, key, stage.config, stage.ranks, SilentLog())
+
+    run.computed, run.steps, run.stop_after, run.path = computed, steps, math.inf, f"{stage.config.cache_dir}/reference/k.safetensors"
+    monkeypatch.setattr(train_dpo, "_compute_reference", counted)
+    monkeypatch.setattr(train_dpo, "SAVE_SECONDS", -1)  # save after every step
+    return run
+
+
+def test_reference_values_and_hit(stage, reference):
+    """CHECKS 6, 7: the table holds each answer's summed log-prob; the second time 8 pairs are computed again, and no more."""
+    table = reference()
+    assert [len(ids) for ids in reference.computed] == [16, 16, 3]
+    with torch.no_grad():
+        expected = [[plain_sum(stage.model, *side[i]).item() for side in (stage.pairs.chosen, stage.pairs.rejected)] for i in EIGHT]
+    np.testing.assert_allclose(table[EIGHT], expected, rtol=1e-5)
+    again = reference()
+    assert [ids.tolist() for ids in reference.computed] == [reference.steps[0][:8].tolist()]
+    assert again.tobytes() == table.tobytes()
+    reference("another key")
+    assert [len(ids) for ids in reference.computed] == [16, 16, 3]
+
+
+def test_reference_goes_on_part_way(reference):
+    """CHECKS 6: killed after 2 of 3 steps; the next run verifies 8 pairs and computes the third step. The table is the same to the bit."""
+    reference.stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        reference()
+    assert np.isnan(load_file(reference.path)["logps"]).any(axis=1).sum() == 3
+    reference.stop_after = math.inf
+    table = reference()
+    assert [ids.tolist() for ids in reference.computed] == [reference.steps[0][:8].tolist(), reference.steps[2].tolist()]
+    assert reference("fresh").tobytes() == table.tobytes()
+
+
+@pytest.mark.parametrize("change", [1e-3, -1.0])
+def test_wrong_reference_is_refused(reference, change):
+    """CHECKS 6: and not replaced by something else."""
+    table = reference() + np.float32(change)
+    save_file({"logps": table}, reference.path)
+    with pytest.raises(ValueError, match="not this model's log-probs.*delete the file"):
+        reference()
+    assert load_file(reference.path)["logps"].tobytes() == table.tobytes()
+
+
+def test_reference_must_be_finite(stage, reference):
+    """CHECKS 24: the pairs are named, nothing is stored."""
+    stage.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="pref.jsonl#"):
+        reference()
+    assert not list(Path(stage.config.cache_dir).glob("reference/*"))
+
+
+@pytest.mark.parametrize(
+    "precision, gap, is_fine", [("fp32", 9e-6, True), ("fp32", 2e-5, False), ("bf16", 9e-3, True), ("bf16", 2e-2, False)]
+)
+def test_check_first_step(ranks, capsys, precision, gap, is_fine):
+    """CHECKS 5: the largest difference is printed, and more than rounding stops the run."""
+    config = SimpleNamespace(loss="dpo_norm", sft_weight=0.0, precision=precision, model_path="base")
+    if is_fine:
+        train_dpo.check_first_step({"loss": LN2}, gap, config, ranks)
+    else:
+        with pytest.raises(ValueError, match="not of model_path='base'"):
+            train_dpo.check_first_step({"loss": LN2}, gap, config, ranks)
+    assert "ln 2 = 0.693147" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_step_1_is_ln_2(world, tmp_path, ranks, precision):
+    """CHECKS 5: fp32 within 1e-6, and through the same batches the difference is exactly 0, in bf16 too."""
+    config, pairs, model = stage_parts("dpo", write_config(tmp_path, world, precision=precision), ranks)
+    steps = in_order(len(pairs), config.global_batch_size)
+    table = train_dpo.reference_logps(model, pairs, steps, "k", config, ranks, SilentLog())
+    for ids in steps:
+        metrics, gap = train_dpo.forward_backward(model, pairs, table, ids, config, ranks)
+        assert gap == 0.0
+        assert metrics["loss"] == pytest.approx(LN2, abs=1e-6)
+        assert metrics["rewards/margins"] == metrics["rewards/chosen"] == 0.0
+
+
+# ---------------------------------------------------------------- ten steps
+
+
+def transformers_dpo(world, pairs, ids_of_step, lrs, loss, beta):
+    """[(loss, margin, grad_norm) per step], weights: a policy and a frozen reference, one document at a time, torch's AdamW and clip."""
+    from transformers import AutoModelForCausalLM
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32) for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+    def logp(model, input_ids, mask):
+        input_ids = torch.from_numpy(input_ids.astype(np.int64))
+        labels = input_ids.masked_fill(~torch.from_numpy(np.array(mask)), -100)[1:]
+        total = -F.cross_entropy(model(input_ids[None]).logits[0, :-1], labels, ignore_index=-100, reduction="sum")
+        return total / (labels != -100).sum() if loss == "dpo_norm" else total
+
+    steps = []
+    for lr, ids in zip(lrs, ids_of_step, strict=True):
+        losses, margins = [], []
+        for i in ids:
+            chosen, rejected = (logp(policy, *side[i]) for side in (pairs.chosen, pairs.rejected))
+            with torch.no_grad():
+                ref_chosen, ref_rejected = (logp(reference, *side[i]) for side in (pairs.chosen, pairs.rejected))
+            margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+            pair_loss = torch.log1p(torch.exp(-margin)) / len(ids)
+            pair_loss.backward()
+            losses.append(pair_loss.item())
+            margins.append(margin.item() / len(ids))
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append((sum(losses), sum(margins), norm))
+    return torch.tensor(steps, dtype=torch.float64), {name: param.detach() for name, param in policy.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, beta, peak", [("dpo_norm", 5.0, 1e-3), ("dpo", 0.1, 1e-3)])
+def test_ten_steps_equal_a_plain_transformers_loop(world, tmp_path, ranks, loss, beta, peak):
+    """CHECKS 1, 2, 4, 5, 10, 18: losses to 1e-5 of step 1's, norms, final weights. Steps of 16, 16 and 3 pairs; cosine after 2 steps."""
+    keys = dict(loss=loss, beta=beta, lr=peak, lr_schedule="cosine", warmup_steps=2)
+    config_path = write_config(tmp_path, world, dpo=keys, max_steps=10, num_epochs=4)
+    launch("dpo", config_path).ok()
+    config, pairs, _ = stage_parts("dpo", config_path, ranks)
+    lrs = [0, peak / 2] + [peak * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+    ids_of_step = [step_examples(step, len(pairs), 16, config.seed) for step in range(10)]
+    expected, weights = transformers_dpo(world, pairs, ids_of_step, lrs, loss, beta)
+    actual = trace(tmp_path / "dpo", "loss", "rewards/margins", "grad_norm", "lr")
+    assert actual[:, 3].tolist() == pytest.approx(lrs, rel=1e-12)
+    assert actual[0, 0].item() == pytest.approx(LN2, abs=1e-6) and actual[-1, 0] < 0.6
+    torch.testing.assert_close(actual[:, 0], expected[:, 0], rtol=1e-5, atol=LN2 * 1e-5)
+    torch.testing.assert_close(actual[:, 1:3], expected[:, 1:], rtol=1e-4, atol=1e-5)
+    assert largest_difference(final_weights(tmp_path / "dpo"), weights) < 1e-5
