@@ -16,6 +16,7 @@ common = dict(
     global_batch_size=32,
     tokens_per_microbatch=2048,
     precision="fp32",
+    log_every=10,
 )
 sft = dict(
     model_path=f"{_root}/base",
@@ -23,7 +24,7 @@ sft = dict(
     data={f"{_root}/data/sft.jsonl": 1.0},
     data_eval=0.1,
     num_epochs=2,
-    lr=1e-3,
+    lr=2e-3,
     warmup_ratio=0.1,
 )
 dpo = dict(
@@ -32,7 +33,7 @@ dpo = dict(
     data={f"{_root}/data/preferences.jsonl": 1.0},
     data_eval={f"{_root}/data/preferences_eval.jsonl": 1.0},
     num_epochs=1,
-    lr=1e-4,
+    lr=3e-4,
     warmup_ratio=0.1,
     loss="dpo_norm",
     beta=5.0,

@@ -37,7 +37,7 @@ def train_tokenizer(texts):
     )
 
 
-def pretrain(texts, tokenizer, steps=800, batch_size=8, lr=1e-2, seed=0):
+def pretrain(texts, tokenizer, steps=600, batch_size=8, lr=1e-2, seed=0):
     """Train LlamaConfig.preset("tiny") to predict every next token of `texts`. Returns (model, [loss of each step, nats per token])."""
     documents = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
     model = Llama(dataclasses.replace(LlamaConfig.preset("tiny"), vocab_size=tokenizer.vocab_size))
