@@ -48,8 +48,8 @@ def main():
 
     values, manifest = measure(args.folder)
     key, unit = ("pairs_per_s", "pairs/s") if "pairs_per_s" in values else ("tokens_per_s", "tokens/s")
-    rows = {args.metric: (values[key], unit), f"{args.metric}_mfu": (values["mfu"], "of matmul peak")}
-    rows[f"{args.metric}_peak_mem"] = (values["peak_mem_gib"], "GiB")
+    rows = {args.metric: (values[key], unit), f"mfu_{args.metric}": (values["mfu"], "of matmul peak")}
+    rows[f"mem_{args.metric}"] = (values["peak_mem_gib"], "GiB")
     with (HERE / "results.jsonl").open("a") as file:
         for metric, (value, unit) in rows.items():
             peer = (args.peer, args.peer_value, value / args.peer_value) if args.peer and metric == args.metric else (None, None, None)
