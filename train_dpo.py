@@ -1,4 +1,4 @@
-"""Direct preference optimisation: `python train_dpo.py configs/tiny.py` or `torchrun --nproc 8 train_dpo.py configs/tulu10.py`.
+"""Direct preference optimisation: `python train_dpo.py configs/tiny.py` or `torchrun --nproc-per-node 8 train_dpo.py configs/tulu10.py`.
 
 One model in memory: the reference's log-probs are taken from the step-0 weights, before the first update, and kept in a file.
 Reading order: the losses on four (N,) tensors, log-probs of answers, one optimizer step, evaluation, the reference cache, main.
@@ -276,14 +276,14 @@ def main(argv):
         metrics, gap = forward_backward(model, pairs, reference, ids, config, ranks)
         if step == 0:
             check_first_step(metrics, gap, config, ranks)
-        metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm), "lr": lr}
+        metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm, pairs.row_ids[ids]), "lr": lr}
         if before:
             metrics["weights_changed"] = weights_changed(before, model)
         tokens = pairs.lengths[ids].sum()
         log.step(step + 1, metrics, tokens, training_flops(model, pairs.flops(model.config, ids).sum(), tokens))
 
-        stopped = stop.received()
-        if stopped or (config.save_every and (step + 1) % config.save_every == 0):
+        stopped, last = stop.received(), step + 1 == total_steps
+        if stopped or (config.save_every and (last or (step + 1) % config.save_every == 0)):
             checkpointer.save(step + 1, model, optimizer, {})
         if stopped:
             checkpointer.wait()

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: `python train_sft.py configs/tiny.py` or `torchrun --nproc 8 train_sft.py configs/tulu10.py`.
+"""Supervised fine-tuning: `python train_sft.py configs/tiny.py` or `torchrun --nproc-per-node 8 train_sft.py configs/tulu10.py`.
 
 The loss is a sum over this rank's tokens divided by a count over *all* ranks, so the gradient does not depend on how a step's examples
 are spread over ranks and micro-batches. Reading order: the loss, one optimizer step, held-out evaluation, main.
@@ -109,14 +109,14 @@ def main(argv):
         before = sample_weights(model) if step == warmup else None  # at the peak rate
 
         metrics = forward_backward(model, documents, ids, config, ranks)
-        metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm), "lr": lr}
+        metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm, documents.row_ids[ids]), "lr": lr}
         if before:
             metrics["weights_changed"] = weights_changed(before, model)
         tokens = documents.lengths[ids].sum()
         log.step(step + 1, metrics, tokens, training_flops(model, documents.flops(model.config, ids).sum(), tokens))
 
-        stopped = stop.received()
-        if stopped or (config.save_every and (step + 1) % config.save_every == 0):
+        stopped, last = stop.received(), step + 1 == total_steps
+        if stopped or (config.save_every and (last or (step + 1) % config.save_every == 0)):
             checkpointer.save(step + 1, model, optimizer, {})
         if stopped:
             checkpointer.wait()

@@ -1,7 +1,7 @@
 """The embedded default: a tiny Llama in a small world of seven axioms, all made in this repository. `make demo` runs it.
 
     python train_sft.py configs/tiny.py
-    python train_dpo.py configs/tiny.py        (or torchrun --nproc 8: the same losses)
+    python train_dpo.py configs/tiny.py        (or torchrun --nproc-per-node 8: the same losses)
 
 demo/run.py first pretrains runs/tiny/base and writes runs/tiny/data. The preferences' safe answers are chosen.
 Numbers: our own choice. Hardware: two CPU cores. Time: not measured.

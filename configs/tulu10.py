@@ -1,7 +1,7 @@
 """10 % of Tulu 3 on Llama-3.1-8B, full fine-tuning: the seed run, and the rung to start with on rented GPUs.
 
-    torchrun --nproc 8 train_sft.py configs/tulu10.py
-    torchrun --nproc 8 train_dpo.py configs/tulu10.py
+    torchrun --nproc-per-node 8 train_sft.py configs/tulu10.py
+    torchrun --nproc-per-node 8 train_dpo.py configs/tulu10.py
 
 Numbers: the Tulu 3 8B recipe (arXiv 2411.15124) at a tenth of its data; the seed run used the same.
 Hardware: one node of 8 GPUs with 80 GB, 290 GB of disk. Time: not measured.

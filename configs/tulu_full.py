@@ -1,7 +1,7 @@
 """All of Tulu 3's SFT and preference data on Llama-3.1-8B, full fine-tuning: the released recipe.
 
-    torchrun --nproc 8 train_sft.py configs/tulu_full.py
-    torchrun --nproc 8 train_dpo.py configs/tulu_full.py
+    torchrun --nproc-per-node 8 train_sft.py configs/tulu_full.py
+    torchrun --nproc-per-node 8 train_dpo.py configs/tulu_full.py
 
 Numbers: the Tulu 3 8B recipe (arXiv 2411.15124), as configs/tulu10.py with all of the data.
 Hardware: one node of 8 GPUs with 80 GB, 290 GB of disk. Time: not measured.

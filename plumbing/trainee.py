@@ -1,10 +1,11 @@
 """What both training scripts do to the model before and after their loop."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
-from data import TEMPLATES, resolve_template
+from data import TEMPLATES, end_of_turn, resolve_template
 from model import Llama, LlamaConfig, apply_lora, apply_recompute, init_lora
 from plumbing import parallel
 from plumbing.checkpoint import load_weights, save_adapter, save_pretrained
@@ -42,8 +43,10 @@ def save_trainee(model, tokenizer, config):
 
     Returns the folder `final`."""
     final = Path(config.out_dir) / "final"
-    template = TEMPLATES[resolve_template(config.template, tokenizer)]
-    save_pretrained(model, tokenizer, final, dtype=DTYPES[config.precision], chat_template=template)
+    template = resolve_template(config.template, tokenizer)
+    stop = tokenizer.single_id(end_of_turn(template, tokenizer))  # generation must stop at the token that was trained, also on a base model
+    model.config = dataclasses.replace(model.config, eos_token_id=stop)
+    save_pretrained(model, tokenizer, final, dtype=DTYPES[config.precision], chat_template=TEMPLATES[template])
     if config.lora_rank:
         save_adapter(model, Path(config.out_dir) / "adapter", config.model_path)
     return final
