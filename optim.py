@@ -48,15 +48,15 @@ def adamw(model, weight_decay):
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
 
 
-def apply_gradients(optimizer, lr, max_grad_norm):
+def apply_gradients(optimizer, lr, max_grad_norm, row_ids=()):
     """Clip, check, step, clear. Returns the global gradient norm before clipping.
 
-    A norm that is not finite raises FloatingPointError on every rank before any weight has changed.
+    A norm that is not finite raises FloatingPointError, naming the step's rows, on every rank before any weight has changed.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = parallel.clip_grad_norm(params, max_grad_norm)
     if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"gradient norm is {grad_norm}")
+        raise FloatingPointError(f"the gradient norm is {grad_norm}; no step was taken. Examples of the step: {list(map(str, row_ids))}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
