@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from kernels import IGNORE_INDEX
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call the hub to count every load, of local files too
 ROLES = ("system", "user", "assistant")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
                    "chat_template.jinja")  # fmt: skip
@@ -279,7 +280,10 @@ def open_source(name: str) -> datasets.Dataset:
     if Path(path).is_file():
         if suffix not in READERS or split:
             raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or .gz of one), and no [split]")
-        return datasets.load_dataset(READERS[suffix], data_files=path, split="train")
+        try:
+            return datasets.load_dataset(READERS[suffix], data_files=path, split="train")
+        except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
+            raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
     if suffix in READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(f"data {name!r}: no such file or folder")
     return datasets.load_dataset(path, split=split or "train")

@@ -68,9 +68,21 @@ def barrier():
 
 
 def main_first(ranks, work):
-    """work() on rank 0, then on the others, which find what rank 0 left on disk. Returns work()'s result on every rank."""
-    result = work() if ranks.main else None
-    barrier()
+    """work() on rank 0, then on the others, which find what rank 0 left on disk. Returns work()'s result on every rank.
+
+    When rank 0 fails, the others raise SystemExit: the one message is rank 0's.
+    """
+    result, error = None, None
+    if ranks.main:
+        try:
+            result = work()
+        except Exception as caught:  # raised below, once the others know
+            error = caught
+    (failures,) = sum_across_ranks([error is not None])
+    if error:
+        raise error
+    if failures:
+        raise SystemExit(1)
     return result if ranks.main else work()
 
 

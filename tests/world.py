@@ -170,7 +170,7 @@ def _train(stage, argv, prepare):
 
 
 def signal_after(step, number, rank=0):
-    """Send this process a signal once `step` is logged. For SIGKILL a checkpoint that is being written is finished first."""
+    """Send this process a signal once `step` is logged, before it is saved."""
     original = logbook.Logbook.step
 
     def hooked(self, done, *args):
@@ -179,19 +179,19 @@ def signal_after(step, number, rank=0):
             os.kill(os.getpid(), number)
 
     logbook.Logbook.step = hooked
-    if number == signal.SIGKILL:
-        finish_saves()
 
 
-def finish_saves():
-    """Make every save wait for its writer, so that what a kill leaves behind does not depend on timing."""
+def save_at_once(kill_after=None):
+    """Make every save wait for its writer, so that what a kill leaves behind does not depend on timing; kill once that step is saved."""
     save = train_sft.checkpoint.Checkpointer.save
 
-    def save_and_wait(self, *args):
-        save(self, *args)
+    def hooked(self, step, *args):
+        save(self, step, *args)
         self.wait()
+        if step == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    train_sft.checkpoint.Checkpointer.save = save_and_wait
+    train_sft.checkpoint.Checkpointer.save = hooked
 
 
 # ---------------------------------------------------------------- what a run left

@@ -1,0 +1,451 @@
+"""Whole runs: the same numbers on 1, 2, 4 and 8 processes, exact resume, signals, NaN, the reference cache, bad input, no network."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from world import (
+    ROOT,
+    change_weights,
+    final_weights,
+    largest_difference,
+    launch,
+    metrics,
+    save_at_once,
+    signal_after,
+    stage_parts,
+    trace,
+    write_config,
+)
+
+import model
+import train_dpo
+import train_sft
+
+pytestmark = pytest.mark.slow
+
+LORA = dict(lora_rank=4, lora_alpha=8.0)
+CASES = {"sft": ("sft", {}), "dpo": ("dpo", {}), "sft_lora": ("sft", LORA), "dpo_lora": ("dpo", LORA)}
+SIX_STEPS = dict(max_steps=6, weight_decay=0.1)  # two epochs of 16, 16 and 3
+
+
+@pytest.fixture(scope="session")
+def baseline(world, tmp_path_factory):
+    """baseline(case) -> the run folder of six uninterrupted steps in one process."""
+    runs = {}
+
+    def run(case):
+        if case not in runs:
+            stage, keys = CASES[case]
+            folder = tmp_path_factory.mktemp(case)
+            launch(stage, write_config(folder, world, **SIX_STEPS, **keys)).ok()
+            runs[case] = folder / stage
+        return runs[case]
+
+    return run
+
+
+def final_bytes(run):
+    return (run / "final/model.safetensors").read_bytes()
+
+
+def numbers(run):
+    """The metrics of all steps that are no measurement of time or memory."""
+    measured = ("step_s", "tokens_per_s", "peak_mem_gib", "padding_waste")
+    return [{key: value for key, value in line.items() if key not in measured} for line in metrics(run)]
+
+
+def assert_same_run(run, other, tolerance=2e-6):
+    """Losses, norms, rewards, rates per step and final weights, to fp32 reduction order."""
+    assert [line.keys() for line in numbers(run)] == [line.keys() for line in numbers(other)]
+    for here, there in zip(numbers(run), numbers(other)):
+        assert here["lr"] == there["lr"]
+        assert here == pytest.approx(there, rel=10 * tolerance, abs=10 * tolerance)
+    torch.testing.assert_close(trace(run, "loss"), trace(other, "loss"), rtol=tolerance, atol=tolerance)
+    assert largest_difference(final_weights(run), final_weights(other)) <= tolerance
+
+
+# ---------------------------------------------------------------- any number of processes
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("case", ["sft", "dpo", "dpo_lora"])
+def test_any_number_of_ranks(world, tmp_path, baseline, case, count):
+    """CHECKS 1-4, 24: steps 3 and 6 have 3 examples, so that 4 and 8 ranks have empty micro-batches."""
+    stage, keys = CASES[case]
+    launch(stage, write_config(tmp_path, world, **SIX_STEPS, **keys), ranks=count).ok()
+    assert_same_run(tmp_path / stage, baseline(case))
+    rates = trace(tmp_path / stage, "lr").flatten().tolist()
+    assert rates == pytest.approx([1e-2 * factor for factor in (0, 1, 0.8, 0.6, 0.4, 0.2)])
+
+
+def test_torchrun(world, tmp_path, baseline):
+    """The command of the README, with torchrun's own processes."""
+    config = write_config(tmp_path, world, **SIX_STEPS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train_dpo.py", str(config)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "dpo", baseline("dpo"))
+
+
+def test_one_process_without_torchrun(world, tmp_path, baseline):
+    """`python train_sft.py CONFIG --key=value`."""
+    config = write_config(tmp_path, world, **SIX_STEPS | {"max_steps": 2})
+    command = [sys.executable, "train_sft.py", str(config), "--max_steps=6"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert final_bytes(tmp_path / "sft") == final_bytes(baseline("sft"))
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("case, at", [("sft", 3), ("dpo", 3), ("sft_lora", 3), ("dpo_lora", 3), ("dpo", 2)])
+def test_resume_is_exact(world, tmp_path, baseline, case, at):
+    """CHECKS 23: killed after step 3, the edge of an epoch, or 2, inside one, the same command goes on: the result is that of the
+    uninterrupted run, byte for byte, and metrics.jsonl has each step once."""
+    stage, keys = CASES[case]
+    config, run = write_config(tmp_path, world, save_every=at, **SIX_STEPS, **keys), tmp_path / stage
+    assert launch(stage, config, prepare=partial(save_at_once, kill_after=at)).codes == [-signal.SIGKILL]
+    assert [path.name for path in run.glob("checkpoints/*")] == [f"step_{at:06d}"]
+    assert len(metrics(run)) == at and not (run / "final").exists()
+    launch(stage, config).ok()
+    assert numbers(run) == numbers(baseline(case))
+    assert final_bytes(run) == final_bytes(baseline(case))
+
+
+def killed_unsaved():
+    save_at_once()
+    signal_after(5, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("case", ["sft", "dpo", "dpo_lora"])
+def test_resume_on_other_ranks(world, tmp_path, baseline, case):
+    """CHECKS 23: 2 ranks, killed in step 5 with step 4 saved; 1 rank trains step 5 again. The reference cache is gone by then:
+    CHECKS 6: it is made again from the step-0 weights, not from the trained ones, or the losses would not agree."""
+    stage, keys = CASES[case]
+    config, run = write_config(tmp_path, world, save_every=2, data_eval=None, **SIX_STEPS, **keys), tmp_path / stage
+    assert -signal.SIGKILL in launch(stage, config, ranks=2, prepare=killed_unsaved).codes
+    assert len(metrics(run)) == 5
+    shutil.rmtree(tmp_path / "cache")
+    launch(stage, config).ok()
+    assert_same_run(run, baseline(case))
+
+
+@pytest.mark.parametrize("number, count", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_signals_stop_after_the_step(world, tmp_path, baseline, number, count):
+    """The step is finished and saved, though save_every is not set; all ranks stop though only the last got the signal; the message says
+    how to go on, and going on gives the uninterrupted run."""
+    config, run = write_config(tmp_path, world, **SIX_STEPS), tmp_path / "dpo"
+    stopped = launch("dpo", config, ranks=count, prepare=partial(signal_after, 2, number, rank=count - 1))
+    assert stopped.codes == [128 + number] * count
+    assert f"stopped by signal {int(number)} after step 2, saved; the same command goes on from there" in stopped.out[0]
+    assert not any("Traceback" in text for text in stopped.err)
+    assert len(metrics(run)) == 2
+    launch("dpo", config).ok()
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert_same_run(run, baseline("dpo"))
+
+
+def killed_after_evaluation():
+    save_at_once()
+    signal_after(3, signal.SIGKILL)
+
+
+def test_evaluations_are_logged_once(world, tmp_path):
+    """Killed just after the evaluation at the saved step: it is made again, not logged twice. A torn last line does not stop the run."""
+    keys = dict(data_eval={f"{world}/pref.jsonl": 8}, eval_every=2, save_every=2)
+    config, run = write_config(tmp_path, world, dpo=keys), tmp_path / "dpo"
+    launch("dpo", config, prepare=killed_after_evaluation)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    launch("dpo", config).ok()
+    assert [line["step"] for line in metrics(run, "eval/loss")] == [0, 2, 4]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    first, *_, last = metrics(run, "eval/loss")
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and first["eval/rewards/margins"] == 0.0
+    assert last["eval/rewards/margins"] > 0.1
+
+
+def test_fresh_starts_over(world, tmp_path):
+    config, run = write_config(tmp_path, world, save_every=2), tmp_path / "sft"
+    launch("sft", config).ok()
+    first = final_bytes(run)
+    assert "step 00001" not in launch("sft", config).ok().out[0]  # all 4 steps are done
+    assert "step 00001" in launch("sft", config, "--fresh").ok().out[0]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    assert final_bytes(run) == first
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def test_reference_cache_of_a_run(world, tmp_path):
+    """CHECKS 6, 7, 27: computed with a bar from the first second; found again, whatever the ranks and the batch size; a miss when the
+    weights under the same path change."""
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    config = write_config(tmp_path, world, model_path=str(base), max_steps=3)
+    first = launch("dpo", config).ok()
+    assert re.search(r"reference log-probs \(0 of 35 pairs found\):   0%.* 0/3 \[00:00<\?, \?batch/s\]", first.err[0])
+    assert "3/3" in first.err[0]
+
+    second = launch("dpo", config, "--fresh", "--global_batch_size=10", ranks=2).ok()
+    assert "35 of 35 pairs found" in second.err[0] and "8 pairs computed again" in second.out[0]
+
+    change_weights(base, lambda weights: weights["model.norm.weight"].mul_(1.5))
+    third = launch("dpo", config, "--fresh").ok()
+    assert "0 of 35 pairs found" in third.err[0]
+    assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_wrong_reference_stops_the_run(world, tmp_path):
+    """CHECKS 5, 6: wrong where the 8 verified pairs do not see it, step 1 does; no step is taken."""
+    config = write_config(tmp_path, world, max_steps=3)
+    launch("dpo", config).ok()
+    (path,) = tmp_path.glob("cache/reference/*.safetensors")
+    table = load_file(path)["logps"]
+    last_of_step_1 = train_dpo.step_examples(0, 35, 16, 42)[-1]
+    table[last_of_step_1] += 0.1
+    save_file({"logps": table}, path)
+    failed = launch("dpo", config, "--fresh")
+    assert failed.codes == [1] and "Traceback" not in failed.err[0]
+    assert "the reference is not of model_path" in failed.err[0]
+    assert not metrics(tmp_path / "dpo")
+
+
+def count_models():
+    """Print the number of Llamas and of parameters whenever one is built."""
+    original = model.Llama.__init__
+
+    def counted(self, config):
+        original(self, config)
+        print("built a Llama of", sum(param.numel() for param in self.parameters()))
+
+    model.Llama.__init__ = counted
+
+
+def test_lora_sft_then_lora_dpo(world, tmp_path, ranks):
+    """CHECKS 22: the reference of DPO is the merged SFT, not the base. CHECKS 9: there is one model in memory, policy and reference."""
+    from transformers import AutoModelForCausalLM
+
+    config = write_config(tmp_path, world, **LORA, dpo=dict(model_path=f"{tmp_path}/sft/final"))
+    launch("sft", config).ok()
+    base, merged = load_tensors(world / "base/model.safetensors"), final_weights(tmp_path / "sft")
+    assert largest_difference(base, merged) > 1e-3
+    done = launch("dpo", config, prepare=count_models).ok()
+    assert done.out[0].count("built a Llama") == 1
+    assert "largest |policy - reference| 0.0e+00" in done.out[0]
+    assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+    (path,) = tmp_path.glob("cache/reference/*.safetensors")
+    _, pairs, _ = stage_parts("dpo", config, ranks)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "sft/final")
+    for i in range(3):
+        for column, side in enumerate((pairs.chosen, pairs.rejected)):
+            ids, mask = (torch.from_numpy(np.array(values)).long() for values in side[i])
+            with torch.no_grad():
+                logps = reference(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            assert load_file(path)["logps"][i, column] == pytest.approx(logps[mask[1:].bool()].sum().item(), rel=1e-4)
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stage, count", [("sft", 1), ("sft", 2), ("dpo", 1), ("dpo", 2)])
+def test_broken_weights_stop_the_run(world, tmp_path, stage, count, value):
+    """CHECKS 24: no step taken, rows named, exit code 1 on every rank, no hang."""
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    change_weights(base, lambda weights: weights["model.layers.1.mlp.down_proj.weight"][3].fill_(value))
+    failed = launch(stage, write_config(tmp_path, world, model_path=str(base)), ranks=count)
+    assert failed.codes == [1] * count
+    assert all("not finite; no step was taken" in text and "Traceback" not in text for text in failed.err)
+    assert re.search(r"(sft|pref)\.jsonl#\d+", failed.err[0])
+    assert not (tmp_path / stage / "final").exists()
+
+
+def break_row(stage, row, where):
+    """Training on this row gives a loss ("forward") or a gradient ("backward") that is not finite."""
+    script, name = {"sft": (train_sft, "nll_sum"), "dpo": (train_dpo, "answer_logps")}[stage]
+    batches, logps, has_row = script.local_batches, getattr(script, name), []
+
+    def watched_batches(*args):
+        for members, batch, waste in batches(*args):
+            has_row[:] = [row in members and torch.is_grad_enabled()]
+            yield members, batch, waste
+
+    def broken_logps(*args):
+        result = logps(*args)
+        value, *rest = result if stage == "dpo" else (result,)
+        if has_row[0]:
+            if where == "backward":
+                value.register_hook(lambda grad: grad * math.inf)
+            else:
+                value = value * math.nan
+        return (value, *rest) if stage == "dpo" else value
+
+    script.local_batches = watched_batches
+    setattr(script, name, broken_logps)
+
+
+@pytest.mark.parametrize(
+    "stage, count, where", [("sft", 2, "forward"), ("dpo", 2, "forward"), ("sft", 2, "backward"), ("dpo", 1, "backward")]
+)
+def test_one_bad_row_stops_the_run(world, tmp_path, stage, count, where):
+    """CHECKS 24: in step 2 one row, so one of two ranks, has a NaN loss, or an infinite gradient: all stop, the row is named, step 1 is
+    all that was logged, and the last checkpoint is that of step 1."""
+    row = int(train_sft.step_examples(1, 35, 16, 42)[5])
+    config, run = write_config(tmp_path, world, save_every=1), tmp_path / stage
+    failed = launch(stage, config, ranks=count, prepare=partial(break_row, stage, row, where))
+    assert failed.codes == [1] * count
+    assert all("no step was taken" in text and "Traceback" not in text for text in failed.err)
+    assert any(re.search(rf"(sft|pref)\.jsonl#{row}\b", text) for text in failed.err)
+    assert len(metrics(run)) == 1 and not (run / "final").exists()
+    assert (run / "checkpoints/step_000001/COMPLETED").exists()
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def other_tokenizer(base):
+    """One whose vocabulary is larger than the model's embedding."""
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 9000, "content": "<|more|>"})
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def truncate_weights(base):
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+BAD_BASES = {
+    "missing file": (lambda base: (base / "model.safetensors").unlink(), "missing weight files: model.safetensors"),
+    "truncated file": (truncate_weights, "truncated, or not a safetensors file"),
+    "missing tensor": (lambda base: drop_tensor(base, "model.norm.weight"), "model.norm.weight"),
+    "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
+    "other tokenizer": (other_tokenizer, "the model's embedding only vocab_size="),
+    "no config": (lambda base: (base / "config.json").unlink(), "no config.json there"),
+}
+
+
+def drop_tensor(base, name):
+    change_weights(base, lambda weights: weights.pop(name))
+
+
+@pytest.mark.parametrize("case", BAD_BASES)
+def test_bad_model(world, tmp_path, case):
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    change, message = BAD_BASES[case]
+    change(base)
+    expect_message(launch("sft", write_config(tmp_path, world, model_path=str(base))), message)
+
+
+BAD_DATA = {
+    "empty": ("", "no rows"),
+    "not json": ("{garbage", "not a .jsonl file"),
+    "torn": ('{"messages": [{"role": "user", "content": "a"}]}\n{"mess', "not a .jsonl file"),
+    "schema": ('{"text": "a"}\n', "columns text (str); expected one of: messages"),
+    "row": ('{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}\n', "row 0: message 1: role='robot'"),
+    "no answers": ('{"messages": [{"role": "user", "content": "a"}]}\n', "1 dropped without an assistant turn"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(world, tmp_path, case):
+    """Named by source and row."""
+    text, message = BAD_DATA[case]
+    (tmp_path / "bad.jsonl").write_text(text)
+    failed = launch("sft", write_config(tmp_path, world, sft=dict(data={f"{tmp_path}/bad.jsonl": 1.0})))
+    expect_message(failed, message)
+    assert case == "no answers" or f"{tmp_path}/bad.jsonl" in failed.err[0]
+
+
+BAD_COMMANDS = {
+    "typo": (["--bta=1"], 1, "unknown key 'bta', did you mean 'beta'?"),
+    "type": (["--lr=fast"], 1, "lr"),
+    "ranks": (["--global_batch_size=1"], 2, "a batch that cannot be formed on 2 ranks"),
+    "model": (["--model_path=nowhere"], 1, "no such folder"),
+    "missing data": (["--max_seq_len=4000"], 1, "expected at least twice max_seq_len=4000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_bad_command(world, tmp_path, case):
+    """CHECKS 3, 25."""
+    args, count, message = BAD_COMMANDS[case]
+    expect_message(launch("dpo", write_config(tmp_path, world), *args, ranks=count), message)
+
+
+@pytest.mark.parametrize("where", ["data", "model"])
+def test_bad_input_on_two_ranks(world, tmp_path, where):
+    """Rank 0 looks first: the message comes once, and nobody hangs."""
+    keys = {"data": dict(dpo=dict(data={"nowhere.jsonl": 1.0})), "model": dict(model_path="nowhere")}[where]
+    failed = launch("dpo", write_config(tmp_path, world, **keys), ranks=2)
+    assert failed.codes == [1, 1] and "error: " in failed.err[0] and "no such f" in failed.err[0]
+    assert not failed.err[1] and "Traceback" not in failed.err[0]
+
+
+def test_checkpoint_of_another_config(world, tmp_path):
+    """Refused naming the key, and what the earlier run left is as it was; keys that do not decide the numbers may change."""
+    config, run = write_config(tmp_path, world, save_every=2, max_steps=4), tmp_path / "dpo"
+    launch("dpo", config, prepare=partial(save_at_once, kill_after=2))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    expect_message(launch("dpo", config, "--beta=0.3"), "beta=5.0 there, 0.3 now")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    launch("dpo", config, "--tokens_per_microbatch=256", "--log_every=2").ok()
+
+
+def test_another_model_under_the_same_path(world, tmp_path):
+    """CHECKS 6, 7: a checkpoint does not go on from other weights."""
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    config = write_config(tmp_path, world, save_every=2, max_steps=4, model_path=str(base))
+    launch("dpo", config, prepare=partial(save_at_once, kill_after=2))
+    change_weights(base, lambda weights: weights["model.norm.weight"].mul_(1.5))
+    expect_message(launch("dpo", config), "saved under another configuration: weights=")
+
+
+def expect_message(outcome, message):
+    assert outcome.codes == [1] * len(outcome.codes)
+    assert any(message in text for text in outcome.err), outcome.err
+    assert all("error: " in text and "Traceback" not in text for text in outcome.err), outcome.err
+
+
+# ---------------------------------------------------------------- the outside world
+
+
+def forbid_network():
+    def refuse(*args, **kwargs):
+        os.write(2, b"NETWORK\n")
+        raise OSError("no network in this test")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        setattr(socket.socket, name, refuse)
+    socket.create_connection = socket.getaddrinfo = refuse
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_no_network(world, tmp_path, stage):
+    """CHECKS 26: no connection and no name is looked up; nothing is written but the run folder and the cache."""
+    done = launch(stage, write_config(tmp_path, world, max_steps=2), prepare=forbid_network).ok()
+    assert "NETWORK" not in done.err[0]
+    assert {path.name for path in tmp_path.iterdir()} == {stage, "cache", "config.py", "logs"}
+    assert {path.name for path in (tmp_path / stage).iterdir()} == {"config.json", "manifest.json", "metrics.jsonl", "final"}
+    manifest = json.loads((tmp_path / stage / "manifest.json").read_text())
+    assert {"loss_reduction", "adam_eps", "warmup_rounding", "weights", "data", "versions"} <= manifest.keys()
