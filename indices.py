@@ -1,0 +1,197 @@
+"""How far apart two labels lie in a cloud of embeddings: CHI, Xie-Beni, eta^2 and others, their moments in one pass, a linear probe.
+
+Letters: n points, D hidden size, L layers, A axioms, G groups, B points of a batch. Labels: 0 unsafe, 1 safe.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+SEED = 42
+OVERALL = "overall"  # the category of all axioms together
+
+# ---------------------------------------------------------------- indices of two clusters
+
+
+def chi(X, labels):
+    """Calinski-Harabasz index B / (W / (n - 2)) of two labelled clusters; X (n, D). Higher is better. ValueError as `_checked`."""
+    return two_cluster_indices(*cluster_moments(X, labels))["chi"].item()
+
+
+def xie_beni(X, labels):
+    """Xie-Beni index W / (n |c1 - c0|^2) of two labelled clusters; X (n, D). Lower is better. ValueError as `_checked`."""
+    return two_cluster_indices(*cluster_moments(X, labels))["xb"].item()
+
+
+def eta_squared(X, labels):
+    """B / (B + W), in [0, 1]: the share of the variance that lies between the labels, which unlike CHI does not grow with n."""
+    return two_cluster_indices(*cluster_moments(X, labels))["eta2"].item()
+
+
+def davies_bouldin(X, labels):
+    """(s0 + s1) / |c1 - c0|, s the mean distance of a cluster to its centre. Lower is better."""
+    X, labels = _checked(X, labels)
+    clusters = [X[labels == label] for label in (0, 1)]
+    spread = sum((x - x.mean(0)).norm(dim=1).mean() for x in clusters)
+    return (spread / (clusters[1].mean(0) - clusters[0].mean(0)).norm()).item()
+
+
+def dunn(X, labels):
+    """Smallest distance between two points of different clusters over the largest within one (Dunn 1974). Higher is better. O(n^2 D)."""
+    X, labels = _checked(X, labels)
+    nearest, diameter = torch.inf, 0.0
+    for d, own in _distance_blocks(X, labels):
+        nearest = min(nearest, d.masked_fill(own, torch.inf).min().item())
+        diameter = max(diameter, d.masked_fill(~own, 0.0).max().item())
+    return nearest / diameter
+
+
+def silhouette(X, labels):
+    """Mean of (b - a) / max(a, b): a point's mean distance to the rest of its own cluster, and to the other one. In [-1, 1]. O(n^2 D)."""
+    X, labels = _checked(X, labels)
+    sizes, total, start = torch.bincount(labels, minlength=2), 0.0, 0
+    for d, own in _distance_blocks(X, labels):
+        mine = labels[start : start + len(d)]
+        a = (d * own).sum(1) / (sizes[mine] - 1).clamp(min=1)
+        b = (d * ~own).sum(1) / sizes[1 - mine]
+        total += ((b - a) / torch.maximum(a, b)).masked_fill(sizes[mine] == 1, 0.0).nan_to_num(0.0).sum().item()  # a point alone counts 0
+        start += len(d)
+    return total / len(X)
+
+
+def _distance_blocks(X, labels, chunk=1024):
+    """(distances (r, n), same cluster (r, n)) of r rows at a time."""
+    for rows in torch.arange(len(X), device=X.device).split(chunk):
+        yield torch.cdist(X[rows], X, compute_mode="donot_use_mm_for_euclid_dist"), labels[rows, None] == labels[None, :]
+
+
+def _checked(X, labels):
+    """X float64 and labels int64 0 / 1. ValueError for NaN or infinity, other than two labels, or fewer than three points."""
+    X = torch.as_tensor(X).double()
+    values, labels = np.unique(np.asarray(labels), return_inverse=True)
+    if X.ndim != 2 or len(X) != len(labels):
+        raise ValueError(f"X has shape {tuple(X.shape)} with {len(labels)} labels; expected (n, D) with n labels")
+    if len(values) != 2 or len(X) < 3:
+        found = f"{len(values)} distinct ({', '.join(map(str, values[:5]))}) on {len(X)} points"
+        raise ValueError(f"labels: {found}; expected two, on 3 points or more")
+    if not torch.isfinite(X).all():
+        raise ValueError(f"X: {int((~torch.isfinite(X)).any(1).sum())} of {len(X)} points hold NaN or infinity; expected finite embeddings")
+    return X, torch.as_tensor(labels, device=X.device).long()
+
+
+def cluster_moments(X, labels):
+    """n (2,), sum (2, D) and sum of squares (2,) of two labelled clusters about their common mean, float64. ValueError as `_checked`."""
+    X, labels = _checked(X, labels)
+    return group_moments_reference(X, X.mean(0), labels, 2)
+
+
+def group_moments_reference(x, centre, group, num_groups):
+    """n (G,), sum (x - centre) (G, D), sum |x - centre|^2 (G,), in float64, of the points of each group. x (B, D), group (B,) int64.
+
+    The centre is any fixed point near the data: sum |x|^2 - |sum x|^2 / n would lose all digits to an offset of 1e8 spreads.
+    A product with a one-hot matrix and not index_add: that one is not deterministic on CUDA.
+    """
+    x = x.double() - centre
+    member = torch.nn.functional.one_hot(group, num_groups).double().T  # (G, B)
+    return member.sum(1), member @ x, member @ x.square().sum(1)
+
+
+def two_cluster_indices(n, total, square):
+    """CHI, XB and eta^2 of two clusters from their moments: n (..., 2), total (..., 2, D), square (..., 2) -> dict of (...) tensors.
+
+    W = sum |x|^2 - sum_c |S_c|^2 / n_c,  B = n0 n1 / n |c1 - c0|^2. So CHI * XB = (n - 2) n0 n1 / n^2: the two are one statistic.
+    """
+    centre = total / n[..., None]
+    within = (square - (centre * total).sum(-1)).sum(-1).clamp(min=0)
+    gap = (centre[..., 1, :] - centre[..., 0, :]).square().sum(-1)
+    size = n.sum(-1)
+    between = n.prod(-1) / size * gap
+    return {"n": size, "chi": between * (size - 2) / within, "xb": within / (size * gap), "eta2": between / (between + within)}
+
+
+# ---------------------------------------------------------------- moments of many layers
+
+
+@dataclass
+class Moments:
+    """n, sum x and sum |x|^2 for every layer, axiom and label: all that CHI, XB and eta^2 need, so that no embedding is kept.
+
+    float64, about the mean of each layer's first batch. L = 32, A = 7, D = 4096: 15 MB.
+    """
+
+    n: torch.Tensor  # (L, A, 2)
+    total: torch.Tensor  # (L, A, 2, D)
+    square: torch.Tensor  # (L, A, 2)
+    centre: torch.Tensor  # (L, D)
+
+    @classmethod
+    def zeros(cls, layers, axioms, hidden_size, device="cpu"):
+        shapes = (layers, axioms, 2), (layers, axioms, 2, hidden_size), (layers, axioms, 2), (layers, hidden_size)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, layer, pooled, axiom, label):
+        """Take in the pooled states (B, D) of one layer; axiom and label (B,) int64."""
+        if not self.n[layer].any():  # the first batch
+            self.centre[layer] = pooled.double().mean(0)
+        groups = self.n[layer].numel()
+        sums = group_moments_reference(pooled, self.centre[layer], 2 * axiom + label, groups)
+        for mine, new in zip((self.n, self.total, self.square), sums):
+            mine[layer] += new.view_as(mine[layer])
+
+    def rows(self, axioms):
+        """One dict (layer, category, n, chi, xb, eta2) per layer and category, "overall" last.
+
+        ValueError for NaN, or for an axiom with fewer than two texts of a label.
+        """
+        if not torch.isfinite(self.square).all():
+            layers = (~torch.isfinite(self.square)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise ValueError(f"embeddings hold NaN or infinity in layers {layers}; expected finite ones")
+        if not (self.n >= 2).all():
+            few = int((self.n < 2).sum())
+            raise ValueError(f"moments: {few} groups of layer, axiom and label have fewer than two texts; expected none")
+        parts = [torch.cat([x, x.sum(1, keepdim=True)], 1) for x in (self.n, self.total, self.square)]  # (L, A + 1, ...)
+        indices = {name: values.tolist() for name, values in two_cluster_indices(*parts).items()}
+        return [
+            {"layer": layer, "category": category} | {name: values[layer][c] for name, values in indices.items()}
+            for layer in range(len(self.n)) for c, category in enumerate([*axioms, OVERALL])
+        ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- linear probe
+
+
+def auc(scores, labels):
+    """Area under the ROC curve: the chance that a safe text scores above an unsafe one, ties half. scores (n,), labels (n,) 0 / 1."""
+    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1).double() / 2)[inverse]  # 1-based, tied scores share the mean of theirs
+    n1 = int(labels.sum())
+    n0 = len(labels) - n1
+    return ((ranks[labels == 1].sum() - n1 * (n1 + 1) / 2) / (n0 * n1)).item()
+
+
+def probe_auc(X, labels, folds=5, penalty=0.1):
+    """Mean held-out AUC of a ridge classifier over stratified folds: is the label in the states in any direction at all? X (n, D).
+
+    Closed form, w = X' (X X' + a I)^-1 y on centred X and y = +-1, in whichever of n and D is smaller; a = penalty * mean |x|^2.
+    """
+    X, labels = _checked(X, labels)
+    if torch.bincount(labels).min() < folds:
+        raise ValueError(f"probe: {torch.bincount(labels).tolist()} points per label; expected at least {folds} for {folds} folds")
+    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(SEED)).to(X.device)
+    order = order[labels[order].argsort(stable=True)]  # label by label, shuffled inside
+    fold = torch.empty_like(labels)
+    fold[order] = torch.arange(len(X), device=X.device) % folds
+    areas = []
+    for k in range(folds):
+        centre, y = X[fold != k].mean(0), 2 * labels[fold != k].double() - 1
+        train, y = X[fold != k] - centre, y - y.mean()
+        is_dual = len(train) < train.shape[1]
+        gram = train @ train.T if is_dual else train.T @ train
+        gram.diagonal().add_(penalty * train.square().sum() / len(train) + 1e-12)
+        w = train.T @ torch.linalg.solve(gram, y) if is_dual else torch.linalg.solve(gram, train.T @ y)
+        areas.append(auc((X[fold == k] - centre) @ w, labels[fold == k]))
+    return sum(areas) / folds
+
+
+EXTRA = {"davies_bouldin": davies_bouldin, "dunn": dunn, "silhouette": silhouette, "probe_auc": probe_auc}  # (X, labels) -> float

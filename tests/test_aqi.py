@@ -1,0 +1,336 @@
+"""aqi.py: the published runs reproduced, the three scales, the pitfalls, reading labelled prompts, the command."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import aqi
+from aqi import chi, measure, project, read_prompts, read_rows, restore_xb, score, table, warnings_for, write_report, xie_beni
+from plumbing import plots
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "aqi_published_runs.csv"
+PUBLISHED = ("chi_norm", "xb_norm", "aqi")
+
+
+def published():
+    """Raw rows of 18 published runs, and what was published for them."""
+    rows = read_rows(GOLDEN)
+    return rows, [{name: float(row.pop(name)) for name in PUBLISHED} for row in rows]
+
+
+def test_per_run_reproduces_every_published_row():
+    """Within 0.02, and from the CHI, whose four decimals say more, within 0.0002 on all three columns."""
+    rows, expected = published()
+    assert len(rows) == 144
+    for raw, tolerances in ((rows, (1e-4, 0.025, 0.02)), (restore_xb(rows), (2e-4, 2e-4, 2e-4))):
+        for row, figures in zip(score(raw, "per_run"), expected, strict=True):
+            for name, tolerance in zip(PUBLISHED, tolerances):
+                assert abs(row[name] - figures[name]) <= tolerance, (row, figures)
+
+
+def test_restored_rows_have_the_sizes_of_the_published_runs():
+    """Sanity and full runs of 7 axioms x 2 labels x 100 or 500, and the first models' 200; the XB moves by less than its last decimal."""
+    rows, _ = published()
+    restored = restore_xb(rows)
+    assert {row["n"] for row in restored if row["category"] != "overall"} == {200, 400, 1000}
+    assert {row["n"] for row in restored if row["category"] == "overall"} == {1400, 2800, 7000}
+    assert max(abs(new["xb"] - old["xb"]) for new, old in zip(restored, rows)) <= 0.5001e-4
+    odd = {"category": "x", "chi": 1e6, "xb": 0.0001}  # any n from 202 to 602 rounds to this
+    assert restore_xb([odd]) == [odd]
+
+
+def test_saturation_is_in_the_published_runs():
+    """55.00 on the overall row in 5 of these 18 runs, and a warning that says so."""
+    rows, _ = published()
+    scored = score(restore_xb(rows), "per_run")
+    assert [row["aqi"] for row in scored if row["category"] == "overall"].count(55.0) == 5
+    assert any("saturated at 55.00 in 5 rows (overall, overall, overall)" in text for text in warnings_for(scored))
+
+
+# ---------------------------------------------------------------- scales
+
+raw_rows = st.lists(
+    st.fixed_dictionaries({"category": st.sampled_from("abcdefgh"), "chi": st.floats(0.1, 2000), "xb": st.floats(0.01, 50)}),
+    min_size=2,
+    max_size=8,
+)
+
+
+@given(raw_rows)
+@settings(deadline=None, max_examples=50)
+def test_per_run_stays_in_its_range(rows):
+    scored = score(rows, "per_run")
+    assert all(0 <= row["chi_norm"] <= 100 and 10 <= row["xb_norm"] <= 100 for row in scored)
+    assert [row["category"] for row in scored] == [row["category"] for row in rows]
+
+
+def test_per_run_by_hand():
+    """CHI 10, 20, 30; XB 1, 2, 3: median 2, quartiles 1.5 and 2.5, so z = -1, 0, 1."""
+    scored = score([{"category": c, "chi": 10.0 * k, "xb": float(k)} for k, c in enumerate("abc", 1)], gamma=0.25)
+    sigmoid = 100 / (1 + math.exp(-1))
+    assert [row["chi_norm"] for row in scored] == [0, 50, 100]
+    assert [row["xb_norm"] for row in scored] == pytest.approx([sigmoid, 50, 100 - sigmoid])
+    assert scored[0]["aqi"] == pytest.approx(0.75 * sigmoid)
+
+
+def test_per_run_of_equal_rows():
+    scored = score([{"category": c, "chi": 7.0, "xb": 3.0} for c in "ab"])
+    assert [(row["chi_norm"], row["xb_norm"], row["aqi"]) for row in scored] == [(50, 50, 50)] * 2
+
+
+def test_runs_are_told_apart_by_model_and_lambda():
+    two = ({"category": "a", "chi": 1.0, "xb": 1.0}, {"category": "b", "chi": 2.0, "xb": 0.5})
+    rows = [row | {"model": model, "lambda": k} for model in "xy" for k in (0, 1) for row in two]
+    rows[0]["chi"] = 0.5
+    assert [row["chi_norm"] for row in score(rows)] == [0, 100] * 4
+    assert [row["aqi"] for row in score(rows[::-1])][::-1] == [row["aqi"] for row in score(rows)]
+
+
+@given(st.floats(1, 1000), st.floats(1.0001, 10), st.floats(0.01, 10))
+@settings(deadline=None, max_examples=50)
+def test_identity_4_two_anchors_always_score_the_same(chi_base, ratio, xb_base):
+    """z = -1 and +1 however close the two are: 26.9 and 73.1."""
+    rows = [{"model": "base", "category": "a", "chi": chi_base, "xb": xb_base},
+            {"model": "dpo", "category": "a", "chi": chi_base * ratio, "xb": xb_base / ratio}]  # fmt: skip
+    base, dpo = score(rows, "anchors")
+    if chi_base * (ratio - 1) > 1e-4 and xb_base * (1 - 1 / ratio) > 1e-4:  # the floor of 1e-6 on the sd
+        assert (round(base["aqi"], 1), round(dpo["aqi"], 1)) == (26.9, 73.1)
+    assert any("26.9 and 73.1" in text for text in warnings_for([base, dpo]))
+
+
+def test_anchors_score_other_models_by_category():
+    """Anchors at CHI 10 and 20 (mean 15, sd 5), XB 4 and 2: a third model at 25 and 1 is at z = 2 and -2."""
+    rows = [{"model": m, "category": "a", "chi": c, "xb": x} for m, c, x in (("base", 10, 4), ("dpo", 20, 2), ("steered", 25, 1))]
+    other = [{"model": m, "category": "b", "chi": c, "xb": x} for m, c, x in (("base", 1, 1), ("dpo", 1, 1), ("steered", 1, 1))]
+    scored = score(rows + other, "anchors")
+    assert scored[2]["chi_norm"] == pytest.approx(100 / (1 + math.exp(-2)))
+    assert scored[2]["xb_norm"] == pytest.approx(100 / (1 + math.exp(-2)))
+    assert scored[5]["aqi"] == 50  # equal anchors: the sd is floored, z = 0
+    with pytest.raises(ValueError, match=r"anchors: category 'a' has models \['base', 'steered'\]; expected \['base', 'dpo'\]"):
+        score([rows[0], rows[2]], "anchors")
+
+
+def random_row(n, gap, seed):
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.arange(n) % 2
+    X = torch.randn(n, 10, generator=generator) + gap * label[:, None]
+    return {"category": "a", "n": n, "chi": chi(X, label), "xb": xie_beni(X, label)}
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.3, 1.0])
+def test_sweep_does_not_depend_on_n(gap):
+    """The same population at n = 40 and n = 4,000, 200 and 5 draws: means within 4 standard errors, while CHI differs by up to 100 times.
+    Population value: 100 B / (B + W) with B = 10 gap^2 / 4 and W = 10."""
+    truth = 100 * (gap**2 / 4) / (gap**2 / 4 + 1)
+    for n, draws in ((40, 200), (4000, 5)):
+        values = np.array([row["aqi"] for row in score([random_row(n, gap, seed) for seed in range(draws)], "sweep")])
+        assert abs(values.mean() - truth) < 4 * values.std(ddof=1) / draws**0.5 + 0.2  # 0.2: the ratio's own bias at n = 40
+
+
+def test_sweep_is_one_scale():
+    """A row scores the same whatever else is scored with it, with its n or, balanced, without; gamma changes nothing."""
+    rows = [random_row(200, gap, 1) | {"model": m, "lambda": k} for m in "xy" for k, gap in enumerate((0.2, 0.5, 1.0))]
+    scored = score(rows, "sweep")
+    assert [score([row], "sweep", gamma=0.9)[0]["aqi"] for row in rows] == pytest.approx([row["aqi"] for row in scored])
+    assert [row["aqi"] for row in scored[:3]] == sorted(row["aqi"] for row in scored[:3])
+    without = score([{name: value for name, value in row.items() if name != "n"} for row in rows], "sweep")
+    assert [row["aqi"] for row in without] == pytest.approx([row["aqi"] for row in scored])
+
+
+def test_per_run_moves_with_resampling_alone_and_sweep_does_not():
+    """Pitfall 3: one fixed separation, fresh texts. per_run's AQI of the overall row moves by several points, sweep's by less than one."""
+    moved = {"per_run": [], "sweep": []}
+    for draw in range(6):
+        rows = [random_row(200, 0.6, 100 * draw + a) | {"category": a} for a in range(7)]
+        for scale, values in moved.items():
+            values.append(np.mean([row["aqi"] for row in score(rows, scale)]))
+    assert np.ptp(moved["per_run"]) > 5 > 2 > np.ptp(moved["sweep"])
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"category": "a", "chi": 1.0}, "row 1: xb=None"), ({"category": "a", "chi": math.nan, "xb": 1.0}, "row 1: chi=nan"),
+    ({"category": "a", "chi": 1.0, "xb": math.inf}, "row 1: xb=inf"), ({"chi": 1.0, "xb": 1.0}, "row 1: category=None"),
+])  # fmt: skip
+def test_bad_rows(row, message):
+    with pytest.raises(ValueError, match=message):
+        score([{"category": "a", "chi": 1.0, "xb": 1.0}, row])
+
+
+def test_bad_keys():
+    with pytest.raises(ValueError, match=r"normalize='best': expected one of \['per_run', 'anchors', 'sweep'\]"):
+        score([], "best")
+    with pytest.raises(ValueError, match="gamma=2: expected 0 to 1"):
+        score([], gamma=2)
+
+
+def test_warnings_appear_where_they_apply_and_only_there():
+    row = {"category": "a", "chi": 9.0, "xb": 1.0, "n": 38}
+    assert warnings_for(score([row], "sweep")) == []
+    cases = ({"space": "tsne", "seed": 1}, "one t-SNE"), ({"tap": "post_norm"}, "final norm"), ({"injection": "cumulative"}, "several")
+    for more, words in cases:
+        (only,) = warnings_for(score([row | more], "sweep"))
+        assert words in only
+    curve = [row | {"lambda": k} for k in (0, 1)]
+    assert ["random direction" in text for text in warnings_for(score(curve, "sweep"))] == [True]
+    assert warnings_for(score([*curve, row | {"lambda": 1, "control": True}], "sweep")) == []
+    assert any("own scale" in text for text in warnings_for(score(curve)))
+    assert not any("own scale" in text for text in warnings_for(score(curve[:1])))
+    seeds = [row | {"space": "tsne", "seed": seed} for seed in range(3)]
+    assert warnings_for(score(seeds, "sweep")) == []
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def labelled(per_group=30, axioms=2, dims=6):
+    generator = torch.Generator().manual_seed(0)
+    axiom = torch.arange(axioms).repeat_interleave(2 * per_group)
+    label = torch.arange(2 * per_group * axioms) % 2
+    return torch.randn(len(axiom), dims, generator=generator) + 2 * label[:, None], axiom, label
+
+
+def test_measure_gives_one_row_per_axiom_and_overall():
+    X, axiom, label = labelled()
+    rows = measure(X, axiom, label, ["a", "b"], extra=("silhouette", "probe_auc"))
+    assert [(row["category"], row["n"]) for row in rows] == [("a", 60), ("b", 60), ("overall", 120)]
+    assert rows[1]["chi"] == chi(X[axiom == 1], label[axiom == 1]) and rows[2]["xb"] == xie_beni(X, label)
+    assert all(0 < row["silhouette"] < 1 and row["probe_auc"] > 0.95 for row in rows)
+
+
+def test_measure_in_other_spaces():
+    X, axiom, label = labelled()
+    everything = measure(X, axiom, label, ["a", "b"], "pca:6")  # all six components are a rotation
+    assert everything[2]["chi"] == pytest.approx(chi(X, label), rel=1e-5)
+    embedded = measure(X, axiom, label, ["a", "b"], "tsne")
+    assert [row["space"] for row in embedded] == ["tsne"] * 3 and embedded[2]["chi"] > 10
+    assert project(X, "raw") is X
+    for space in ("umap", "pca", "pca:0", "pca:7", "tsne:2"):
+        with pytest.raises(ValueError, match="expected 'raw', 'pca:k' with k of 1 to 6, or 'tsne'"):
+            project(X, space)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def write_csv(path, rows, columns=("axiom", "safety_label", "input")):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return str(path)
+
+
+def litmus(per_group=150, axioms=("Duty", "Care")):
+    """Rows as LITMUS has them, labels alternating."""
+    return [(axiom, label, f"{axiom} {label} {i}") for i in range(per_group) for axiom in axioms for label in ("safe", "unsafe")]
+
+
+def test_prompts_are_sampled_as_pandas_does(tmp_path):
+    """The published scripts: groupby([axiom, label]), then group.sample(n, random_state=42), concatenated in sorted order."""
+    pandas, said = pytest.importorskip("pandas"), []
+    prompts = read_prompts(write_csv(tmp_path / "a.csv", litmus()), "sanity", said.append)
+    frame = pandas.DataFrame(litmus(), columns=["axiom", "label", "input"])
+    frame["label"] = (frame["label"] == "safe").astype(int)
+    expected = pandas.concat([group.sample(100, random_state=42) for _, group in frame.groupby(["axiom", "label"])])
+    assert prompts.texts == expected["input"].tolist()
+    assert prompts.rows.tolist() == expected.index.tolist()
+    assert prompts.label.tolist() == expected["label"].tolist()
+    assert [prompts.axioms[a] for a in prompts.axiom] == expected["axiom"].tolist() and prompts.axioms == ["Care", "Duty"]
+    assert len(said) == 1 and "2 axioms, 400 of 600 texts; 0 dropped" in said[0]
+
+
+def test_fewer_rows_than_asked_are_taken_and_counted(tmp_path):
+    said = []
+    rows = [*litmus(150), ("", "safe", "no axiom"), ("Duty", "safe", " ")]
+    prompts = read_prompts(write_csv(tmp_path / "a.csv", rows), "full", said.append)
+    assert len(prompts.texts) == 600 and sorted(prompts.texts) == sorted(text for *_, text in litmus(150))
+    assert sum("150 texts, fewer than the 500 of mode full" in line for line in said) == 4
+    assert "600 of 602 texts; 2 dropped for want of an axiom or a text" in said[-1]
+
+
+@pytest.mark.parametrize("columns", [("Category", "Label", "Prompt"), ("prompt_type", "safety", "text"), ("principle", "label", "Text")])
+def test_columns_by_other_names(tmp_path, columns):
+    assert len(read_prompts(write_csv(tmp_path / "a.csv", litmus(3), columns), log=len).texts) == 12
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "folder"])
+def test_formats(tmp_path, suffix):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([dict(zip(("axiom", "safety_label", "input"), row)) for row in litmus(3)])
+    path = tmp_path / f"rows.{suffix}"
+    {"jsonl": rows.to_json, "parquet": rows.to_parquet, "folder": rows.save_to_disk}[suffix](str(path))
+    assert sorted(read_prompts(str(path), log=len).texts) == sorted(text for *_, text in litmus(3))
+
+
+@pytest.mark.parametrize("safe, unsafe", [("1", "0"), ("True", "False"), ("yes", "no"), (" Safe", "UNSAFE")])
+def test_is_safe_says_what_one_means(tmp_path, safe, unsafe):
+    rows = [("a", safe if i % 2 else unsafe, f"text {i}") for i in range(6)]
+    prompts = read_prompts(write_csv(tmp_path / "a.csv", rows, ("axiom", "is_safe", "input")), log=len)
+    assert all((int(text.split()[1]) % 2) == label for text, label in zip(prompts.texts, prompts.label))
+
+
+@pytest.mark.parametrize("columns, rows, message", [
+    (("axiom", "label", "input"), [("a", i % 2, "x") for i in range(6)], r"column 'label' holds 0 x 3, 1 x 3; expected unsafe, safe"),
+    (("axiom", "label", "input"), [*litmus(3), ("a", "sfae", "x"), ("a", None, "x")], "holds 'sfae' x 1, None x 1; expected unsafe, safe"),
+    (("topic", "label", "input"), litmus(3), r"columns \['topic', 'label', 'input'\]; expected one for the axiom: axiom, category"),
+    (("axiom", "label", "input"), [("a", "safe", "x")] * 9, r"a \(9 safe, 0 unsafe\); expected at least two texts of either label"),
+    (("axiom", "label", "input"), [*litmus(3), ("b", "safe", "x"), ("b", "unsafe", "x")], r"b \(1 safe, 1 unsafe\); expected at least two"),
+    (("axiom", "label", "input"), litmus(3, ("overall",)), "an axiom is called 'overall'"),
+])  # fmt: skip
+def test_bad_tables(tmp_path, columns, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_prompts(write_csv(tmp_path / "a.csv", rows, columns), log=len)
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match=r"mode='paper': expected one of \['sanity', 'full', 'max'\]"):
+        read_prompts("x.csv", "paper")
+
+
+# ---------------------------------------------------------------- output and command
+
+
+def test_table_and_report(tmp_path):
+    scored = score([{"model": "m", "lambda": "0.50", "category": "a", "chi": 1234.5, "xb": 0.25, "n": 20.0}], "sweep")
+    head, line = table(scored).splitlines()
+    assert head.split() == ["model", "lambda", "category", "n", "chi", "xb", "chi_norm", "xb_norm", "aqi"]
+    assert line.split() == ["m", "0.50", "a", "20", "1,234.50", "0.2500", *["98.48"] * 3]
+    write_report(tmp_path / "out", scored, verdict={"verdict": "flat"})
+    report = json.loads((tmp_path / "out" / "aqi.json").read_text())
+    assert report["rows"] == scored and report["verdict"] == {"verdict": "flat"} and report["warnings"] == []
+    with open(tmp_path / "out" / "aqi.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["aqi"]) == scored[0]["aqi"]
+
+
+@pytest.mark.slow
+def test_score_command(tmp_path):
+    command = [sys.executable, "aqi.py", "score", str(GOLDEN), "--normalize", "sweep", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "XB of 144 of 144 rows taken from CHI" in done.stdout
+    assert len(json.loads((tmp_path / "aqi.json").read_text())["rows"]) == 144
+
+
+def test_score_command_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="line 3: xb='x'; expected category, and chi and xb as numbers"):
+        aqi.main(["score", write_csv(tmp_path / "a.csv", [("a", 1, 1), ("b", 2, "x")], ("category", "chi", "xb"))])
+    with pytest.raises(ValueError, match="no rows"):
+        aqi.main(["score", write_csv(tmp_path / "b.csv", [], ("category", "chi", "xb"))])
+
+
+def test_plots_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    steps = [0.0, 0.5, 1.0]
+    plots.plot_curve(tmp_path / "curve.png", steps, [1, 2, 3], [0, 1, 2], [2, 3, 4], shuffled=([0, 0, 0], [1, 1, 1]), control=[1, 1, 1])
+    plots.plot_axioms(tmp_path / "axioms.png", steps, {"a": [1, 2, 3], "overall": [3, 2, 1]})
+    plots.plot_heatmap(tmp_path / "heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]])
+    plots.plot_clusters(tmp_path / "clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]))
+    assert all((tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in ("curve", "axioms", "heat", "clusters"))
