@@ -1,0 +1,19 @@
+"""SFT -> DPO pairs that `steer.py validate NAME` knows: the ladder's own and the published comparison's. Not a training config.
+
+template: how the texts of the vector are rendered; None: Human / Assistant transcripts as they are, as in the published comparison.
+The published comparison names its models but not their checkpoints, except Tulu's and Zephyr's: the others are our reading of the names.
+"""
+
+PAIRS = {
+    "tiny": dict(sft="runs/tiny/sft/final", dpo="runs/tiny/dpo/final", template="tulu"),
+    "smol": dict(sft="runs/smol/sft/final", dpo="runs/smol/dpo/final", template="chatml"),
+    "Llama31_PKU_Custom": dict(sft="runs/pku_lora/sft/final", dpo="runs/pku_lora/dpo/final", template=None),
+    "Llama31_Tulu10": dict(sft="runs/tulu10/sft/final", dpo="runs/tulu10/dpo/final", template=None),
+    "Llama31_Tulu": dict(sft="allenai/Llama-3.1-Tulu-3-8B-SFT", dpo="allenai/Llama-3.1-Tulu-3-8B-DPO", template=None),
+    "Mistral_7B": dict(sft="mistralai/Mistral-7B-v0.1", dpo="mistralai/Mistral-7B-Instruct-v0.1", template=None),
+    "Zephyr_7B": dict(sft="HuggingFaceH4/mistral-7b-sft-beta", dpo="HuggingFaceH4/zephyr-7b-beta", template=None),
+    "Falcon_7B": dict(sft="tiiuae/falcon-7b", dpo="tiiuae/falcon-7b-instruct", template=None),
+    "Llama3_8B": dict(sft="meta-llama/Meta-Llama-3-8B", dpo="meta-llama/Meta-Llama-3-8B-Instruct", template=None),
+    "Qwen2_7B": dict(sft="Qwen/Qwen2-7B", dpo="Qwen/Qwen2-7B-Instruct", template=None),
+    "Gemma2_9B": dict(not_representable="Gemma 2 caps its logits and alternates window masks: model.py does neither"),
+}

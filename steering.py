@@ -1,0 +1,241 @@
+"""Reading, splitting and adding activation vectors: what steer.py's commands are made of.
+
+Shapes: n texts, T tokens of a packed stream, N documents in it, L layers, D hidden size, K lambdas. Layer l means the residual stream after
+block l, before the final norm, for reading and for steering alike. A document is (input_ids, loss_mask). Leaf to root: states, the
+vector, its spectrum, what to add where, running many lambdas at once, folding an addition into the weights.
+"""
+
+import copy
+import dataclasses
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import pack, plan_step
+from kernels import segment_sums, token_logps
+
+POOLINGS = ("last", "mean")  # over a text's tokens
+TOKENS_PER_BATCH = 16384
+STEERED_LAYERS = 5  # the published choice: the outputs of the last five blocks
+
+# ---------------------------------------------------------------- states of texts
+
+
+def packed_batches(documents, device, log_progress=lambda plan: plan):
+    """Yield (rows (N,), PackedBatch on `device`) until every document was seen once."""
+    lengths = [len(ids) for ids, _ in documents]
+    (plan,) = plan_step(lengths, lengths, 1, max(TOKENS_PER_BATCH, *lengths))
+    for rows in log_progress(plan):
+        if rows:
+            yield np.array(rows), pack([documents[row] for row in rows]).to(device)
+
+
+def pool(hidden, cu_seqlens):
+    """{"last": each document's last token, "mean": the mean over its tokens}, (N, D) float32, of hidden (T, D)."""
+    mean = torch.segment_reduce(hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0)
+    return {"last": hidden[cu_seqlens[1:].long() - 1].float(), "mean": mean}
+
+
+@torch.no_grad()
+def read_states(model, batch, tap=None, compat_hf=False):
+    """(2, N, L, D) float32: the states of a batch's documents after every block, pooled both ways (in the order of POOLINGS).
+
+    tap steers while reading. compat_hf: the last layer after the final norm, as published scripts read it (not the space they steer in).
+    """
+    layers = []
+
+    def read(layer, hidden):
+        hidden = hidden if tap is None else tap(layer, hidden)
+        layers.append(pool(hidden, batch.cu_seqlens))
+        return hidden
+
+    final = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=read)
+    if compat_hf:
+        layers[-1] = pool(final, batch.cu_seqlens)
+    return torch.stack([torch.stack([layer[pooling] for layer in layers], dim=1) for pooling in POOLINGS])
+
+
+@torch.no_grad()
+def document_logps(model, batch, hidden=None):
+    """Summed log-prob of each document's supervised tokens (N,) float32 and their number (N,); hidden (T, D) if it is there already."""
+    if hidden is None:
+        hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+    logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets[batch.supervised])
+    return segment_sums(logps, batch.supervised_offsets), batch.supervised_offsets.diff()
+
+
+# ---------------------------------------------------------------- the vector and its spectrum
+
+
+def spectrum(differences, components=5):
+    """What the differences (n, D) of one layer are made of, beside their mean: dict of numbers and `components` (C, D).
+
+    explained: share of sum |x|^2 in each of the first components, of the raw differences; explained_centred: of their deviations from
+    the mean; effective_rank: exp of the entropy of the raw shares (Roy & Vetterli 2007); rank_one: the first raw share, D-STEER's claim.
+    A full decomposition through the (n, n) Gram matrix in float64; the sign of a component is the one that agrees with the mean, its norm
+    the mean's.
+    """
+    X = differences.double()
+    mean = X.mean(0)
+
+    def decompose(X):
+        values, vectors = torch.linalg.eigh(X @ X.T)
+        return values.flip(0).clamp(min=0), vectors.flip(1)
+
+    values, vectors = decompose(X)
+    centred, _ = decompose(X - mean)
+    shares = values / values.sum()
+    count = min(components, len(X))
+    directions = X.T @ vectors[:, :count]  # (D, C), each of norm sqrt(value)
+    directions = directions / directions.norm(dim=0).clamp(min=1e-30) * mean.norm()
+    directions = directions * torch.where(mean @ directions < 0, -1.0, 1.0)
+    entropy = -(shares * shares.clamp(min=1e-300).log()).sum()
+    return {
+        "explained": shares[:count].tolist(),
+        "explained_centred": (centred / centred.sum())[:count].tolist(),
+        "effective_rank": entropy.exp().item(),
+        "rank_one": shares[0].item(),
+        "components": directions.T.float(),
+    }
+
+
+# ---------------------------------------------------------------- what to add, and where
+
+INJECTIONS = ("cumulative", "increment", "matched")
+
+
+def additions(injection, vector, layers):
+    """{layer: (D,) float32} to add once at each of `layers` (consecutive, ascending). vector (L, D).
+
+    cumulative: v[l] at every layer, as published; v[l] already holds what the layers below changed, so that is added len(layers) times.
+    increment: v[l] - v[l-1], and v[l] at the first: the parts sum to the last layer's v; what the blocks between make of it comes on top.
+    ("matched" is found by match_additions, which runs the model.)
+    """
+    assert injection in ("cumulative", "increment") and list(layers) == list(range(layers[0], layers[-1] + 1))
+    if injection == "cumulative":
+        return {layer: vector[layer] for layer in layers}
+    return {layer: vector[layer] - (vector[layer - 1] if layer > layers[0] else 0) for layer in layers}
+
+
+def match_additions(model, documents, vector, layers, pooling, device):
+    """{layer: (D,)}: from the bottom, at each layer the part of v[l] that the model, steered below it, does not yet show on `documents`.
+
+    At lambda = 1 the steered model's mean pooled states then equal the SFT model's plus v, the DPO model's, on these texts. One pass each.
+    """
+    found, base = {}, None
+    for layer in layers:
+        tap = steering_tap(found, 1.0)
+        means = mean_states(model, documents, device, tap)[POOLINGS.index(pooling)]  # (L, D)
+        base = means if base is None else base
+        found[layer] = vector[layer] - (means[layer] - base[layer]).float().cpu()
+    return found
+
+
+def mean_states(model, documents, device, tap=None):
+    """(2, L, D) float64 mean over documents of read_states."""
+    total = 0
+    for _, batch in packed_batches(documents, device):
+        total = total + read_states(model, batch, tap).double().sum(dim=1)
+    return total / len(documents)
+
+
+def random_additions(additions, seed):
+    """The control: one random direction, at every layer with the norm of what it stands for."""
+    size = next(iter(additions.values())).shape[0]
+    direction = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    direction /= direction.norm()
+    return {layer: direction * addition.norm() for layer, addition in additions.items()}
+
+
+def steering_tap(additions, strength, rescale=False):
+    """tap(layer, hidden) adding strength * additions[layer] to every token, in float32; None when there is nothing to add.
+
+    rescale: bring each token back to its old norm, as the published sweep does.
+    """
+    if strength == 0 or not additions:
+        return None
+    on_device = {}
+
+    def tap(layer, hidden):
+        if layer not in additions:
+            return hidden
+        if layer not in on_device:
+            on_device[layer] = strength * additions[layer].to(hidden.device, torch.float32)
+        old = hidden.float()
+        new = old + on_device[layer]
+        if rescale:
+            new = new * (old.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True))
+        return new.to(hidden.dtype)
+
+    return tap
+
+
+# ---------------------------------------------------------------- many lambdas in one pass
+
+
+@dataclasses.dataclass
+class Steered:
+    """One batch at one lambda: hidden (T, D) after the final norm, top (T, D) after the last block."""
+
+    rows: np.ndarray
+    batch: object
+    index: int  # of the lambda
+    hidden: torch.Tensor
+    top: torch.Tensor
+
+
+@torch.no_grad()
+def steered_runs(model, documents, additions, lambdas, device, rescale=False, log_progress=lambda plan: plan):
+    """Yield a Steered per batch and lambda. The blocks up to the first steered one run once; a lambda costs the blocks above it.
+
+    Five lambdas on the last five of 32 layers are 1 + 5 * 4/32 forwards' worth of blocks instead of 5. Lambda 0 is the unsteered model, bit
+    for bit: its tap adds nothing.
+    """
+    first, last = min(additions), model.config.num_hidden_layers - 1
+    taps = [steering_tap(additions, strength, rescale) for strength in lambdas]
+    for rows, batch in packed_batches(documents, device, log_progress):
+        stream = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        seen = {}
+
+        def run(tap, resume=None, stream=stream, seen=seen):
+            def watch(layer, hidden):
+                hidden = hidden if tap is None else tap(layer, hidden)
+                seen[layer] = hidden
+                return hidden
+
+            return model(*stream, tap=watch, resume=resume), seen[last]
+
+        unsteered = run(None)
+        entry = seen[first]  # what block `first` gives, before anything is added
+        for index, tap in enumerate(taps):
+            if tap is None:
+                hidden, top = unsteered
+            else:
+                seen[first] = tap(first, entry)
+                hidden, top = run(tap, resume=(first + 1, seen[first]))
+            yield Steered(rows, batch, index, hidden, top)
+
+
+# ---------------------------------------------------------------- a steered checkpoint
+
+
+def bake(model, additions, strength):
+    """A copy of a Llama whose down_proj biases hold strength * additions: transformers runs it (`mlp_bias`) with the steered logits.
+
+    ValueError where that cannot be said exactly: Qwen2, and any model whose attention has biases but not on o_proj. Mistral is written as
+    the Llama it is. A norm-rescaling tap cannot be baked: what it adds depends on the token.
+    """
+    config = model.config
+    if config.model_type == "qwen2" or config.qkv_bias != config.o_bias:
+        raise ValueError(f"model_type={config.model_type!r}: its Hugging Face class has no bias on down_proj; expected a Llama or Mistral")
+    baked = copy.deepcopy(model)
+    baked.config = dataclasses.replace(config, mlp_bias=True, model_type="llama", sliding_window=None)
+    for index, block in enumerate(baked.model.layers):
+        for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
+            if linear.bias is None:
+                linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device))
+        if index in additions:
+            bias = block.mlp.down_proj.bias
+            bias.data = (bias.float() + strength * additions[index].to(bias.device)).to(bias.dtype)
+    return baked
