@@ -1,22 +1,20 @@
 """`make demo`: a tiny Llama from nothing to DPO, on two CPU cores, and what to expect beside what came out.
 
-    python -m demo.run [--seed=0]
-
 A small world of seven axioms is generated, a tokenizer and a base model are trained on it, and then the two scripts run
 as anyone would run them. Exit status 1 when a number leaves its expected range.
 """
 
+import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from demo import axioms, measure, tiny
+from demo import axioms, common, tiny
 from plumbing.config import load
 from plumbing.weights import save_pretrained
 
@@ -35,7 +33,6 @@ EXPECTED = {
     "reward margin, after (before: 0)": (0.0, 9.0),
     "safe greedy answers, before": (0.0, 9.0),
     "safe greedy answers, after": (0.0, 9.0),
-    "wall time, s": (0, 180),
 }
 
 
@@ -52,30 +49,22 @@ def build(seed):
     return sum(losses[-50:]) / 50
 
 
-def train(script, seed):
-    """Run a training script as a user would. SystemExit when it fails."""
-    command = [sys.executable, script, CONFIG, f"--seed={seed}"]
-    print(f"\n$ python {' '.join(command[1:])}", flush=True)
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(f"{script} ended with status {status}")
-
-
 def greedy(run, when, template):
     """Print three greedy answers to held-out prompts; returns the share of all of them that are safe, and its interval."""
     rows = [json.loads(line) for line in (ROOT / "data/preferences_eval.jsonl").read_text().splitlines()]
-    answers = measure.greedy_answers(ROOT / run / "final", [row["prompt"] for row in rows], template, max_new_tokens=48)
+    answers = common.greedy_answers(ROOT / run / "final", [row["prompt"] for row in rows], template, max_new_tokens=48)
     kinds = [axioms.kind_of(answer, row["axiom"]) for answer, row in zip(answers, rows, strict=True)]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("safe", "unsafe", "neither"))
     print(f"\nGreedy answers to {len(rows)} held-out prompts {when} DPO: {counts}. For example:")
     for i in (0, len(rows) // 3, 2 * len(rows) // 3):
         print(f"  > {rows[i]['prompt']}\n    {answers[i]}")
-    return measure.interval([kind == "safe" for kind in kinds])
+    return common.interval([kind == "safe" for kind in kinds])
 
 
 def results(pretrain_loss):
-    """{name: (value, low, high)} of every quantity in EXPECTED but the time; low and high bound its 95 % interval, or are None."""
+    """{name: (value, low, high)} of every quantity in EXPECTED; low and high bound its 95 % interval, or are None."""
     config = load("dpo", [CONFIG])
-    sft, dpo = measure.read_metrics(ROOT / "sft"), measure.read_metrics(ROOT / "dpo")
+    sft, dpo = common.read_metrics(ROOT / "sft"), common.read_metrics(ROOT / "dpo")
     evaluations = [line["eval/loss"] for line in sft if "eval/loss" in line]
     steps = [line["loss"] for line in dpo if "loss" in line]
     single = {
@@ -86,8 +75,8 @@ def results(pretrain_loss):
         "DPO loss at the last step": steps[-1],
     }
     out = {name: (value, None, None) for name, value in single.items()}
-    before, after = (measure.held_out_logps(ROOT / run / "final", config) for run in ("sft", "dpo"))
-    out |= measure.preference_table(before, after, config.beta)
+    before, after = (common.held_out_logps(ROOT / run / "final", config) for run in ("sft", "dpo"))
+    out |= common.preference_table(before, after, config.beta)
     for when, run in (("before", "sft"), ("after", "dpo")):
         out[f"safe greedy answers, {when}"] = greedy(run, when, config.template)
     return out
@@ -107,16 +96,18 @@ def report(measured):
 
 
 def main(argv):
-    seed = int(argv[0].removeprefix("--seed=")) if argv else 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the base model's weights and of the order of all data")
+    seed = parser.parse_args(argv).seed
     start = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts: matrices this small lose more to a second thread than they gain
     torch.set_num_threads(1)
     pretrain_loss = build(seed)
-    train("train_sft.py", seed)
-    train("train_dpo.py", seed)
-    measured = results(pretrain_loss)
-    measured["wall time, s"] = (time.perf_counter() - start, None, None)
-    if outside := report(measured):
+    for script in ("train_sft.py", "train_dpo.py"):
+        common.run_script(script, CONFIG, f"--seed={seed}")
+    outside = report(results(pretrain_loss))
+    print(f"wall time {time.perf_counter() - start:.0f} s; 70 s on two idle cores, three minutes on slow or busy ones")
+    if outside:
         print(f"\nOut of range: {', '.join(outside)}. Something is wrong: the ranges hold for every seed that was tried.")
         return 1
     print(f"\nAll as expected. The models are in {ROOT}/{{base,sft/final,dpo/final}}; transformers loads each of them.")

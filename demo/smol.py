@@ -9,7 +9,6 @@ What is measured before and after is DPO's effect on pairs whose prompts are in 
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import find_schema, is_held_out, open_source
-from demo import gguf_weights, measure
+from demo import common, gguf_weights
 from model import generate
 from plumbing.config import load
 from plumbing.weights import load_pretrained, resolve
@@ -81,13 +80,6 @@ def prepare_data(sources, train_pairs, eval_pairs):
     return files["preferences_eval"]
 
 
-def train(script):
-    """Run a training script as a user would. SystemExit when it fails."""
-    print(f"\n$ python {script} {CONFIG}", flush=True)
-    if status := subprocess.run([sys.executable, script, CONFIG]).returncode:
-        raise SystemExit(f"{script} ended with status {status}")
-
-
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -101,15 +93,15 @@ def main(argv):
     start = time.perf_counter()
     prepare_weights(options.weights)
     held_out = prepare_data(options.data or ["Anthropic/hh-rlhf"], options.train_pairs, options.eval_pairs)
-    train("train_sft.py")
-    train("train_dpo.py")
+    for script in ("train_sft.py", "train_dpo.py"):
+        common.run_script(script, CONFIG)
 
     config = load("dpo", [CONFIG])
-    before, after = (measure.held_out_logps(ROOT / run / "final", config) for run in ("sft", "dpo"))
+    before, after = (common.held_out_logps(ROOT / run / "final", config) for run in ("sft", "dpo"))
     for run in ("sft", "dpo"):
-        measure.print_curve(ROOT / run)
+        common.print_curve(ROOT / run)
     print(f"\n{len(held_out)} held-out pairs; 95 % intervals over prompts")
-    for name, (value, low, high) in measure.preference_table(before, after, config.beta, [row["prompt"] for row in held_out]).items():
+    for name, (value, low, high) in common.preference_table(before, after, config.beta, [row["prompt"] for row in held_out]).items():
         print(f"{name:<44}{value:>8.3f}   [{low:.3f}, {high:.3f}]")
     print(f"wall time {time.perf_counter() - start:.0f} s")
     return 0

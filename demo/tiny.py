@@ -39,7 +39,7 @@ def train_tokenizer(texts):
 
 def pretrain(texts, tokenizer, steps=600, batch_size=8, lr=1e-2, seed=0):
     """Train LlamaConfig.preset("tiny") to predict every next token of `texts`. Returns (model, [loss of each step, nats per token])."""
-    documents = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
+    documents = [encoding.ids + [tokenizer.eos_id] for encoding in tokenizer.encode_batch(texts)]
     model = Llama(dataclasses.replace(LlamaConfig.preset("tiny"), vocab_size=tokenizer.vocab_size))
     model.init_weights(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)

@@ -1,6 +1,8 @@
-"""What the demos measure on held-out pairs, before and after DPO, and how they print it."""
+"""What both demos do: run the training scripts as a user would, measure held-out pairs before and after DPO, print it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,13 @@ from data import HEADERS, in_order, load_preferences, render
 from model import generate
 from plumbing.weights import load_pretrained
 from train_dpo import answer_logps
+
+
+def run_script(script, *arguments):
+    """`python SCRIPT ARGUMENTS` in a process of its own. SystemExit when it fails."""
+    print(f"\n$ python {' '.join((script, *arguments))}", flush=True)
+    if status := subprocess.run([sys.executable, script, *arguments]).returncode:
+        raise SystemExit(f"{script} ended with status {status}")
 
 
 @torch.no_grad()
