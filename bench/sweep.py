@@ -1,0 +1,120 @@
+"""AQI sweep of the 8B shape: 7,000 prompts x 5 lambdas here, beside the published way (transformers, one full forward per lambda).
+
+    python bench/world.py runs/bench --tokenizer FOLDER
+    python bench/sweep.py runs/bench/base [--prompts 7000] [--out FILE.jsonl]
+
+Both sides embed the same random-word prompts (mean 60 tokens) at the same five lambdas with the same additions at the last five layers:
+mean over tokens of the final hidden state, bf16. Ours adds the bootstrap of the verdict. The peer runs padded batches of 32 in data order.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.world import tulu_like_lengths, words
+from plumbing.checkpoint import load_pretrained
+from plumbing.logbook import _commit
+from steer import plain_document
+from steering import additions, pool, steered_runs
+from verdict import bootstrap, judge
+
+LAMBDAS = [0.0, 0.25, 0.5, 0.75, 1.0]
+AXIOMS, BATCH = 7, 32
+
+
+def timed(work):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def ours(model, documents, add, label, axiom):
+    """(embeddings (K, n, D), seconds to embed, seconds of the verdict)."""
+
+    def embed():
+        out = torch.zeros(len(LAMBDAS), len(documents), model.config.hidden_size, device="cuda")
+        for run in steered_runs(model, documents, add, LAMBDAS, "cuda"):
+            out[run.index, torch.from_numpy(run.rows).cuda()] = pool(run.hidden, run.batch.cu_seqlens)["mean"]
+        return out
+
+    embeddings, seconds = timed(embed)
+    _, verdict_seconds = timed(lambda: judge(bootstrap(embeddings, axiom, label, [str(a) for a in range(AXIOMS)])))
+    return embeddings.cpu(), seconds, verdict_seconds
+
+
+@torch.no_grad()
+def published(folder, documents, add):
+    """(embeddings (K, n, D), seconds): a hook on each steered layer, right-padded batches, one forward per lambda."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda", attn_implementation="sdpa")
+    strength = [0.0]
+    for layer, a in add.items():
+        a = a.cuda().bfloat16()
+        model.model.layers[layer].register_forward_hook(lambda module, inputs, out, a=a: out + strength[0] * a)
+
+    def embed():
+        out = torch.zeros(len(LAMBDAS), len(documents), model.config.hidden_size)
+        for k, value in enumerate(LAMBDAS):
+            strength[0] = value
+            for start in range(0, len(documents), BATCH):
+                rows = [ids for ids, _ in documents[start : start + BATCH]]
+                width = max(map(len, rows))
+                ids = torch.tensor(np.stack([np.pad(row, (0, width - len(row))) for row in rows]), device="cuda").long()
+                mask = torch.arange(width, device="cuda") < torch.tensor([len(row) for row in rows], device="cuda")[:, None]
+                hidden = model.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+                out[k, start : start + BATCH] = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
+        return out
+
+    return timed(embed)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--prompts", type=int, default=7000)
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results.jsonl"))
+    args = parser.parse_args()
+
+    model, tokenizer = load_pretrained(args.folder, torch.bfloat16, "cuda")
+    rng = np.random.default_rng(0)
+    lengths = tulu_like_lengths(rng, args.prompts, mean=60, sigma=0.6, longest=400)
+    documents = [plain_document(words(rng, n), tokenizer, 512) for n in lengths]
+    layers, D = model.config.num_hidden_layers, model.config.hidden_size
+    v = torch.randn(layers, D, generator=torch.Generator().manual_seed(0)) * 0.01
+    add = additions("cumulative", v, list(range(layers - 5, layers)))
+    label = torch.arange(args.prompts) % 2
+    axiom = torch.arange(args.prompts) // 2 % AXIOMS
+
+    list(steered_runs(model, documents[:256], add, LAMBDAS, "cuda"))  # warm-up
+    mine, embed_s, verdict_s = ours(model, documents, add, label, axiom)
+    tokens, peak = sum(len(ids) for ids, _ in documents), torch.cuda.max_memory_allocated() / 2**30
+    del model
+    torch.cuda.empty_cache()
+    theirs, peer_s = published(args.folder, documents, add)
+    gap = ((mine - theirs).norm() / theirs.norm()).item()
+    print(f"{args.prompts:,} prompts, {tokens:,} tokens, {len(LAMBDAS)} lambdas: ours {embed_s:.1f} s + verdict {verdict_s:.1f} s, "
+          f"peak {peak:.1f} GiB; published way {peer_s:.1f} s; relative difference of the embeddings {gap:.4f}")  # fmt: skip
+    assert gap < 0.05, gap
+    import transformers
+
+    value = embed_s + verdict_s
+    peer = f"transformers {transformers.__version__}, embedding only"
+    line = {"metric": "aqi_sweep", "value": round(value, 2), "unit": "s", "peer": peer, "peer_value": round(peer_s, 2)}
+    line |= {"ratio": round(peer_s / value, 3), "hardware": torch.cuda.get_device_name(), "gpus": 1, "torch": torch.__version__}
+    line |= {"commit": _commit(), "date": time.strftime("%Y-%m-%d"), "command": "bench/sweep.py"}
+    with open(args.out, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
