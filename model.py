@@ -61,10 +61,7 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, directory):
         """Read config.json in `directory`. Raises ValueError, naming the key, for anything this file cannot represent exactly."""
-        path = Path(directory) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{directory}: no config.json there; expected a Hugging Face model folder")
-        return _config_from_hf(json.loads(path.read_text()), str(path))
+        return _config_from_hf(*read_config(directory))
 
     @classmethod
     def preset(cls, name):
@@ -121,6 +118,14 @@ class LlamaConfig:
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
+def read_config(directory):
+    """config.json of a model folder as a dict, and its path for messages. ValueError when there is none."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: no config.json there; expected a Hugging Face model folder")
+    return json.loads(path.read_text()), str(path)
+
+
 def _config_from_hf(raw, source):
     def refuse(key, expected):
         raise ValueError(f"{source}: {key}={raw.get(key)!r}: expected {expected}")
@@ -137,7 +142,7 @@ def _config_from_hf(raw, source):
         raise ValueError(f"{source}: {', '.join(missing)}: missing; expected in every {raw['model_type']} config")
     heads, model_type = raw["num_attention_heads"], raw["model_type"]
     attention_bias = model_type == "llama" and raw.get("attention_bias", False)
-    rope_theta, rope_scaling = _rope_from_hf(raw, source)
+    rope_theta, rope_scaling = rope_from_hf(raw, source)
     windowed = model_type == "mistral" or (model_type == "qwen2" and raw.get("use_sliding_window", False))
     eos = raw.get("eos_token_id")
     return LlamaConfig(
@@ -157,7 +162,7 @@ def _config_from_hf(raw, source):
     )
 
 
-def _rope_from_hf(raw, source):
+def rope_from_hf(raw, source):
     """(theta, RopeScaling | None) from either spelling: rope_parameters (transformers 5) or rope_theta + rope_scaling."""
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     rope = raw.get(key) or {}

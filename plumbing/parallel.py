@@ -134,10 +134,9 @@ def shard(model, precision):
 
 def materialize(model, device):
     """Allocate, uninitialised, the shards of a model that was built and sharded on the meta device."""
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    tied_to = next(name for name, param in model.named_parameters() if param is model.lm_head.weight)  # the embedding's, or its own
     model.to_empty(device=device)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.lm_head.weight = model.get_parameter(tied_to)
 
 
 def release(model):

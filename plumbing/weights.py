@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import Tokenizer
-from model import Llama, LlamaConfig, LoRALinear, apply_lora
+from falcon import Falcon, FalconConfig
+from model import Llama, LlamaConfig, LoRALinear, apply_lora, read_config
 from plumbing import parallel
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -199,7 +200,10 @@ def load_weights(model, directory):
     files = weight_files(directory)
     stored = _tensors(files)
     if model.config.tie_word_embeddings and "lm_head.weight" in stored:  # tied, yet stored twice
-        _check_tied(stored["model.embed_tokens.weight"], stored.pop("lm_head.weight"), directory)
+        embedding = next(name for name, param in params.items() if param is model.lm_head.weight)
+        stored.setdefault(embedding, stored["lm_head.weight"])  # or once, under either name
+        _check_tied(embedding, stored, directory)
+        del stored["lm_head.weight"]
     for name in [name for name in stored if name.endswith("rotary_emb.inv_freq")]:  # in old exports; config.json determines it
         del stored[name]
     _check_fit(params, stored, files)
@@ -228,19 +232,21 @@ def _check_fit(params, stored, files):
         raise ValueError(f"{files[0].parent}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(listed))
 
 
-def _check_tied(embedding, head, source):
+def _check_tied(name, stored, source):
+    embedding, head = stored[name], stored["lm_head.weight"]
     parts = [slice(i, i + 4096) for i in range(0, embedding.get_shape()[0], 4096)]
     if embedding.get_shape() != head.get_shape() or not all(torch.equal(embedding[part], head[part]) for part in parts):
-        raise ValueError(f"{source}: lm_head.weight differs from model.embed_tokens.weight, yet config.json says tie_word_embeddings=true")
+        raise ValueError(f"{source}: lm_head.weight differs from {name}, yet config.json says tie_word_embeddings=true")
 
 
 def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
-    """(Llama, Tokenizer) of a model folder or hub name, unsharded. ValueError when its parts do not fit together."""
+    """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded. ValueError when its parts do not fit together."""
     directory = resolve(path_or_repo)
-    config, tokenizer = LlamaConfig.from_hf(directory), Tokenizer.from_dir(directory)
+    architecture, read = (Falcon, FalconConfig) if read_config(directory)[0].get("model_type") == "falcon" else (Llama, LlamaConfig)
+    config, tokenizer = read.from_hf(directory), Tokenizer.from_dir(directory)
     check_vocabulary(config, tokenizer)
     with torch.device("meta"):
-        model = Llama(config).to(dtype)
+        model = architecture(config).to(dtype)
     parallel.materialize(model, device)
     load_weights(model, directory)
     return model, tokenizer
@@ -262,6 +268,8 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
     Collective: all ranks call it, rank 0 writes. dtype None keeps the parameters' own; adapters are merged in float32 and cast once. The
     folder appears by a rename when it is whole. It replaces an earlier export; ValueError when anything else is in its place.
     """
+    if not isinstance(model, Llama):
+        raise ValueError(f"model_type={model.config.model_type!r}: inference only; expected a Llama to write")
     check_vocabulary(model.config, tokenizer)
     params = {name: param for name, param in sharded_parameters(model).items() if not _is_adapter(name)}
     plan = _plan_files({name: (dtype or param.dtype, param.shape) for name, param in params.items()})

@@ -1,0 +1,140 @@
+"""Falcon-7B from scratch, for inference: the steering experiments' one published model that is no Llama.
+
+Attention and MLP read the same LayerNorm side by side, all query heads share one key/value head, and the MLP is a plain GELU. Falcon-40B
+and the ALiBi models are other architectures under the same name, and are refused.
+Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query heads, K head size. Module names are Hugging Face's.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import attention
+from model import RopeScaling, read_config, rope_frequencies, rope_from_hf, rotate
+
+# what the code below takes for granted; a key that is absent has this value in transformers too
+_FIXED = {"new_decoder_architecture": False, "alibi": False, "bias": False, "parallel_attn": True, "multi_query": True,
+          "activation": "gelu", "num_ln_in_parallel_attn": None, "apply_residual_connection_post_layernorm": False,
+          "quantization_config": None}  # fmt: skip
+# spellings of 2023: transformers 5 ignores the first two and would build 32 layers of 71 heads in silence
+_OLD_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embed": "hidden_size"}
+
+
+@dataclass(frozen=True)
+class FalconConfig:
+    """Shape of a Falcon-7B. Field names, meanings and defaults are config.json's."""
+
+    vocab_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 11
+    eos_token_id: int | tuple[int, ...] | None = 11
+
+    model_type = "falcon"
+    num_key_value_heads = 1  # config.json's num_kv_heads (71) counts only without multi_query
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_hf(cls, directory):
+        """Read config.json in `directory`. Raises ValueError, naming the keys, for anything this file cannot represent exactly."""
+        raw, source = read_config(directory)
+        problems = [f"{key}={raw[key]!r}: expected {value!r}" for key, value in _FIXED.items() if raw.get(key, value) != value]
+        if raw.get("model_type") != cls.model_type:
+            problems.append(f"model_type={raw.get('model_type')!r}: expected {cls.model_type!r}")
+        for old, new in _OLD_NAMES.items():
+            if old in raw and raw[old] != raw.get(new):
+                problems.append(f"{old}={raw[old]!r}: expected it renamed to {new}, as in today's falcon-7b")
+        required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        problems += [f"{key}: missing" for key in required if raw.get(key) is None]
+        if not problems and raw["hidden_size"] % (2 * raw["num_attention_heads"]):
+            problems.append(f"hidden_size={raw['hidden_size']}: expected an even head size for each of num_attention_heads")
+        if problems:
+            raise ValueError(f"{source}: " + "; ".join(problems))
+        optional = ("layer_norm_epsilon", "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+        values = {key: raw[key] for key in required + optional if key in raw}
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        theta, scaling = rope_from_hf(raw, source)
+        return cls(**values, ffn_hidden_size=raw.get("ffn_hidden_size") or 4 * raw["hidden_size"], rope_theta=theta, rope_scaling=scaling)
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose query heads share one key and one value head (Shazeer 2019)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, config.hidden_size + 2 * config.head_dim, bias=False)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, cu_seqlens, max_seqlen, attend):
+        T = x.shape[0]
+        q, k, v = self.query_key_value(x).view(T, -1, self.head_dim).split((self.num_heads, 1, 1), dim=1)  # (T, H, K), twice (T, 1, K)
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen)
+        return self.dense(mixed.reshape(T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))  # the exact GELU, with erf
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attention = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def forward(self, hidden, *stream):
+        x = self.input_layernorm(hidden)
+        return hidden + (self.mlp(x) + self.self_attention(x, *stream))  # in transformers' order: in bf16 it matters
+
+
+class Body(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+class Falcon(nn.Module):
+    """A Falcon-7B that stands where a Llama does: forward, taps, KV cache and generate; no LoRA, no sharding, no export."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.word_embeddings.weight
+
+    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, tap=None, cache=None, resume=None):
+        """Hidden states after the final norm, (T, D), of a packed stream; arguments as of model.Llama.forward."""
+        angles = position_ids[:, None, None] * rope_frequencies(self.config, position_ids.device)  # (T, 1, K/2)
+        cos, sin = angles.cos(), angles.sin()
+        first, hidden = resume if resume is not None else (0, self.transformer.word_embeddings(input_ids))
+        for index, block in enumerate(self.transformer.h[first:], first):
+            attend = attention if cache is None else functools.partial(cache.attend, index)
+            hidden = block(hidden, cos, sin, cu_seqlens, max_seqlen, attend)
+            if tap is not None:
+                hidden = tap(index, hidden)
+        return self.transformer.ln_f(hidden)
