@@ -67,6 +67,11 @@ def numbers(run):
     return [{key: value for key, value in line.items() if key not in measured} for line in metrics(run)]
 
 
+def first_step(outcome):
+    """The first optimizer step that a successful run trained."""
+    return int(re.search(r"step (\d+)/", outcome.ok().out[0])[1])
+
+
 def assert_same_run(run, other, tolerance=2e-6):
     """Losses, norms, rewards, rates per step and final weights, to fp32 reduction order."""
     assert [line.keys() for line in numbers(run)] == [line.keys() for line in numbers(other)]
@@ -121,7 +126,7 @@ def test_resume_is_exact(world, tmp_path, baseline, case, at):
     assert launch(stage, config, prepare=partial(save_at_once, kill_after=at)).codes == [-signal.SIGKILL]
     assert [path.name for path in run.glob("checkpoints/*")] == [f"step_{at:06d}"]
     assert len(metrics(run)) == at and not (run / "final").exists()
-    launch(stage, config).ok()
+    assert first_step(launch(stage, config)) == at + 1
     assert numbers(run) == numbers(baseline(case))
     assert final_bytes(run) == final_bytes(baseline(case))
 
@@ -140,7 +145,7 @@ def test_resume_on_other_ranks(world, tmp_path, baseline, case):
     assert -signal.SIGKILL in launch(stage, config, ranks=2, prepare=killed_unsaved).codes
     assert len(metrics(run)) == 5
     shutil.rmtree(tmp_path / "cache")
-    launch(stage, config).ok()
+    assert first_step(launch(stage, config)) == 5
     assert_same_run(run, baseline(case))
 
 
@@ -154,7 +159,7 @@ def test_signals_stop_after_the_step(world, tmp_path, baseline, number, count):
     assert f"stopped by signal {int(number)} after step 2, saved; the same command goes on from there" in stopped.out[0]
     assert not any("Traceback" in text for text in stopped.err)
     assert len(metrics(run)) == 2
-    launch("dpo", config).ok()
+    assert first_step(launch("dpo", config)) == 3
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert_same_run(run, baseline("dpo"))
 

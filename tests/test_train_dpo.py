@@ -228,6 +228,19 @@ def test_train_mode_forwards_are_bit_equal(world, tmp_path, ranks):
         assert not torch.allclose(first, answer_logps(model, batch, len(members))[0])
 
 
+def test_reference_is_without_adapters(world, tmp_path, ranks):
+    """CHECKS 6, 22: whatever the adapters have become."""
+    plain_config, pairs, base = stage_parts("dpo", write_config(tmp_path, world), ranks)
+    with torch.no_grad():
+        expected = train_dpo._compute_reference(base, pairs, EIGHT, plain_config, ranks)
+    config, pairs, model = stage_parts("dpo", write_config(tmp_path, world, lora_rank=4, lora_alpha=8.0), ranks)
+    for name, param in model.named_parameters():
+        if name.endswith("lora_B"):
+            param.data.fill_(0.02)
+    with torch.no_grad():
+        assert train_dpo._compute_reference(model, pairs, EIGHT, config, ranks).tobytes() == expected.tobytes()
+
+
 # ---------------------------------------------------------------- evaluation
 
 

@@ -33,6 +33,7 @@ from plumbing.trainee import load_trainee
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the a cat dog runs fast slow kind mean help please sorry thanks never always good bad answer question tell me about".split()
+SECONDS = 120  # a run that takes longer hangs
 NUM_ROWS = 35  # with 16 a step: 16, 16 and 3, the last one fewer than 4 or 8 ranks
 
 
@@ -133,7 +134,10 @@ def spawn(work, logs, ranks=1):
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(SECONDS)
+        if process.is_alive():  # a hang: the test fails by the exit code
+            process.kill()
+            process.join()
     out, err = ([(logs / f"{rank}.{kind}").read_text() for rank in range(ranks)] for kind in ("out", "err"))
     return Outcome([process.exitcode for process in processes], out, err)
 
