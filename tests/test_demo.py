@@ -159,7 +159,7 @@ def test_smol_data_shares_no_prompt(tmp_path, monkeypatch, capsys):
     assert (len(train), len(held_out)) == (100, 15)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     assert all(row["chosen"][-1]["content"] == "Kind." for row in train + held_out)
-    assert "200 pairs, 200 dropped for more than 600 characters" in capsys.readouterr().out
+    assert "200 pairs, 200 dropped for more than 400 characters" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- weights from a GGUF file
