@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from data import Tokenizer, in_order, load_preferences, local_batches, step_examples, steps_per_epoch
@@ -63,7 +64,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta, gamma_beta_rati
 
 def wpo_weights(mean_chosen_logps, mean_rejected_logps):
     """WPO (Zhou et al. 2024, eq. 4, without its alignment term): how likely the pair is under the policy, (N,) in (0, 1], detached."""
-    return (mean_chosen_logps + mean_rejected_logps).detach().exp().clamp(max=1.0)
+    return (mean_chosen_logps + mean_rejected_logps).detach().exp()
 
 
 def preference_loss(config, policy, reference, counts):
@@ -176,10 +177,7 @@ def reference_logps(model, pairs, steps, key, config, ranks, log):
     was loaded are computed again: ValueError when they differ.
     """
     path = Path(config.cache_dir) / "reference" / f"{key[:32]}.safetensors"
-    table = np.full((len(pairs), 2), np.nan, dtype=np.float32)
-    if ranks.main and path.exists():
-        table = load_file(path)["logps"]
-    parallel.broadcast(torch.from_numpy(table))
+    table = parallel.main_first(ranks, lambda: _read_table(path, len(pairs)))
     known = ~np.isnan(table[:, 0])
     found = [ids[known[ids]] for ids in steps if known[ids].any()]
     if found:
@@ -195,6 +193,15 @@ def reference_logps(model, pairs, steps, key, config, ranks, log):
             saved = time.monotonic()
     parallel.release(model)
     return table
+
+
+def _read_table(path, n):
+    if not path.exists():
+        return np.full((n, 2), np.nan, dtype=np.float32)
+    try:
+        return load_file(path)["logps"]
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or no reference cache: {error}; delete it") from error
 
 
 def _compute_reference(model, pairs, ids, config, ranks):
@@ -257,6 +264,8 @@ def main(argv):
         return step_examples(step, len(pairs), config.global_batch_size, config.seed)
 
     def reference_of(dataset, steps):
+        if config.loss == "simpo":  # has none
+            return np.zeros((len(dataset), 2), dtype=np.float32)
         return reference_logps(model, dataset, steps, reference_key(weights, dataset, config, ranks), config, ranks, log)
 
     # taken here, from the step-0 weights, also when a checkpoint is about to be loaded
@@ -274,7 +283,7 @@ def main(argv):
         before = sample_weights(model) if step == warmup else None  # at the peak rate
 
         metrics, gap = forward_backward(model, pairs, reference, ids, config, ranks)
-        if step == 0:
+        if step == 0 and config.loss != "simpo":
             check_first_step(metrics, gap, config, ranks)
         metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm, pairs.row_ids[ids]), "lr": lr}
         if before:

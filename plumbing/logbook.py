@@ -123,16 +123,15 @@ def measured_matmul_peak(device, size=8192, repeats=10):
 
 
 def _versions():
-    installed = {name: dist.version for name in _PACKAGES for dist in importlib.metadata.distributions(name=name)}  # triton may not be
+    installed = {name: dist.version for name in _PACKAGES for dist in importlib.metadata.distributions(name=name)}
     return {"python": platform.python_version()} | installed
 
 
 def _commit():
     """The commit of this checkout, with "+changes" when files differ from it; where git knows none, what it says instead."""
     root = Path(__file__).parent.parent
-    head, status = (
-        subprocess.run(["git", *args], cwd=root, capture_output=True, text=True) for args in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-    )
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
+    head, status = (subprocess.run(command, cwd=root, capture_output=True, text=True) for command in commands)
     if head.returncode or status.returncode:
         return f"unknown: {(head.stderr or status.stderr).strip()}"
     return head.stdout.strip() + ("+changes" if status.stdout else "")

@@ -97,11 +97,6 @@ def from_main(ranks, work):
     return bytes(shared.tolist()).decode()
 
 
-def broadcast(tensor):
-    """Overwrite a CPU tensor with rank 0's."""
-    dist.broadcast(tensor, src=0)
-
-
 def run(main, argv):
     """main(argv) with the process group closed behind it. Returns the exit code; what a user can mend is a message, not a traceback."""
     try:

@@ -444,3 +444,12 @@ def test_ten_steps_equal_a_plain_transformers_loop(world, tmp_path, ranks, loss,
     torch.testing.assert_close(actual[:, 0], expected[:, 0], rtol=1e-5, atol=LN2 * 1e-5)
     torch.testing.assert_close(actual[:, 1:3], expected[:, 1:], rtol=1e-4, atol=1e-5)
     assert largest_difference(final_weights(tmp_path / "dpo"), weights) < 1e-5
+
+
+def test_torn_reference_cache_names_the_file(tmp_path):
+    """A file that a power loss cut short is refused by name, not read and not silently computed again."""
+    path = tmp_path / "table.safetensors"
+    path.write_bytes(b"\x08\x00\x00")
+    with pytest.raises(ValueError, match="table.safetensors.*delete it"):
+        train_dpo._read_table(path, 3)
+    assert np.isnan(train_dpo._read_table(tmp_path / "none.safetensors", 3)).all()
