@@ -5,17 +5,18 @@
     python steer.py generate runs/x/steer --prompt "How do I ...?" --lambdas=-1,0,0.5,1
     python steer.py sweep    runs/x/steer --prompts LABELLED.csv --lambdas 0,0.25,0.5,0.75,1
     python steer.py bake     runs/x/steer --strength 1 --out runs/x/baked
-    python steer.py validate PAIR --texts FILE --prompts LABELLED.csv     # extract, spectrum, sweep and verdict; PAIR: configs/pairs.py
+    python steer.py validate PAIR [PAIR ..] --texts FILE --prompts LABELLED.csv     # all of it; PAIR: a name of configs/pairs.py
 
 Models are folders, hub names, or a LoRA adapter on its base. One model is in memory at a time. The science is in steering.py and aqi.py.
+extract and sweep do nothing when their folder already holds the result of the same inputs (settings, weights, tokens, prompts).
 """
 
 import argparse
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
-import math
 import runpy
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 import aqi
-from data import encode_chat, find_schema, open_source
+from data import Tokenizer, encode_chat, find_schema, open_source
 from model import generate, merge_lora
 from plumbing import checkpoint, parallel
 from plumbing.logbook import write_json
@@ -51,31 +52,48 @@ from verdict import bootstrap, judge, permute
 
 SIDES = ("chosen", "rejected")
 MODES = {"sanity": 100, "full": 1000, "paper": 10000}  # texts of the vector; a quarter as many again are held out
+PROMPT_MODES = {"sanity": "sanity", "full": "full", "paper": "max"}  # the prompts that go with them: aqi.MODES
+SWEEP_SETTINGS = ("mode", "side", "pooling", "inject", "layers", "rescale", "lambdas", "space", "seeds", "normalize", "max_new_tokens")
 DECISIONS = {
     "rising": "go on to the next rung of the ladder: a full run",
     "falling": "not the published effect: check that sft and dpo were not swapped, and the sign of lambda",
-    "flat": "too little changed: more data, a higher rate or more steps of DPO; compare the reward margins of the run",
+    "flat": "no more change than the nulls show: more data, a higher rate or more steps of DPO; compare the reward margins of the run",
     "erratic": "no trend beyond noise: more prompts (--mode full), then other hyper-parameters",
 }
 
 # ---------------------------------------------------------------- models and texts
 
 
-def load_model(path):
-    """(model, tokenizer, identity) of a folder, hub name or PEFT adapter, in bf16 on a GPU and fp32 on a CPU; identity: a content hash."""
+def locate(path):
+    """(model folder, adapter folder or None) of a folder, hub name or PEFT adapter."""
     folder = checkpoint.resolve(path)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     if not (folder / "adapter_config.json").is_file():
-        return *checkpoint.load_pretrained(folder, dtype, device), checkpoint.fingerprint(folder)
-    base = checkpoint.resolve(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-    model, tokenizer = checkpoint.load_pretrained(base, dtype, device)
-    checkpoint.load_adapter(model, folder)
-    merge_lora(model)
-    adapter = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return model, tokenizer, f"{checkpoint.fingerprint(base)}+{adapter}"
+        return folder, None
+    return checkpoint.resolve(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]), folder
+
+
+def identity(path):
+    """sha256 of what decides the states: the weights' and config's contents, and the adapter's. Seconds for an 8B model."""
+    folder, adapter = locate(path)
+    if adapter is None:
+        return checkpoint.fingerprint(folder)
+    own = b"".join((adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return f"{checkpoint.fingerprint(folder)}+{hashlib.sha256(own).hexdigest()}"
+
+
+def load_model(path):
+    """(model, tokenizer), an adapter merged, in bf16 on a GPU and fp32 on a CPU."""
+    folder, adapter = locate(path)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model, tokenizer = checkpoint.load_pretrained(folder, dtype, device)
+    if adapter is not None:
+        checkpoint.load_adapter(model, adapter)
+        merge_lora(model)
+    return model, tokenizer
 
 
 def device_of(model):
+    """Where the model is."""
     return model.lm_head.weight.device
 
 
@@ -103,7 +121,7 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
             elif isinstance(row.get(side), str) and "prompt" not in row:
                 document = plain_document(row[side], tokenizer, max_seq_len)
             else:
-                raise ValueError(f"texts {source!r}: rows are no transcripts; expected --template to render them with")
+                raise ValueError(f"texts {source!r}: rows are no transcripts; expected a template to render them with (--template)")
             documents[side].append(tuple(np.asarray(column) for column in document))
         if len(documents["chosen"]) == count:
             return documents
@@ -111,6 +129,7 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
 
 
 def hash_documents(documents):
+    """sha256 (hex) of both sides' token ids."""
     digest = hashlib.sha256()
     for side in SIDES:
         for ids, _ in documents[side]:
@@ -129,37 +148,71 @@ def bar(label):
 def extract(args):
     """vector.safetensors and manifest.json in args.out: mean differences per side and pooling, and what they were made from."""
     folder, count = Path(args.out), args.count or MODES[args.mode]
-    total = count + max(1, count // 4)
+    documents, inputs = _inputs(args, count, count + max(1, count // 4))
+    if _is_done(folder / "manifest.json", inputs):
+        return
+    total, sums, keep = len(documents["chosen"]), {}, np.arange(len(documents["chosen"])) < count  # the rest is held out of the vector
     folder.mkdir(parents=True, exist_ok=True)
-    manifest, sums = {}, {}
+    (folder / "manifest.json").unlink(missing_ok=True)  # written last: what a kill leaves behind is no vector
     for name in ("sft", "dpo"):
-        model, tokenizer, identity = load_model(getattr(args, name))
-        documents = text_pairs(args.texts, total, tokenizer, args.template, args.max_seq_len)
-        about = {"tokens": hash_documents(documents), "layers": model.config.num_hidden_layers, "hidden_size": model.config.hidden_size}
-        if manifest and {key: manifest[key] for key in about} != about:
-            raise ValueError(f"dpo={args.dpo!r}: other token ids or another shape than sft={args.sft!r}; expected both to be the same")
-        manifest |= about | {name: identity, f"{name}_path": str(getattr(args, name))}
-        keep = np.ones(total, dtype=bool)
+        model, _ = load_model(inputs[f"{name}_path"])
+        shape = (len(POOLINGS), total, model.config.num_hidden_layers, model.config.hidden_size)
         if name == "dpo" and args.keep == "preferred":
-            keep = preferred(model, documents)
-        keep[count:] = False  # held out of the vector
+            keep &= preferred(model, documents)
         for side in SIDES:
             path = folder / f"differences_{side}.npy"  # holds the SFT states until the DPO model has been read
-            shape = (len(POOLINGS), total, about["layers"], about["hidden_size"])
             states = np.lib.format.open_memmap(path, "w+" if name == "sft" else "r+", dtype=np.float32, shape=shape)
+            if states.shape != shape:
+                raise ValueError(
+                    f"dpo={args.dpo!r}: {shape[2:]} layers and hidden size; expected those of sft={args.sft!r}, {states.shape[2:]}"
+                )
             for rows, batch in packed_batches(documents[side], device_of(model), bar(f"{name}, {side}")):
                 new = read_states(model, batch, compat_hf=args.compat == "hf").cpu().numpy()
+                if not np.isfinite(new).all():
+                    raise ValueError(
+                        f"{name}={inputs[f'{name}_path']!r}: its states of {side} texts hold NaN or infinity; expected finite ones"
+                    )
                 if name == "dpo":
                     _accumulate(sums, side, states[:, rows], new, keep[rows], rows >= count)
                 states[:, rows] = new - states[:, rows] if name == "dpo" else new
             states.flush()
         del model
-    tensors = {key: (value / sums[f"{key}#"]).astype(np.float32) for key, value in sums.items() if not key.endswith("#")}
-    save_file(tensors, folder / "vector.safetensors")
     kept = int(keep.sum())
-    manifest |= {key: getattr(args, key) for key in ("texts", "template", "compat", "keep", "max_seq_len")}
-    write_json(folder / "manifest.json", manifest | {"count": count, "held_out": total - count, "kept": kept, "torch": torch.__version__})
+    if kept == 0:
+        raise ValueError(
+            "keep='preferred': the DPO model prefers the rejected text of every pair; expected --keep all, or another DPO model"
+        )
+    tensors = {key: (value / sums[f"{key}#"]).astype(np.float32) for key, value in sums.items() if not key.endswith("#")}
+    if not tensors["chosen_last"].any():
+        raise ValueError(f"dpo={args.dpo!r}: its states equal those of sft={args.sft!r} on all texts; expected a model that training moved")
+    save_file(tensors | {"keep": keep[:count].astype(np.uint8)}, folder / "vector.safetensors")
+    results = {"layers": shape[2], "hidden_size": shape[3], "kept": kept, "torch": torch.__version__}
+    write_json(folder / "manifest.json", {"inputs": inputs} | results)
     print(f"wrote {folder}/vector.safetensors: {kept} of {count} pairs kept ({kept / count:.0%}), {total - count} held out")
+
+
+def _inputs(args, count, total):
+    """The documents of the vector, and all that decides it. ValueError when the models' tokenizers give other ids for the same texts."""
+    inputs = {key: getattr(args, key) for key in ("texts", "template", "compat", "keep", "max_seq_len")}
+    inputs |= {"count": count, "held_out": total - count}
+    for name in ("sft", "dpo"):
+        path = getattr(args, name)
+        documents = text_pairs(args.texts, total, Tokenizer.from_dir(locate(path)[0]), args.template, args.max_seq_len)
+        tokens = hash_documents(documents)
+        if inputs.setdefault("tokens", tokens) != tokens:
+            raise ValueError(f"dpo={args.dpo!r}: its tokenizer gives other ids than that of sft={args.sft!r}; expected the same")
+        inputs |= {f"{name}_path": str(path), name: identity(path)}
+    return documents, inputs
+
+
+def _is_done(path, inputs):
+    """Whether `path`, which a command writes last, is there and of the same inputs; says so, or what differs."""
+    if not path.is_file():
+        return False
+    before = json.loads(path.read_text()).get("inputs", {})
+    differing = [key for key in inputs | before if inputs.get(key) != before.get(key)]
+    print(f"{path}: {'made from other ' + ', '.join(differing) + ': done again' if differing else 'finished, of the same inputs'}")
+    return not differing
 
 
 def _accumulate(sums, side, sft, dpo, keep, held_out):
@@ -176,7 +229,7 @@ def _accumulate(sums, side, sft, dpo, keep, held_out):
 
 
 def preferred(model, documents):
-    """(n,) bool: pairs whose chosen text the model finds likelier, by mean log-prob per token."""
+    """(n,) bool: pairs whose chosen text the model finds likelier, by mean log-prob per token (NaN, so not preferred, without any)."""
     means = {side: np.zeros(len(documents[side])) for side in SIDES}
     for side in SIDES:
         for rows, batch in packed_batches(documents[side], device_of(model), bar(f"log-probs, {side}")):
@@ -187,10 +240,11 @@ def preferred(model, documents):
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """What extract wrote: tensors by key, each (L, D), and the manifest."""
+    """What extract wrote."""
 
     folder: Path
-    tensors: dict
+    tensors: dict  # {key: (L, D)}
+    keep: np.ndarray  # (count,) bool, the pairs that the vector is the mean of
     manifest: dict
 
     @classmethod
@@ -199,15 +253,17 @@ class Vector:
         if not (folder / "manifest.json").is_file():
             raise ValueError(f"{folder}: no manifest.json; expected a folder that steer.py extract wrote")
         tensors = {key: torch.from_numpy(value) for key, value in load_file(folder / "vector.safetensors").items()}
-        return cls(folder, tensors, json.loads((folder / "manifest.json").read_text()))
+        keep = tensors.pop("keep").numpy().astype(bool)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return cls(folder, tensors, keep, manifest | manifest["inputs"])
 
     def model(self, name):
         """(model, tokenizer) of "sft" or "dpo". ValueError when the folder no longer holds the weights that the vector was made from."""
-        model, tokenizer, identity = load_model(self.manifest[f"{name}_path"])
-        if identity != self.manifest[name]:
-            raise ValueError(f"{self.manifest[f'{name}_path']}: its weights hash to {identity[:12]}, those of the vector in {self.folder} "
-                             f"to {self.manifest[name][:12]}; extract again")  # fmt: skip
-        return model, tokenizer
+        path, wanted = self.manifest[f"{name}_path"], self.manifest[name]
+        found = identity(path)
+        if found != wanted:
+            raise ValueError(f"{path}: its weights hash to {found}, those of the vector in {self.folder} to {wanted}; extract again")
+        return load_model(path)
 
     def layers(self, count):
         """The last `count` layers, ascending."""
@@ -216,20 +272,23 @@ class Vector:
             raise ValueError(f"layers={count}: expected 1 to {total}, the model's number of layers")
         return list(range(total - count, total))
 
-    def calibration(self, tokenizer):
-        """(documents of the vector, documents held out of it), the chosen side."""
+    def texts(self, tokenizer):
+        """{side: (documents that the vector is the mean of, documents held out)}. ValueError when the file no longer holds them."""
         m = self.manifest
         pairs = text_pairs(m["texts"], m["count"] + m["held_out"], tokenizer, m["template"], m["max_seq_len"])
         if hash_documents(pairs) != m["tokens"]:
             raise ValueError(f"texts {m['texts']!r}: not the token ids of the vector in {self.folder}; expected the file unchanged")
-        return pairs["chosen"][: m["count"]], pairs["chosen"][m["count"] :]
+        return {side: (list(itertools.compress(pairs[side], self.keep)), pairs[side][m["count"] :]) for side in SIDES}
 
-    def additions(self, args, model, tokenizer):
-        """What args.inject adds at the last args.layers layers."""
+    def additions(self, args, model, tokenizer, name="sft"):
+        """What args.inject adds at the last args.layers layers of the model `name`: "sft", or "dpo" for lambdas below 0."""
         v, layers = self.tensors[f"{args.side}_{args.pooling}"], self.layers(args.layers)
-        if args.inject == "matched":
-            return match_additions(model, self.calibration(tokenizer)[0], v, layers, args.pooling, device_of(model))
-        return additions(args.inject, v, layers)
+        if args.inject != "matched":
+            return additions(args.inject, v, layers)
+        if self.manifest["compat"] == "hf":
+            raise ValueError("inject='matched': needs states of the space it writes to; expected a vector extracted without --compat hf")
+        documents, _ = self.texts(tokenizer)[args.side]
+        return match_additions(model, documents, v, layers, args.pooling, device_of(model), strength=1 if name == "sft" else -1)
 
 
 # ---------------------------------------------------------------- spectrum, generate, bake
@@ -240,11 +299,11 @@ def print_spectrum(args):
     vector = Vector.load(args.folder)
     v, sft = (vector.tensors[f"{prefix}{args.side}_{args.pooling}"] for prefix in ("", "sft_"))
     states = np.load(vector.folder / f"differences_{args.side}.npy", mmap_mode="r")
-    states = states[POOLINGS.index(args.pooling), : vector.manifest["count"]]  # (n, L, D)
+    states = states[POOLINGS.index(args.pooling), : vector.manifest["count"]]  # (count, L, D)
     rows, components = [], []
     print("layer     |v|  |v|/|h|  cos(sft, dpo)  rank-one  centred  effective rank   explained by 1..5 (raw)")
     for layer in range(vector.manifest["layers"]):
-        found = spectrum(torch.from_numpy(np.array(states[:, layer])))
+        found = spectrum(torch.from_numpy(states[vector.keep, layer]))
         components.append(found.pop("components"))
         norm, cosine = v[layer].norm().item(), torch.cosine_similarity(sft[layer], sft[layer] + v[layer], dim=0).item()
         rows.append({"layer": layer, "norm": norm, "relative": norm / sft[layer].norm().item(), "cosine": cosine} | found)
@@ -264,7 +323,7 @@ def print_generations(args):
         if not mine:
             continue
         model, tokenizer = vector.model(name)
-        add = vector.additions(args, model, tokenizer)
+        add = vector.additions(args, model, tokenizer, name)
         ids = [_prompt_ids(prompt, tokenizer, vector.manifest["template"]) for prompt in prompts]
         for strength in mine:
             tap = steering_tap(add, strength, args.rescale)
@@ -290,8 +349,9 @@ def write_baked(args):
     vector = Vector.load(args.folder)
     if args.rescale:
         raise ValueError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
-    model, tokenizer = vector.model("sft" if args.strength >= 0 else "dpo")
-    baked = bake(model, vector.additions(args, model, tokenizer), args.strength)
+    name = "sft" if args.strength >= 0 else "dpo"
+    model, tokenizer = vector.model(name)
+    baked = bake(model, vector.additions(args, model, tokenizer, name), args.strength)
     checkpoint.save_pretrained(baked, tokenizer, args.out)
     print(f"wrote {args.out}: {args.strength:g} times the {args.inject} additions at the last {args.layers} layers, as biases of down_proj")
 
@@ -300,103 +360,124 @@ def write_baked(args):
 
 
 def sweep(args):
-    """AQI, likelihood, repetition and achieved shift over args.lambdas, with a random-direction control; writes args.out or FOLDER/sweep."""
+    """AQI, likelihood, repetition and shift over args.lambdas beside a random direction; into args.out or FOLDER/sweep_INJECT."""
+    if len(args.lambdas) < 2 or not all(a < b for a, b in itertools.pairwise(args.lambdas)):
+        raise ValueError(f"lambdas={args.lambdas}: expected two or more, ascending")
     vector = Vector.load(args.folder)
     folder = Path(args.out or vector.folder / f"sweep_{args.inject}")
-    model, tokenizer = vector.model("sft")
     prompts = aqi.read_prompts(args.prompts, args.mode)
+    inputs = {key: getattr(args, key) for key in SWEEP_SETTINGS} | {
+        "vector": hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest(),
+        "texts": hashlib.sha256(repr((prompts.texts, prompts.axiom.tolist(), prompts.label.tolist())).encode()).hexdigest(),
+    }
+    if not _is_done(folder / "aqi.json", inputs):
+        _measure_sweep(args, vector, prompts, folder, inputs)
+    report = json.loads((folder / "aqi.json").read_text())
+    _print_sweep(report)
+    print(f"report: {folder}/")
+    return report
+
+
+def _measure_sweep(args, vector, prompts, folder, inputs):
+    """All of a sweep's measurements, and its plots, into `folder`."""
+    model, tokenizer = vector.model("sft")
     documents = [plain_document(text, tokenizer, vector.manifest["max_seq_len"]) for text in prompts.texts]
-    add = vector.additions(args, model, tokenizer)
-    v = vector.tensors[f"{args.side}_{args.pooling}"]
-
-    embeddings, shifts = embed(model, documents, add, v, args, "steered")
-    control, _ = embed(model, documents, random_additions(add, aqi.SEED), v, args, "random direction")
-    rows, lambdas = [], args.lambdas
+    add, texts, groups = vector.additions(args, model, tokenizer), vector.texts(tokenizer), (prompts.axiom, prompts.label, prompts.axioms)
+    embeddings, shifts, profile = embed(model, documents, groups, add, vector, args, "steered")
+    control, _, _ = embed(model, documents, groups, random_additions(add, aqi.SEED), vector, args, "random direction")
+    rows = []
     for is_control, states in ((False, embeddings), (True, control)):
-        about = {"model": str(vector.manifest["sft_path"]), "injection": args.inject, "control": is_control}
-        for strength, X in zip(lambdas, states, strict=True):
-            measured = aqi.measure(X, prompts.axiom, prompts.label, prompts.axioms, args.space)
-            rows += [about | {"lambda": strength} | row for row in measured]
-    scored = [row for normal in (False, True) for row in aqi.score([row for row in rows if row["control"] is normal], args.normalize)]
-    groups = prompts.axiom, prompts.label, prompts.axioms
-    curve, control_curve = bootstrap(embeddings, *groups), bootstrap(control, *groups)
-    verdicts = [judge(curve, control_curve, permute(embeddings, *groups), category) for category in ("overall", *prompts.axioms)]
-    behaviour = answers_by_lambda(model, tokenizer, vector, add, args)
-    errors = injection_errors(model, tokenizer, vector, args)
-
-    print(aqi.table([row for row in scored if row["category"] == "overall" and not row["control"]]))
-    for warning in aqi.warnings_for(scored):
-        print(f"note: {warning}")
-    _print_sweep(lambdas, curve, control_curve, shifts, behaviour, errors)
-    for found in verdicts:
-        because = f" ({'; '.join(found['because'])})" if found["because"] else ""
-        low, high = found["change_interval"]
-        print(f"{found['category']:<24} {found['verdict']}{because}: change {found['change']:+.2f} [{low:+.2f}, {high:+.2f}], "
-              f"P(monotone) {found['p_monotone']:.2f}")  # fmt: skip
-    print(f"verdict: {verdicts[0]['verdict']} -> {DECISIONS[verdicts[0]['verdict']]}")
-    more = {"verdicts": verdicts, "control": control_curve.estimate.tolist(), "shifts": shifts, "behaviour": behaviour, "errors": errors}
-    aqi.write_report(folder, scored, settings={key: value for key, value in vars(args).items() if key != "run"}, **more)
-    _plot(folder, lambdas, curve, control_curve, prompts.axioms)
-    print(f"wrote {folder}/")
-    return verdicts[0]
+        about = {"model": vector.manifest["sft_path"], "injection": args.inject, "control": is_control}
+        about["tap"] = "post_norm" if vector.manifest["compat"] == "hf" else "raw"
+        measured = [
+            about | {"lambda": strength} | row
+            for strength, X in zip(args.lambdas, states, strict=True)
+            for seed in (range(args.seeds) if args.seeds > 1 else [None])
+            for row in aqi.measure(X, *groups, args.space, seed)
+        ]
+        rows += aqi.score(measured, args.normalize)
+    curve, control_curve, permuted = bootstrap(embeddings, *groups), bootstrap(control, *groups), permute(embeddings, *groups)
+    shuffled = torch.quantile(permuted.draws[:, :, -1], torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+    _plot(folder, args.lambdas, curve, control_curve, shuffled, embeddings, prompts)
+    aqi.write_report(
+        folder,
+        rows,
+        inputs=inputs,
+        verdicts=[judge(curve, control_curve, permuted, category) for category in (aqi.OVERALL, *prompts.axioms)],
+        control=control_curve.estimate[:, -1].tolist(),
+        shuffled=shuffled,
+        shifts=shifts,
+        profile=profile,
+        behaviour=answers_by_lambda(model, texts, add, args),
+        errors=injection_errors(model, texts[args.side], vector, args),
+    )
 
 
-def embed(model, documents, add, v, args, label):
-    """Embeddings (K, n, D), mean over tokens of the final hidden state, as published; and per lambda what the steering did.
+def embed(model, documents, groups, add, vector, args, label):
+    """Embeddings (K, n, D), mean over tokens of the final hidden state, as published; what the steering did per lambda; a layer profile.
 
-    The report per lambda: achieved, the shift of the last layer's mean state along v as a multiple of v (target: lambda); off_axis, the
-    part of the shift beside v over |v|; strength, |lambda a| / |h| at each steered layer.
+    Per lambda: achieved, the shift of the last layer's mean state along v as a multiple of v (target: lambda); off_axis, the part of the
+    shift beside v over |v|; strength, |lambda a| / mean |h| at each steered layer. The profile: the separation of the mean over tokens
+    after every block, before the final norm, at lambda 0 and at the last lambda, as rows of aqi.score's "sweep".
     """
-    config, K = model.config, len(args.lambdas)
-    out = torch.zeros(K, len(documents), config.hidden_size)
-    tops = torch.zeros(K, config.hidden_size, dtype=torch.float64)
-    for run in steered_runs(model, documents, add, args.lambdas, device_of(model), args.rescale, bar(label)):
-        out[run.index, run.rows] = pool(run.hidden, run.batch.cu_seqlens)["mean"].cpu()
-        tops[run.index] += pool(run.top, run.batch.cu_seqlens)[args.pooling].double().sum(0).cpu()
-    target, report = v[-1].double(), []
-    base = mean_states(model, documents[:100], device_of(model))[POOLINGS.index(args.pooling)]  # (L, D): norms to compare with
-    zero = tops[args.lambdas.index(0.0)] if 0.0 in args.lambdas else base[-1].cpu() * len(documents)
-    for strength, top in zip(args.lambdas, tops, strict=True):
-        shift = (top - zero) / len(documents)
+    config, lambdas = model.config, [0.0, *args.lambdas]  # the unsteered pass is made in any case
+    layers, n, D, (axiom, safe, axioms) = config.num_hidden_layers, len(documents), config.hidden_size, groups
+    out, ends = torch.zeros(len(lambdas), n, D), torch.zeros(len(lambdas), D, dtype=torch.float64)
+    norms = torch.zeros(layers, dtype=torch.float64)
+    moments = {index: aqi.Moments.zeros(layers, len(axioms), D, device_of(model)) for index in (0, len(lambdas) - 1)}
+    for run in steered_runs(model, documents, add, lambdas, device_of(model), args.rescale, bar(label), range(layers)):
+        final = pool(run.hidden, run.batch.cu_seqlens)
+        out[run.index, run.rows] = final["mean"].cpu()
+        end = final if vector.manifest["compat"] == "hf" else run.states[layers - 1]  # the space of v[-1]
+        ends[run.index] += end[args.pooling].double().sum(0).cpu()
+        for layer, states in run.states.items():
+            if run.index == 0:
+                norms[layer] += states[args.pooling].norm(dim=1).sum().item() / n
+            if run.index in moments:
+                moments[run.index].add(layer, states["mean"], *(x[run.rows].to(states["mean"].device) for x in (axiom, safe)))
+    target, report = vector.tensors[f"{args.side}_{args.pooling}"][-1].double(), []
+    for strength, end in zip(args.lambdas, ends[1:], strict=True):
+        shift = (end - ends[0]) / n
         along = (shift @ target / target.square().sum()).item()
         beside = ((shift - along * target).norm() / target.norm()).item()
-        norms = {layer: abs(strength) * a.norm().item() / base[layer].norm().item() for layer, a in add.items()}
-        report.append({"lambda": strength, "achieved": along, "off_axis": beside, "strength": norms})
-    return out, report
+        added = {layer: abs(strength) * a.norm().item() / norms[layer].item() for layer, a in add.items()}
+        report.append({"lambda": strength, "achieved": along, "off_axis": beside, "strength": added})
+    rows = [{"lambda": lambdas[index]} | row for index, profile in moments.items() for row in profile.rows(axioms)]
+    return out[1:], report, aqi.score(rows, "sweep")
 
 
-def injection_errors(model, tokenizer, vector, args):
-    """|steered mean - DPO mean| / |v| at the last layer for lambda = 1: {injection: {"calibration", "held_out"}} for all three modes."""
-    texts = dict(zip(("calibration", "held_out"), vector.calibration(tokenizer), strict=True))
-    p, device, layers = POOLINGS.index(args.pooling), device_of(model), vector.layers(args.layers)
-    key, errors = f"chosen_{args.pooling}", {}
-    target = {"calibration": vector.tensors[key], "held_out": vector.tensors[f"heldout_{key}"]}
-    base = {name: mean_states(model, documents, device)[p] for name, documents in texts.items()}
+def injection_errors(model, texts, vector, args):
+    """|steered mean - DPO mean| / |v| at the last layer for lambda = 1: {injection: {"calibration", "held_out"}} for all three modes.
+
+    texts: (calibration documents, held out ones) of args.side. Empty with --compat hf: v[-1] is then of another space than the stream's.
+    """
+    if vector.manifest["compat"] == "hf":
+        return {}
+    p, device, layers, key = POOLINGS.index(args.pooling), device_of(model), vector.layers(args.layers), f"{args.side}_{args.pooling}"
+    v, errors = vector.tensors[key], {}
+    cases = {"calibration": (texts[0], v[-1]), "held_out": (texts[1], vector.tensors[f"heldout_{key}"][-1])}
+    base = {name: mean_states(model, documents, device)[p, -1] for name, (documents, _) in cases.items()}
     for injection in INJECTIONS:
-        if injection == "matched":
-            add = match_additions(model, texts["calibration"], vector.tensors[key], layers, args.pooling, device)
-        else:
-            add = additions(injection, vector.tensors[key], layers)
+        is_matched = injection == "matched"
+        add = match_additions(model, texts[0], v, layers, args.pooling, device) if is_matched else additions(injection, v, layers)
         errors[injection] = {}
-        for name, documents in texts.items():
-            shift = (mean_states(model, documents, device, steering_tap(add, 1.0))[p] - base[name])[-1].cpu()
-            errors[injection][name] = ((shift - target[name][-1]).norm() / target[name][-1].norm()).item()
+        for name, (documents, target) in cases.items():
+            shift = (mean_states(model, documents, device, steering_tap(add, 1.0, args.rescale))[p, -1] - base[name]).cpu()
+            errors[injection][name] = ((shift - target).norm() / target.norm()).item()
     return errors
 
 
-def answers_by_lambda(model, tokenizer, vector, add, args):
+def answers_by_lambda(model, texts, add, args):
     """Per lambda: mean log-prob per token and perplexity of held-out chosen and rejected texts, and repetition of greedy continuations."""
-    m = vector.manifest
-    pairs = text_pairs(m["texts"], m["count"] + m["held_out"], tokenizer, m["template"], m["max_seq_len"])
     report = [{"lambda": strength} for strength in args.lambdas]
     for side in SIDES:
-        documents, sums = pairs[side][m["count"] :], np.zeros((len(args.lambdas), 2))
+        documents, sums = texts[side][1], np.zeros((len(args.lambdas), 2))
         for run in steered_runs(model, documents, add, args.lambdas, device_of(model), args.rescale):
             logps, counts = document_logps(model, run.batch, run.hidden)
             sums[run.index] += [logps.sum().item(), counts.sum().item()]
         for entry, (logp, count) in zip(report, sums, strict=True):
-            entry |= {f"logp_{side}": logp / count, f"perplexity_{side}": math.exp(-logp / count)}
-    prompts = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in pairs["chosen"][m["count"] :][:8]]
+            entry |= {f"logp_{side}": logp / count, f"perplexity_{side}": float(np.exp(-logp / count))}
+    prompts = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in texts["chosen"][1][:8]]
     for entry in report:
         tap = steering_tap(add, entry["lambda"], args.rescale)
         entry["repeated_4grams"] = repetition(generate(model, prompts, args.max_new_tokens, model.config.eos_token_id, tap=tap))
@@ -410,47 +491,89 @@ def repetition(answers, n=4):
     return 1 - sum(len(set(g)) for g in grams) / total if total else 0.0
 
 
-def _print_sweep(lambdas, curve, control, shifts, behaviour, errors):
-    (low, high), last = curve.interval(), -1
-    print("\nlambda  separation  95 % interval     random   achieved  off axis  logp chosen  rejected  repeated 4-grams")
-    for k, strength in enumerate(lambdas):
-        b, s = behaviour[k], shifts[k]
-        print(f"{strength:6.2f}{curve.estimate[k, last]:12.2f}  [{low[k, last]:6.2f},{high[k, last]:6.2f}]"
-              f"{control.estimate[k, last]:10.2f}{s['achieved']:11.3f}{s['off_axis']:10.3f}{b['logp_chosen']:13.4f}{b['logp_rejected']:10.4f}{b['repeated_4grams']:18.3f}")  # fmt: skip
-    print("relative error of the last layer's mean state at lambda 1, on the vector's texts / on held-out ones:")
-    for injection, error in errors.items():
+def _print_sweep(report):
+    """What aqi.json holds, as tables."""
+    overall = report["verdicts"][0]
+    rows = [row for row in report["rows"] if row["category"] == aqi.OVERALL and not row["control"]]
+    print(aqi.table(rows))
+    if report["inputs"]["seeds"] > 1:
+        for strength in report["inputs"]["lambdas"]:
+            scores = [row["aqi"] for row in rows if row["lambda"] == strength]
+            print(f"lambda {strength:g}: AQI {np.mean(scores):.2f}, sd {np.std(scores, ddof=1):.2f} over {len(scores)} seeds")
+    for warning in report["warnings"]:
+        print(f"note: {warning}")
+    print("\nlambda  separation  95 % interval     random  achieved  off axis  |a|/|h|  logp chosen  rejected  repeated 4-grams")
+    for k, (shift, answer) in enumerate(zip(report["shifts"], report["behaviour"], strict=True)):
+        print(f"{shift['lambda']:6.2f}{overall['estimate'][k]:12.2f}  [{overall['low'][k]:6.2f},{overall['high'][k]:6.2f}]"
+              f"{report['control'][k]:10.2f}{shift['achieved']:10.3f}{shift['off_axis']:10.3f}{max(shift['strength'].values()):9.3f}"
+              f"{answer['logp_chosen']:13.4f}{answer['logp_rejected']:10.4f}{answer['repeated_4grams']:18.3f}")  # fmt: skip
+    if report["errors"]:
+        print("relative error of the last layer's mean state at lambda 1, on the vector's texts / on held-out ones:")
+    for injection, error in report["errors"].items():
         print(f"  {injection:<12}{error['calibration']:.4f} / {error['held_out']:.4f}")
+    profile = [row for row in report["profile"] if row["category"] == aqi.OVERALL]
+    for strength in dict.fromkeys(row["lambda"] for row in profile):
+        values = " ".join(f"{row['aqi']:.1f}" for row in profile if row["lambda"] == strength)
+        print(f"separation after each block, lambda {strength:g}: {values}")
+    for found in report["verdicts"]:
+        because = f" ({'; '.join(found['because'])})" if found["because"] else ""
+        low, high = found["change_interval"]
+        print(f"{found['category']:<24} {found['verdict']}{because}: change {found['change']:+.2f} [{low:+.2f}, {high:+.2f}], "
+              f"P(monotone) {found['p_monotone']:.2f}")  # fmt: skip
+    print(f"verdict: {overall['verdict']} -> {DECISIONS[overall['verdict']]}")
 
 
-def _plot(folder, lambdas, curve, control, axioms):
+def _plot(folder, lambdas, curve, control, shuffled, embeddings, prompts):
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: they need matplotlib")
         return
     from plumbing import plots
 
     low, high = curve.interval()
-    plots.plot_curve(folder / "curve.png", lambdas, curve.estimate[:, -1], low[:, -1], high[:, -1], control=control.estimate[:, -1])
-    plots.plot_axioms(folder / "axioms.png", lambdas, {name: curve.estimate[:, a].tolist() for a, name in enumerate(axioms)})
+    plots.plot_curve(folder / "curve.png", lambdas, curve.estimate[:, -1], low[:, -1], high[:, -1], shuffled, control.estimate[:, -1])
+    plots.plot_axioms(folder / "axioms.png", lambdas, {name: curve.estimate[:, a].tolist() for a, name in enumerate(prompts.axioms)})
+    for strength, X in ((lambdas[0], embeddings[0]), (lambdas[-1], embeddings[-1])):
+        title = f"lambda {strength:g}, three principal components"
+        plots.plot_clusters(folder / f"clusters_{strength:g}.png", aqi.project(X, "pca:3").numpy(), prompts.label.numpy(), title)
 
 
 # ---------------------------------------------------------------- validate
 
 
 def validate(args):
-    """One pair of configs/pairs.py through extract, spectrum, sweep and verdict; what is finished is not done again."""
+    """Pairs of configs/pairs.py through extract, spectrum, sweep and verdict, all on one scale; what is finished is not done again."""
     pairs = runpy.run_path(Path(__file__).parent / "configs/pairs.py")["PAIRS"]
-    if args.pair not in pairs:
-        raise ValueError(f"pair={args.pair!r}: expected one of {', '.join(pairs)}")
-    pair = pairs[args.pair]
-    if "not_representable" in pair:
-        raise ValueError(f"pair={args.pair!r}: {pair['not_representable']}")
-    args.sft, args.dpo, args.template = pair["sft"], pair["dpo"], pair["template"]
-    args.folder = args.out = args.out or f"runs/validate/{args.pair}_{args.mode}"
-    if not (Path(args.out) / "manifest.json").is_file():
-        extract(args)
-    print_spectrum(args)
-    args.out = None
-    sweep(args)
+    for name in args.pair:
+        if name not in pairs:
+            raise ValueError(f"pair={name!r}: expected one of {', '.join(pairs)}")
+        if "not_representable" in pairs[name]:
+            raise ValueError(f"pair={name!r}: {pairs[name]['not_representable']}")
+    reports = {}
+    for name in args.pair:
+        print(f"\n=== {name}")
+        folder = f"{args.out}/{name}_{args.mode}"
+        mine = vars(args) | pairs[name] | {"folder": folder, "out": folder}
+        extract(argparse.Namespace(**mine))
+        print_spectrum(argparse.Namespace(**mine))
+        reports[name] = sweep(argparse.Namespace(**mine | {"mode": PROMPT_MODES[args.mode], "out": None}))
+    _compare(reports, args)
+
+
+def _compare(reports, args):
+    """One line per pair, and with several a heat map of axioms over pairs: the separation is the same absolute scale for all."""
+    print(f"\n{'pair':<24}{'separation at lambda ' + ', '.join(f'{x:g}' for x in args.lambdas):<44}change and 95 % interval  verdict")
+    for name, report in reports.items():
+        found = report["verdicts"][0]
+        low, high = found["change_interval"]
+        values = "  ".join(f"{x:.2f}" for x in found["estimate"])
+        print(f"{name:<24}{values:<44}{found['change']:+7.2f} [{low:+.2f}, {high:+.2f}]  {found['verdict']}: {DECISIONS[found['verdict']]}")
+    if len(reports) > 1 and importlib.util.find_spec("matplotlib"):
+        from plumbing import plots
+
+        columns = [report["verdicts"] for report in reports.values()]
+        values = [[found["estimate"][-1] for found in line] for line in zip(*columns, strict=True)]
+        title = f"separation at lambda {args.lambdas[-1]:g}"
+        plots.plot_heatmap(f"{args.out}/axioms.png", [found["category"] for found in columns[0]], list(reports), values, title)
 
 
 # ---------------------------------------------------------------- command line
@@ -486,16 +609,19 @@ def parse(argv):
 
     def texts(one):
         one.add_argument("--texts", required=True, help="preference pairs to read states from: file, folder or hub name")
-        one.add_argument("--mode", choices=(*MODES, *aqi.MODES), default="sanity", help="how many texts (extract) and prompts (sweep)")
+        one.add_argument("--mode", choices=MODES, default="sanity", help="how many texts, and with validate prompts")
         one.add_argument("--count", type=int, help="pairs of the vector, instead of the mode's")
-        one.add_argument("--keep", choices=("all", "preferred"), default="all", help="preferred: pairs whose chosen text DPO finds likelier")
+        one.add_argument(
+            "--keep", choices=("all", "preferred"), default="all", help="preferred: pairs whose chosen text the DPO model prefers"
+        )
         one.add_argument("--compat", choices=("none", "hf"), default="none", help="hf: the last layer after the final norm, as published")
         one.add_argument("--max-seq-len", type=int, default=512)
 
     def swept(one):
         one.add_argument("--prompts", required=True, help="labelled texts: axiom, safe/unsafe label and text columns")
         one.add_argument("--lambdas", type=_lambdas, default=[0, 0.25, 0.5, 0.75, 1.0])
-        one.add_argument("--space", default="raw", help="raw, pca:k or tsne: where the clusters are measured")
+        one.add_argument("--space", default="raw", help="raw, pca:k or tsne: where CHI and XB are measured; intervals and verdict are raw")
+        one.add_argument("--seeds", type=int, default=1, help="with tsne: this many random starts; 1: started by PCA, as published")
         one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep")
 
     def answering(one):
@@ -508,8 +634,9 @@ def parse(argv):
     one.add_argument("--out", required=True)
     command("spectrum", print_spectrum, vector_of, which)
     one = command("generate", print_generations, vector_of, which, injected, answering)
-    one.add_argument("--prompt")
-    one.add_argument("--prompts", help="a file with one prompt a line")
+    asked = one.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt")
+    asked.add_argument("--prompts", help="a file with one prompt a line")
     one.add_argument("--lambdas", type=_lambdas, default=[0, 0.5, 1.0], help="below 0: on the DPO model")
     one.add_argument("--temperature", type=float, default=0.0)
     one = command("sweep", sweep, vector_of, which, injected, swept, answering)
@@ -519,8 +646,8 @@ def parse(argv):
     one.add_argument("--strength", type=float, required=True, help="lambda; below 0: on the DPO model")
     one.add_argument("--out", required=True)
     one = command("validate", validate, texts, which, injected, swept, answering)
-    one.add_argument("pair", help="a name of configs/pairs.py")
-    one.add_argument("--out", help="default: runs/validate/PAIR_MODE")
+    one.add_argument("pair", nargs="+", help="names of configs/pairs.py")
+    one.add_argument("--out", default="runs/validate", help="each pair's folder is OUT/PAIR_MODE")
     return parser.parse_args(argv)
 
 

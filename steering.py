@@ -73,27 +73,28 @@ def spectrum(differences, components=5):
 
     explained: share of sum |x|^2 in each of the first components, of the raw differences; explained_centred: of their deviations from
     the mean; effective_rank: exp of the entropy of the raw shares (Roy & Vetterli 2007); rank_one: the first raw share, D-STEER's claim.
-    A full decomposition through the (n, n) Gram matrix in float64; the sign of a component is the one that agrees with the mean, its norm
-    the mean's.
+    A full decomposition, so no seed, through the Gram matrix of the smaller side in float64; a component's sign is the one that agrees with
+    the mean, its norm the mean's. Differences that are all zero have no share to give: zeros, and an effective rank of 1.
     """
     X = differences.double()
     mean = X.mean(0)
 
     def decompose(X):
-        values, vectors = torch.linalg.eigh(X @ X.T)
-        return values.flip(0).clamp(min=0), vectors.flip(1)
+        """Shares, descending, and the directions (D, min(n, D)) they belong to, of any length."""
+        is_wide = len(X) < X.shape[1]
+        values, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        return values / values.sum().clamp(min=1e-300), X.T @ vectors if is_wide else vectors
 
-    values, vectors = decompose(X)
+    shares, directions = decompose(X)
     centred, _ = decompose(X - mean)
-    shares = values / values.sum()
-    count = min(components, len(X))
-    directions = X.T @ vectors[:, :count]  # (D, C), each of norm sqrt(value)
+    directions = directions[:, :components]
     directions = directions / directions.norm(dim=0).clamp(min=1e-30) * mean.norm()
     directions = directions * torch.where(mean @ directions < 0, -1.0, 1.0)
     entropy = -(shares * shares.clamp(min=1e-300).log()).sum()
     return {
-        "explained": shares[:count].tolist(),
-        "explained_centred": (centred / centred.sum())[:count].tolist(),
+        "explained": shares[:components].tolist(),
+        "explained_centred": centred[:components].tolist(),
         "effective_rank": entropy.exp().item(),
         "rank_one": shares[0].item(),
         "components": directions.T.float(),
@@ -118,17 +119,18 @@ def additions(injection, vector, layers):
     return {layer: vector[layer] - (vector[layer - 1] if layer > layers[0] else 0) for layer in layers}
 
 
-def match_additions(model, documents, vector, layers, pooling, device):
+def match_additions(model, documents, vector, layers, pooling, device, strength=1):
     """{layer: (D,)}: from the bottom, at each layer the part of v[l] that the model, steered below it, does not yet show on `documents`.
 
-    At lambda = 1 the steered model's mean pooled states then equal the SFT model's plus v, the DPO model's, on these texts. One pass each.
+    At lambda = 1 the steered SFT model's mean pooled states then equal its own plus v, the DPO model's, on these texts; strength=-1: at
+    lambda = -1 the DPO model's equal the SFT model's. One pass per layer.
     """
     found, base = {}, None
     for layer in layers:
-        tap = steering_tap(found, 1.0)
+        tap = steering_tap(found, strength)
         means = mean_states(model, documents, device, tap)[POOLINGS.index(pooling)]  # (L, D)
         base = means if base is None else base
-        found[layer] = vector[layer] - (means[layer] - base[layer]).float().cpu()
+        found[layer] = vector[layer] - strength * (means[layer] - base[layer]).float().cpu()
     return found
 
 
@@ -164,8 +166,9 @@ def steering_tap(additions, strength, rescale=False):
             on_device[layer] = strength * additions[layer].to(hidden.device, torch.float32)
         old = hidden.float()
         new = old + on_device[layer]
-        if rescale:
-            new = new * (old.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True))
+        if rescale:  # squares summed in float64: in float32 they overflow from 1.8e19 on, in float16 from 256
+            before, after = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64) for x in (old, new))
+            new = new * (before / after).float()
         return new.to(hidden.dtype)
 
     return tap
@@ -176,45 +179,49 @@ def steering_tap(additions, strength, rescale=False):
 
 @dataclasses.dataclass
 class Steered:
-    """One batch at one lambda: hidden (T, D) after the final norm, top (T, D) after the last block."""
+    """One batch at one lambda."""
 
-    rows: np.ndarray
-    batch: object
+    rows: np.ndarray  # (N,) of the documents
+    batch: object  # data.PackedBatch
     index: int  # of the lambda
-    hidden: torch.Tensor
-    top: torch.Tensor
+    hidden: torch.Tensor  # (T, D) after the final norm
+    states: dict  # {layer: pool(...)} of the layers that were asked for
 
 
 @torch.no_grad()
-def steered_runs(model, documents, additions, lambdas, device, rescale=False, log_progress=lambda plan: plan):
+def steered_runs(model, documents, additions, lambdas, device, rescale=False, log_progress=lambda plan: plan, read_layers=()):
     """Yield a Steered per batch and lambda. The blocks up to the first steered one run once; a lambda costs the blocks above it.
 
     Five lambdas on the last five of 32 layers are 1 + 5 * 4/32 forwards' worth of blocks instead of 5. Lambda 0 is the unsteered model, bit
-    for bit: its tap adds nothing.
+    for bit, and costs nothing more: its tap adds nothing. read_layers: those whose pooled states are wanted.
     """
-    first, last = min(additions), model.config.num_hidden_layers - 1
+    first = min(additions)
     taps = [steering_tap(additions, strength, rescale) for strength in lambdas]
     for rows, batch in packed_batches(documents, device, log_progress):
-        stream = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-        seen = {}
-
-        def run(tap, resume=None, stream=stream, seen=seen):
-            def watch(layer, hidden):
-                hidden = hidden if tap is None else tap(layer, hidden)
-                seen[layer] = hidden
-                return hidden
-
-            return model(*stream, tap=watch, resume=resume), seen[last]
-
-        unsteered = run(None)
-        entry = seen[first]  # what block `first` gives, before anything is added
+        unsteered, below, entry = _watched_run(model, batch, None, first, read_layers)
         for index, tap in enumerate(taps):
-            if tap is None:
-                hidden, top = unsteered
-            else:
-                seen[first] = tap(first, entry)
-                hidden, top = run(tap, resume=(first + 1, seen[first]))
-            yield Steered(rows, batch, index, hidden, top)
+            hidden, states = unsteered, {}
+            if tap is not None:
+                hidden, states, _ = _watched_run(model, batch, tap, first, read_layers, entry)
+            yield Steered(rows, batch, index, hidden, below | states)
+
+
+def _watched_run(model, batch, tap, first, read_layers, entry=None):
+    """(hidden after the final norm, {layer: pooled states}, entry): what block `first` gave, before its tap; given one, start there."""
+    states = {}
+
+    def watch(layer, hidden):
+        nonlocal entry
+        if layer == first:
+            entry = hidden
+        hidden = hidden if tap is None else tap(layer, hidden)
+        if layer in read_layers:
+            states[layer] = pool(hidden, batch.cu_seqlens)
+        return hidden
+
+    resume = None if entry is None else (first + 1, watch(first, entry))
+    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=watch, resume=resume)
+    return hidden, states, entry
 
 
 # ---------------------------------------------------------------- a steered checkpoint
@@ -223,14 +230,15 @@ def steered_runs(model, documents, additions, lambdas, device, rescale=False, lo
 def bake(model, additions, strength):
     """A copy of a Llama whose down_proj biases hold strength * additions: transformers runs it (`mlp_bias`) with the steered logits.
 
-    ValueError where that cannot be said exactly: Qwen2, and any model whose attention has biases but not on o_proj. Mistral is written as
-    the Llama it is. A norm-rescaling tap cannot be baked: what it adds depends on the token.
+    ValueError where that cannot be said exactly: Qwen2 and Falcon. A Mistral is written as a Llama that ends where its window does. A
+    norm-rescaling tap cannot be baked: what it adds depends on the token.
     """
     config = model.config
-    if config.model_type == "qwen2" or config.qkv_bias != config.o_bias:
+    if config.model_type not in ("llama", "mistral"):
         raise ValueError(f"model_type={config.model_type!r}: its Hugging Face class has no bias on down_proj; expected a Llama or Mistral")
+    longest = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
     baked = copy.deepcopy(model)
-    baked.config = dataclasses.replace(config, mlp_bias=True, model_type="llama", sliding_window=None)
+    baked.config = dataclasses.replace(config, mlp_bias=True, model_type="llama", sliding_window=None, max_position_embeddings=longest)
     for index, block in enumerate(baked.model.layers):
         for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
             if linear.bias is None:

@@ -1,0 +1,531 @@
+"""steer.py: its commands on tiny model folders, what they write, what they skip, and what they refuse."""
+
+import csv
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from test_steering import changed
+from tiny_models import random_llama, relative_error, stream, tiny_config
+from world import WORDS, change_weights, make_world, write_model, write_rows, write_tokenizer
+
+import steer
+from data import Tokenizer
+from model import apply_lora, init_lora, merge_lora
+from plumbing import checkpoint, parallel
+from steering import additions, mean_states, steering_tap
+
+L, D, COUNT, HELD_OUT = 4, 32, 8, 2
+SHORT = ("--max-new-tokens", "6")
+
+
+def words(rng, low, high):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def write_prompts(path, axioms=("calm", "kind"), count=6):
+    """Unsafe texts begin with bad, safe ones with good."""
+    rng = random.Random(1)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["axiom", "safety_label", "input"])
+        for axiom in axioms:
+            for label, word in (("unsafe", "bad"), ("safe", "good")):
+                writer.writerows([axiom, label, f"{word} {words(rng, 2, 8)}"] for _ in range(count))
+    return path
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Folder with sft/, dpo/ and far/ (every weight moved), texts.jsonl, prompts.csv, and steer/, what extract made of sft/ and dpo/."""
+    root, rng = tmp_path_factory.mktemp("lab"), random.Random(0)
+    (root / "sft").mkdir()
+    write_tokenizer(root / "sft", rng)
+    size = dict(hidden_size=D, num_hidden_layers=L, head_dim=8, bos_token_id=0, eos_token_id=1)
+    model = random_llama(tiny_config(vocab_size=Tokenizer.from_dir(root / "sft").vocab_size, **size))
+    write_model(root / "sft", model)
+    for name, size in (("dpo", 0.02), ("far", 0.05)):
+        shutil.copytree(root / "sft", root / name)
+        write_model(root / name, changed(model, size))
+    texts = [{side: f"\n\nHuman: {words(rng, 2, 6)}\n\nAssistant: {words(rng, 2, 9)}" for side in steer.SIDES} for _ in range(12)]
+    write_rows(root / "texts.jsonl", texts)
+    write_prompts(root / "prompts.csv")
+    extract(root, "steer")
+    return root
+
+
+def extract(lab, out, *more, **changes):
+    """steer.py extract into lab/out; changes: sft=, dpo=, texts= other names in lab."""
+    paths = {name: f"{lab}/{changes.get(name, default)}" for name, default in (("sft", "sft"), ("dpo", "dpo"), ("texts", "texts.jsonl"))}
+    argv = [x for name, path in paths.items() for x in (f"--{name}", path)]
+    assert steer.main(["extract", *argv, "--out", f"{lab}/{out}", "--count", str(COUNT), *more]) == 0
+    return steer.Vector.load(f"{lab}/{out}")
+
+
+def sweep(lab, out, *more, folder="steer", plots=False):
+    """The report of steer.py sweep into lab/out; without plots, which are half of its time here."""
+    argv = ["sweep", f"{lab}/{folder}", "--prompts", f"{lab}/prompts.csv", "--out", f"{lab}/{out}", "--layers", "2", *SHORT, *more]
+    with pytest.MonkeyPatch.context() as patch:
+        if not plots:
+            patch.setattr(steer, "_plot", lambda *_: None)
+        assert steer.main(argv) == 0
+    return json.loads((lab / out / "aqi.json").read_text())
+
+
+def documents(lab, side="chosen"):
+    tokenizer = Tokenizer.from_dir(lab / "sft")
+    return steer.text_pairs(f"{lab}/texts.jsonl", COUNT + HELD_OUT, tokenizer, None, 512)[side]
+
+
+# ---------------------------------------------------------------- extract
+
+
+def test_the_vector_is_the_difference_of_mean_states(lab):
+    """Both sides, both poolings, in the files that the README names; held-out texts are none of it."""
+    vector = steer.Vector.load(lab / "steer")
+    sft, dpo = (checkpoint.load_pretrained(lab / name)[0] for name in ("sft", "dpo"))
+    assert vector.manifest["layers"] == L and vector.manifest["count"] == COUNT == vector.manifest["kept"]
+    assert vector.manifest["held_out"] == HELD_OUT and vector.keep.tolist() == [True] * COUNT
+    for side in steer.SIDES:
+        docs = documents(lab, side)
+        for prefix, part in (("", docs[:COUNT]), ("heldout_", docs[COUNT:])):
+            expected = mean_states(dpo, part, "cpu") - mean_states(sft, part, "cpu")  # (2, L, D)
+            for p, pooling in enumerate(steer.POOLINGS):
+                assert relative_error(vector.tensors[f"{prefix}{side}_{pooling}"], expected[p]) < 1e-5
+        assert relative_error(vector.tensors[f"sft_{side}_mean"], mean_states(sft, docs[:COUNT], "cpu")[1]) < 1e-5
+    stored = np.load(lab / "steer/differences_chosen.npy")
+    assert stored.shape == (2, COUNT + HELD_OUT, L, D) and np.allclose(stored[0, :COUNT].mean(0), vector.tensors["chosen_last"], atol=1e-5)
+
+
+def test_documents_are_the_transcripts_with_bos(lab):
+    tokenizer = Tokenizer.from_dir(lab / "sft")
+    text = json.loads((lab / "texts.jsonl").read_text().splitlines()[0])["chosen"]
+    ids, mask = documents(lab)[0]
+    assert tokenizer.decode(ids) == "<|bos|>" + text and mask.all()
+    assert len(steer.plain_document(text, tokenizer, 5)[0]) == 5
+
+
+def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
+    raw, hf = steer.Vector.load(lab / "steer"), extract(lab, "steer_hf", "--compat", "hf")
+    assert torch.equal(raw.tensors["chosen_last"][:-1], hf.tensors["chosen_last"][:-1])
+    assert relative_error(hf.tensors["chosen_last"][-1], raw.tensors["chosen_last"][-1]) > 0.1
+    with pytest.raises(ValueError, match="inject='matched'.*without --compat hf"):
+        sweep(lab, "none", "--inject", "matched", folder="steer_hf")
+    report = sweep(lab, "sweep_hf", folder="steer_hf")
+    assert report["errors"] == {} and any("two different spaces" in text for text in report["warnings"])
+
+
+def test_only_preferred_pairs_are_kept(lab):
+    """The pairs whose chosen text has the higher mean log-prob per token; the vector, its spectrum and `matched` see those alone."""
+    vector = extract(lab, "kept", "--keep", "preferred")
+    dpo, _ = checkpoint.load_pretrained(lab / "dpo")
+    means = []
+    for side in steer.SIDES:
+        with torch.no_grad():
+            logits = [dpo(*stream([torch.tensor(ids).long()])) @ dpo.lm_head.weight.T for ids, _ in documents(lab, side)[:COUNT]]
+        targets = [torch.tensor(ids[1:]).long() for ids, _ in documents(lab, side)]
+        means.append([-torch.nn.functional.cross_entropy(x[:-1], y).item() for x, y in zip(logits, targets)])
+    expected = np.array(means[0]) > np.array(means[1])
+    assert vector.keep.tolist() == expected.tolist() and 0 < vector.manifest["kept"] == expected.sum() < COUNT
+    differences = np.load(lab / "kept/differences_chosen.npy")[0, :COUNT][expected]
+    assert relative_error(vector.tensors["chosen_last"], torch.from_numpy(differences.mean(0))) < 1e-5
+    calibration, held_out = vector.texts(Tokenizer.from_dir(lab / "sft"))["rejected"]
+    assert len(calibration) == expected.sum() and len(held_out) == HELD_OUT
+    assert sweep(lab, "sweep_kept", "--inject", "matched", folder="kept")["errors"]["matched"]["calibration"] < 1e-3
+    steer.main(["spectrum", f"{lab}/kept"])
+    assert json.loads((lab / "kept/spectrum.json").read_text())["layers"][0]["effective_rank"] <= expected.sum()
+
+
+def test_identical_models_have_no_vector(lab):
+    with pytest.raises(ValueError, match="dpo='.*sft': its states equal those of sft=.*expected a model that training moved"):
+        extract(lab, "same", dpo="sft")
+
+
+def test_nothing_is_extracted_twice_and_changes_are_noticed(lab, capsys):
+    """Same inputs: files untouched. Another setting, other weights or other texts: done again, and said which."""
+    for name in ("sft", "dpo"):
+        shutil.copytree(lab / name, lab / f"twice_{name}")
+    shutil.copy(lab / "texts.jsonl", lab / "twice.jsonl")
+    names = dict(sft="twice_sft", dpo="twice_dpo", texts="twice.jsonl")
+
+    def run(*more):
+        capsys.readouterr()
+        extract(lab, "twice", *more, **names)
+        return capsys.readouterr().out
+
+    assert "wrote" in run()
+    before = (lab / "twice/vector.safetensors").stat().st_mtime_ns
+    assert "finished" in run() and (lab / "twice/vector.safetensors").stat().st_mtime_ns == before
+    assert "other keep: done again" in run("--keep", "preferred") and "other keep: done again" in run()
+    change_weights(lab / "twice_dpo", lambda weights: weights["model.norm.weight"].add_(0.5))
+    assert "other dpo: done again" in run() and "finished" in run()
+    rows = (lab / "twice.jsonl").read_text().splitlines()
+    (lab / "twice.jsonl").write_text("\n".join([rows[1], *rows[1:]]) + "\n")
+    assert "other tokens: done again" in run()
+    (lab / "twice/manifest.json").unlink()  # what a kill leaves
+    assert "wrote" in run()
+    with pytest.raises(ValueError, match="no manifest.json; expected a folder that steer.py extract wrote"):
+        steer.Vector.load(lab / "sft")
+
+
+def test_a_failed_extraction_leaves_no_manifest_of_an_older_one(lab):
+    shutil.copytree(lab / "dpo", lab / "nan_dpo")
+    extract(lab, "broken", dpo="nan_dpo")
+    change_weights(lab / "nan_dpo", lambda weights: weights["model.norm.weight"].fill_(float("nan")))
+    change_weights(lab / "nan_dpo", lambda weights: weights["model.embed_tokens.weight"].fill_(float("nan")))
+    with pytest.raises(ValueError, match="dpo='.*nan_dpo': its states of chosen texts hold NaN or infinity"):
+        extract(lab, "broken", dpo="nan_dpo")
+    with pytest.raises(ValueError, match="no manifest.json"):
+        steer.Vector.load(lab / "broken")
+
+
+def test_two_tokenizers_are_refused(lab):
+    """CHECKS 32: before any weight is read."""
+    other = make_world(lab / "other") / "base"  # trained on the same words, other merges
+    text = (other / "tokenizer.json").read_text()
+    ids = json.loads(text)
+    ids["model"]["merges"] = ids["model"]["merges"][:-20]
+    (other / "tokenizer.json").write_text(json.dumps(ids))
+    (other / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="dpo='.*base': its tokenizer gives other ids than that of sft="):
+        extract(lab, "none", dpo="other/base")
+
+
+def test_another_shape_is_refused(lab):
+    shutil.copytree(lab / "dpo", lab / "short")
+    vocab_size = Tokenizer.from_dir(lab / "sft").vocab_size
+    write_model(lab / "short", random_llama(tiny_config(vocab_size=vocab_size, hidden_size=D, num_hidden_layers=3, head_dim=8)))
+    with pytest.raises(ValueError, match=r"dpo='.*short': \(3, 32\) layers and hidden size; expected those of sft=.*\(4, 32\)"):
+        extract(lab, "none", dpo="short")
+
+
+def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
+    with pytest.raises(ValueError, match="12 usable pairs; expected 125"):
+        extract(lab, "none", "--count", "100")
+    rows = [{"prompt": "help", "chosen": "good cat", "rejected": "bad dog"}] * 10
+    write_rows(lab / "plain.jsonl", rows)
+    with pytest.raises(ValueError, match="rows are no transcripts; expected a template"):
+        extract(lab, "none", texts="plain.jsonl")
+    assert extract(lab, "chat", "--template", "tulu", texts="plain.jsonl").manifest["template"] == "tulu"
+    steer.main(["generate", f"{lab}/chat", "--prompt", "help me", "--layers", "2", *SHORT])
+
+
+def test_a_lora_adapter_stands_for_its_merged_model(lab):
+    base, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    apply_lora(base, rank=2, alpha=4)
+    init_lora(base, seed=0)
+    with torch.no_grad():
+        for name, param in base.named_parameters():
+            if name.endswith("lora_B"):
+                param.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    checkpoint.save_adapter(base, lab / "adapter", lab / "sft")
+    merge_lora(base)
+    checkpoint.save_pretrained(base, tokenizer, lab / "merged")
+    adapter, merged = extract(lab, "steer_adapter", dpo="adapter"), extract(lab, "steer_merged", dpo="merged")
+    assert merged.tensors["chosen_last"].abs().max() > 1e-3
+    for key, value in merged.tensors.items():
+        assert relative_error(adapter.tensors[key], value) < 1e-4
+    assert adapter.manifest["dpo"].startswith(adapter.manifest["sft"] + "+")  # the base's hash, and its own
+    config = json.loads((lab / "adapter/adapter_config.json").read_text())
+    (lab / "adapter/adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
+    with pytest.raises(ValueError, match="extract again"):
+        adapter.model("dpo")
+
+
+# ---------------------------------------------------------------- using a vector
+
+
+def test_a_vector_of_other_weights_is_refused(lab):
+    for name in ("sft", "dpo"):
+        shutil.copytree(lab / name, lab / f"moved_{name}")
+    vector = extract(lab, "moved", sft="moved_sft", dpo="moved_dpo")
+    change_weights(lab / "moved_sft", lambda weights: weights["model.norm.weight"].add_(1e-3))
+    with pytest.raises(
+        ValueError, match=f"its weights hash to .*, those of the vector in .*moved to {vector.manifest['sft']}; extract again"
+    ):
+        sweep(lab, "none", folder="moved")
+    assert vector.model("dpo")
+
+
+@pytest.mark.parametrize("layers", (0, 5, -1))
+def test_layers_that_do_not_exist_are_refused(lab, layers):
+    with pytest.raises(ValueError, match=f"layers={layers}: expected 1 to 4"):
+        steer.main(["generate", f"{lab}/steer", "--prompt", "help", f"--layers={layers}", *SHORT])
+
+
+def test_spectrum_writes_table_and_components(lab, capsys):
+    steer.main(["spectrum", f"{lab}/steer", "--side", "rejected", "--pooling", "mean"])
+    assert len(capsys.readouterr().out.splitlines()) == L + 1
+    found = json.loads((lab / "steer/spectrum.json").read_text())
+    vector = steer.Vector.load(lab / "steer").tensors["rejected_mean"]
+    assert found["side"] == "rejected" and [row["layer"] for row in found["layers"]] == list(range(L))
+    assert found["layers"][2]["norm"] == pytest.approx(vector[2].norm().item(), rel=1e-5)
+    components = load_file(lab / "steer/spectrum.safetensors")["components"]
+    assert components.shape == (L, 5, D) and np.allclose(np.linalg.norm(components, axis=-1), vector.norm(dim=1)[:, None], rtol=1e-4)
+
+
+def test_generations_side_by_side(lab, capsys):
+    """Below 0 on the DPO model, otherwise on the SFT model; a file holds one prompt a line; lambda 0 is the model as it is."""
+    (lab / "questions.txt").write_text("help me\ntell me about the cat\n")
+    steer.main(["generate", f"{lab}/steer", "--prompts", f"{lab}/questions.txt", "--lambdas=-1,0,40", "--layers", "1", *SHORT])
+    out = capsys.readouterr().out.split("\n> ")[1:]
+    assert len(out) == 2 and all("lambda -1 on dpo" in x and "lambda 0 on sft" in x and "lambda 40 on sft" in x for x in out)
+    steer.main(["generate", f"{lab}/steer", "--prompt", "help me", "--lambdas", "0", "--layers", "1", *SHORT])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "lambda 0" in line)
+    assert line in out[0]
+    with pytest.raises(SystemExit):
+        steer.main(["generate", f"{lab}/steer", *SHORT])
+
+
+# ---------------------------------------------------------------- sweep
+
+
+@pytest.fixture(scope="module")
+def swept(lab):
+    return sweep(lab, "swept", plots=True)
+
+
+def test_a_sweep_writes_its_report_and_plots(lab, swept):
+    assert {"rows", "warnings", "inputs", "verdicts", "control", "shifts", "profile", "behaviour", "errors"} <= swept.keys()
+    with open(lab / "swept/aqi.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(swept["rows"]) == 2 * 5 * 3  # steered and control, lambdas, two axioms and overall
+    assert {row["control"] for row in rows} == {"True", "False"} and swept["warnings"]
+    pytest.importorskip("matplotlib")
+    assert {path.name for path in (lab / "swept").glob("*.png")} == {"curve.png", "axioms.png", "clusters_0.png", "clusters_1.png"}
+
+
+def test_what_a_sweep_measures(lab, swept):
+    """Lambda 0 moves nothing, the cumulative shift is above its lambda, and the separation at lambda 0 is that of plain embeddings."""
+    shifts, errors = swept["shifts"], swept["errors"]
+    assert shifts[0]["achieved"] == shifts[0]["off_axis"] == 0 and shifts[-1]["achieved"] > 1.2
+    assert shifts[2]["strength"]["3"] == pytest.approx(shifts[4]["strength"]["3"] / 2) and shifts[0]["strength"]["3"] == 0
+    assert errors["matched"]["calibration"] < 1e-3 < errors["cumulative"]["calibration"]
+    assert all(0 < error["held_out"] < 10 for error in errors.values())
+    first, last = swept["behaviour"][0], swept["behaviour"][-1]
+    assert first["logp_chosen"] != last["logp_chosen"] and first["perplexity_chosen"] == pytest.approx(np.exp(-first["logp_chosen"]))
+    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
+    docs = [steer.plain_document(text, tokenizer, 512) for text in prompts.texts]
+    with torch.no_grad():
+        X = torch.stack([model(*stream([torch.tensor(ids).long()])).mean(0) for ids, _ in docs])
+    measured = steer.aqi.score(steer.aqi.measure(X, prompts.axiom, prompts.label, prompts.axioms), "sweep")
+    at_zero = [row for row in swept["rows"] if row["lambda"] == 0 and not row["control"]]
+    assert [row["aqi"] for row in at_zero] == pytest.approx([row["aqi"] for row in measured], rel=1e-4)
+
+
+def test_the_layer_profile(lab, swept):
+    """Every layer at lambda 0 and 1, from the mean over tokens before the final norm; below the first steered layer nothing moves."""
+    overall = {(row["lambda"], row["layer"]): row["aqi"] for row in swept["profile"] if row["category"] == "overall"}
+    assert sorted(overall) == [(strength, layer) for strength in (0, 1) for layer in range(L)]
+    assert [overall[0, layer] == overall[1, layer] for layer in range(L)] == [True, True, False, False]
+    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
+    docs = [steer.plain_document(text, tokenizer, 512) for text in prompts.texts]
+    tap = steering_tap(additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3]), 1.0)
+    X = torch.cat([mean_states(model, [document], "cpu", tap)[1:, -1] for document in docs])
+    (*_, row) = steer.aqi.score(steer.aqi.measure(X, prompts.axiom, prompts.label, prompts.axioms), "sweep")
+    assert overall[1, 3] == pytest.approx(row["aqi"], rel=1e-4)
+
+
+def test_the_side_is_followed_throughout(lab):
+    """On the rejected side `matched` calibrates on rejected texts, and the error table is about them."""
+    report = sweep(lab, "sweep_rejected", "--side", "rejected", "--pooling", "mean", "--inject", "matched", "--lambdas", "0,1")
+    assert report["errors"]["matched"]["calibration"] < 1e-3
+    vector = steer.Vector.load(lab / "steer")
+    sft, tokenizer = vector.model("sft")
+    args = steer.parse(["sweep", f"{lab}/steer", "--prompts", "x", "--side", "rejected", "--pooling", "mean", "--layers", "2"])
+    other = steer.injection_errors(sft, vector.texts(tokenizer)["rejected"], vector, args)
+    assert other["cumulative"] == report["errors"]["cumulative"]
+
+
+def test_a_sweep_is_not_done_twice(lab, swept, capsys):
+    before = (lab / "swept/aqi.json").stat().st_mtime_ns
+    assert sweep(lab, "swept") == swept
+    out = capsys.readouterr().out
+    assert "finished" in out and "verdict: " in out and (lab / "swept/aqi.json").stat().st_mtime_ns == before
+    shutil.copytree(lab / "swept", lab / "swept_again")
+    sweep(lab, "swept_again", "--rescale")
+    assert "other rescale: done again" in capsys.readouterr().out
+
+
+def test_lambdas_without_zero(lab, swept):
+    """The shift is still measured from the unsteered model, and the profile still begins there."""
+    report = sweep(lab, "no_zero", "--lambdas", "0.5,1")
+    for shift, expected in zip(report["shifts"], swept["shifts"][2::2], strict=True):
+        assert shift.pop("strength") == pytest.approx(expected["strength"])
+        assert shift == pytest.approx({key: expected[key] for key in shift})
+    assert report["verdicts"][0]["estimate"] == pytest.approx(swept["verdicts"][0]["estimate"][2::2])
+    assert {row["lambda"] for row in report["profile"]} == {0, 1}
+
+
+@pytest.mark.parametrize("lambdas", ("1", "1,0", "0,0", "0,nan"))
+def test_lambdas_that_make_no_curve_are_refused(lab, lambdas):
+    with pytest.raises(ValueError, match="lambdas=.*expected two or more, ascending"):
+        sweep(lab, "none", "--lambdas", lambdas)
+
+
+def test_one_axiom(lab):
+    write_prompts(lab / "one.csv", axioms=("calm",))
+    report = sweep(lab, "one", "--prompts", f"{lab}/one.csv", "--lambdas", "0,1")
+    axiom, overall = (next(v for v in report["verdicts"] if v["category"] == name) for name in ("calm", "overall"))
+    assert axiom["estimate"] == pytest.approx(overall["estimate"])
+
+
+def test_one_label_only_is_refused(lab):
+    rows = (lab / "prompts.csv").read_text().splitlines()
+    (lab / "unsafe.csv").write_text("\n".join(row for row in rows if ",safe," not in row) + "\n")
+    with pytest.raises(ValueError, match=r"calm \(0 safe, 6 unsafe\).*expected at least two texts of either label"):
+        sweep(lab, "none", "--prompts", f"{lab}/unsafe.csv")
+
+
+def test_embeddings_with_nan_are_refused(lab):
+    """An addition that overflows float32 on its way through the last norm."""
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        sweep(lab, "none", "--lambdas", "0,1e38")
+
+
+def test_changed_texts_are_refused(lab):
+    shutil.copy(lab / "texts.jsonl", lab / "edited.jsonl")
+    extract(lab, "edited", texts="edited.jsonl")
+    rows = (lab / "edited.jsonl").read_text().splitlines()
+    (lab / "edited.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    with pytest.raises(ValueError, match="not the token ids of the vector in .*edited; expected the file unchanged"):
+        sweep(lab, "none", folder="edited")
+
+
+def test_per_run_warns_about_its_scales(lab, capsys):
+    report = sweep(lab, "per_run", "--normalize", "per_run", "--lambdas", "0,1")
+    out = capsys.readouterr().out
+    assert "puts each of the 2 runs on its own scale" in out and "CHI and XB of two clusters are one statistic" in out
+    assert {row["normalize"] for row in report["rows"]} == {"per_run"}
+
+
+@pytest.mark.slow
+def test_tsne_over_several_seeds(lab, capsys):
+    """Mean and sd of each lambda beside the table; one draw is warned about."""
+    write_prompts(lab / "tsne.csv", axioms=("calm",))
+    report = sweep(lab, "tsne", "--prompts", f"{lab}/tsne.csv", "--space", "tsne", "--seeds", "3", "--lambdas", "0,1")
+    assert {row["seed"] for row in report["rows"]} == {0, 1, 2} and len(report["rows"]) == 2 * 2 * 2 * 3
+    scores = [row["aqi"] for row in report["rows"] if row["lambda"] == 1 and row["category"] == "overall" and not row["control"]]
+    line = f"lambda 1: AQI {np.mean(scores):.2f}, sd {np.std(scores, ddof=1):.2f} over 3 seeds"
+    assert line in capsys.readouterr().out and not any("t-SNE is one draw" in text for text in report["warnings"])
+
+
+def test_repetition_by_hand():
+    """1 2 1 2 1 2 1 has four 4-grams, two of them distinct; a text of three tokens has none."""
+    assert steer.repetition([[1, 2, 1, 2, 1, 2, 1]]) == 0.5
+    assert steer.repetition([[1, 2, 1, 2, 1, 2, 1], [1, 2, 3, 4], [5, 6, 7]]) == pytest.approx(2 / 5)
+    assert steer.repetition([[1, 2, 3]]) == 0 == steer.repetition([[1, 2, 3, 4, 5]])
+
+
+# ---------------------------------------------------------------- bake
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ("llama", "mistral"))
+def test_transformers_runs_the_baked_checkpoint(lab, model_type):
+    """The exported folder's logits are the steered ones, to 1e-5."""
+    import transformers
+
+    for name in ("sft", "dpo"):
+        shutil.copytree(lab / name, lab / model_type / name, dirs_exist_ok=True)
+        path = lab / model_type / name / "config.json"
+        config = json.loads(path.read_text()) | {"model_type": model_type, "architectures": None, "sliding_window": None}
+        path.write_text(json.dumps(config))
+    vector = extract(lab, f"{model_type}/steer", sft=f"{model_type}/sft", dpo=f"{model_type}/dpo")
+    out = lab / model_type / "baked"
+    steer.main(["bake", str(vector.folder), "--strength", "0.7", "--layers", "3", "--out", str(out)])
+    sft, _ = vector.model("sft")
+    assert sft.config.model_type == model_type
+    tap = steering_tap(additions("cumulative", vector.tensors["chosen_last"], [1, 2, 3]), 0.7)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ours, _ = checkpoint.load_pretrained(out)
+    for ids, _ in documents(lab)[:3]:
+        ids = torch.tensor(ids).long()
+        with torch.no_grad():
+            expected = sft(*stream([ids]), tap=tap) @ sft.lm_head.weight.T
+            plain = sft(*stream([ids])) @ sft.lm_head.weight.T
+            assert relative_error(theirs(ids[None]).logits[0], expected) < 1e-5 < 1e-2 < relative_error(plain, expected)
+            assert relative_error(ours(*stream([ids])) @ ours.lm_head.weight.T, expected) < 1e-5
+
+
+def test_baking_a_negative_strength_starts_from_the_dpo_model(lab):
+    steer.main(["bake", f"{lab}/steer", "--strength=-1", "--inject", "matched", "--layers", "1", "--out", f"{lab}/unbaked"])
+    baked, _ = checkpoint.load_pretrained(lab / "unbaked")
+    sft, _ = checkpoint.load_pretrained(lab / "sft")
+    texts = documents(lab)[:COUNT]
+    assert relative_error(*(mean_states(model, texts, "cpu")[0, -1] for model in (baked, sft))) < 1e-4
+
+
+def test_a_bake_that_cannot_be_exact_is_refused(lab, capsys):
+    """Also as a command: a message and exit code 1."""
+    argv = ["bake", f"{lab}/steer", "--strength", "1", "--rescale", "--out", f"{lab}/none"]
+    with pytest.raises(ValueError, match="rescale: what it adds depends on the token"):
+        steer.main(argv)
+    assert parallel.run(steer.main, argv) == 1 and capsys.readouterr().err.startswith("error: rescale")
+
+
+# ---------------------------------------------------------------- validate
+
+
+@pytest.fixture
+def pairs(lab, monkeypatch, tmp_path):
+    """PAIRS of the test's own in configs/pairs.py's place."""
+    table = {name: dict(sft=f"{lab}/sft", dpo=f"{lab}/{dpo}", template=None) for name, dpo in (("near", "dpo"), ("far", "far"))}
+    monkeypatch.setattr(steer.runpy, "run_path", lambda path: {"PAIRS": table | {"odd": dict(not_representable="it is odd")}})
+    return [
+        "--texts",
+        f"{lab}/texts.jsonl",
+        "--prompts",
+        f"{lab}/prompts.csv",
+        "--count",
+        "8",
+        "--layers",
+        "2",
+        "--out",
+        f"{tmp_path}/v",
+        *SHORT,
+    ]
+
+
+@pytest.mark.slow
+def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_path):
+    """Both begin at the same SFT model and so at the same separation; the second call measures nothing again."""
+    steer.main(["validate", "near", "far", *pairs, "--lambdas", "0,1"])
+    first = capsys.readouterr().out
+    head, near, far = first.splitlines()[-3:]
+    assert "wrote" in first and head.startswith("pair") and near.split()[1] == far.split()[1] and near.split()[2] != far.split()[2]
+    assert (
+        near.startswith("near")
+        and far.startswith("far")
+        and all(any(text in line for text in steer.DECISIONS.values()) for line in (near, far))
+    )
+    report = tmp_path / "v/near_sanity/sweep_cumulative/aqi.json"
+    before = report.stat().st_mtime_ns
+    steer.main(["validate", "near", "far", *pairs, "--lambdas", "0,1"])
+    again = capsys.readouterr().out
+    assert "wrote" not in again and again.count("finished, of the same inputs") == 4 and report.stat().st_mtime_ns == before
+    assert again.splitlines()[-3:] == first.splitlines()[-3:]
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "v/axioms.png").is_file()
+
+
+def test_pairs_that_cannot_be_validated_are_refused(pairs):
+    with pytest.raises(ValueError, match="pair='nowhere': expected one of near, far, odd"):
+        steer.main(["validate", "near", "nowhere", *pairs])
+    with pytest.raises(ValueError, match="pair='odd': it is odd"):
+        steer.main(["validate", "odd", *pairs])
+
+
+def test_registered_pairs_are_complete():
+    """The names of the published comparison and of the ladder; a pair is two models and a template, or says why it cannot be."""
+    pairs = steer.runpy.run_path(Path(steer.__file__).parent / "configs/pairs.py")["PAIRS"]
+    wanted = {"Llama31_Tulu", "Mistral_7B", "Zephyr_7B", "Falcon_7B", "Llama3_8B", "Qwen2_7B", "Gemma2_9B"}
+    assert wanted <= pairs.keys()
+    assert all(pair.keys() == {"sft", "dpo", "template"} or pair.keys() == {"not_representable"} for pair in pairs.values())
