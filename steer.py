@@ -397,7 +397,7 @@ def _measure_sweep(args, vector, prompts, folder, inputs):
         ]
         rows += aqi.score(measured, args.normalize)
     curve, control_curve, permuted = bootstrap(embeddings, *groups), bootstrap(control, *groups), permute(embeddings, *groups)
-    shuffled = torch.quantile(permuted.draws[:, :, -1], torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+    shuffled = torch.quantile(permuted.draws[:, :, -1], permuted.draws.new_tensor([0.025, 0.975]), dim=0).tolist()
     _plot(folder, args.lambdas, curve, control_curve, shuffled, embeddings, prompts)
     aqi.write_report(
         folder,
@@ -422,12 +422,13 @@ def embed(model, documents, groups, add, vector, args, label):
     """
     config, lambdas = model.config, [0.0, *args.lambdas]  # the unsteered pass is made in any case
     layers, n, D, (axiom, safe, axioms) = config.num_hidden_layers, len(documents), config.hidden_size, groups
-    out, ends = torch.zeros(len(lambdas), n, D), torch.zeros(len(lambdas), D, dtype=torch.float64)
+    out = torch.zeros(len(lambdas), n, D, device=device_of(model))  # 7,000 prompts, 6 lambdas, D = 4,096: 0.7 GB
+    ends = torch.zeros(len(lambdas), D, dtype=torch.float64)
     norms = torch.zeros(layers, dtype=torch.float64)
     moments = {index: aqi.Moments.zeros(layers, len(axioms), D, device_of(model)) for index in (0, len(lambdas) - 1)}
     for run in steered_runs(model, documents, add, lambdas, device_of(model), args.rescale, bar(label), range(layers)):
         final = pool(run.hidden, run.batch.cu_seqlens)
-        out[run.index, run.rows] = final["mean"].cpu()
+        out[run.index, torch.from_numpy(run.rows).to(out.device)] = final["mean"]
         end = final if vector.manifest["compat"] == "hf" else run.states[layers - 1]  # the space of v[-1]
         ends[run.index] += end[args.pooling].double().sum(0).cpu()
         for layer, states in run.states.items():
@@ -529,12 +530,12 @@ def _plot(folder, lambdas, curve, control, shuffled, embeddings, prompts):
         return
     from plumbing import plots
 
-    low, high = curve.interval()
-    plots.plot_curve(folder / "curve.png", lambdas, curve.estimate[:, -1], low[:, -1], high[:, -1], shuffled, control.estimate[:, -1])
-    plots.plot_axioms(folder / "axioms.png", lambdas, {name: curve.estimate[:, a].tolist() for a, name in enumerate(prompts.axioms)})
+    estimate, low, high, other = (x.cpu() for x in (curve.estimate, *curve.interval(), control.estimate))  # each (K, A + 1)
+    plots.plot_curve(folder / "curve.png", lambdas, estimate[:, -1], low[:, -1], high[:, -1], shuffled, other[:, -1])
+    plots.plot_axioms(folder / "axioms.png", lambdas, {name: estimate[:, a].tolist() for a, name in enumerate(prompts.axioms)})
     for strength, X in ((lambdas[0], embeddings[0]), (lambdas[-1], embeddings[-1])):
         title = f"lambda {strength:g}, three principal components"
-        plots.plot_clusters(folder / f"clusters_{strength:g}.png", aqi.project(X, "pca:3").numpy(), prompts.label.numpy(), title)
+        plots.plot_clusters(folder / f"clusters_{strength:g}.png", aqi.project(X, "pca:3").cpu().numpy(), prompts.label.numpy(), title)
 
 
 # ---------------------------------------------------------------- validate
