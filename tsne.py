@@ -2,6 +2,7 @@
 
 Letters: n points, D dimensions in, d dimensions out (3), r rows of one block. The largest tensors are P, (n, n) float32 (196 MB at
 n = 7,000, 3.1 GB at 28,000), and a handful of (r, n) blocks. Leaf to root: P at a given perplexity, the gradient, the descent.
+What is slow here, the search for beta and the gradient, has a fast path in tsne_kernels.py.
 """
 
 import math
@@ -23,7 +24,8 @@ def conditional_probabilities(d2, own, perplexity, tolerance=1e-5, max_steps=100
     own = own[:, None]
     d2 = d2 - d2.scatter(1, own, math.inf).amin(1, keepdim=True)  # p does not change, and the nearest point cannot underflow
     d2.scatter_(1, own, 0.0)
-    beta = 1 / d2.mean(1, keepdim=True).clamp(min=1e-300)
+    d2 /= d2.mean(1, keepdim=True).clamp(min=1e-300)  # so that beta starts at 1
+    beta = torch.ones_like(d2[:, :1])
     low, high = torch.zeros_like(beta), torch.full_like(beta, math.inf)
     for _ in range(max_steps):
         p = (-beta * d2).exp_().scatter_(1, own, 0.0)
@@ -37,15 +39,18 @@ def conditional_probabilities(d2, own, perplexity, tolerance=1e-5, max_steps=100
     return p / total
 
 
-def joint_probabilities(X, perplexity, chunk=1024):
-    """(n, D) -> P (n, n) float32, P_ij = (p(j|i) + p(i|j)) / 2n: symmetric, zero diagonal, sum 1. Distances are float64."""
+def joint_probabilities(X, perplexity, chunk=1024, conditional=conditional_probabilities):
+    """(n, D) -> P (n, n) float32, P_ij = (p(j|i) + p(i|j)) / 2n: symmetric, zero diagonal, sum 1. Distances are float64.
+
+    (On an H200 a product in float64 is as fast as one in float32.) conditional: the plain search for beta or tsne_kernels'.
+    """
     n = len(X)
     X = X.double() - X.double().mean(0)  # |x_i|^2 + |x_j|^2 - 2 x_i x_j loses digits to an offset
     norms, index = X.square().sum(1), torch.arange(n, device=X.device)
     P = torch.empty(n, n, dtype=torch.float32, device=X.device)
     for rows in index.split(chunk):
         d2 = (norms[rows, None] + norms - 2 * X[rows] @ X.T).clamp_(min=0)
-        P[rows] = conditional_probabilities(d2, rows, perplexity).float()
+        P[rows] = conditional(d2, rows, perplexity).float()
     for a in range(0, n, chunk):  # block by block in place: P + P.T would be a second (n, n)
         for b in range(a, n, chunk):
             upper, lower = P[a : a + chunk, b : b + chunk], P[b : b + chunk, a : a + chunk]
@@ -68,8 +73,8 @@ def gradient_reference(Y, P, exaggeration=1.0, negentropy=None, chunk=1024):
     pull, push, Z, fit = torch.empty_like(ones), torch.empty_like(ones), 0.0, 0.0
     for rows in torch.arange(len(Y), device=Y.device).split(chunk):
         p = P[rows]
-        w = torch.cdist(Y[rows], Y, compute_mode="donot_use_mm_for_euclid_dist")  # by differences: exact zeros at i = j
-        w = w.square_().div_(nu).add_(1).reciprocal_()
+        d2 = sum((Y[rows, k, None] - Y[:, k]).square_() for k in range(Y.shape[1]))  # by differences: exact zeros at i = j
+        w = d2.div_(nu).add_(1).reciprocal_()
         u = w.pow((nu + 1) / 2)
         Z = Z + u.sum(dtype=torch.float64) - len(rows)  # u_ii = 1
         if negentropy is not None:
@@ -84,28 +89,69 @@ def gradient_reference(Y, P, exaggeration=1.0, negentropy=None, chunk=1024):
 def principal_components(X, dims):
     """(n, D) -> (n, dims) float64 scores of the largest principal components, each with its largest loading positive."""
     X = X.double() - X.double().mean(0)
-    with torch.random.fork_rng(devices=[X.device] if X.is_cuda else []):  # svd_lowrank draws its start from the global generator
-        torch.manual_seed(0)
-        U, S, V = torch.svd_lowrank(X, q=min(dims + 7, *X.shape), niter=8)
-    signs = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
-    return (U * S * signs)[:, :dims]
+    basis = torch.randn(X.shape[1], min(dims + 7, *X.shape), dtype=X.dtype, generator=torch.Generator().manual_seed(0)).to(X.device)
+    for _ in range(8):  # subspace iteration
+        basis = torch.linalg.qr(X.T @ (X @ basis)).Q
+    scores = X @ basis
+    rotation = torch.linalg.eigh(scores.T @ scores).eigenvectors.flip(1)[:, :dims]
+    loadings = basis @ rotation
+    return scores @ rotation * loadings.gather(0, loadings.abs().argmax(0, keepdim=True)).sign()
 
 
-def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, chunk=1024, gradient=gradient_reference):
+def _descend(Y, P, steps, exaggeration, momentum, gradient, recorded):
+    """Take `steps` steps of gradient descent with momentum and a gain per coordinate, moving Y in place.
+
+    recorded: as a CUDA graph. A step is twenty short kernels, which the GPU finishes sooner than Python launches them.
+    """
+    learning_rate = max(len(Y) / EXAGGERATION / 4, 50.0)
+    velocity, gains = torch.zeros_like(Y), torch.ones_like(Y)
+
+    def step():
+        grad = gradient(Y, P, exaggeration)
+        gains.copy_(torch.where(velocity * grad < 0, gains + 0.2, gains * 0.8)).clamp_(min=MIN_GAIN)
+        velocity.mul_(momentum).sub_(learning_rate * gains * grad)
+        Y.add_(velocity)
+
+    for _ in range(min(steps, 1) if recorded else steps):  # the first one compiles the kernel, which a recording cannot
+        step()
+    if recorded and steps > 1:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for _ in range(steps - 1):
+            graph.replay()
+        torch.cuda.synchronize()  # the graph owns the memory that its replays use
+
+
+def _path(X, dims, path):
+    """(conditional probabilities, gradient) of a path. Imported here: a torch for CPUs comes without Triton."""
+    if path == "plain":
+        return conditional_probabilities, lambda Y, P, exaggeration: gradient_reference(Y, P, exaggeration)[0]
+    if path != "fused" or not X.is_cuda or dims != 3:
+        raise ValueError(f"tsne: path={path!r} for {dims} dimensions on {X.device}; expected 'plain', or 'fused' for 3 on CUDA")
+    import tsne_kernels
+
+    return tsne_kernels.conditional_probabilities, tsne_kernels.gradient
+
+
+def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, path=None):
     """Embedding (n, dims) float32 of X (n, D), and its KL divergence (nats) as a float.
 
     Starts from the principal components, the first with a standard deviation of 1e-4; from a normal sample of that size where a seed is
     given; from `start` (n, dims) where that is. Gradient descent with momentum and a gain per coordinate, learning rate max(n / 48, 50).
     KL after 500 steps from one start, here and scikit-learn's exact and tree codes (same formula): n = 200: 0.99, 1.77, 1.72; 400: 1.64,
-    2.00, 2.33; 1,400: 2.42, 3.54, 2.45. ValueError for values that are not finite, or fewer points than 2 + perplexity.
+    2.00, 2.33; 1,400: 2.42, 3.54, 2.45. path: "plain", "fused" (tsne_kernels.py), or None: fused for three dimensions on CUDA.
+    ValueError for values that are not finite, fewer points than 2 + perplexity, or a path that cannot run.
     """
     n = len(X)
     if not torch.isfinite(X).all():
         raise ValueError(f"tsne: X has {int((~torch.isfinite(X)).sum())} values that are NaN or infinite; expected none")
     if n < perplexity + 2:
         raise ValueError(f"tsne: {n} points at perplexity {perplexity:g}; expected at least {math.ceil(perplexity) + 2} points")
-    P = joint_probabilities(X, perplexity, chunk)
-    negentropy = sum(torch.xlogy(rows, rows).sum(dtype=torch.float64) for rows in P.split(chunk))
+    path = path or ("fused" if X.is_cuda and dims == 3 else "plain")
+    conditional, gradient = _path(X, dims, path)
+    P = joint_probabilities(X, perplexity, conditional=conditional)
+    negentropy = sum(torch.xlogy(rows, rows).sum(dtype=torch.float64) for rows in P.split(1024))
     if start is not None:
         Y = start.to(P).clone()
     elif seed is not None:
@@ -113,14 +159,6 @@ def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, chunk=102
     else:
         Y = principal_components(X, dims)
         Y = (Y * (START_STD / Y[:, 0].std(correction=0))).float()
-    learning_rate = max(n / EXAGGERATION / 4, 50.0)
-    for step in range(steps):
-        if step in (0, EXAGGERATED_STEPS):
-            velocity, gains = torch.zeros_like(Y), torch.ones_like(Y)
-        exaggerated = step < EXAGGERATED_STEPS
-        grad, _ = gradient(Y, P, EXAGGERATION if exaggerated else 1.0, None, chunk)
-        gains = torch.where(velocity * grad < 0, gains + 0.2, gains * 0.8).clamp_(min=MIN_GAIN)
-        velocity = MOMENTUM[not exaggerated] * velocity - learning_rate * gains * grad
-        Y = Y + velocity
-    _, kl = gradient(Y, P, 1.0, negentropy, chunk)
-    return Y, float(kl)
+    _descend(Y, P, min(steps, EXAGGERATED_STEPS), EXAGGERATION, MOMENTUM[0], gradient, path == "fused")
+    _descend(Y, P, steps - EXAGGERATED_STEPS, 1.0, MOMENTUM[1], gradient, path == "fused")
+    return Y, gradient_reference(Y, P, 1.0, negentropy)[1].item()

@@ -4,6 +4,7 @@ Each check asserts and returns a dict of numbers. Errors are relative: |a - b| /
 """
 
 import copy
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from tiny_models import gradients, nll_sum, random_documents, random_llama, stream, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tsne
 from kernels import (
     IGNORE_INDEX,
     attention,
@@ -298,6 +300,62 @@ def check_sharded_lora():
         return {"loss": first.item()}
     finally:
         parallel.shutdown()
+
+
+# ---------------------------------------------------------------- t-SNE (tsne_kernels needs Triton, so it is imported where it runs)
+
+
+def clusters(n, dims=200):
+    """14 clouds, as wide as they are far apart."""
+    return randn(n, dims, dtype=torch.float32) + 0.3 * randn(14, dims, seed=1, dtype=torch.float32)[torch.arange(n) % 14]
+
+
+def check_tsne_perplexity():
+    """The search in float32 against the plain one in float64: rows stop within 1e-5 nats of the wanted entropy in both."""
+    import tsne_kernels
+
+    worst = 0.0
+    for n, rows in ((33, 33), (1400, 1024), (7001, 100)):
+        X, own = clusters(n).double(), torch.arange(rows).cuda()
+        d2 = torch.cdist(X[:rows], X).square()
+        p = tsne_kernels.conditional_probabilities(d2, own, 30.0)
+        worst = max(worst, error(p, tsne.conditional_probabilities(d2, own, 30.0)))
+        entropy = -torch.xlogy(p.double(), p.double()).sum(1)
+        assert (entropy - math.log(30)).abs().max() < 3e-5 and not p[own, own].any()
+    d2 = 2.0 * (1 - torch.eye(50, dtype=torch.float64, device="cuda"))  # no beta gives another perplexity
+    assert error(tsne_kernels.conditional_probabilities(d2, torch.arange(50).cuda(), 10.0), d2 / 98) < 1e-6
+    return assert_below({"worst": worst}, 2e-5)
+
+
+def check_tsne_gradient():
+    """Against the plain gradient in float64, at the start, spread out, and at the end, where attraction and repulsion nearly cancel."""
+    import tsne_kernels
+
+    errors = {}
+    for n in (33, 257, 1400, 5008):
+        P = tsne.joint_probabilities(clusters(n), 30.0)
+        for scale in (1e-4, 1.0, 30.0):
+            Y = scale * randn(n, 3, seed=2, dtype=torch.float32)
+            for exaggeration in (1.0, 12.0):
+                grad, expected = tsne_kernels.gradient(Y, P, exaggeration), tsne.gradient_reference(Y.double(), P.double(), exaggeration)[0]
+                errors[f"Y {scale:g}"] = max(errors.get(f"Y {scale:g}", 0), error(grad, expected))
+                assert torch.equal(grad, tsne_kernels.gradient(Y, P, exaggeration))  # no atomics
+        Y, _ = tsne.tsne(clusters(n), 30.0, path="plain")
+        attraction = tsne.gradient_reference(Y.double(), P.double(), 1.0)[0] - tsne.gradient_reference(Y.double(), P.double(), 0.0)[0]
+        difference = tsne_kernels.gradient(Y, P) - tsne.gradient_reference(Y.double(), P.double())[0]
+        errors["end, of the attraction"] = max(errors.get("end, of the attraction", 0), (difference.norm() / attraction.norm()).item())
+    return assert_below(errors, 1e-5)
+
+
+def check_tsne_descent():
+    """500 steps of either path from one start: chaos parts the positions, not the divergences. The recorded steps repeat bit for bit."""
+    X, differences = clusters(1400), {}
+    (Y, fused), (again, _), (_, plain) = (tsne.tsne(X, 30.0, path=path) for path in (None, "fused", "plain"))
+    differences["500 steps"] = abs(fused / plain - 1)
+    assert torch.equal(Y, again)
+    Y, plainly = (tsne.tsne(X, 30.0, steps=20, path=path)[0] for path in ("fused", "plain"))
+    differences["20 steps, positions"] = error(Y, plainly)
+    return assert_below(differences, 2e-2) | {"KL": fused, "plain KL": plain}
 
 
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]

@@ -1,6 +1,12 @@
 """tsne.py against scikit-learn's exact t-SNE, autograd and arithmetic."""
 
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +125,32 @@ def test_bad_values(bad):
     X[3, 4] = bad
     with pytest.raises(ValueError, match="1 values that are NaN or infinite"):
         tsne(X, 10.0)
+
+
+def test_equal_distances_share_the_probability():
+    """Corners of a simplex: every beta gives the same row, 1 / 49 each."""
+    p = conditional_probabilities(2.0 * (1 - torch.eye(50, dtype=torch.float64)), torch.arange(50), 10.0)
+    torch.testing.assert_close(p, (1 - torch.eye(50, dtype=torch.float64)) / 49)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_checks.py runs the kernels themselves")
+def test_kernels_in_the_interpreter():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported, and here another test may have done that."""
+    script = Path(__file__).parent / "tsne_interpreted.py"
+    run = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    errors = json.loads(run.stdout)
+    assert all(0 < value < 1e-6 for name, value in errors.items() if "gradient" in name), errors
+    assert all(0 < value < 2e-5 for name, value in errors.items() if "perplexity" in name), errors  # the search stops within 1e-5 nats
+    assert len(errors) == 5 and errors["equal distances"] < 1e-7, errors
+
+
+@pytest.mark.parametrize("path, dims", [("fused", 3), ("fused", 2), ("quick", 3)])
+def test_a_path_that_cannot_run_is_an_error(path, dims):
+    with pytest.raises(ValueError, match=f"path='{path}' for {dims} dimensions on cpu; expected 'plain', or 'fused' for 3 on CUDA"):
+        tsne(clouds(50), 10.0, dims=dims, path=path)
 
 
 def test_too_few_points():
