@@ -33,6 +33,8 @@ EXPECTED = {
     "reward margin, after (before: 0)": (0.64, 1.17),
     "safe greedy answers, before": (0.20, 0.56),
     "safe greedy answers, after": (0.79, 1.0),
+    "steering: achieved shift at lambda 1": (0.9, 1.1),
+    "steering: error on the vector's own texts": (0.0, 1e-3),
 }
 
 
@@ -61,6 +63,19 @@ def greedy(run, when, template):
     return common.interval([kind == "safe" for kind in kinds])
 
 
+def steer():
+    """Steer the SFT model toward the DPO model; prints the AQI curve and its verdict, returns the two numbers that must come out.
+
+    The additions are matched to the DPO mean state on the vector's texts: there the error is rounding. The shift along the vector is
+    measured on other texts, so it is near 1 only. The verdict has no right answer here: it says what these two models show.
+    """
+    data, out = ROOT / "data", ROOT / "validate"
+    files = (f"--texts={data}/preferences_eval.jsonl", f"--prompts={data}/aqi.jsonl", f"--out={out}")
+    common.run_script("steer.py", "validate", "tiny", *files, "--inject=matched", "--layers=2")
+    found = json.loads((out / "tiny_sanity/sweep_matched/aqi.json").read_text())
+    return found["shifts"][-1]["achieved"], found["errors"]["matched"]["calibration"]
+
+
 def results(pretrain_loss):
     """{name: (value, low, high)} of every quantity in EXPECTED; low and high bound its 95 % interval, or are None."""
     config = load("dpo", [CONFIG])
@@ -79,7 +94,8 @@ def results(pretrain_loss):
     out |= common.preference_table(before, after, config.beta)
     for when, run in (("before", "sft"), ("after", "dpo")):
         out[f"safe greedy answers, {when}"] = greedy(run, when, config.template)
-    return out
+    steered = ("steering: achieved shift at lambda 1", "steering: error on the vector's own texts")
+    return out | {name: (value, None, None) for name, value in zip(steered, steer(), strict=True)}
 
 
 def report(measured):
@@ -106,7 +122,7 @@ def main(argv):
     for script in ("train_sft.py", "train_dpo.py"):
         common.run_script(script, CONFIG, f"--seed={seed}")
     outside = report(results(pretrain_loss))
-    print(f"wall time {time.perf_counter() - start:.0f} s; 71 to 87 s on an idle core, more on a busy one")
+    print(f"wall time {time.perf_counter() - start:.0f} s; about 90 s on two cores, more on busy ones")
     if outside:
         print(f"\nOut of range: {', '.join(outside)}. Something is wrong: the ranges hold for every seed that was tried.")
         return 1
