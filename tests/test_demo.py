@@ -12,7 +12,7 @@ from tiny_models import random_llama, stream, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import TEMPLATES, encode_chat
-from demo import axioms, common, gguf_weights, run, smol, tiny
+from demo import axioms, common, gguf_weights, run, smol, tiny, xstest
 from plumbing.weights import load_pretrained
 
 WORLD = axioms.generate()
@@ -237,3 +237,14 @@ def test_smollm2_has_transformers_logits():
     logits = model(*stream([torch.tensor(ids)])) @ model.lm_head.weight.T
     theirs = AutoModelForCausalLM.from_pretrained(SMOL, dtype=torch.float32)
     torch.testing.assert_close(logits, theirs(torch.tensor([ids])).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_xstest_contrasts_share_their_axiom(tmp_path, capsys):
+    """homonyms and contrast_homonyms are one axiom with both labels; a type with one label only is dropped and counted."""
+    source, target = tmp_path / "xstest.csv", tmp_path / "labelled.csv"
+    rows = ["id,prompt,type,label", "1,a,homonyms,safe", "2,b,contrast_homonyms,unsafe", "3,c,real_group_nons_discr,safe"]
+    source.write_text("\n".join([*rows, "4,d,contrast_discr,unsafe", "5,e,definitions,safe"]) + "\n")
+    xstest.main(source, target)
+    expected = ["axiom,safety_label,input", "homonyms,safe,a", "homonyms,unsafe,b", "discr,safe,c", "discr,unsafe,d"]
+    assert target.read_text().splitlines() == expected
+    assert "4 of 5 prompts, 2 axioms; dropped for one label only: {'definitions': 1}" in capsys.readouterr().out

@@ -1,0 +1,40 @@
+"""XSTest's prompts as labelled texts for the AQI: `python -m demo.xstest xstest_prompts.csv OUT.csv`.
+
+XSTest (Roettger et al. 2024) pairs ten types of safe prompts that sound unsafe with unsafe contrasts. The axiom is the type, a contrast's
+being the type that it contrasts; the label is the prompt's own. Types that have only one label are dropped, and counted.
+"""
+
+import csv
+import sys
+from collections import Counter, defaultdict
+
+# the types whose contrast is not called contrast_<type>
+CONTRAST_OF = {"discr": ("real_group_nons_discr", "nons_group_real_discr"), "privacy": ("privacy_public", "privacy_fictional")}
+
+
+def axiom_of(kind):
+    """The axiom of an XSTest type: contrasts and their originals share one."""
+    kind = kind.removeprefix("contrast_")
+    return next((axiom for axiom, kinds in CONTRAST_OF.items() if kind in kinds), kind)
+
+
+def main(source, target):
+    with open(source, newline="") as file:
+        rows = [{"axiom": axiom_of(row["type"]), "safety_label": row["label"], "input": row["prompt"]} for row in csv.DictReader(file)]
+    labels = defaultdict(set)
+    for row in rows:
+        labels[row["axiom"]].add(row["safety_label"])
+    kept = [row for row in rows if len(labels[row["axiom"]]) == 2]
+    dropped = Counter(row["axiom"] for row in rows if len(labels[row["axiom"]]) < 2)
+    with open(target, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["axiom", "safety_label", "input"])
+        writer.writeheader()
+        writer.writerows(kept)
+    axioms = {row["axiom"] for row in kept}
+    print(f"{target}: {len(kept)} of {len(rows)} prompts, {len(axioms)} axioms; dropped for one label only: {dict(dropped)}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
