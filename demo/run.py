@@ -33,6 +33,7 @@ EXPECTED = {
     "reward margin, after (before: 0)": (0.64, 1.17),
     "safe greedy answers, before": (0.20, 0.56),
     "safe greedy answers, after": (0.79, 1.0),
+    # not from seeds: by construction 0 on the vector's texts, near 1 on others (seen: 0.984 at seed 0)
     "steering: achieved shift at lambda 1": (0.9, 1.1),
     "steering: error on the vector's own texts": (0.0, 1e-3),
 }
