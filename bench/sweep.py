@@ -109,7 +109,8 @@ def main():
 
     value = embed_s + verdict_s
     peer = f"transformers {transformers.__version__}, embedding only"
-    line = {"metric": "aqi_sweep", "value": round(value, 2), "unit": "s", "peer": peer, "peer_value": round(peer_s, 2)}
+    metric = "aqi_sweep" if args.prompts == 7000 else f"aqi_sweep_{args.prompts}"
+    line = {"metric": metric, "value": round(value, 2), "unit": "s", "peer": peer, "peer_value": round(peer_s, 2)}
     line |= {"ratio": round(peer_s / value, 3), "hardware": torch.cuda.get_device_name(), "gpus": 1, "torch": torch.__version__}
     line |= {"commit": _commit(), "date": time.strftime("%Y-%m-%d"), "command": "bench/sweep.py"}
     with open(args.out, "a") as file:
