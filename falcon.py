@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import attention
-from model import RopeScaling, read_config, rope_frequencies, rope_from_hf, rotate
+from kernels import attention, rotate_reference
+from model import RopeScaling, read_config, rope_frequencies, rope_from_hf
 
 # what the code below takes for granted; a key that is absent has this value in transformers too
 _FIXED = {"new_decoder_architecture": False, "alibi": False, "bias": False, "parallel_attn": True, "multi_query": True,
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, attend):
         T = x.shape[0]
         q, k, v = self.query_key_value(x).view(T, -1, self.head_dim).split((self.num_heads, 1, 1), dim=1)  # (T, H, K), twice (T, 1, K)
-        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen)
+        mixed = attend(rotate_reference(q, cos, sin), rotate_reference(k, cos, sin), v, cu_seqlens, max_seqlen)
         return self.dense(mixed.reshape(T, -1))
 
 

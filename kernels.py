@@ -4,6 +4,7 @@ Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query h
 A packed stream is documents laid end to end; document n is rows cu_seqlens[n]:cu_seqlens[n+1], with cu_seqlens (N+1,) int32.
 """
 
+import functools
 import inspect
 
 import torch
@@ -60,7 +61,15 @@ def _causal_sdpa(q, k, v):
     return F.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1)
 
 
-# ---------------------------------------------------------------- normalisation
+# ---------------------------------------------------------------- the pieces of a block
+# Without autograd: fused.py puts them together, forward and backward. CUDA tensors take Triton kernels, others the twins.
+
+
+@functools.cache
+def _triton():
+    import block_kernels
+
+    return block_kernels
 
 
 def rms_norm(x, weight, eps):
@@ -69,9 +78,89 @@ def rms_norm(x, weight, eps):
 
 
 def rms_norm_reference(x, weight, eps):
-    """Plain twin of `rms_norm`: the formula, in float32, rounded once."""
+    """Plain twin of `rms_norm` and `rms_norm_forward`: the formula, in float32, rounded once."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def rms_norm_forward(x, weight, eps):
+    """`rms_norm` of (T, D) without autograd."""
+    return _triton().rms_norm(x, weight, eps) if x.is_cuda else rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_backward(dy, x, weight, eps, more):
+    """Gradients of y = rms_norm(x): dx (T, D) in x's dtype, with `more`, the gradient of x by another way, added; dweight (D,) float32."""
+    function = _triton().rms_norm_backward if x.is_cuda else rms_norm_backward_reference
+    return function(dy, x, weight, eps, more)
+
+
+def rms_norm_backward_reference(dy, x, weight, eps, more):
+    """With u = x / rms(x): du = dy * weight, dx = (du - u mean(u du)) / rms(x)."""
+    x, dy, dtype = x.float(), dy.float(), x.dtype
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit, d_unit = x * rstd, dy * weight.float()
+    dx = rstd * (d_unit - unit * (unit * d_unit).mean(-1, keepdim=True)) + more.float()
+    return dx.to(dtype), (dy * unit).sum(0)
+
+
+def rotate(x, cos, sin, back=False):
+    """Rotate pairs (x[i], x[i + K/2]) by the position's angles, in float32, or back. x (T, H, K); cos, sin (T, 1, K/2). In x's dtype."""
+    return _triton().rotate(x, cos, sin, -1 if back else 1) if x.is_cuda else rotate_reference(x, cos, -sin if back else sin)
+
+
+def rotate_reference(x, cos, sin):
+    """Plain twin of `rotate`, and what autograd differentiates in the plain block."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, in float32, rounded once (Shazeer 2020)."""
+    return _triton().swiglu(gate, up) if gate.is_cuda else swiglu_reference(gate, up)
+
+
+def swiglu_reference(gate, up):
+    """Plain twin of `swiglu`."""
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def swiglu_backward(dout, gate, up):
+    """Gradients of gate and up, and silu(gate) * up once more, for the gradient of the weight behind it."""
+    return _triton().swiglu_backward(dout, gate, up) if gate.is_cuda else swiglu_backward_reference(dout, gate, up)
+
+
+def swiglu_backward_reference(dout, gate, up):
+    """silu(g) = g s with s = sigmoid(g), so silu'(g) = s + silu(g) (1 - s)."""
+    dout, gate32, up32 = dout.float(), gate.float(), up.float()
+    s = gate32.sigmoid()
+    silu = gate32 * s
+    return tuple(x.to(gate.dtype) for x in (dout * up32 * (s + silu * (1 - s)), dout * silu, silu * up32))
+
+
+# ---------------------------------------------------------------- matmuls whose sums stay in float32
+
+
+def matmul(a, b, dtype, into=None):
+    """a @ b in `dtype`, which may be wider than theirs: a float32 result of 16-bit factors is never rounded to 16 bits on the way.
+    Added in place to `into` (of that dtype) where it is given."""
+    if a.dtype == dtype:
+        return a @ b if into is None else into.addmm_(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype) if into is None else torch.addmm(into, a, b, out_dtype=dtype, out=into)
+    product = a.to(dtype) @ b.to(dtype)
+    return product if into is None else into.add_(product)
+
+
+def weight_gradient(weight, dy, x):
+    """dy^T x, the gradient of weight (out, in) in y = x weight^T.
+
+    A weight with the attribute `accumulates` (plumbing.trainee sets it where one process owns the whole model) takes its gradient here: it
+    is added to weight.grad, in weight.grad_dtype, inside the matmul, which saves a pass over all gradients, and None is returned.
+    """
+    if not getattr(weight, "accumulates", False):
+        return dy.T @ x
+    weight.grad = matmul(dy.T, x, weight.grad_dtype, into=weight.grad)
+    return None
 
 
 # ---------------------------------------------------------------- linear + log-softmax + gather
@@ -95,49 +184,115 @@ def token_logps_reference(hidden, weight, targets):
     return picked.masked_fill(targets == IGNORE_INDEX, 0.0)
 
 
-def _chunk_logits(hidden, weight):
-    """(C, D) @ (V, D).T in float32. On CUDA a 16-bit product is also *returned* in float32: as bf16, a logit of 20 is off by 0.06."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return (hidden @ weight.T).float()
+def pick_logps(logits, targets):
+    """log p(target) and log Z, each (C,) float32, of logits (C, V) float32 and targets (C,) int64."""
+    return _triton().pick_logps(logits, targets) if logits.is_cuda else pick_logps_reference(logits, targets)
+
+
+def pick_logps_reference(logits, targets):
+    """Plain twin of `pick_logps`."""
+    log_z = logits.logsumexp(-1)
+    return logits.gather(1, targets[:, None]).squeeze(1) - log_z, log_z
+
+
+def logits_gradient(logits, log_z, targets, g, dtype):
+    """d(sum_t g_t log p_t) / d logits = g (onehot(target) - softmax), (C, V) in dtype; log_z and g (C,) float32."""
+    function = _triton().logits_gradient if logits.is_cuda else logits_gradient_reference
+    return function(logits, log_z, targets, g, dtype)
+
+
+def logits_gradient_reference(logits, log_z, targets, g, dtype):
+    """Plain twin of `logits_gradient`."""
+    return (g[:, None] * (F.one_hot(targets, logits.shape[1]) - (logits - log_z[:, None]).exp())).to(dtype)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
-        T = hidden.shape[0]
         ignored = targets == IGNORE_INDEX
         targets = targets.clamp(min=0)
-        logps, log_z = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(2))
-        for start in range(0, T, chunk):
+        logps, log_z = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = _chunk_logits(hidden[rows], weight)  # (C, V) float32
-            log_z[rows] = logits.logsumexp(-1)
-            logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - log_z[rows]
-            del logits  # before the next chunk's are allocated: one workspace, not two
+            # a temporary without a name: gone before the next chunk's is allocated
+            logps[rows], log_z[rows] = pick_logps(matmul(hidden[rows], weight.T, torch.float32), targets[rows])
         ctx.save_for_backward(hidden, weight, targets, ignored, log_z)
         ctx.chunk = chunk
         return logps.masked_fill_(ignored, 0.0)
 
     @staticmethod
     def backward(ctx, grad_logps):
-        """d logp_t / d logits_t = onehot(target_t) - softmax_t, so with g = grad_logps: dlogits = g * (onehot - softmax)."""
         hidden, weight, targets, ignored, log_z = ctx.saved_tensors
         g = grad_logps.masked_fill(ignored, 0.0)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # summed over chunks in float32: in bf16 the later chunks would vanish into the sum of the earlier ones
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], ctx.chunk):
+        accumulates = getattr(weight, "accumulates", False)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight and not accumulates else None
+        for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            dlogits = _chunk_logits(hidden[rows], weight).sub_(log_z[rows, None]).exp_().mul_(-g[rows, None])
-            dlogits.scatter_add_(1, targets[rows, None], g[rows, None])
-            dlogits = dlogits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = dlogits @ weight
+            dlogits = logits_gradient(matmul(hidden[rows], weight.T, torch.float32), log_z[rows], targets[rows], g[rows], hidden.dtype)
+            if wants_hidden:
+                torch.mm(dlogits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += dlogits.T @ hidden[rows]
+                matmul(dlogits.T, hidden[rows], torch.float32, into=grad_weight)
+            elif wants_weight:
+                weight_gradient(weight, dlogits, hidden[rows])
             del dlogits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+# ---------------------------------------------------------------- AdamW on split masters
+# A float32 master weight is kept as the bf16 weight that the matmuls read, and the 16 bits that rounding took off: 4 bytes, not 6.
+
+
+def split_master(master):
+    """float32 -> (bf16 to nearest, a tie away from zero; int16 low_bits), from which join_master makes the same 32 bits again."""
+    bits = master.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join_master(weight, low_bits):
+    """The float32 master of a bf16 weight and its int16 low_bits."""
+    return ((weight.view(torch.int16).to(torch.int32) << 16) + low_bits).view(torch.float32)
+
+
+def adamw(weight, low_bits, m, v, grad, grad_scale, lr, decay, beta1, beta2, eps, step, seed):
+    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) of a split master, in place.
+
+    weight bf16, low_bits int16, moments m and v float32 or bf16, grad float32 or bf16, all of one shape. The gradient is multiplied by
+    grad_scale (clipping). bf16 moments are rounded stochastically: at beta2 = 0.999 a step changes v by up to 0.1 %, less than half of
+    bf16's spacing, so to nearest v would stand still. step counts from 1; seed chooses the random bits.
+    """
+    function = _triton().adamw if weight.is_cuda else adamw_reference
+    function(weight, low_bits, m, v, grad, grad_scale, lr, decay, beta1, beta2, eps, step, seed)
+
+
+def adamw_reference(weight, low_bits, m, v, grad, grad_scale, lr, decay, beta1, beta2, eps, step, seed):
+    """Plain twin of `adamw`."""
+    g, master = grad.float() * grad_scale, join_master(weight, low_bits)
+    m32 = beta1 * m.float() + (1 - beta1) * g
+    v32 = beta2 * v.float() + (1 - beta2) * g * g
+    update = (m32 / (1 - beta1**step)) / ((v32 / (1 - beta2**step)).sqrt() + eps)
+    for tensor, value in zip((weight, low_bits), split_master(master * (1 - lr * decay) - lr * update), strict=True):
+        tensor.copy_(value)
+    bits = random_bits(weight.numel(), seed, weight.device).view(weight.shape)
+    for moment, value, chance in ((m, m32, bits & 0xFFFF), (v, v32, bits >> 16)):
+        moment.copy_(round_stochastically(value, chance) if moment.dtype == torch.bfloat16 else value)
+
+
+def round_stochastically(x, chance):
+    """float32 -> bf16, away from zero with the probability that makes the expectation x; chance: uniform in 0..65535."""
+    return ((x.view(torch.int32) + chance.to(torch.int32)) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def random_bits(n, seed, device):
+    """32 well-mixed bits of each counter 0..n-1 (MurmurHash3's finalizer), (n,) int64: no state, so a resumed run draws the same."""
+    h = (torch.arange(n, device=device) * 0x9E3779B1 ^ seed) & 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return h ^ (h >> 16)
 
 
 # ---------------------------------------------------------------- sums per document

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+import kernels
 from plumbing import parallel
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
@@ -15,8 +16,7 @@ IMPLICIT = {  # what no key states; it goes into every run's manifest
     "first_warmup_rate": 0.0,
     "clipping": "global L2 norm of the step's gradient, after accumulation, over all ranks",
     "loss_reduction": "sum over the step's examples on all ranks and micro-batches, divided once by their global count",
-    "parameter_dtype": "fp32 (frozen weights under LoRA: the compute precision)",
-    "optimizer_state_dtype": "fp32",
+    "parameter_dtype": "fp32 (one process in bf16: as a bf16 weight and its 16 low bits); frozen weights: the compute precision",
 }
 
 
@@ -37,15 +37,53 @@ def learning_rate(step, total_steps, peak, schedule, warmup):
     return peak * ((1 - progress) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def adamw(model, weight_decay):
-    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters. Decay touches matrices only, not norms and biases."""
+def keep_masters(model, grad_dtype):
+    """Make every bf16 parameter of an unsharded model a split master: `low_bits` (int16) holds what bf16 cuts off its float32 value.
+
+    Its gradient is kept in grad_dtype, and matrices take theirs inside the matmul (kernels.weight_gradient).
+    """
+    for param in model.parameters():
+        param.low_bits = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+        param.grad_dtype, param.accumulates = grad_dtype, param.ndim == 2
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW on split masters (kernels.adamw), with the groups and states of torch.optim.AdamW. moments: dtype of exp_avg and exp_avg_sq."""
+
+    def __init__(self, groups, moments):
+        super().__init__(groups, {"lr": 0.0})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": torch.zeros(())} | {key: torch.zeros_like(p, dtype=moments) for key in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def step(self, grad_scale=1.0):
+        """One step with the gradients multiplied by grad_scale, which spares a pass over them."""
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        for index, (p, group) in enumerate(params):
+            state = self.state[p]
+            state["step"] += 1
+            step = int(state["step"])
+            kernels.adamw(p, p.low_bits, state["exp_avg"], state["exp_avg_sq"], p.grad, grad_scale, group["lr"], group["weight_decay"],
+                          *ADAM_BETAS, ADAM_EPS, step, seed=(step << 12) + index)  # fmt: skip
+
+
+def adamw(model, weight_decay, moments=torch.float32):
+    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters. Decay touches matrices only, not norms and biases.
+
+    moments: dtype of the optimizer's state; only split masters (keep_masters) can have another than float32.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [g for g in groups if g["params"]]
+    if all(hasattr(p, "low_bits") for p in trainable):
+        return SplitAdamW(groups, moments)
+    assert moments == torch.float32, moments
     # lr is set before every step; fused is one kernel over all tensors
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
 
 
 def apply_gradients(optimizer, lr, max_grad_norm, row_ids=()):
@@ -54,19 +92,28 @@ def apply_gradients(optimizer, lr, max_grad_norm, row_ids=()):
     A norm that is not finite raises FloatingPointError, naming the step's rows, on every rank before any weight has changed.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = parallel.clip_grad_norm(params, max_grad_norm)
+    scales_itself = isinstance(optimizer, SplitAdamW)
+    grad_norm = parallel.clip_grad_norm(params, None if scales_itself else max_grad_norm)
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradient norm is {grad_norm}; no step was taken. Examples of the step: {list(map(str, row_ids))}")
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if scales_itself and max_grad_norm is not None and grad_norm > max_grad_norm:
+        optimizer.step(grad_scale=max_grad_norm / grad_norm)
+    else:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm
 
 
 def sample_weights(model, per_tensor=1 << 16):
     """Copies of the first elements of every trainable parameter's local rows, to see after a step whether they moved."""
-    return [parallel.local_rows(p)[1].flatten()[:per_tensor].clone() for p in model.parameters() if p.requires_grad]
+
+    def master(p):
+        local = parallel.local_rows(p)[1].flatten()[:per_tensor]
+        return kernels.join_master(local, p.low_bits.flatten()[:per_tensor]) if hasattr(p, "low_bits") else local.clone()
+
+    return [master(p) for p in model.parameters() if p.requires_grad]
 
 
 def weights_changed(before, model):

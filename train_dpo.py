@@ -24,7 +24,7 @@ from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weight
 from plumbing import checkpoint, parallel
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
-from plumbing.trainee import load_trainee, save_trainee
+from plumbing.trainee import DTYPES, load_trainee, save_trainee
 
 # ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
 # Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.
@@ -163,9 +163,9 @@ SAVE_SECONDS = 60
 
 def reference_key(weights, pairs, config, ranks):
     """sha256 of everything that the reference log-probs depend on: the weights' content, tokens and mask (hence template and supervised
-    turns), compute dtype and attention path."""
+    turns), compute dtype, kernels and attention path."""
     path = attention_path(ranks.device, config.precision)
-    return hashlib.sha256(json.dumps([weights, pairs.fingerprint, config.precision, path]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([weights, pairs.fingerprint, config.precision, config.kernels, path]).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def main(argv):
     epoch_steps = steps_per_epoch(len(pairs), config.global_batch_size)
     total_steps = min(config.num_epochs * epoch_steps, config.max_steps or math.inf)
     warmup = warmup_steps(config, total_steps)
-    optimizer = adamw(model, config.weight_decay)
+    optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
     weights = parallel.from_main(ranks, lambda: checkpoint.fingerprint(directory))
     provenance = {"weights": weights, "data": pairs.fingerprint}

@@ -16,7 +16,7 @@ from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weight
 from plumbing import checkpoint, parallel
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
-from plumbing.trainee import load_trainee, save_trainee
+from plumbing.trainee import DTYPES, load_trainee, save_trainee
 
 # ---------------------------------------------------------------- the loss
 
@@ -89,7 +89,7 @@ def main(argv):
 
     total_steps = min(config.num_epochs * steps_per_epoch(len(documents), config.global_batch_size), config.max_steps or math.inf)
     warmup = warmup_steps(config, total_steps)
-    optimizer = adamw(model, config.weight_decay)
+    optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
     weights = parallel.from_main(ranks, lambda: checkpoint.fingerprint(directory))
     provenance = {"weights": weights, "data": documents.fingerprint}

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kernels import join_master
 from plumbing import parallel
 from plumbing.weights import (
     check_vocabulary,
@@ -74,7 +75,7 @@ class Checkpointer:
             return
         tensors = _trained_tensors(model, optimizer)
         index = {"step": step, "world_size": dist.get_world_size(), "identity": self.identity, "meta": meta, "shapes": _shapes(tensors)}
-        rows = {key: (first, local.to("cpu", copy=True)) for key, (first, local) in _local_rows(tensors).items()}
+        rows = {key: (first, local.to("cpu", copy=True)) for key, (first, local) in _local_rows(tensors)}
         self._pending = self._writer.submit(self._write, self.folder / f"step_{step:06d}", index, rows)
 
     def wait(self):
@@ -165,10 +166,10 @@ def _trained_tensors(model, optimizer):
     tensors = {}
     for name, param in sharded_parameters(model).items():
         if param.requires_grad:
-            tensors[f"param/{name}"] = param.detach()
+            tensors[f"param/{name}"] = param
             for state, value in optimizer.state.get(param, {}).items():
                 tensors[f"{state}/{name}"] = value.view(1) if value.ndim == 0 else value
-    return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # stable: wider dtypes first, as the writer wants
+    return tensors
 
 
 def _shapes(tensors):
@@ -176,8 +177,15 @@ def _shapes(tensors):
 
 
 def _local_rows(tensors):
-    rows = {key: parallel.local_rows(tensor) for key, tensor in tensors.items()}
-    return {key: (first, local) for key, (first, local) in rows.items() if local.numel()}
+    """(key, (first row, this rank's rows)) of each tensor that has any here; a split master as the float32 that it is."""
+
+    def width(tensor):
+        return 4 if hasattr(tensor, "low_bits") else tensor.dtype.itemsize
+
+    for key, tensor in sorted(tensors.items(), key=lambda item: -width(item[1])):  # stable: wider dtypes first, as the writer wants
+        first, local = parallel.local_rows(tensor)
+        if local.numel():
+            yield key, (first, join_master(local, tensor.low_bits) if hasattr(tensor, "low_bits") else local)
 
 
 def _allocate_state(optimizer):

@@ -61,8 +61,17 @@ class Config:
     max_grad_norm: float | None = key("optimizer", "-", "clip the global gradient norm to this; None: never", default=1.0, above=0)
 
     tokens_per_microbatch: int = key("machine", "tokens", "packed stream of one GPU: sets memory, not results", least=2, identity=False)
-    recompute: Literal["none", "selective", "full"] = key(
-        "machine", "name", "activations computed again in backward: less memory, more time", default="none", identity=False
+    recompute: Literal["none", "half", "full"] = key(
+        "machine", "blocks", "whose activations are computed again in backward: less memory, more time", default="none", identity=False
+    )
+    kernels: Literal["fused", "plain"] = key(
+        "machine", "name", "fused: blocks with a hand-written backward; plain: their twin, by autograd", default="fused", identity=False
+    )
+    moments: Literal["fp32", "bf16"] = key(
+        "machine", "name", "of AdamW; bf16 (one process, full fine-tuning): 4 bytes a weight less, rounded stochastically", default="fp32"
+    )
+    gradients: Literal["fp32", "bf16"] = key(
+        "machine", "name", "bf16 (one process, full fine-tuning): 2 bytes a weight less, rounded in every micro-batch", default="fp32"
     )
     precision: Literal["fp32", "bf16"] = key("machine", "name", "of compute; parameters and AdamW are fp32 in both", default="bf16")
 
@@ -118,6 +127,8 @@ COMMON_RULES = (
      "warmup_ratio={warmup_ratio}, warmup_steps={warmup_steps}: expected one of the two"),
     (lambda lora_rank, lora_alpha: (lora_rank > 0) != (lora_alpha is not None),
      "lora_rank={lora_rank}, lora_alpha={lora_alpha}: expected both (the scale is lora_alpha / lora_rank) or neither"),
+    (lambda moments, gradients, precision, lora_rank: "bf16" in (moments, gradients) and (precision == "fp32" or lora_rank > 0),
+     "moments={moments!r}, gradients={gradients!r}: bf16 needs precision='bf16' and full fine-tuning (lora_rank=0)"),
 )  # fmt: skip
 RULES = {
     Config: (),
@@ -172,11 +183,16 @@ def load(stage, argv):
 
 
 def check_world_size(config, world_size):
-    """ValueError if the optimizer step cannot give every one of `world_size` ranks an example."""
+    """ValueError if the optimizer step cannot give every one of `world_size` ranks an example, or a key is for one rank only."""
     if config.global_batch_size < world_size:
         raise ValueError(
             f"global_batch_size={config.global_batch_size}: a batch that cannot be formed on {world_size} ranks; "
             f"expected at least {world_size}, or fewer ranks"
+        )
+    if world_size > 1 and "bf16" in (config.moments, config.gradients):
+        raise ValueError(
+            f"moments={config.moments!r}, gradients={config.gradients!r} on {world_size} ranks: bf16 is for one process; "
+            "expected 'fp32', which sharding makes small enough"
         )
 
 

@@ -1,7 +1,8 @@
 """The process group and the sharding: the only file that says `torch.distributed`, together with its neighbours in plumbing/.
 
-One code path for any number of processes: a single process is a group of one. Parameters are always FSDP2 DTensors, float32, split into
-contiguous rows (dim 0), rank r owning rows [r*ceil(n/W), (r+1)*ceil(n/W)).
+A single process is a group of one. On several, parameters are FSDP2 DTensors, float32, split into contiguous rows (dim 0), rank r owning
+rows [r*ceil(n/W), (r+1)*ceil(n/W)). On one they stay plain tensors: gathering from and reducing to oneself would copy every weight twice
+and every gradient three times.
 """
 
 import math
@@ -14,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 _background_group = None
@@ -49,6 +50,11 @@ def init():
     dist.init_process_group(backend, timeout=timedelta(hours=2), **where)  # rank 0 may tokenise or hash while the others wait
     _background_group = dist.new_group(backend="gloo")
     return Ranks(rank, local_rank, world_size, device)
+
+
+def world_size():
+    """Number of processes."""
+    return dist.get_world_size()
 
 
 def shutdown():
@@ -136,7 +142,8 @@ def materialize(model, device):
 
 def release(model):
     """Drop the root's gathered weights after a pass without a backward, which would otherwise outlive the next optimizer step."""
-    model.reshard()
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def local_rows(param):

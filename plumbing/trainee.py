@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from data import TEMPLATES, end_of_turn, resolve_template
-from model import Llama, LlamaConfig, apply_lora, apply_recompute, init_lora
+from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, init_lora
+from optim import keep_masters
 from plumbing import parallel
 from plumbing.checkpoint import load_weights, save_adapter, save_pretrained
 from plumbing.weights import check_vocabulary
@@ -15,9 +16,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_trainee(config, directory, tokenizer, device):
-    """The model of a Hugging Face folder, ready to train: LoRA, recompute and sharding applied, in this order, then weights streamed in.
+    """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, in this order; then weights are streamed in.
 
-    Nothing is allocated before it is sharded. Parameters are float32; under LoRA the frozen weights are kept in the compute precision.
+    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process that computes in bf16,
+    as split masters. Under LoRA the frozen weights are kept in the compute precision.
     ValueError when the parts of the folder do not fit together, or the model cannot read documents of max_seq_len.
     """
     model_config = LlamaConfig.from_hf(directory)
@@ -27,12 +29,18 @@ def load_trainee(config, directory, tokenizer, device):
         raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's sliding_window={window}")
     with torch.device("meta"):
         model = Llama(model_config)
-        if config.lora_rank:
+        if config.lora_rank or parallel.world_size() == 1:
             model.to(DTYPES[config.precision])
+        if config.lora_rank:
             apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+    if config.kernels == "fused":
+        apply_fused(model)
     apply_recompute(model, config.recompute)
-    parallel.shard(model, config.precision)
+    if parallel.world_size() > 1:
+        parallel.shard(model, config.precision)
     parallel.materialize(model, device)
+    if next(model.parameters()).dtype == torch.bfloat16 and not config.lora_rank:
+        keep_masters(model, DTYPES[config.gradients])
     load_weights(model, directory)
     init_lora(model, config.seed, parallel.assign)
     return model

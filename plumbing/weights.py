@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data import Tokenizer
 from falcon import Falcon, FalconConfig
+from kernels import split_master
 from model import Llama, LlamaConfig, LoRALinear, apply_lora, read_config
 from plumbing import parallel
 
@@ -183,10 +184,19 @@ def sharded_parameters(model):
 
 
 def copy_rows(tensor, rows):
-    """Fill this rank's rows of a sharded or plain tensor with rows[first:stop], cast to its dtype; rows: what reads when sliced."""
+    """Fill this rank's rows of a sharded or plain tensor with rows[first:stop], cast to its dtype; rows: what reads when sliced.
+
+    A split master (optim.keep_masters) takes all 32 bits."""
     first, local = parallel.local_rows(tensor)
-    if local.numel():  # with more ranks than rows, the last ranks own none
-        local.copy_(rows[first : first + local.shape[0]])
+    if not local.numel():  # with more ranks than rows, the last ranks own none
+        return
+    values = rows[first : first + local.shape[0]]
+    if hasattr(tensor, "low_bits"):
+        weight, low_bits = split_master(values.to(local.device).float())
+        local.copy_(weight)
+        tensor.low_bits.copy_(low_bits)
+    else:
+        local.copy_(values)
 
 
 @torch.no_grad()

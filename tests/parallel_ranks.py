@@ -4,6 +4,7 @@ torchrun --nproc-per-node 3 tests/parallel_ranks.py   (every rank runs every che
 """
 
 import copy
+import itertools
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import sys
 import torch
 from tiny_models import gradients, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
 
-from model import Llama, adapters_disabled, apply_lora, apply_recompute, init_lora
+from model import Llama, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from plumbing import parallel
 
 DOCUMENTS = random_documents(97, (5, 12, 3, 9, 2, 7, 11, 4))  # 8 unequal documents: 4 + 4 on two ranks, 3 + 3 + 2 on three
@@ -90,11 +91,13 @@ def assert_gradients(model, plain):
 
 
 def check_recompute(ranks):
-    """Blocks that are gathered again in the backward pass, with their activations recomputed, give the same gradients."""
+    """Blocks that are gathered again in the backward pass, fused or with their activations recomputed, give the same gradients."""
     plain = plain_model()
     nll_sum(plain, DOCUMENTS).backward()
-    for mode in ("selective", "full"):
+    for mode, is_fused in itertools.product(("none", "half", "full"), (False, True)):
         model = sharded(plain)
+        if is_fused:
+            apply_fused(model)
         apply_recompute(model, mode)
         backward(model, ranks)
         assert_gradients(model, plain)

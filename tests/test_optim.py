@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import nll_sum, random_documents, random_llama, tiny_config
 
-from optim import adamw, apply_gradients, learning_rate, sample_weights, warmup_steps, weights_changed
+from optim import adamw, apply_gradients, keep_masters, learning_rate, sample_weights, warmup_steps, weights_changed
 from plumbing import parallel
 
 
@@ -93,10 +93,12 @@ def test_no_step_on_a_gradient_that_is_not_finite(bad):
     assert (model.matrix.item(), model.bias.item()) == (1.0, 1.0) and not optimizer.state
 
 
-@pytest.mark.parametrize("dtype, least, most", [(torch.float32, 0.99, 1.0), (torch.bfloat16, 0.0, 0.05)])
-def test_a_step_at_5e_7_moves_the_weights(dtype, least, most):
-    """CHECKS 17: over 99 % of fp32 weights; of bf16 ones (8 bits: 0.02 is followed by 0.02006) under a twentieth."""
-    model = random_llama(tiny_config(), std=0.02).to(dtype)
+@pytest.mark.parametrize("weights, least, most", [("fp32", 0.99, 1.0), ("bf16", 0.0, 0.05), ("split", 0.99, 1.0)])
+def test_a_step_at_5e_7_moves_the_weights(weights, least, most):
+    """CHECKS 17: over 99 % of fp32 weights, kept whole or split; of bf16 ones (8 bits: 0.02 is followed by 0.02006) under a twentieth."""
+    model = random_llama(tiny_config(), std=0.02).to(torch.float32 if weights == "fp32" else torch.bfloat16)
+    if weights == "split":
+        keep_masters(model, torch.float32)
     optimizer, before = adamw(model, weight_decay=0.0), sample_weights(model)
     documents = random_documents(model.config.vocab_size, lengths=[60] * 8)  # every id occurs, so every embedding has a gradient
     nll_sum(model, documents).backward()

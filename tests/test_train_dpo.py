@@ -275,11 +275,13 @@ def test_reference_key_is_content():
     """CHECKS 7: change any part, a miss; the model's path, the batch size or the learning rate are not parts."""
     cpu = SimpleNamespace(device=torch.device("cpu"))
 
-    def key(weights="w", tokens="t", precision="fp32", ranks=cpu, **ignored):
-        return train_dpo.reference_key(weights, SimpleNamespace(fingerprint=tokens), SimpleNamespace(precision=precision, **ignored), ranks)
+    def key(weights="w", tokens="t", ranks=cpu, **keys):
+        config = SimpleNamespace(**{"precision": "fp32", "kernels": "fused"} | keys)
+        return train_dpo.reference_key(weights, SimpleNamespace(fingerprint=tokens), config, ranks)
 
     cuda = SimpleNamespace(device=torch.device("cuda"))
-    keys = [key(), key(weights="x"), key(tokens="x"), key(precision="bf16"), key(ranks=cuda), key(precision="bf16", ranks=cuda)]
+    keys = [key(), key(weights="x"), key(tokens="x"), key(precision="bf16"), key(kernels="plain")]
+    keys += [key(ranks=cuda), key(precision="bf16", ranks=cuda)]
     assert len(set(keys)) == len(keys)
     assert key(model_path="elsewhere", global_batch_size=7, lr=1.0) == key()
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 from safetensors.torch import load_file, save_file
 from tiny_models import random_llama, tiny_config
+from torch.distributed.tensor import DTensor
 
 import train_dpo
 import train_sft
@@ -241,9 +242,9 @@ class SilentLog:
 
 def whole_gradients(model):
     """{name: gradient} with all ranks' rows, and none left on the model."""
-    gradients = {name: param.grad.full_tensor() for name, param in model.named_parameters() if param.grad is not None}
+    grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
     model.zero_grad()
-    return gradients
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
 def assert_gradients_equal(a, b, tolerance=1e-6):

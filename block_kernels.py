@@ -1,0 +1,236 @@
+"""Triton kernels of a Llama block, of the vocabulary's softmax and of AdamW. Their plain twins, which say what they must compute, are in
+kernels.py; it imports this file only for CUDA tensors, because Triton is not installed with every torch.
+
+All of them move memory and compute next to nothing, so what counts is that each tensor is touched once. Shapes: T tokens, D hidden size,
+H heads, K head size, V vocabulary, C rows of a chunk. Arithmetic is float32 whatever the tensors are. No atomics: bits repeat.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# ---------------------------------------------------------------- RMSNorm
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, D, eps, BLOCK: tl.constexpr):
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * D + d, d < D, other=0.0).to(tl.float32)
+    rstd = tl.math.rsqrt(tl.sum(x * x, 0) / D + eps)
+    weight = tl.load(weight_ptr + d, d < D, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * D + d, (x * rstd * weight).to(y_ptr.dtype.element_ty), d < D)
+
+
+def rms_norm(x, weight, eps):
+    """Fast path of kernels.rms_norm_reference: x (T, D) -> (T, D)."""
+    assert x.is_contiguous()
+    y, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
+    _rms_norm_kernel[(len(x),)](x, weight, y, x.shape[1], eps, block, num_warps=_warps(block))
+    return y
+
+
+@triton.jit
+def _rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, more_ptr, dx_ptr, dw_ptr, T, D, eps, span, BLOCK: tl.constexpr):
+    """One program takes `span` rows, so that its part of the weight's gradient stays in registers."""
+    d = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + d, d < D, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0) * span
+    for row in range(first, tl.minimum(first + span, T)):
+        at = tl.cast(row, tl.int64) * D + d
+        x = tl.load(x_ptr + at, d < D, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, d < D, other=0.0).to(tl.float32)
+        more = tl.load(more_ptr + at, d < D, other=0.0).to(tl.float32)
+        rstd = tl.math.rsqrt(tl.sum(x * x, 0) / D + eps)
+        unit = x * rstd
+        dw += dy * unit
+        dunit = dy * weight
+        dx = rstd * (dunit - unit * (tl.sum(dunit * unit, 0) / D)) + more
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), d < D)
+    tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * D + d, dw, d < D)
+
+
+def rms_norm_backward(dy, x, weight, eps, more):
+    """Fast path of kernels.rms_norm_backward_reference: dy, x, more (T, D) -> dx (T, D), dweight (D,) float32."""
+    assert dy.is_contiguous() and x.is_contiguous() and more.is_contiguous()
+    T, D = x.shape
+    span = triton.cdiv(T, 1024)  # 1,024 programs keep 132 multiprocessors busy
+    programs, block = triton.cdiv(T, span), triton.next_power_of_2(D)
+    dx, dw = torch.empty_like(x), torch.empty(programs, D, dtype=torch.float32, device=x.device)
+    _rms_norm_backward_kernel[(programs,)](dy, x, weight, more, dx, dw, T, D, eps, span, block, num_warps=_warps(block))
+    return dx, dw.sum(0)
+
+
+def _warps(block):
+    return min(16, max(1, block // 256))
+
+
+# ---------------------------------------------------------------- rotary positions
+
+
+@triton.jit
+def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, y_ptr, H, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    real = (h < H) & (i < half)
+    at = token * H * half * 2 + h * half * 2 + i
+    cos = tl.load(cos_ptr + token * half + i, i < half)
+    sin = tl.load(sin_ptr + token * half + i, i < half) * sign
+    first, second = tl.load(x_ptr + at, real).to(tl.float32), tl.load(x_ptr + at + half, real).to(tl.float32)
+    tl.store(y_ptr + at, (first * cos - second * sin).to(y_ptr.dtype.element_ty), real)
+    tl.store(y_ptr + at + half, (second * cos + first * sin).to(y_ptr.dtype.element_ty), real)
+
+
+def rotate(x, cos, sin, sign):
+    """Fast path of kernels.rotate_reference: x (T, H, K); cos, sin (T, 1, K/2) float32; sign -1 turns back."""
+    T, H, K = x.shape
+    x, y = x.contiguous(), torch.empty(T, H, K, dtype=x.dtype, device=x.device)
+    heads, half = triton.next_power_of_2(H), triton.next_power_of_2(K // 2)
+    _rotate_kernel[(T,)](x, cos, sin, y, H, K // 2, float(sign), heads, half, num_warps=4)
+    return y
+
+
+# ---------------------------------------------------------------- SwiGLU
+
+_SPAN = 2048  # elements of a program: 4 warps x 16 a lane
+
+
+@triton.jit
+def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate, up = tl.load(gate_ptr + at, at < n).to(tl.float32), tl.load(up_ptr + at, at < n).to(tl.float32)
+    tl.store(out_ptr + at, (gate / (1 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), at < n)
+
+
+def swiglu(gate, up):
+    """Fast path of kernels.swiglu_reference: same shapes in and out."""
+    assert gate.is_contiguous() and up.is_contiguous()
+    out = torch.empty_like(gate)
+    _swiglu_kernel[(triton.cdiv(gate.numel(), _SPAN),)](gate, up, out, gate.numel(), _SPAN, num_warps=4)
+    return out
+
+
+@triton.jit
+def _swiglu_backward_kernel(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dout = tl.load(dout_ptr + at, at < n).to(tl.float32)
+    gate, up = tl.load(gate_ptr + at, at < n).to(tl.float32), tl.load(up_ptr + at, at < n).to(tl.float32)
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    silu = gate * sigmoid
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + at, (silu * up).to(dtype), at < n)
+    tl.store(dup_ptr + at, (dout * silu).to(dtype), at < n)
+    tl.store(dgate_ptr + at, (dout * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), at < n)
+
+
+def swiglu_backward(dout, gate, up):
+    """Fast path of kernels.swiglu_backward_reference: -> dgate, dup, and silu(gate) * up again, for the weight's gradient."""
+    assert dout.is_contiguous() and gate.is_contiguous() and up.is_contiguous()
+    dgate, dup, out = (torch.empty_like(gate) for _ in range(3))
+    _swiglu_backward_kernel[(triton.cdiv(gate.numel(), _SPAN),)](dout, gate, up, dgate, dup, out, gate.numel(), _SPAN, num_warps=4)
+    return dgate, dup, out
+
+
+# ---------------------------------------------------------------- the vocabulary's softmax
+
+
+@triton.jit
+def _pick_logps_kernel(logits_ptr, targets_ptr, logps_ptr, log_z_ptr, V, BLOCK: tl.constexpr):
+    """One row, read once: a running maximum and a running sum per lane."""
+    row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    logits_ptr += row * V
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(logits_ptr + start + v, start + v < V, other=float("-inf"))
+        higher = tl.maximum(top, x)
+        # a lane beyond V sees -inf only, and -inf - -inf is NaN
+        total = total * tl.where(top == higher, 1.0, tl.exp(top - higher)) + tl.where(x == float("-inf"), 0.0, tl.exp(x - higher))
+        top = higher
+    highest = tl.max(top, 0)
+    log_z = highest + tl.log(tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - highest)), 0))
+    tl.store(log_z_ptr + row, log_z)
+    tl.store(logps_ptr + row, tl.load(logits_ptr + tl.load(targets_ptr + row)) - log_z)
+
+
+def pick_logps(logits, targets):
+    """Fast path of kernels.pick_logps_reference: logits (C, V) float32, targets (C,) int64 -> log p(target), log Z, both (C,) float32."""
+    assert logits.is_contiguous() and logits.dtype == torch.float32 and targets.is_contiguous()
+    logps, log_z = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+    _pick_logps_kernel[(len(logits),)](logits, targets, logps, log_z, logits.shape[1], 4096, num_warps=8)
+    return logps, log_z
+
+
+@triton.jit
+def _logits_gradient_kernel(logits_ptr, log_z_ptr, targets_ptr, g_ptr, out_ptr, V, BLOCK: tl.constexpr):
+    row, v = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g, log_z, target = tl.load(g_ptr + row), tl.load(log_z_ptr + row), tl.load(targets_ptr + row)
+    x = tl.load(logits_ptr + row * V + v, v < V, other=0.0)
+    out = g * (tl.where(v == target, 1.0, 0.0) - tl.exp(x - log_z))
+    tl.store(out_ptr + row * V + v, out.to(out_ptr.dtype.element_ty), v < V)
+
+
+def logits_gradient(logits, log_z, targets, g, dtype):
+    """Fast path of kernels.logits_gradient_reference: (C, V) float32 -> (C, V) in dtype."""
+    assert logits.is_contiguous() and targets.is_contiguous() and g.is_contiguous()
+    C, V = logits.shape
+    out = torch.empty(C, V, dtype=dtype, device=logits.device)
+    _logits_gradient_kernel[(C, triton.cdiv(V, 4096))](logits, log_z, targets, g, out, V, 4096, num_warps=8)
+    return out
+
+
+# ---------------------------------------------------------------- AdamW on split masters
+
+
+@triton.jit
+def _mix(index, seed):
+    """32 well-mixed bits of a counter (MurmurHash3's finalizer): random numbers without a state, the same wherever they are drawn."""
+    h = index.to(tl.uint32) * 0x9E3779B1 ^ seed.to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _round(x, bits, STOCHASTIC: tl.constexpr):
+    """float32 to bfloat16, up with the probability that makes the expectation exact; bits: 16 random ones."""
+    if STOCHASTIC:
+        whole = x.to(tl.uint32, bitcast=True) + bits
+        return (whole >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def _adamw_kernel(
+    weight_ptr, low_bits_ptr, m_ptr, v_ptr, grad_ptr, n, grad_scale, lr, decay, beta1, beta2, new1, new2, eps, correction1, correction2,
+    seed, COMPACT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = at < n
+    high = tl.load(weight_ptr + at, real).to(tl.uint16, bitcast=True).to(tl.int32) << 16
+    master = (high + tl.load(low_bits_ptr + at, real).to(tl.int32)).to(tl.float32, bitcast=True)
+    g = tl.load(grad_ptr + at, real).to(tl.float32) * grad_scale
+    m = tl.load(m_ptr + at, real).to(tl.float32)
+    v = tl.load(v_ptr + at, real).to(tl.float32)
+    m = beta1 * m + new1 * g
+    v = beta2 * v + new2 * g * g
+    master = master * (1 - lr * decay) - lr * (m / correction1) / (tl.sqrt(v / correction2) + eps)
+    bits = _mix(at, seed)
+    tl.store(m_ptr + at, _round(m, bits & 0xFFFF, COMPACT), real)
+    tl.store(v_ptr + at, _round(v, bits >> 16, COMPACT), real)
+    whole = master.to(tl.int32, bitcast=True)
+    high = (whole + 0x8000) >> 16  # to nearest, a tie away from zero: what is left fits 16 signed bits
+    tl.store(weight_ptr + at, high.to(tl.int16).to(tl.bfloat16, bitcast=True), real)
+    tl.store(low_bits_ptr + at, (whole - (high << 16)).to(tl.int16), real)
+
+
+def adamw(weight, low_bits, m, v, grad, grad_scale, lr, decay, beta1, beta2, eps, step, seed):
+    """Fast path of kernels.adamw_reference, in place: 16 or 20 bytes read and 8 or 12 written per weight, once."""
+    assert all(tensor.is_contiguous() for tensor in (weight, low_bits, m, v, grad))
+    n = weight.numel()
+    corrections = 1 - beta1**step, 1 - beta2**step  # like 1 - beta, in double: float32's 1 - 0.999 is off by 1.3e-5 of itself
+    _adamw_kernel[(triton.cdiv(n, _SPAN),)](
+        weight, low_bits, m, v, grad, n, grad_scale, lr, decay, beta1, beta2, 1 - beta1, 1 - beta2, eps, *corrections, seed,
+        COMPACT=m.dtype == torch.bfloat16, BLOCK=_SPAN, num_warps=4,
+    )  # fmt: skip

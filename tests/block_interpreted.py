@@ -1,0 +1,60 @@
+"""block_kernels.py against its plain twins, for test_fused.py, which runs it under TRITON_INTERPRET=1: prints {what: relative error}."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import block_kernels
+import kernels
+
+errors = {}
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def compare(name, values, expected):
+    values, expected = ((x,) if torch.is_tensor(x) else x for x in (values, expected))
+    for i, (a, b) in enumerate(zip(values, expected, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        errors[f"{name} {i}"] = ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+for dtype in (torch.float32, torch.bfloat16):
+    label = str(dtype).replace("torch.", "").replace("bfloat16", "bf16")
+    x, dy, more, weight = (randn(5, 40, seed=s, dtype=dtype) for s in range(3)), None, None, None
+    x, dy, more = x
+    weight = randn(40, seed=3, dtype=dtype)
+    compare(f"rms_norm {label}", block_kernels.rms_norm(x, weight, 1e-5), kernels.rms_norm_reference(x, weight, 1e-5))
+    backward = (dy, x, weight, 1e-5, more)
+    compare(f"rms_norm_backward {label}", block_kernels.rms_norm_backward(*backward), kernels.rms_norm_backward_reference(*backward))
+    q, angles = randn(5, 3, 12, dtype=dtype), randn(5, 1, 6, seed=1)
+    compare(
+        f"rotate {label}", block_kernels.rotate(q, angles.cos(), angles.sin(), 1), kernels.rotate_reference(q, angles.cos(), angles.sin())
+    )
+    compare(
+        f"rotate back {label}",
+        block_kernels.rotate(q, angles.cos(), angles.sin(), -1),
+        kernels.rotate_reference(q, angles.cos(), -angles.sin()),
+    )
+    gate, up, dout = (randn(3, 1000, seed=s, dtype=dtype) for s in range(3))
+    compare(f"swiglu {label}", block_kernels.swiglu(gate, up), kernels.swiglu_reference(gate, up))
+    compare(f"swiglu_backward {label}", block_kernels.swiglu_backward(dout, gate, up), kernels.swiglu_backward_reference(dout, gate, up))
+    logits, targets = 5 * randn(4, 9000), torch.tensor([0, 8999, 17, 4096])
+    if dtype == torch.float32:
+        compare("pick_logps", block_kernels.pick_logps(logits, targets), kernels.pick_logps_reference(logits, targets))
+    rest = (logits, logits.logsumexp(-1), targets, randn(4, seed=8), dtype)
+    compare(f"logits_gradient {label}", block_kernels.logits_gradient(*rest), kernels.logits_gradient_reference(*rest))
+    states = []
+    for adamw in (block_kernels.adamw, kernels.adamw_reference):
+        split = kernels.split_master(randn(3000, seed=5))
+        m, v = randn(3000, seed=6).mul(0.1).to(dtype), randn(3000, seed=7).square().to(dtype)
+        adamw(*split, m, v, randn(3000, seed=9, dtype=dtype), 0.5, 1e-3, 0.1, 0.9, 0.999, 1e-8, 7, 12345)
+        states.append((kernels.join_master(*split), m, v))
+    compare(f"adamw {label}", *states)
+json.dump(errors, sys.stdout)

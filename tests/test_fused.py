@@ -1,0 +1,209 @@
+"""The hand-written block and AdamW on split masters, each against its plain twin; their Triton kernels in Triton's interpreter."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import gradients, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
+from torch.autograd.graph import saved_tensors_hooks
+
+import kernels
+from kernels import join_master, split_master
+from model import Llama, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
+from optim import SplitAdamW, adamw, apply_gradients, keep_masters
+
+DOCUMENTS = random_documents(97)
+pytestmark = pytest.mark.usefixtures("ranks")  # gradient norms are summed over a process group, here of one
+BIASES = dict(qkv_bias=True, o_bias=True, mlp_bias=True)
+
+
+def build(fused, lora=(), dtype=torch.float32, **config):
+    model = random_llama(tiny_config(**config)).to(dtype)
+    if lora:
+        apply_lora(model, rank=3, alpha=6.0, targets=lora)
+        init_lora(model, seed=4)
+        for name, param in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(param, std=0.1, generator=torch.Generator().manual_seed(5))
+    if fused:
+        apply_fused(model)
+    return model
+
+
+def loss_and_gradients(model):
+    loss = nll_sum(model, DOCUMENTS)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+# ---------------------------------------------------------------- the block
+
+
+@pytest.mark.parametrize("config", [{}, BIASES, dict(tie_word_embeddings=True)], ids=("plain", "biases", "tied"))
+@pytest.mark.parametrize("lora", [(), ("q_proj", "down_proj"), ("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")], ids=" ".join)
+@pytest.mark.parametrize("recompute", ["none", "half", "full"])
+def test_fused_equals_plain(config, lora, recompute):
+    """Loss and every gradient; under LoRA the frozen weights have none in either."""
+    (loss, grads), (expected_loss, expected) = (loss_and_gradients(build(fused, lora, **config)) for fused in (True, False))
+    assert loss == pytest.approx(expected_loss, rel=1e-6) and grads.keys() == expected.keys()
+    assert max(relative_error(grads[name], expected[name]) for name in expected) < 1e-5
+    model = build(True, lora, **config)
+    apply_recompute(model, recompute)
+    _, again = loss_and_gradients(model)
+    assert max(relative_error(again[name], grads[name]) for name in grads) < 1e-6
+
+
+def test_fused_in_bf16():
+    """Both round to bf16 on the way, in different places; a formula that is wrong is off by far more."""
+    (loss, grads), (expected_loss, expected) = (loss_and_gradients(build(fused, dtype=torch.bfloat16)) for fused in (True, False))
+    exact = loss_and_gradients(build(False))[1]
+
+    def error(some):
+        return max(((some[name].float() - exact[name]).norm() / exact[name].norm()).item() for name in exact)
+
+    assert loss == pytest.approx(expected_loss, rel=5e-3) and error(grads) < max(0.08, 1.2 * error(expected))
+
+
+def test_fused_without_adapters_is_the_base():
+    model, base = build(True, ("q_proj", "gate_proj")), build(True)
+    with adapters_disabled(model):
+        assert torch.equal(model(*stream(DOCUMENTS)), base(*stream(DOCUMENTS)))
+
+
+def test_fused_keeps_less_for_the_backward():
+    """Bytes per token and layer, in float32: x D, q and out HK, k and v GK, the middle D, gate and up I."""
+    D, HK, GK, inner = 40, 48, 24, 56
+    kept = {}
+    for fused in (True, False):
+        sizes = {}
+        model = build(fused, num_hidden_layers=6)
+
+        params = {p.data_ptr() for p in model.parameters()}
+
+        def pack(x, sizes=sizes, params=params):
+            if x.data_ptr() not in params:
+                sizes[x.data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with saved_tensors_hooks(pack, lambda x: x):
+            loss = nll_sum(model, DOCUMENTS)
+            kept[fused] = sum(sizes.values()) / sum(map(len, DOCUMENTS)) / 6
+        loss.backward()
+    block = 4 * (2 * D + 2 * HK + 2 * GK + 2 * inner)
+    assert block <= kept[True] < 2 * block < kept[False], (kept, block)  # on a CPU attention keeps copies of each document's q, k, v too
+
+
+def test_matrices_take_their_gradients_in_float32():
+    """bf16 weights, two micro-batches: what fp32 accumulation of each micro-batch's product gives, not a sum rounded to bf16."""
+    model, plain = (build(True, dtype=torch.bfloat16) for _ in range(2))
+    keep_masters(model, torch.float32)
+    halves, sums = (DOCUMENTS[:2], DOCUMENTS[2:]), {}
+    for half in halves:
+        nll_sum(model, half).backward()
+        nll_sum(plain, half).backward()
+        for name, grad in gradients(plain).items():
+            sums[name] = sums.get(name, 0) + grad.float()
+        plain.zero_grad()
+    for name, grad in gradients(model).items():
+        assert grad.dtype == torch.float32
+        assert (grad - sums[name]).norm() / sums[name].norm() < 6e-3, name  # the plain ones are rounded once a micro-batch
+    matrix = model.model.layers[0].mlp.up_proj.weight.grad
+    assert not torch.equal(matrix, matrix.bfloat16().float())
+
+
+# ---------------------------------------------------------------- split masters
+
+
+def test_split_masters_hold_every_bit():
+    """Random patterns of all magnitudes, a tie (0x8000), both signs, zeros and the largest number that rounds to a finite bf16."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    special = torch.tensor([0, 0x3F808000, 0x3F807FFF, 0x3F808001, 0x7F7F7FFF, 0x00008000], dtype=torch.int32)
+    master = torch.cat((bits, special, special | -(2**31))).view(torch.float32)
+    master = master[master.isfinite() & (master.abs() < 3.3e38)]
+    weight, low_bits = split_master(master)
+    assert torch.equal(join_master(weight, low_bits).view(torch.int32), master.view(torch.int32))
+    nearest = master.bfloat16()
+    differs = weight != nearest
+    assert torch.equal((weight.float() - master).abs(), (nearest.float() - master).abs())  # to nearest, also where a tie goes the other way
+    assert differs.sum() < 20
+
+
+def split_and_whole(moments):
+    """A bf16 model with split masters, and a float32 one of the same weights, with their optimizers."""
+    split, whole = (random_llama(tiny_config(), std=0.02).bfloat16() for _ in range(2))
+    keep_masters(split, torch.float32)
+    whole = whole.float()
+    return split, whole, adamw(split, 0.1, moments), adamw(whole, 0.1)
+
+
+def step_both(split, whole, optimizers, step):
+    for (name, p), q in zip(split.named_parameters(), whole.parameters(), strict=True):
+        generator = torch.Generator().manual_seed(1000 * step + len(name))
+        p.grad = torch.randn(p.shape, generator=generator) * 1e-3
+        q.grad = p.grad.clone()
+    return [apply_gradients(optimizer, 1e-3, 0.05) for optimizer in optimizers]  # clipped: the norm is about 0.2
+
+
+def test_split_adamw_is_torch_adamw():
+    """Five clipped steps with decay: masters and moments equal torch's fused AdamW on float32 weights to rounding."""
+    split, whole, *optimizers = split_and_whole(torch.float32)
+    assert isinstance(optimizers[0], SplitAdamW)
+    start = [q.detach().clone() for q in whole.parameters()]
+    for step in range(5):
+        norms = step_both(split, whole, optimizers, step)
+        assert norms[0] == norms[1] > 0.05
+    for p, q, before in zip(split.parameters(), whole.parameters(), start, strict=True):
+        torch.testing.assert_close(join_master(p.detach(), p.low_bits), q.detach(), rtol=1e-6, atol=1e-8)
+        assert (q - before).abs().max() > 1e-3
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert relative_error(optimizers[0].state[p][key], optimizers[1].state[q][key]) < 1e-6
+
+
+def test_bf16_moments_follow_float32_ones():
+    """200 steps of a gradient that is always 1: v grows by 0.1 % of what is missing and to nearest would stop at the first value whose
+    spacing is twice that; stochastic rounding goes on, without bias."""
+    n, steps = 4096, 200
+    weight, low_bits = split_master(torch.zeros(n))
+    m, v = (torch.zeros(n, dtype=torch.bfloat16) for _ in range(2))
+    for step in range(1, steps + 1):
+        kernels.adamw(weight, low_bits, m, v, torch.ones(n), 1.0, 1e-3, 0.0, 0.9, 0.999, 1e-8, step, seed=step)
+    assert v.float().mean().item() == pytest.approx(1 - 0.999**steps, rel=1e-3)
+    assert m.float().mean().item() == pytest.approx(1.0, rel=1e-3)
+    nearest = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(steps):
+        nearest = (0.999 * nearest.float() + 0.001).bfloat16()
+    assert nearest.item() < 0.999 * (1 - 0.999**steps) or nearest.item() > 1.001 * (1 - 0.999**steps)
+    assert join_master(weight, low_bits).mean().item() == pytest.approx(-1e-3 * steps, rel=1e-2)  # each step moves by lr
+
+
+def test_random_bits_are_uniform_and_new_every_step():
+    first, second = (kernels.random_bits(100_000, seed, "cpu") for seed in (1 << 12, 2 << 12))
+    for bits in (first & 0xFFFF, first >> 16, (first ^ second) & 0xFFFF):
+        assert abs(bits.double().mean() / 32767.5 - 1) < 0.01 and bits.min() < 10 and bits.max() > 65525
+    assert torch.corrcoef(torch.stack([first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16]).double())[0, 1:].abs().max() < 0.02
+
+
+# ---------------------------------------------------------------- Triton
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")
+def test_kernels_in_the_interpreter():
+    script = Path(__file__).parent / "block_interpreted.py"
+    run = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    errors = json.loads(run.stdout)
+    assert len(errors) > 20 and all(value < 2e-6 for name, value in errors.items() if "bf16" not in name), errors
+    assert all(value < 1e-2 for value in errors.values()), errors
+
+
+def test_presets_can_be_fused():
+    with torch.device("meta"):
+        model = Llama(tiny_config())
+    apply_fused(model)
+    assert all(layer.fused for layer in model.model.layers)
