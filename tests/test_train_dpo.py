@@ -275,11 +275,13 @@ def test_reference_key_is_content():
     """CHECKS 7: change any part, a miss; the model's path, the batch size or the learning rate are not parts."""
     cpu = SimpleNamespace(device=torch.device("cpu"))
 
-    def key(weights="w", tokens="t", precision="fp32", ranks=cpu, **ignored):
-        return train_dpo.reference_key(weights, SimpleNamespace(fingerprint=tokens), SimpleNamespace(precision=precision, **ignored), ranks)
+    def key(weights="w", tokens="t", share_prefix=True, precision="fp32", ranks=cpu, **ignored):
+        pairs = SimpleNamespace(fingerprint=tokens, share_prefix=share_prefix)
+        return train_dpo.reference_key(weights, pairs, SimpleNamespace(precision=precision, **ignored), ranks)
 
     cuda = SimpleNamespace(device=torch.device("cuda"))
-    keys = [key(), key(weights="x"), key(tokens="x"), key(precision="bf16"), key(ranks=cuda), key(precision="bf16", ranks=cuda)]
+    keys = [key(), key(weights="x"), key(tokens="x"), key(share_prefix=False), key(precision="bf16"), key(ranks=cuda)]
+    keys += [key(precision="bf16", ranks=cuda)]
     assert len(set(keys)) == len(keys)
     assert key(model_path="elsewhere", global_batch_size=7, lr=1.0) == key()
 
