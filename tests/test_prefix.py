@@ -23,6 +23,7 @@ from world import (
 )
 
 from data import Documents, Pairs
+from model import apply_recompute
 from train_dpo import answer_logps
 
 repeatable = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -184,6 +185,17 @@ def test_conversations(world, tmp_path, ranks, supervise, max_seq_len):
     expected, expected_grads = logps_and_gradients(model, plain, np.arange(len(plain)), whole_gradients)
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
     assert_gradients_equal(grads, expected_grads, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputed_blocks_share_too(mode):
+    rows, _ = CASES["all of them"]
+    model, pairs, ids = random_llama(tiny_config()), make_pairs(rows), np.arange(len(rows))
+    expected, expected_grads = logps_and_gradients(model, pairs, ids)
+    apply_recompute(model, mode)
+    logps, grads = logps_and_gradients(model, pairs, ids)
+    assert torch.equal(logps, expected)
+    assert_gradients_equal(grads, expected_grads)
 
 
 def test_a_window_is_compared_with_whole_documents():
