@@ -6,6 +6,7 @@ A packed stream is documents laid end to end; document n is rows cu_seqlens[n]:c
 
 import functools
 import inspect
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,32 @@ IGNORE_INDEX = -100  # target of a position that is not supervised
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def attention(q, k, v, cu_seqlens, max_seqlen):
+class SharedPrefix(NamedTuple):
+    """Where the keys and values of each document are, in a stream in which a document may leave out the prefix that it shares with another.
+
+    Document n, prefix and all, is the rows kv_index[cu_seqlens_k[n]:cu_seqlens_k[n+1]]; the last of them are its queries. No row may be
+    there more than twice: the gather's backward then adds at most two numbers, in either order, so that it repeats bit for bit on CUDA.
+    """
+
+    kv_index: torch.Tensor  # (U,) int64, U tokens of all documents
+    cu_seqlens_k: torch.Tensor  # (N + 1,) int32
+
+
+def attention(q, k, v, cu_seqlens, max_seqlen, shared=None):
     """Causal attention inside each document of a packed stream.
 
     q (T, H, K), k and v (T, G, K) with H a multiple of G (grouped heads are not repeated by the caller); cu_seqlens (N+1,) int32;
-    max_seqlen: length of the longest document, a Python int. Returns (T, H, K). Softmax scale is 1/sqrt(K).
+    max_seqlen: length of the longest document, prefix included, a Python int; shared: a SharedPrefix where documents have one.
+    Returns (T, H, K). Softmax scale is 1/sqrt(K).
     16-bit tensors on CUDA take torch's varlen flash kernel; everything else takes scaled_dot_product_attention document by document.
     """
+    k, v, cu_seqlens_k = _keys_and_values(k, v, cu_seqlens, shared)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **_GROUPED)  # (-1, 0): causal
-    return torch.cat([_causal_sdpa(*document) for document in _split_documents(q, k, v, cu_seqlens)])
+        # (-1, 0): causal, the last query beside the last key
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen, window_size=(-1, 0), **_GROUPED)
+    lengths, lengths_k = cu_seqlens.diff().tolist(), cu_seqlens_k.diff().tolist()
+    documents = zip(q.split(lengths), k.split(lengths_k), v.split(lengths_k), strict=True)
+    return torch.cat([_causal_sdpa(*document) for document in documents])
 
 
 def attention_path(device, precision):
@@ -37,28 +54,41 @@ def attention_path(device, precision):
     return "varlen_attn" if torch.device(device).type == "cuda" and precision == "bf16" else f"sdpa-{torch.device(device).type}"
 
 
-def attention_reference(q, k, v, cu_seqlens, max_seqlen):
-    """Plain twin of `attention`: explicit scores, an explicit (T, T) mask and softmax, in float32. O(T^2) memory."""
+def attention_reference(q, k, v, cu_seqlens, max_seqlen, shared=None):
+    """Plain twin of `attention`: explicit scores, an explicit (T, U) mask and softmax, in float32. O(T U) memory."""
     T, H, K = q.shape
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (T, H, K)
-    positions = torch.arange(T, device=q.device)
-    document = torch.bucketize(positions, cu_seqlens.long(), right=True)
-    visible = (document[:, None] == document[None, :]) & (positions[:, None] >= positions[None, :])  # (T, T)
+    k, v, cu_seqlens_k = _keys_and_values(k, v, cu_seqlens, shared)
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (U, H, K)
+    (document, left), (document_k, left_k) = _places(T, cu_seqlens), _places(k.shape[0], cu_seqlens_k)
+    visible = (document[:, None] == document_k) & (left[:, None] <= left_k)  # (T, U): a key has no fewer tokens behind it
     scores = torch.einsum("qhk,shk->hqs", q.float(), k.float()) / K**0.5
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqs,shk->qhk", weights, v.float()).to(q.dtype)
 
 
-def _split_documents(q, k, v, cu_seqlens):
-    lengths = cu_seqlens.diff().tolist()
-    return zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+def _keys_and_values(k, v, cu_seqlens, shared):
+    """k, v (U, G, K) of the documents end to end, every prefix with each document that begins with it; their boundaries (N+1,)."""
+    if shared is None:
+        return k, v, cu_seqlens
+    # index_select, not k[kv_index]: the latter's backward sorts the index
+    return k.index_select(0, shared.kv_index), v.index_select(0, shared.kv_index), shared.cu_seqlens_k
+
+
+def _places(T, cu_seqlens):
+    """(T,) number of each row's document, from 1, and how many of the document's rows are left from it on."""
+    row = torch.arange(T, device=cu_seqlens.device)
+    document = torch.bucketize(row, cu_seqlens.long(), right=True)
+    return document, cu_seqlens[document] - row
 
 
 def _causal_sdpa(q, k, v):
-    """One document: q (T, H, K), k and v (T, G, K) -> (T, H, K)."""
+    """One document: q (T, H, K), the last T of its U tokens; k and v (U, G, K) -> (T, H, K)."""
+    T, U = q.shape[0], k.shape[0]
+    # is_causal would align the first query with the first key
+    causal = {"is_causal": True} if T == U else {"attn_mask": q.new_ones(T, U, dtype=torch.bool).tril(U - T)}
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, K)
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1)
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T or U, K)
+    return F.scaled_dot_product_attention(*heads_first, **causal)[0].transpose(0, 1)
 
 
 # ---------------------------------------------------------------- the pieces of a block

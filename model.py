@@ -285,13 +285,14 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, tap=None, cache=None, resume=None):
+    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, tap=None, cache=None, resume=None, shared=None):
         """Hidden states after the final norm, (T, D), of a packed stream.
 
         input_ids, position_ids (T,) int64, positions counted from 0 in each document; cu_seqlens (N+1,) int32; max_seqlen int.
         tap(layer, hidden) -> hidden, if given, sees and may replace the residual stream (T, D) after every block (layer = 0..L-1),
         before the final norm: the one place to read from and to steer at. cache: a KVCache that holds the documents' earlier tokens.
         resume=(first, hidden): skip the embedding and the blocks below `first`; hidden (T, D) is the stream that enters it.
+        shared: a kernels.SharedPrefix; its branches' positions count from the prefix's length, max_seqlen is of whole documents.
         """
         config = self.config
         longest = max_seqlen if cache is None else cache.slots  # a new token sees all the cached ones
@@ -302,7 +303,7 @@ class Llama(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         first, hidden = resume if resume is not None else (0, self.model.embed_tokens(input_ids))
         for index, layer in enumerate(self.model.layers[first:], first):
-            attend = attention if cache is None else functools.partial(cache.attend, index)
+            attend = functools.partial(attention, shared=shared) if cache is None else functools.partial(cache.attend, index)
             hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen, attend)
             if tap is not None:
                 hidden = tap(index, hidden)

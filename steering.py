@@ -61,7 +61,7 @@ def document_logps(model, batch, hidden=None):
     """Summed log-prob of each document's supervised tokens (N,) float32 and their number (N,); hidden (T, D) if it is there already."""
     if hidden is None:
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-    logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets[batch.supervised])
+    logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)
     return segment_sums(logps, batch.supervised_offsets), batch.supervised_offsets.diff()
 
 

@@ -90,8 +90,8 @@ def answer_logps(model, batch, num_pairs):
 
     The policy and the reference both come from here, so at step 0 they are the same numbers to the last bit.
     """
-    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # (T, D)
-    logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets[batch.supervised])  # (S,)
+    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, shared=batch.shared)  # (T, D)
+    logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)  # (S,)
     sums = segment_sums(logps, batch.supervised_offsets)  # one per document: the chosen ones, then the rejected ones
     return sums[: 2 * num_pairs].view(2, num_pairs), batch.supervised_offsets.diff()[: 2 * num_pairs].view(2, num_pairs)
 
@@ -163,9 +163,10 @@ SAVE_SECONDS = 60
 
 def reference_key(weights, pairs, config, ranks):
     """sha256 of everything that the reference log-probs depend on: the weights' content, tokens and mask (hence template and supervised
-    turns), compute dtype, kernels and attention path."""
+    turns), compute dtype, kernels and attention path, and whether prefixes are shared: policy and reference round alike."""
     path = attention_path(ranks.device, config.precision)
-    return hashlib.sha256(json.dumps([weights, pairs.fingerprint, config.precision, config.kernels, path]).encode()).hexdigest()
+    parts = [weights, pairs.fingerprint, config.precision, config.kernels, path, pairs.share_prefix]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -258,7 +259,9 @@ def main(argv):
     checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **IMPLICIT})
-    ranks.say(f"DPO: {len(pairs):,} pairs, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
+    computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
+    sharing = f"; prefix sharing computes {computed:.1%} of the tokens" if pairs.share_prefix else ""
+    ranks.say(f"DPO: {len(pairs):,} pairs, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s){sharing}")
 
     def batch_ids(step):
         return step_examples(step, len(pairs), config.global_batch_size, config.seed)

@@ -27,7 +27,7 @@ def nll_sum(model, batch):
     Hidden states of unsupervised positions are dropped before the vocabulary matmul, the largest of the model.
     """
     hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # (T, D)
-    return -token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets[batch.supervised]).sum()
+    return -token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets).sum()
 
 
 def loss_denominator(loss, num_tokens, num_sequences):

@@ -48,8 +48,8 @@ def pretrain(texts, tokenizer, steps=600, batch_size=8, lr=1e-2, seed=0):
         chosen = [documents[i] for i in step_examples(step, len(documents), batch_size, seed)]
         batch = pack([(ids, [True] * len(ids)) for ids in chosen])
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # (T, D)
-        logps = token_logps(hidden, model.lm_head.weight, batch.targets)  # (T,), 0 at each document's last token
-        loss = -logps.sum() / len(batch.supervised)
+        logps = token_logps(hidden[batch.supervised], model.lm_head.weight, batch.targets)  # of all but each document's last token
+        loss = -logps.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, "cosine", warmup=20)

@@ -20,6 +20,7 @@ import optim
 import tsne
 from kernels import (
     IGNORE_INDEX,
+    SharedPrefix,
     attention,
     attention_reference,
     rms_norm,
@@ -34,6 +35,7 @@ from plumbing import parallel
 BF16 = 2e-2  # a product of two bf16 roundings (0.4 % each), through a few operations
 LENGTHS = (257, 1, 130, 64)
 DOCUMENTS = random_documents(1000, LENGTHS)
+PAIRS = ((200, 57, 300), (0, 1, 129), (64, 66, 1), (1, 63, 63), (128, 0, 65))  # tokens: shared prefix, rest of chosen, rest of rejected
 
 
 def randn(*shape, seed=0, dtype=torch.bfloat16):
@@ -128,6 +130,44 @@ def check_attention_is_repeatable():
     q, k, v = randn(sum(LENGTHS), 8, 128), randn(sum(LENGTHS), 2, 128, seed=1), randn(sum(LENGTHS), 2, 128, seed=2)
     first = attention(q, k, v, cu_seqlens, max(LENGTHS))
     assert all(torch.equal(first, attention(q, k, v, cu_seqlens, max(LENGTHS))) for _ in range(10))
+    return {}
+
+
+def shared_stream():
+    """PAIRS as data.pack lays them out, on the GPU: cu_seqlens, longest document, SharedPrefix; prefix lengths of all documents."""
+    own, prefixes = [p + c for p, c, _ in PAIRS] + [r for *_, r in PAIRS], [0] * len(PAIRS) + [p for p, *_ in PAIRS]
+    rows = torch.arange(sum(own)).split(own)
+    kv_index = [torch.cat([rows[d - len(PAIRS)][:prefix], rows[d]]) for d, prefix in enumerate(prefixes)]
+    cu_seqlens, cu_seqlens_k = (torch.tensor([0, *lengths]).cumsum(0).int().cuda() for lengths in (own, map(len, kv_index)))
+    return (cu_seqlens, max(map(len, kv_index)), SharedPrefix(torch.cat(kv_index).cuda(), cu_seqlens_k)), prefixes
+
+
+def check_shared_attention_bf16():
+    """Fewer queries than keys, forward and backward: branches of odd lengths behind a prefix, and none, and grouped heads."""
+    stream, _ = shared_stream()
+    T, worst = int(stream[0][-1]), {}
+    for H, G, K in ((8, 8, 64), (8, 2, 128), (6, 3, 64)):
+        inputs = randn(T, H, K), randn(T, G, K, seed=1), randn(T, G, K, seed=2)
+        errors = twins(*(lambda *x, f=f: f(*x, *stream) for f in (attention, attention_reference)), *inputs)
+        worst = {key: max(value, worst.get(key, 0)) for key, value in errors.items()}
+    return assert_below(worst, BF16)
+
+
+def check_shared_attention_fp32():
+    stream, _ = shared_stream()
+    inputs = [randn(int(stream[0][-1]), heads, 64, seed=heads, dtype=torch.float32) for heads in (4, 2, 2)]
+    return assert_below(twins(*(lambda *x, f=f: f(*x, *stream) for f in (attention, attention_reference)), *inputs), 1e-5)
+
+
+def check_shared_attention_is_repeatable():
+    """Forward bit for bit, and the backward of its gather, which adds two rows of a prefix at most."""
+    stream, _ = shared_stream()
+    T, kv_index = int(stream[0][-1]), stream[2].kv_index
+    q, k, v = randn(T, 8, 128), randn(T, 2, 128, seed=1), randn(T, 2, 128, seed=2)
+    first, (grad,) = attention(q, k, v, *stream), value_and_gradients(lambda k: k.index_select(0, kv_index), k)[1]
+    for _ in range(10):
+        assert torch.equal(first, attention(q, k, v, *stream))
+        assert torch.equal(grad, value_and_gradients(lambda k: k.index_select(0, kv_index), k)[1][0])
     return {}
 
 
@@ -286,6 +326,26 @@ def check_packed_equals_alone_bf16():
     errors = {"hidden": error(together, alone), "worst gradient": worst}
     assert all(value < BF16 for value in errors.values()), errors
     return errors
+
+
+def check_shared_prefix_bf16():
+    """A model's hidden states and gradients with every prefix once, against the stream that repeats it."""
+    model = cuda_llama(torch.bfloat16)
+    (cu_seqlens, longest, shared), prefixes = shared_stream()
+    ids = random_documents(1000, (int(cu_seqlens[-1]),))[0].cuda()
+    whole = [ids[rows] for rows in shared.kv_index.split(shared.cu_seqlens_k.diff().tolist())]
+    positions = torch.cat([torch.arange(prefix, len(document)) for prefix, document in zip(prefixes, whole)]).cuda()
+    weights = randn(int(shared.cu_seqlens_k[-1]), model.config.hidden_size)  # of all documents' hidden states in the sum to be derived
+
+    together = model(ids, positions, cu_seqlens, longest, shared=shared)[shared.kv_index]
+    (together * weights).sum().backward()
+    grads = gradients(model)
+    model.zero_grad()
+    repeated = model(*packed([document.cpu() for document in whole]))
+    (repeated * weights).sum().backward()
+    errors = {"hidden": error(together, repeated)}
+    errors["worst gradient"] = max(error(grads[name], grad) for name, grad in gradients(model).items())
+    return assert_below(errors, 5e-2)
 
 
 def check_generation():

@@ -17,7 +17,6 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 import data
 from data import Documents, Pairs, Tokenizer, encode_chat, pack
-from kernels import IGNORE_INDEX
 from model import LlamaConfig
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
@@ -307,7 +306,7 @@ def config(tmp_path):
 
     write(chat("Hi 19", "you 39"))
     keys = dict(data={str(path): 1.0}, data_eval=None, template="tulu", max_seq_len=64, supervise="all", cache_dir=tmp_path / "cache")
-    return SimpleNamespace(write=write, path=path, **keys)
+    return SimpleNamespace(write=write, path=path, share_prefix=False, **keys)
 
 
 def contents(documents):
@@ -473,9 +472,10 @@ def test_pack_by_hand():
     assert batch.input_ids.tolist() == [5, 6, 7, 8, 9]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 3, 5] and batch.max_seqlen == 3
-    assert batch.targets.tolist() == [6, 7, IGNORE_INDEX, 9, IGNORE_INDEX]
-    assert batch.supervised.tolist() == [0, 1, 3] and batch.supervised_offsets.tolist() == [0, 2, 3]
-    kinds = [(field.name, getattr(batch, field.name).dtype) for field in dataclasses.fields(batch) if field.name != "max_seqlen"]
+    assert batch.supervised.tolist() == [0, 1, 3] and batch.targets.tolist() == [6, 7, 9] and batch.supervised_offsets.tolist() == [0, 2, 3]
+    assert batch.shared is None
+    tensors = [field.name for field in dataclasses.fields(batch) if field.name not in ("max_seqlen", "shared")]
+    kinds = [(name, getattr(batch, name).dtype) for name in tensors]
     assert kinds == [(name, torch.int32 if name == "cu_seqlens" else torch.int64) for name, _ in kinds]
     moved = batch.to("cpu")
     assert all(torch.equal(getattr(batch, name), getattr(moved, name)) for name, _ in kinds) and moved.max_seqlen == 3
@@ -489,10 +489,10 @@ def test_packed_documents_can_be_taken_apart_again(tokens):
     for d, document in enumerate(tokens):
         span = slice(starts[d], starts[d + 1])
         assert batch.input_ids[span].tolist() == [i for i, _ in document]
-        assert batch.targets[span].tolist() == [i if keep else IGNORE_INDEX for i, keep in document[1:]] + [IGNORE_INDEX]
-        own = batch.supervised[batch.supervised_offsets[d] : batch.supervised_offsets[d + 1]]
-        assert own.tolist() == [starts[d] + t - 1 for t, (_, keep) in enumerate(document) if keep and t > 0]
-    assert len(batch.supervised) == (batch.targets != IGNORE_INDEX).sum()
+        own = slice(*batch.supervised_offsets[d : d + 2].tolist())
+        assert batch.supervised[own].tolist() == [starts[d] + t - 1 for t, (_, keep) in enumerate(document) if keep and t > 0]
+        assert batch.targets[own].tolist() == [i for i, keep in document[1:] if keep]
+    assert len(batch.supervised) == len(batch.targets) == batch.supervised_offsets[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- step plan

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import (
     IGNORE_INDEX,
+    SharedPrefix,
     attention,
     attention_reference,
     rms_norm,
@@ -69,11 +70,56 @@ def test_attention_gradcheck():
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, cu_seqlens, 3), (q, k, v))
 
 
+def shared_stream(*documents):
+    """(T, cu_seqlens, longest document, SharedPrefix) of documents given as (whose prefix, its length, own tokens), laid end to end."""
+    own = [count for _, _, count in documents]
+    rows = torch.arange(sum(own)).split(own)
+    kv_index = [torch.cat([rows[whose][:prefix], rows[d]]) for d, (whose, prefix, _) in enumerate(documents)]
+    cu_seqlens, cu_seqlens_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (own, [len(rows) for rows in kv_index]))
+    return sum(own), cu_seqlens, max(map(len, kv_index)), SharedPrefix(torch.cat(kv_index), cu_seqlens_k)
+
+
+# whole documents of 5, 1 and 4 tokens; branches behind 3, all 1 and no tokens of theirs
+BRANCHES = shared_stream((0, 0, 5), (1, 0, 1), (2, 0, 4), (0, 3, 7), (1, 1, 2), (2, 0, 1))
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 8), (6, 2, 5), (3, 1, 16)])
+def test_attention_behind_a_shared_prefix_equals_reference(heads, kv_heads, head_dim):
+    T, *stream = BRANCHES
+    q, k, v = randn(T, heads, head_dim), randn(T, kv_heads, head_dim, seed=1), randn(T, kv_heads, head_dim, seed=2)
+    assert_twins(*(lambda q, k, v, f=f: f(q, k, v, *stream) for f in (attention, attention_reference)), (q, k, v))
+
+
+def test_attention_behind_a_shared_prefix_is_that_of_the_repeated_prefix():
+    """The same numbers with every document whole: its own copy of the prefix, whose queries are then dropped."""
+    T, cu_seqlens, longest, shared = BRANCHES
+    q, k, v = randn(T, 6, 5), randn(T, 2, 5, seed=1), randn(T, 2, 5, seed=2)
+    last = torch.cat([torch.arange(end - own, end) for own, end in zip(cu_seqlens.diff(), shared.cu_seqlens_k[1:])])
+
+    def repeated(q, k, v):
+        return attention_reference(*(x[shared.kv_index] for x in (q, k, v)), shared.cu_seqlens_k, longest)[last]
+
+    assert_twins(lambda q, k, v: attention(q, k, v, cu_seqlens, longest, shared), repeated, (q, k, v))
+
+
+def test_attention_behind_a_shared_prefix_by_hand():
+    """A document of rows 0 and 1 and a branch of row 2 behind row 0. As above, rows 0 and 1 give 10 and 17.5. Row 2 sees row 0, score 0,
+    and itself, ln 3: 10/4 + 3*30/4 = 25. It does not see row 1."""
+    q, k, v = torch.ones(3, 1, 1), torch.tensor([1.0, 3.0, 3.0]).log().view(3, 1, 1), torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1)
+    shared = SharedPrefix(torch.tensor([0, 1, 0, 2]), torch.tensor([0, 2, 4], dtype=torch.int32))
+    for function in (attention, attention_reference):
+        out = function(q, k, v, torch.tensor([0, 2, 3], dtype=torch.int32), 2, shared)
+        torch.testing.assert_close(out.flatten(), torch.tensor([10.0, 17.5, 25.0]))
+
+
 def test_this_torch_accepts_grouped_heads_on_a_gpu():
     """Shapes only, no device needed: releases differ in whether varlen_attn must be asked for grouped heads."""
     with FakeTensorMode():
         q, kv = (torch.empty(10, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
-        assert attention(q, kv, kv, torch.empty(3, device="cuda", dtype=torch.int32), 6).shape == (10, 4, 64)
+        cu_seqlens = torch.empty(3, device="cuda", dtype=torch.int32)
+        assert attention(q, kv, kv, cu_seqlens, 6).shape == (10, 4, 64)
+        shared = SharedPrefix(torch.empty(13, device="cuda", dtype=torch.int64), cu_seqlens)
+        assert attention(q, kv, kv, cu_seqlens, 6, shared).shape == (10, 4, 64)
 
 
 # ---------------------------------------------------------------- rms_norm

@@ -275,12 +275,12 @@ def test_reference_key_is_content():
     """CHECKS 7: change any part, a miss; the model's path, the batch size or the learning rate are not parts."""
     cpu = SimpleNamespace(device=torch.device("cpu"))
 
-    def key(weights="w", tokens="t", ranks=cpu, **keys):
-        config = SimpleNamespace(**{"precision": "fp32", "kernels": "fused"} | keys)
-        return train_dpo.reference_key(weights, SimpleNamespace(fingerprint=tokens), config, ranks)
+    def key(weights="w", tokens="t", share_prefix=True, ranks=cpu, **keys):
+        pairs = SimpleNamespace(fingerprint=tokens, share_prefix=share_prefix)
+        return train_dpo.reference_key(weights, pairs, SimpleNamespace(**{"precision": "fp32", "kernels": "fused"} | keys), ranks)
 
     cuda = SimpleNamespace(device=torch.device("cuda"))
-    keys = [key(), key(weights="x"), key(tokens="x"), key(precision="bf16"), key(kernels="plain")]
+    keys = [key(), key(weights="x"), key(tokens="x"), key(share_prefix=False), key(precision="bf16"), key(kernels="plain")]
     keys += [key(ranks=cuda), key(precision="bf16", ranks=cuda)]
     assert len(set(keys)) == len(keys)
     assert key(model_path="elsewhere", global_batch_size=7, lr=1.0) == key()
