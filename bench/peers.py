@@ -254,14 +254,14 @@ def main():
     unit, per_example = ("pairs_per_s", 1.0) if len(sides) == 2 else ("tokens_per_s", tokens)
     step = args.micro_batch * args.accumulate * per_example
     line = {"name": args.name, unit: step / result["step_s"], f"mean_{unit}": step / result["mean_step_s"], **result}
-    line["settings"] = {key: str(value) for key, value in settings.items() if key not in line}
+    line["settings"] = {key: value for key, value in settings.items() if key not in line}
     used = [name for name in ("torch", "transformers", "peft", "trl", "liger_kernel") if name in sys.modules]
     line["versions"] = {name: importlib.metadata.version(name) for name in used}
     line |= {"tokens_per_example": tokens, "hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"}
     print("\n".join(f"{key:18} {value}" for key, value in line.items()))
     if args.out:
         with args.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, default=str) + "\n")
 
 
 if __name__ == "__main__":
