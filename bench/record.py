@@ -1,7 +1,8 @@
 """Keep a measurement: `python bench/record.py RUN_FOLDER --metric sft_full` appends to bench/results.jsonl and renders bench/RESULTS.md.
 
 RUN_FOLDER is a finished run of train_sft.py or train_dpo.py. Throughput is the median over the steps after the first SKIP, per GPU, and in
-pairs/s for DPO. A peer is measured by its own script in the same session on the same machine and given with --peer NAME --peer-value X.
+pairs/s for DPO. A peer is measured in the same session on the same machine and given with --peer NAME --peer-value X or, when
+bench/peers.py measured it, with --peer NAME --peer-file FILE.jsonl. A ratio above 1 is in our favour, for memory too.
 """
 
 import argparse
@@ -25,7 +26,20 @@ def measure(folder):
     values["tokens_per_s"] /= gpus
     if manifest["stage"] == "dpo":
         values["pairs_per_s"] = config["global_batch_size"] / values["step_s"] / gpus
+    values["data"] = [Path(name).name for name in config["data"]]
     return values | {"peak_mem_gib": max(line["peak_mem_gib"] for line in steps)}, manifest
+
+
+def round_4(value):
+    return float(f"{value:.4g}")
+
+
+def fastest_peer(path, name, data, key):
+    """The line of FILE.jsonl with the largest `key` among those that bench/peers.py wrote as `name` on the rows of our run."""
+    lines = [line for line in map(json.loads, path.read_text().splitlines()) if line["name"] == name and line["settings"]["data"] in data]
+    if not lines:
+        raise ValueError(f"{path}: no line of {name!r} on {data}; expected one from bench/peers.py in the same session")
+    return max(lines, key=lambda line: line[key])
 
 
 def render():
@@ -44,17 +58,25 @@ def main():
     parser.add_argument("--commit", help="where the run's manifest does not know it")
     parser.add_argument("--peer")
     parser.add_argument("--peer-value", type=float)
+    parser.add_argument("--peer-file", type=Path, help="what bench/peers.py wrote; the fastest line of --peer on the same rows counts")
     args = parser.parse_args()
 
     values, manifest = measure(args.folder)
     key, unit = ("pairs_per_s", "pairs/s") if "pairs_per_s" in values else ("tokens_per_s", "tokens/s")
-    rows = {args.metric: (values[key], unit), f"mfu_{args.metric}": (values["mfu"], "of matmul peak")}
-    rows[f"mem_{args.metric}"] = (values["peak_mem_gib"], "GiB")
+    peer, peer_value, peer_memory = args.peer, args.peer_value, None
+    if args.peer_file:
+        line = fastest_peer(args.peer_file, args.peer, values["data"], key)
+        options = [name for name in ("compile", "liger") if line["settings"][name]]
+        about = [f"{name} {version}" for name, version in line["versions"].items() if name != "torch"]
+        peer = ", ".join([args.peer, *options, f"recompute {line['recompute']}", *about])
+        peer_value, peer_memory = line[key], line["peak_mem_gib"]
+    rows = {args.metric: (values[key], unit, peer_value, 1), f"mfu_{args.metric}": (values["mfu"], "of matmul peak", None, 1)}
+    rows[f"mem_{args.metric}"] = (values["peak_mem_gib"], "GiB", peer_memory, -1)
     with (HERE / "results.jsonl").open("a") as file:
-        for metric, (value, unit) in rows.items():
-            peer = (args.peer, args.peer_value, value / args.peer_value) if args.peer and metric == args.metric else (None, None, None)
+        for metric, (value, unit, theirs, sign) in rows.items():
+            beside = (peer, round_4(theirs), round_4((value / theirs) ** sign)) if theirs else (None, None, None)
             about = (manifest["hardware"], manifest["world_size"], manifest["versions"]["torch"], args.commit or manifest["commit"])
-            line = (metric, float(f"{value:.4g}"), unit, *peer, *about, manifest["started"][:10], manifest["command"])
+            line = (metric, round_4(value), unit, *beside, *about, manifest["started"][:10], manifest["command"])
             file.write(json.dumps(dict(zip(COLUMNS, line, strict=True))) + "\n")
     render()
 

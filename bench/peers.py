@@ -1,0 +1,268 @@
+"""The other side of our training measurements: transformers, peft and TRL on the rows of bench/world.py, one GPU, steady state.
+
+    python bench/peers.py NAME --world runs/bench [--data dpo_mix.jsonl] [--seconds 40] [--out FILE.jsonl]
+
+hf_sft, hf_lora        transformers in a bare loop: no trainer, no logging, nothing but the step
+trl_sft                TRL's SFTTrainer
+trl_dpo, trl_dpo_lora  TRL's DPOTrainer with precomputed reference log-probs
+
+Full fine-tuning is pure bf16 (weights, gradients, AdamW's states), less than ours keeps. LoRA: r = 64, alpha = 128 on all linears of a bf16
+model, float32 adapters under autocast, the defaults of peft and TRL. Weights are random, made on the device. `bench/record.py --peer NAME
+--peer-file FILE.jsonl` puts what this measured beside a run of ours.
+"""
+
+import argparse
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import Tokenizer, encode_chat
+from model import LINEARS, LlamaConfig
+
+WARMUP = 3  # steps: the allocator, compilation, and the clocks under load
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SFT = dict(data="sft_fixed.jsonl", max_seq_len=4096, micro_batch=2, accumulate=4, recompute="full")
+DPO = dict(data="dpo_fixed.jsonl", max_seq_len=2048, micro_batch=16, accumulate=2, recompute="full")
+DEFAULTS = {"hf_sft": SFT, "hf_lora": SFT | {"recompute": "best"}, "trl_sft": SFT, "trl_dpo": DPO, "trl_dpo_lora": DPO}
+
+
+class Stopwatch:
+    """tick() ends an optimizer step and says whether `seconds` have been measured after the warm-up."""
+
+    def __init__(self, seconds):
+        self.seconds, self.ticks, self.readings, self.done = seconds, [], [], threading.Event()
+
+    def tick(self):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        self.ticks.append(time.perf_counter())
+        if len(self.ticks) == WARMUP and DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            threading.Thread(target=self._read_clocks, daemon=True).start()
+        if len(self.ticks) > WARMUP and self.ticks[-1] - self.ticks[WARMUP - 1] >= self.seconds:
+            self.done.set()
+        return self.done.is_set()
+
+    def _read_clocks(self):
+        """Every 5 s, from a thread: the GPU is busy while it is asked."""
+        command = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,temperature.gpu,power.draw", "--format=csv,noheader,nounits"]
+        while not self.done.wait(5):
+            self.readings.append([float(value) for value in subprocess.check_output(command, text=True).split(",")])
+
+    def result(self):
+        steps = np.diff(self.ticks[WARMUP - 1 :]).tolist()
+        result = {"step_s": statistics.median(steps), "mean_step_s": statistics.mean(steps), "steps": len(steps)}
+        result["peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
+        return result | {"clocks": dict(zip(("sm_mhz", "celsius", "watts"), np.median(self.readings, axis=0))) if self.readings else None}
+
+
+# ---------------------------------------------------------------- the model and the rows
+
+
+def build_model(args):
+    """A bf16 Llama in training mode with random weights on the device."""
+    config = LlamaConfig.preset(args.preset)
+    config = dataclasses.replace(config, vocab_size=max(config.vocab_size, args.tokenizer.vocab_size))  # for the tiny preset
+    hf_config = transformers.LlamaConfig.from_dict(config.to_hf() | {"use_cache": False})
+    torch.manual_seed(0)
+    with DEVICE:
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    assert {(param.dtype, param.device.type) for param in model.parameters()} == {(torch.bfloat16, DEVICE.type)}
+    if args.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        is_trl = args.name.startswith("trl_")  # TRL projects in chunks by itself
+        apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=not is_trl)
+    return model.train()
+
+
+def lora_config():
+    from peft import LoraConfig
+
+    return LoraConfig(r=64, lora_alpha=128, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+
+
+def read_rows(args):
+    """The documents as our training reads them: one list of (ids, mask), or two, of the chosen and of the rejected answers."""
+    rows = [json.loads(line) for line in (args.world / args.data).read_text().splitlines()]
+    sides = list(zip(*[find_conversations(row) for row in rows]))
+    return [[encode_chat(messages, args.tokenizer, "tulu", args.max_seq_len) for messages in side] for side in sides]
+
+
+def find_conversations(row):
+    """[messages] of an SFT row, [chosen, rejected] of a preference row."""
+    if "messages" in row:
+        return [row["messages"]]
+    return [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")]
+
+
+def labels(ids, mask):
+    return [token if is_answer else -100 for token, is_answer in zip(ids, mask)]
+
+
+# ---------------------------------------------------------------- transformers in a bare loop
+
+
+def collate(documents):
+    """Right-padded (N, longest) tensors. Without padding no attention_mask either: SDPA may then use its causal kernel."""
+    widest = max(len(ids) for ids, _ in documents)
+    gaps = [widest - len(ids) for ids, _ in documents]
+    batch = {"input_ids": [ids + [0] * gap for (ids, _), gap in zip(documents, gaps)]}
+    batch["labels"] = [labels(ids, mask) + [-100] * gap for (ids, mask), gap in zip(documents, gaps)]
+    if any(gaps):
+        batch["attention_mask"] = [[1] * (widest - gap) + [0] * gap for gap in gaps]
+    return {key: torch.tensor(value).to(DEVICE) for key, value in batch.items()}
+
+
+def run_hf(args, documents, recompute, micro_batch):
+    """Stopwatch.result() of one way to train."""
+    model, precision, watch = build_model(args), nullcontext(), Stopwatch(args.seconds)
+    if recompute == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.name == "hf_lora":
+        from peft import get_peft_model
+
+        model, precision = get_peft_model(model, lora_config()), torch.autocast(DEVICE.type, torch.bfloat16)
+    if args.compile:
+        model.compile()
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=DEVICE.type == "cuda")
+    rng, examples = np.random.default_rng(0), args.micro_batch * args.accumulate
+    while not watch.done.is_set():
+        for ids in np.split(rng.choice(len(documents), examples, replace=False), examples // micro_batch):
+            with precision:
+                loss = model(**collate([documents[i] for i in ids])).loss * micro_batch / examples
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.tick()
+    return watch.result() | {"recompute": recompute, "micro_batch": micro_batch}
+
+
+def fastest_hf(args, documents):
+    """The faster of with and without recompute ("best"), or the one asked for; each at the largest micro-batch that fits."""
+    results = []
+    for recompute in ("none", "full") if args.recompute == "best" else (args.recompute,):
+        micro_batch, fits = args.micro_batch, False
+        while micro_batch and not fits:
+            try:
+                results.append(run_hf(args, documents, recompute, micro_batch))
+                fits = True
+            except torch.OutOfMemoryError:
+                pass  # said below
+            outcome = f"{results[-1]['step_s']:.3f} s a step" if fits else "out of memory"
+            print(f"recompute {recompute}, micro-batch {micro_batch}: {outcome}", flush=True)
+            micro_batch //= 2
+            gc.collect()
+            torch.cuda.empty_cache()
+    return min(results, key=lambda result: result["step_s"])
+
+
+# ---------------------------------------------------------------- TRL's trainers
+
+
+def build_trainer(args, folder, tokenizer, sides):
+    import trl
+    from datasets import Dataset, disable_progress_bars
+    from trl.trainer import dpo_trainer
+
+    class DPOTrainer(trl.DPOTrainer):
+        def _precompute_ref_logps(self, dataset, name, batch_size):
+            """Any numbers will do: a step takes equally long, and the pass over all pairs, which is not measured, none."""
+            return dataset.map(lambda row: {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0})
+
+    dpo_trainer.hash_module = lambda model: ""  # else a minute for the sha256 of 32 GB, the name of a cache that is not written
+    disable_progress_bars()
+    options = dict(output_dir=folder, per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=args.accumulate,
+                   gradient_checkpointing=args.recompute == "full", max_length=args.max_seq_len, torch_compile=args.compile,
+                   bf16=args.name == "trl_dpo_lora", optim="adamw_torch_fused" if DEVICE.type == "cuda" else "adamw_torch",
+                   learning_rate=1e-5, max_steps=10**6, dataloader_drop_last=True, logging_steps=10**6, save_strategy="no",
+                   report_to="none", disable_tqdm=True, use_cpu=DEVICE.type == "cpu")  # fmt: skip
+    if len(sides) == 1:
+        rows = [{"input_ids": ids, "labels": labels(ids, mask)} for ids, mask in sides[0]]
+        config = trl.SFTConfig(**options)
+        return trl.SFTTrainer(build_model(args), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    decode = args.tokenizer.decode
+    prompts = [decode(ids[: mask.index(True)]) for ids, mask in sides[0]]
+    answers = [[decode(ids[mask.index(True) : -1]) for ids, mask in side] for side in sides]  # without EOS, which TRL adds
+    rows = [dict(prompt=prompt, chosen=chosen, rejected=rejected) for prompt, chosen, rejected in zip(prompts, *answers)]
+    config = trl.DPOConfig(**options, precompute_ref_log_probs=True)
+    trainer = DPOTrainer(build_model(args), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                         peft_config=lora_config() if args.name == "trl_dpo_lora" else None)  # fmt: skip
+    for i, row in enumerate(trainer.train_dataset):
+        theirs, ours = [row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")], [side[i][0] for side in sides]
+        assert theirs == ours, f"row {i}: TRL trains on other tokens"
+    return trainer
+
+
+def run_trl(args, sides):
+    """Stopwatch.result() of a TRL trainer."""
+    watch = Stopwatch(args.seconds)
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, _, state, control, **rest):
+            control.should_training_stop = watch.tick()
+
+    eos = args.tokenizer.eos_token
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=args.tokenizer.core, eos_token=eos, pad_token=eos)  # no BOS, as ours
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(args, folder, tokenizer, sides)
+        trainer.add_callback(Stop())
+        trainer.train()
+    return watch.result() | {"recompute": args.recompute, "micro_batch": args.micro_batch}
+
+
+# ---------------------------------------------------------------- one line
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=DEFAULTS)
+    parser.add_argument("--world", type=Path, required=True, help="folder of bench/world.py: its rows, and the tokenizer of base/")
+    parser.add_argument("--data", help="file in it (default: the rows of fixed length)")
+    parser.add_argument("--preset", default="llama-3.1-8b")
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--micro-batch", type=int)
+    parser.add_argument("--accumulate", type=int, help="micro-batches in an optimizer step")
+    parser.add_argument("--no-recompute", dest="recompute", action="store_const", const="none")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--liger", action="store_true")
+    parser.add_argument("--out", type=Path, help="file to append the line to")
+    args = parser.parse_args()
+    settings = DEFAULTS[args.name] | {key: value for key, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**settings, tokenizer=Tokenizer.from_dir(args.world / "base"))
+
+    sides = read_rows(args)
+    result = run_trl(args, sides) if args.name.startswith("trl_") else fastest_hf(args, sides[0])
+    tokens = sum(len(ids) for side in sides for ids, _ in side) / len(sides[0])  # per document or pair, without padding
+    unit, per_example = ("pairs_per_s", 1.0) if len(sides) == 2 else ("tokens_per_s", tokens)
+    step = args.micro_batch * args.accumulate * per_example
+    line = {"name": args.name, unit: step / result["step_s"], f"mean_{unit}": step / result["mean_step_s"], **result}
+    line["settings"] = {key: value for key, value in settings.items() if key not in line}
+    used = [name for name in ("torch", "transformers", "peft", "trl", "liger_kernel") if name in sys.modules]
+    line["versions"] = {name: importlib.metadata.version(name) for name in used}
+    line |= {"tokens_per_example": tokens, "hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"}
+    print("\n".join(f"{key:18} {value}" for key, value in line.items()))
+    if args.out:
+        with args.out.open("a") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

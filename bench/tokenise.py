@@ -1,0 +1,139 @@
+"""Chat to ids and loss mask on one core: data.py beside transformers, the same template, tokenizer and rows.
+
+    python bench/tokenise.py --tokenizer FOLDER --data FILE [FILE ...] [--record]
+
+FILE: anything data.py reads as SFT rows; its words, in their order, fill one-turn chats with a long tail of lengths (mean 600 words, as
+bench/world.py's). The peers: `apply_chat_template` with the assistant mask on a list of chats and on one at a time (as a `map` calls it),
+and the way of open-instruct, whose template has no mask: every turn's edges come from tokenising what is before them.
+CPU seconds of this process, the smallest of interleaved repeats; all give the same ids and, but for the last, masks, or this stops.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # one core: before tokenizers is imported
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.record import COLUMNS, HERE, render, round_4
+from bench.world import tulu_like_lengths
+from data import Tokenizer, find_schema, ids_and_mask, open_source
+from data import render as render_chat
+from plumbing.logbook import _commit
+
+# TEMPLATES["tulu"], with the marks from which transformers takes the mask
+TULU = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% if not loop.last %}{{ '\\n' }}{% endif %}{% else %}{{ message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+def chats(files, seed=0):
+    """One-turn chats of real words, 30 % prompt and 70 % answer, as long as tulu_like_lengths says."""
+    words = []
+    for name in map(str, files):
+        rows = open_source(name)
+        _, convert = find_schema(name, rows, ("messages",))
+        dialogues = [messages for messages, *_ in map(convert, rows)]
+        words += " ".join(message["content"] for messages in dialogues for message in messages).split(" ")
+    lengths = tulu_like_lengths(np.random.default_rng(seed), len(words) // 300)
+    ends = np.cumsum(lengths)
+    out = []
+    for end, n in zip(ends[ends <= len(words)], lengths):
+        answer = int(0.7 * n)
+        prompt, answer = words[end - n : end - answer], words[end - answer : end]
+        out.append([{"role": "user", "content": " ".join(prompt)}, {"role": "assistant", "content": " ".join(answer)}])
+    return out
+
+
+def ours(rows, tokenizer):
+    rendered = [render_chat(messages, "tulu", tokenizer) for messages in rows]
+    encodings = tokenizer.encode_batch([text for text, _ in rendered])
+    return [ids_and_mask(encoding, spans, tokenizer, "all")[:2] for encoding, (_, spans) in zip(encodings, rendered)]
+
+
+def generation_mask(rows, tokenizer):
+    out = tokenizer.apply_chat_template(rows, chat_template=TULU, return_dict=True, return_assistant_tokens_mask=True)
+    return list(zip(out["input_ids"], out["assistant_masks"]))
+
+
+def generation_mask_by_row(rows, tokenizer):
+    return [generation_mask([messages], tokenizer)[0] for messages in rows]
+
+
+def prefixes(rows, tokenizer):
+    def ids_of(messages, prompt=False):
+        return tokenizer.apply_chat_template(messages, chat_template=TULU, return_dict=False, add_generation_prompt=prompt)
+
+    out = []
+    for messages in rows:
+        ids = ids_of(messages)
+        mask = [0] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start, end = len(ids_of(messages[:i], prompt=True)), len(ids_of(messages[: i + 1]))
+                mask[start:end] = [1] * (end - start)
+        out.append((ids, mask))
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--record", action="store_true", help="append to bench/results.jsonl")
+    args = parser.parse_args()
+
+    tokenizer = Tokenizer.from_dir(args.tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+    rows = chats(args.data)
+    ways = {
+        "ours": lambda: ours(rows, tokenizer),
+        "tokenizer.json alone": lambda: tokenizer.encode_batch([render_chat(messages, "tulu", tokenizer)[0] for messages in rows]),
+        "apply_chat_template, a list": lambda: generation_mask(rows, theirs),
+        "apply_chat_template, by row": lambda: generation_mask_by_row(rows, theirs),
+        "prefixes, by row": lambda: prefixes(rows, theirs),
+    }
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(args.repeats):
+        results = {}
+        for name, work in ways.items():
+            start = time.process_time()
+            results[name] = work()
+            seconds[name] = min(seconds[name], time.process_time() - start)
+    mine = results.pop("ours")
+    results.pop("tokenizer.json alone")
+    for name, result in results.items():
+        assert all(list(a) == list(b) for (a, _), (b, _) in zip(mine, result, strict=True)), f"{name}: other ids"
+        others = sum(list(a) != list(b) for (_, a), (_, b) in zip(mine, result, strict=True))
+        if name.startswith("prefixes"):  # a token that straddles header and answer moves their edge
+            print(f"{name}: another mask in {others} rows")
+        else:
+            assert not others, f"{name}: another mask in {others} rows"
+    tokens = sum(len(ids) for ids, _ in mine)
+    print(f"{len(rows):,} rows, {tokens:,} tokens, longest {max(len(ids) for ids, _ in mine):,}; one core")
+    for name, value in seconds.items():
+        print(f"{name:28} {len(rows) / value:8,.0f} rows/s {tokens / value:10,.0f} tokens/s   x {value / seconds['ours']:.2f}")
+    if args.record:
+        peer = min(list(results), key=seconds.get)
+        values = (round_4(tokens / seconds["ours"]), "tokens/s per core", f"transformers {transformers.__version__}, {peer}",
+                  round_4(tokens / seconds[peer]), round_4(seconds[peer] / seconds["ours"]))  # fmt: skip
+        about = ("1 CPU core", 0, torch.__version__, _commit(), time.strftime("%Y-%m-%d"), "bench/tokenise.py")
+        with (HERE / "results.jsonl").open("a") as file:
+            file.write(json.dumps(dict(zip(COLUMNS, ("tokenise", *values, *about), strict=True))) + "\n")
+        render()
+
+
+if __name__ == "__main__":
+    main()
