@@ -345,7 +345,8 @@ def check_shared_prefix_bf16():
     (repeated * weights).sum().backward()
     errors = {"hidden": error(together, repeated)}
     errors["worst gradient"] = max(error(grads[name], grad) for name, grad in gradients(model).items())
-    return assert_below(errors, 5e-2)
+    assert all(value < 5e-2 for value in errors.values()), errors  # hidden states came out equal to the bit on an H200
+    return errors
 
 
 def check_generation():
