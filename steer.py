@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import aqi
 from data import Tokenizer, encode_chat, find_schema, open_source
-from model import generate, merge_lora
+from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, parallel
 from plumbing.logbook import write_json
 from steering import (
@@ -89,6 +89,8 @@ def load_model(path):
     if adapter is not None:
         checkpoint.load_adapter(model, adapter)
         merge_lora(model)
+    if isinstance(model, Llama):  # Falcon has plain blocks only
+        apply_fused(model)
     return model, tokenizer
 
 

@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.world import tulu_like_lengths, words
+from model import apply_fused
 from plumbing.checkpoint import load_pretrained
 from plumbing.logbook import _commit
 from steer import plain_document
@@ -86,6 +87,7 @@ def main():
     args = parser.parse_args()
 
     model, tokenizer = load_pretrained(args.folder, torch.bfloat16, "cuda")
+    apply_fused(model)
     rng = np.random.default_rng(0)
     lengths = tulu_like_lengths(rng, args.prompts, mean=60, sigma=0.6, longest=400)
     documents = [plain_document(words(rng, n), tokenizer, 512) for n in lengths]
