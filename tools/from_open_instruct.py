@@ -40,9 +40,11 @@ class Translation:
         return None
 
     def note(self, name, *values):
+        """A comment on an implicit value, by its name in NOTES."""
         self.differs.append(theirs.NOTES[name].format(*values))
 
     def refuse(self, key, value, why):
+        """A value that has no meaning here."""
         self.problems.append(f"{key}={value!r}: cannot be represented: {why}")
 
 
