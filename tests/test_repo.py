@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SCIENCE = sorted(ROOT.glob("*.py"))
-SOURCES = SCIENCE + PLUMBING + sorted(path for folder in ("configs", "demo", "bench") for path in ROOT.glob(f"{folder}/**/*.py"))
+SOURCES = SCIENCE + PLUMBING + sorted(path for folder in ("configs", "demo", "bench", "tools") for path in ROOT.glob(f"{folder}/**/*.py"))
 SCRIPTS = {"train_sft", "train_dpo", "steer", "aqi"}
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
@@ -70,12 +70,12 @@ def test_functions_fit_a_screen(path):
     assert not {name: lines for name, lines in lengths.items() if lines > (150 if name == "main" else 70)}
 
 
-@per_file(sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/**/*.md")]))
+@per_file(sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/**/*.md"), *ROOT.glob("docs/**/*.md")]))
 def test_paths_in_documents_exist(path):
     """Link targets, and every file of the repository that the text names; runs/ is what the commands make."""
     text = path.read_text()
     links = [target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"[a-z]+:", target)]
-    named = re.findall(r"(?<![\w./-])(?:(?:configs|demo|plumbing|tests|bench)/[\w./-]*\w|\w+\.py)\b(?!\()", text)
+    named = re.findall(r"(?<![\w./-])(?:(?:configs|demo|plumbing|tests|bench|tools|docs)/[\w./-]*\w|\w+\.py)\b(?!\()", text)
     assert not [link for link in links if not (path.parent / link).exists()]
     assert not [name for name in named if not (ROOT / name).exists()]
 

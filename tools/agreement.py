@@ -1,0 +1,83 @@
+"""What the diff tools print: one row per quantity with a verdict, then the reasons and the first disagreements in context."""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+EQUAL, INTENDED, DIFFERS, SKIPPED = "equal", "intended", "DIFFERS", "not compared"
+
+
+class NotCompared(Exception):
+    """The other side's code cannot be run as it is called here, or a part of it is missing."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity. note: why a difference is intended, why nothing was compared, or the first disagreement."""
+
+    quantity: str
+    size: str  # what was compared, "24 texts"
+    difference: str  # the largest, or how many of them differ
+    verdict: str
+    note: str = ""
+
+
+def call(function, *args, **kwargs):
+    """function(*args, **kwargs) of the other side. NotCompared, saying what it raised: its signature or its libraries are others."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is not ours
+            return function(*args, **kwargs)
+    except Exception as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise NotCompared(f"{name} of theirs raised {type(error).__name__}: {error}") from error
+
+
+def items(quantity, unit, ours, theirs, describe):
+    """Row for two equally long lists of things that must be equal; describe(i) is the context of the first that differ."""
+    assert len(ours) == len(theirs)
+    unequal = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]
+    note = describe(unequal[0]) if unequal else ""
+    return Row(quantity, f"{len(ours):,} {unit}{'s' * (len(ours) != 1)}", f"{len(unequal):,} differ", DIFFERS if unequal else EQUAL, note)
+
+
+def numbers(quantity, unit, ours, theirs, tolerance, intended=None):
+    """Row for two arrays. The difference is relative to the largest of theirs; `tolerance` bounds it.
+
+    intended: (array, why), what theirs should be if the known difference is the only one: checked before it is called intended.
+    """
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    assert ours.shape == theirs.shape and ours.size
+
+    def gap(values):
+        return np.abs(np.asarray(values, dtype=np.float64) - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float64).tiny)
+
+    size = f"{ours.size:,} {unit}{'s' * (ours.size != 1)}"
+    if gap(ours) <= tolerance:
+        return Row(quantity, size, f"{gap(ours):.1e}", EQUAL)
+    if intended is not None and (rest := gap(intended[0])) <= tolerance:
+        return Row(quantity, size, f"{gap(ours):.1e}", INTENDED, f"{intended[1]} (computed that way, ours differs by {rest:.1e})")
+    first = np.argmax(np.abs(ours - theirs).ravel() > tolerance * np.abs(theirs).max())
+    note = f"number {first}: ours {ours.ravel()[first]:.8g}, theirs {theirs.ravel()[first]:.8g}"
+    return Row(quantity, size, f"{gap(ours):.1e}", DIFFERS, note)
+
+
+def text_context(ours, theirs, before=40, after=40):
+    """The surroundings of the first character in which two strings differ."""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    return f"character {at}: ours {ours[max(0, at - before) : at + after]!r}, theirs {theirs[max(0, at - before) : at + after]!r}"
+
+
+def print_table(rows):
+    """Print the table and the notes. Returns the exit code: 1 for a disagreement, else 2 for something not compared, else 0."""
+    width = max(len(row.quantity) for row in rows)
+    print(f"{'quantity':{width}}  {'compared':>22}  {'largest difference':>18}  verdict")
+    for row in rows:
+        print(f"{row.quantity:{width}}  {row.size:>22}  {row.difference:>18}  {row.verdict}")
+    for verdict, title in ((INTENDED, "Intended differences"), (DIFFERS, "Disagreements"), (SKIPPED, "Not compared")):
+        if noted := [row for row in rows if row.verdict == verdict]:
+            print(f"\n{title}: {len(noted)}")
+            print("\n".join(f"  {row.quantity}: {row.note}" for row in noted))
+    verdicts = [row.verdict for row in rows]
+    return 1 if DIFFERS in verdicts else 2 if SKIPPED in verdicts else 0

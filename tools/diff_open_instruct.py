@@ -1,0 +1,134 @@
+"""Glassbox beside the user's own open-instruct checkout (or installed TRL): the same rows, the same weights, quantity by quantity.
+
+    python -m tools.diff_open_instruct --checkout DIR [--model FOLDER --data FILE] [--stage sft|dpo]
+    python -m tools.diff_open_instruct --trl --model FOLDER --data FILE
+    python -m tools.diff_open_instruct --their-log FILE --our-run FOLDER
+
+Functions of the checkout are run: use one that you trust. Exit code 0: all equal, or different as intended; 1: a disagreement; 2: something
+was not compared. docs/open_instruct.md says what each row means.
+"""
+
+import argparse
+import ast
+import sys
+from types import SimpleNamespace
+
+import datasets
+import torch
+
+from data import mixture_rows
+from optim import learning_rate
+from tools import diff_trl, quantities, run_logs
+from tools.agreement import DIFFERS, SKIPPED, NotCompared, Row, call, items, numbers, print_table
+from tools.checkout import Checkout, NotFound
+from tools.same_rows import SCRIPT, Case
+
+
+def learning_rates(checkout, stage, total=50, peak=1e-5):
+    """Their scheduler, stepped as accelerate does: once per process in every optimizer step, over so many times as many steps."""
+
+    def assigns(name):
+        return lambda node: isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call)
+
+    module, node = checkout.main_part(SCRIPT[stage], "lr_scheduler = ..", assigns("lr_scheduler"))
+    for processes, schedule, ratio in [(p, s, r) for p in (1, 8) for s, r in (("linear", 0.03), ("cosine", 0.1), ("linear", 0.0))]:
+        args = SimpleNamespace(lr_scheduler_type=schedule, warmup_ratio=ratio, final_lr_ratio=None)
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=peak)
+        call(module.run, [node], args=args, optimizer=optimizer, num_training_steps_for_scheduler=total * processes)
+        theirs = []
+        for _ in range(total):
+            theirs.append(module["lr_scheduler"].get_last_lr()[0])
+            optimizer.step()
+            for _ in range(processes):
+                module["lr_scheduler"].step()
+        ours = [learning_rate(step, total, peak, schedule, int(ratio * total)) for step in range(total)]
+        warmup = int(ratio * total * processes) / processes
+        known = [learning_rate(step, total, peak, schedule, warmup) for step in range(total)]
+        why = f"their schedule counts processes, so its warm-up is {warmup:g} steps, ours {int(ratio * total)}"
+        name = f"rate: {schedule}, warm-up {ratio:g}, {processes} process{'es' if processes > 1 else ''}"
+        yield numbers(name, "step", ours, theirs, 1e-9, (known, why))
+
+
+def picked_rows(checkout, _stage, n=1009):
+    """Their mixture code on a data set of n numbered rows, which it is given in place of a download."""
+    load = checkout.find(["load_dataset_configs"], ["dataset_transformation"])
+    rows = datasets.Dataset.from_dict({"row": list(range(n))})
+    checkout.module("dataset_transformation").update(load_dataset=lambda *_, **__: rows, get_commit_hash=lambda *_, **__: None)
+    for amount in ("0.1", "0.5", "1.0", "2.3", "100", "1500"):
+        name = f"picked rows, {amount} of {n:,}"
+        (config,) = call(load, ["rows", amount], ["train"], [], [])
+        ours = mixture_rows(n, float(amount) if "." in amount else int(amount)).tolist()
+        theirs = list(config.dataset["row"])
+        if len(ours) != len(theirs):
+            yield Row(name, f"{len(ours):,} rows", "", DIFFERS, f"ours picks {len(ours):,} rows, theirs {len(theirs):,}")
+        else:
+            yield items(name, "row", ours, theirs, lambda i, a=ours, b=theirs: f"place {i}: ours {a[i]}, theirs {b[i]}")
+
+
+ANY_RUN = {"learning rate": learning_rates, "picked rows": picked_rows}  # of (checkout, stage)
+ON_ROWS = {"rendered text": quantities.texts, "token ids": quantities.ids, "supervised tokens": quantities.supervised,
+           "rows kept": quantities.rows_kept, "vocabulary": quantities.vocabulary, "log-probs per token": quantities.log_probs,
+           "weight decay": quantities.decayed}  # fmt: skip
+ON_ROWS_OF = {"sft": {"SFT loss": quantities.sft_losses}, "dpo": {"preference losses": quantities.preference_losses}}
+
+
+def compare(parts):
+    """[Row] of {quantity: () -> Rows}; what cannot be run is a row too."""
+    rows = []
+    for quantity, rows_of in parts.items():
+        try:
+            rows += rows_of()
+        except (NotFound, NotCompared) as error:
+            rows.append(Row(quantity, "", "", SKIPPED, str(error)))
+    return rows
+
+
+def parts_of(args):
+    """{quantity: () -> Rows} that the arguments ask for, and what is compared, in words. ValueError when they do not fit together."""
+    if bool(args.model) != bool(args.data) or (args.trl and (not args.data or args.stage != "dpo")):
+        raise ValueError("--model and --data: expected both, or for --checkout neither; --trl needs both, and stage dpo")
+    if bool(args.their_log) != bool(args.our_run) or not (args.checkout or args.trl or args.their_log):
+        raise ValueError("expected --checkout DIR, or --trl, or both --their-log FILE and --our-run FOLDER")
+    parts, about = {}, []
+    checkout = Checkout(args.checkout) if args.checkout else None
+    case = Case(args, checkout) if args.data else None
+    if checkout:
+        about.append(f"open-instruct at {checkout.commit}")
+        parts |= {name: lambda part=part: part(checkout, args.stage) for name, part in ANY_RUN.items()}
+        on_rows = ON_ROWS | ON_ROWS_OF[args.stage] if case else {}
+        parts |= {name: lambda part=part: part(case) for name, part in on_rows.items()}
+    if args.trl:
+        about.append(f"TRL {diff_trl.version()}")
+        parts["TRL"] = lambda: diff_trl.rows(case)
+    if args.their_log:
+        about.append(f"{args.their_log} and {args.our_run}")
+        parts["run logs"] = lambda: run_logs.rows(args.their_log, args.our_run)
+    if case:
+        about.append(f"{len(case.documents)} conversations of {args.data} ({case.dropped} rows dropped), {args.max_seq_len} tokens of each")
+    return parts, "; ".join(about)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="tools.diff_open_instruct", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkout", help="folder of an open-instruct checkout; its functions are run")
+    parser.add_argument("--trl", action="store_true", help="compare with the installed TRL (stage dpo)")
+    parser.add_argument("--model", help="Hugging Face folder; fp32 on the CPU, so a small one")
+    parser.add_argument("--data", help="rows, as in a config's data")
+    parser.add_argument("--stage", choices=["sft", "dpo"], default="dpo")
+    parser.add_argument("--template", default="tulu", help="of both sides")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--max-seq-len", type=int, default=512)
+    parser.add_argument("--their-log", help="what an open-instruct run printed")
+    parser.add_argument("--our-run", help="the run folder of ours beside it")
+    args = parser.parse_args(argv)
+    try:
+        parts, about = parts_of(args)
+        print(f"{about}\n")
+        return print_table(compare(parts))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

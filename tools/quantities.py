@@ -1,0 +1,224 @@
+"""The quantities that tools/diff_open_instruct.py compares on the same rows and weights: each function takes a Case and yields Rows.
+
+Tokens are compared first. The numbers that follow are of their tokens and masks on both sides, so they differ for their own reasons only.
+"""
+
+import ast
+import dataclasses
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+
+from data import render
+from kernels import token_logps
+from optim import adamw
+from tools.agreement import EQUAL, INTENDED, Row, call, items, numbers, text_context
+from tools.same_rows import TOKENIZERS
+from train_dpo import answer_logps, preference_loss
+from train_sft import nll_sum
+
+LOSSES = {"dpo_norm": 5.0, "dpo": 0.1, "simpo": 2.0}  # loss: beta
+GAMMA_BETA_RATIO = 0.3
+# Relative to the largest number, for two fp32 implementations of one forward. A pair's loss is a difference of sums of thousands of nats.
+TOLERANCE = {"log-probs": 1e-5, "loss": 1e-5, "pair losses": 1e-4, "gradient": 1e-4}
+
+
+# ---------------------------------------------------------------- tokens
+
+LAST_TURN = (
+    "equal to supervise='last': since 2025-06-26 (8699c789b) open-instruct's DPO trains on the last turn only; ours, like the released "
+    "Tulu 3 models, on all turns unless told otherwise"
+)
+MORE_ROWS = (
+    "the padding token that open-instruct adds has no row in the embeddings, so it adds rows up to a multiple of 8, and they take a share "
+    "of every softmax; nothing is padded here, and no row is added. The numbers below are without these rows on both sides"
+)
+MEAN_OF_MEANS = (
+    "theirs is a mean of the micro-batches' means: a token of a short one weighs more; ours divides once, by all tokens of the step"
+)
+SUM = "theirs divides the step's sum by its micro-batches, ours (loss='tulu3_release') by its sequences"
+
+
+def texts(case):
+    """The conversations as one string each: their template against `data.render`."""
+    theirs = [call(case.their_tokenizer.apply_chat_template, messages, tokenize=False) for messages in case.documents]
+    ours = [render(messages, case.args.template, case.tokenizer)[0] for messages in case.documents]
+    yield items("rendered text", "text", ours, theirs, lambda i: f"{case.name(i)}, {text_context(ours[i], theirs[i])}")
+
+
+def ids(case):
+    """Token ids, truncated, of whole conversations."""
+    ours, theirs = [[ids for ids, _ in side] for side in (case.our_documents("all"), case.their_documents)]
+
+    def context(i):
+        at = next((k for k, (a, b) in enumerate(zip(ours[i], theirs[i])) if a != b), min(len(ours[i]), len(theirs[i])))
+        near = [(side[i][at : at + 5], case.tokenizer.decode(side[i][max(0, at - 5) : at + 5])) for side in (ours, theirs)]
+        return f"{case.name(i)}, token {at}: ours {near[0]}, theirs {near[1]}; lengths {len(ours[i])}, {len(theirs[i])}"
+
+    yield items("token ids", "document", ours, theirs, context)
+
+
+def supervised(case):
+    """The mask: which tokens are trained on. Equal to our supervise='last' only is the known difference."""
+    ours, theirs = case.our_documents(case.supervise), case.their_documents
+
+    def context(i):
+        (ids, mask), (_, other) = ours[i], theirs[i]
+        at = next((k for k, (a, b) in enumerate(zip(mask, other)) if a != b), 0)
+        return f"{case.name(i)}, token {at}, {case.tokenizer.decode(ids[at : at + 1])!r}: ours {mask[at]}, theirs {other[at]}"
+
+    row = items("supervised tokens", "document", [mask for _, mask in ours], [mask for _, mask in theirs], context)
+    if row.verdict == EQUAL and case.supervise == "last":
+        row = dataclasses.replace(row, verdict=INTENDED, note=LAST_TURN)
+    yield row
+
+
+def rows_kept(case):
+    """Rows that still have an answer after truncation: their filter against ours."""
+    keeps = case.checkout.find([f"{'sft' if case.stage == 'sft' else 'preference'}_tulu_filter_v1"], ["dataset_transformation"])
+    theirs = [bool(call(keeps, row, case.their_tokenizer)) for row in case.their_rows]
+    answered = [any(mask) for _, mask in case.our_documents(case.supervise)]
+    ours = [all(answered[i : i + len(case.sides)]) for i in range(0, len(answered), len(case.sides))]
+    yield items("rows kept", "row", ours, theirs, lambda i: f"row {i}: ours {ours[i]}, theirs {theirs[i]}")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def gradient(model):
+    """{name: gradient}, and none left on the model."""
+    found = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def gradients(quantity, ours, theirs, intended=None):
+    """Row for two {name: gradient}, over all parameters at once."""
+    assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
+    flat = [torch.cat([side[name].flatten() for name in ours]) for side in (ours, theirs)]
+    return numbers(quantity, "number", *flat, TOLERANCE["gradient"], intended)
+
+
+@torch.no_grad()
+def log_probs(case):
+    """log p of every supervised token, in nats: their gather on transformers' logits against our packed forward and `token_logps`."""
+    gather = case.checkout.find(["calculate_per_token_logps"], ["padding_free_collator", "dpo_utils"])
+    batch, size = case.packed(case.kept), len(case.sides)
+    hidden = case.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)[batch.supervised]
+    ours = token_logps(hidden, case.model.lm_head.weight, batch.targets[batch.supervised])
+    theirs = []
+    for i in [row * size + side for side in range(size) for row in case.kept]:
+        ids, mask = (torch.tensor([values]) for values in case.their_documents[i])
+        labels = ids.masked_fill(~mask, -100)
+        theirs.append(call(gather, case.their_model(ids).logits, labels)[0, :-1][mask[0, 1:]])
+    yield numbers("log-probs per token", "token", ours, torch.cat(theirs), TOLERANCE["log-probs"])
+
+
+def vocabulary(case):
+    """Padding tokens that open-instruct adds: when the tokenizer outgrows the embeddings, these get rows up to a multiple of 8."""
+    case.checkout.find(TOKENIZERS, ["dataset_transformation"])  # only these are known to add the token that main() adds
+    tokens, rows = len(case.their_tokenizer), case.model.lm_head.weight.shape[0]
+    if tokens <= rows:
+        yield Row("vocabulary", f"{rows:,} rows", "0 added", EQUAL)
+        return
+    yield Row("vocabulary", f"{rows:,} rows", f"{-(-tokens // 8) * 8 - rows} added", INTENDED, f"{tokens:,} tokens: {MORE_ROWS}")
+
+
+def their_pairs(case, loss, reference):
+    """(losses per pair, gradient of their mean) of theirs, two pairs at a time, by their collator. reference (2, N): summed log-probs."""
+    find, mean = case.checkout.find, loss != "dpo"
+    forward, collate = find(["concatenated_forward"], ["dpo_utils"]), find(["DataCollatorForSeq2SeqDPO"], ["dpo_utils"])
+    function = find([{"simpo": "simpo_loss"}.get(loss, "dpo_loss")], ["dpo_utils"])
+    case.their_model.zero_grad(set_to_none=True)  # what a failed comparison left
+    losses, counts = [], case.packed(case.kept).supervised_offsets.diff().view(2, -1)
+    reference = reference / counts if mean else reference
+    for start in range(0, len(case.kept), 2):
+        rows = case.kept[start : start + 2]
+        batch = call(
+            call(collate, tokenizer=case.padding_tokenizer, model=None, padding="longest"),
+            [case.their_rows[i] | {"index": i} for i in rows],
+        )
+        chosen, rejected, _ = call(forward, case.their_model, batch, average_log_prob=mean)
+        ref, extra = reference[:, start : start + 2], {"beta": LOSSES[loss]}
+        arguments = (chosen, rejected) if loss == "simpo" else (chosen, rejected, *ref)
+        extra |= {"gamma_beta_ratio": GAMMA_BETA_RATIO} if loss == "simpo" else {}
+        values, *_ = call(function, *arguments, **extra)
+        (values.sum() / len(case.kept)).backward()
+        losses += values.tolist()
+    return losses, gradient(case.their_model)
+
+
+def our_pairs(case, loss, reference):
+    """The same of ours, in one packed batch."""
+    config = SimpleNamespace(loss=loss, beta=LOSSES[loss], label_smoothing=0.0, gamma_beta_ratio=GAMMA_BETA_RATIO)
+    policy, counts = answer_logps(case.model, case.packed(case.kept), len(case.kept))
+    losses, *_ = preference_loss(config, policy, reference, counts)
+    losses.mean().backward()
+    return losses.tolist(), gradient(case.model)
+
+
+def preference_losses(case):
+    """Per loss: every pair's loss and the gradient of their mean, with a reference unlike the policy."""
+    for loss in LOSSES:
+        ours, theirs = our_pairs(case, loss, case.reference), their_pairs(case, loss, case.reference)
+        yield numbers(f"{loss} losses", "pair", ours[0], theirs[0], TOLERANCE["pair losses"])
+        yield gradients(f"{loss} gradient", ours[1], theirs[1])
+
+
+def their_sft_step(case, per_device, reduction):
+    """(loss, gradient) of the body of their training step over all rows: what `with accelerator.accumulate(model)` holds, micro-batch by
+    micro-batch, divided by their number as accelerate does."""
+    from transformers import DataCollatorForSeq2Seq
+
+    module, step = case.checkout.main_part(
+        "finetune",
+        "with accelerator.accumulate(..)",
+        lambda node: isinstance(node, ast.With) and "accumulate" in ast.unparse(node.items[0]),
+    )
+    collate = DataCollatorForSeq2Seq(tokenizer=case.padding_tokenizer, padding="longest")
+    args = SimpleNamespace(reduce_loss=reduction, load_balancing_loss=False, sequence_parallel_size=1, clip_grad_norm=-1)
+    names = dict(args=args, model=case.their_model, optimizer=MagicMock(), lr_scheduler=MagicMock(), total_loss=0, total_aux_loss=0)
+    names |= dict(embedding_size=case.model.lm_head.weight.shape[0])
+    names |= dict(accelerator=SimpleNamespace(backward=lambda loss: loss.backward(), sync_gradients=False))
+    batches = [case.kept[i : i + per_device] for i in range(0, len(case.kept), per_device)]
+    keys, losses = ("input_ids", "labels", "attention_mask"), []
+    for rows in batches:
+        call(module.run, step.body, batch=collate([{key: case.their_rows[i][key] for key in keys} for i in rows]), **names)
+        losses.append(call(module.__getitem__, "loss").item())
+    return np.mean(losses), {name: grad / len(batches) for name, grad in gradient(case.their_model).items()}, batches
+
+
+def sft_losses(case):
+    """Loss and gradient of one SFT step over all rows, by micro-batches of one and two rows, against ours divided once."""
+    reductions = ["mean"] + ["sum"] * ("reduce_loss" in case.checkout.module("finetune").source)
+    for reduction, per_device in [(reduction, per_device) for reduction in reductions for per_device in (1, 2)]:
+        loss, grad, batches = their_sft_step(case, per_device, reduction)
+        nlls = []  # ours, of every micro-batch: (sum, tokens)
+        for rows in batches:
+            batch = case.packed(rows)
+            nlls.append((nll_sum(case.model, batch), len(batch.supervised)))
+        total = sum(nll for nll, _ in nlls)
+        ours = total / (sum(count for _, count in nlls) if reduction == "mean" else len(case.kept))
+        # what theirs should be when the reduction is the only difference
+        known = sum(nll / (count if reduction == "mean" else 1) for nll, count in nlls) / len(batches)
+        ours.backward(retain_graph=True)
+        our_grad = gradient(case.model)
+        known.backward()
+        known_grad = torch.cat([grad.flatten() for grad in gradient(case.model).values()])
+        why = MEAN_OF_MEANS if reduction == "mean" else SUM
+        name = f"SFT, {reduction}, {per_device} a micro-batch:"
+        yield numbers(f"{name} loss", "step", [ours.item()], [loss], TOLERANCE["loss"], ([known.item()], why))
+        yield gradients(f"{name} gradient", our_grad, grad, (known_grad, why))
+
+
+def decayed(case):
+    """Which parameters AdamW decays."""
+    group = call(case.checkout.find(["get_optimizer_grouped_parameters"], ["utils"]), case.model, 0.1)
+    names = {id(param): name for name, param in case.model.named_parameters()}
+    ours, theirs = [
+        {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]} for groups in (adamw(case.model, 0.1).param_groups, group)
+    ]
+    every = sorted(names.values())
+    yield items("weight decay", "parameter", [n in ours for n in every], [n in theirs for n in every], lambda i: every[i])

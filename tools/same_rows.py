@@ -1,0 +1,122 @@
+"""The same rows and the same weights on both sides, for tools/diff_open_instruct.py."""
+
+import copy
+from functools import cached_property
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from data import encode_chat, find_schema, open_source, pack
+from plumbing.weights import load_pretrained
+from tools.agreement import call
+from tools.checkout import NotFound
+from train_dpo import answer_logps
+
+TRANSFORM = {"sft": "sft_tulu_tokenize_and_truncate_v1", "dpo": "preference_tulu_tokenize_and_truncate_v1"}
+TOKENIZERS = ["get_tokenizer_tulu_v2_2", "get_tokenizer_tulu_v2_1", "get_tokenizer_tulu_v1"]  # the newest first
+SCRIPT = {"sft": "finetune", "dpo": "dpo_tune_cache"}
+
+
+class Case:
+    """Rows, tokenizers and models of both sides; `documents` are the rows' conversations, for dpo chosen and rejected in turn."""
+
+    def __init__(self, args, checkout):
+        self.args, self.checkout, self.stage = args, checkout, args.stage
+        self.sides = ("messages",) if args.stage == "sft" else ("chosen", "rejected")
+        source = open_source(args.data)
+        columns, convert = find_schema(args.data, source, self.sides)
+        rows = [convert(row) for row in source.select_columns(columns).select(range(min(args.rows, len(source))))]
+        self.dropped = sum(isinstance(row, str) for row in rows)  # by convert, with a reason
+        self.documents = [messages for row in rows if not isinstance(row, str) for messages in row[: len(self.sides)]]
+        self.model, self.tokenizer = load_pretrained(args.model)
+
+    def name(self, i):
+        """Document i in words."""
+        row, side = divmod(i, len(self.sides))
+        return f"row {row}, {self.sides[side]}"
+
+    @cached_property
+    def their_tokenizer(self):
+        """Theirs, made by their function, with the template of --template."""
+        config = SimpleNamespace(tokenizer_name_or_path=self.args.model, tokenizer_revision=None, trust_remote_code=False, use_fast=True,
+                                 chat_template_name=self.args.template, add_bos=False)  # fmt: skip
+        try:
+            tokenizer = call(self.checkout.find(TOKENIZERS, ["dataset_transformation"]), config)
+        except NotFound:  # before 2025 main() did it
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+            tokenizer.chat_template = self.checkout.find(["CHAT_TEMPLATES"], ["dataset_processor"])[self.args.template]
+        render = tokenizer.apply_chat_template  # transformers 5 returns a dict unless asked; code written for 4 does not ask
+        tokenizer.apply_chat_template = lambda *args, **kwargs: render(*args, **{"return_dict": False} | kwargs)
+        return tokenizer
+
+    @cached_property
+    def their_rows(self):
+        """[{(chosen_, rejected_)input_ids, labels, attention_mask}] as their transform makes them: their lists or tensors."""
+        try:
+            transform = self.checkout.find(["TRANSFORM_FNS"], ["dataset_transformation"])[TRANSFORM[self.stage]][0]
+        except NotFound:  # before 2025
+            transform = self.checkout.find([f"encode_{self.stage}_example"], [SCRIPT[self.stage]])
+        size, documents = len(self.sides), self.documents
+        rows = [dict(zip(self.sides, documents[i : i + size])) for i in range(0, len(documents), size)]
+        return [call(transform, row, self.their_tokenizer, self.args.max_seq_len) for row in rows]
+
+    @cached_property
+    def their_documents(self):
+        """[(ids, mask)] as lists, in the order of `documents`; without a checkout, ours."""
+        if self.checkout is None:
+            return self.our_documents("all")
+        prefixes = ("",) if self.stage == "sft" else ("chosen_", "rejected_")
+        pairs = [(row[f"{prefix}input_ids"], row[f"{prefix}labels"]) for row in self.their_rows for prefix in prefixes]
+        return [(torch.as_tensor(ids).tolist(), (torch.as_tensor(labels) != -100).tolist()) for ids, labels in pairs]
+
+    def our_documents(self, supervise):
+        """[(ids, mask)] as lists, by `data.encode_chat`."""
+        return [encode_chat(m, self.tokenizer, self.args.template, self.args.max_seq_len, supervise) for m in self.documents]
+
+    @cached_property
+    def supervise(self):
+        """The turns that theirs trains on: "last" only if that fits and "all" does not."""
+        theirs = [mask for _, mask in self.their_documents]
+        fits = {turns: [mask for _, mask in self.our_documents(turns)] == theirs for turns in ("all", "last")}
+        return "last" if fits["last"] and not fits["all"] else "all"
+
+    @cached_property
+    def kept(self):
+        """Indices of the rows that can be trained on: every side has a supervised token, by their mask."""
+        size, answered = len(self.sides), [any(mask[1:]) for _, mask in self.their_documents]
+        kept = [i for i in range(len(answered) // size) if all(answered[i * size : (i + 1) * size])]
+        if not kept:
+            raise ValueError(
+                f"--rows {self.args.rows} --max-seq-len {self.args.max_seq_len}: no row has a supervised token; expected longer"
+            )
+        return kept
+
+    @cached_property
+    def their_model(self):
+        """The same weights in transformers, fp32."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32)
+
+    def packed(self, rows):
+        """Our PackedBatch of *their* ids and masks, so that a number differs for its own reasons only; for dpo chosen, then rejected."""
+        documents, size = self.their_documents, len(self.sides)
+        return pack([tuple(map(np.array, documents[row * size + side])) for side in range(size) for row in rows])
+
+    @cached_property
+    def padding_tokenizer(self):
+        """Theirs, padding with EOS: the row that open-instruct would add to the embeddings for its padding token is not in the weights."""
+        tokenizer = copy.deepcopy(self.their_tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @cached_property
+    def reference(self):
+        """(2, N) float32 summed log-probs for both sides: the policy's, shifted by noise per answer, so that pairs differ."""
+        with torch.no_grad():
+            policy, counts = answer_logps(self.model, self.packed(self.kept), len(self.kept))
+        noise = np.random.RandomState(0).randn(*policy.shape).astype(np.float32)
+        return policy + 0.1 * counts * torch.from_numpy(noise)
