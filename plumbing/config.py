@@ -10,6 +10,7 @@ problem is named at once. No string becomes None, a tuple or a dict: what the co
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -74,6 +75,10 @@ class Config:
     save_every: int | None = key(
         "run", "steps", "between resumable checkpoints; None: only when stopped", default=None, least=1, identity=False
     )
+    sample_every: int | None = key(
+        "run", "steps", "between greedy answers to four fixed prompts, in samples.jsonl; None: never", default=None, least=1, identity=False
+    )
+    tensorboard: bool = key("run", "flag", "also write the metrics as TensorBoard events, in out_dir", default=False, identity=False)
     keep_last: int = key("run", "checkpoints", "older ones are deleted", default=2, least=1, identity=False)
     fresh: bool = key("run", "flag", "start over although out_dir has a checkpoint (command line only)", default=False, identity=False)
 
@@ -118,6 +123,8 @@ COMMON_RULES = (
      "warmup_ratio={warmup_ratio}, warmup_steps={warmup_steps}: expected one of the two"),
     (lambda lora_rank, lora_alpha: (lora_rank > 0) != (lora_alpha is not None),
      "lora_rank={lora_rank}, lora_alpha={lora_alpha}: expected both (the scale is lora_alpha / lora_rank) or neither"),
+    (lambda tensorboard: tensorboard and importlib.util.find_spec("tensorboard") is None,
+     "tensorboard={tensorboard}: expected the package, which is not installed (pip install tensorboard)"),
 )  # fmt: skip
 RULES = {
     Config: (),
