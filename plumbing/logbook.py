@@ -56,9 +56,10 @@ class Logbook:
                 *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line
                 # an evaluation, or a sample, at `step` is made again
                 kept = [line for line in lines if (was := json.loads(line))["step"] < step or (was["step"] == step and "loss" in was)]
-                path.unlink(missing_ok=True)
                 if kept:
                     path.write_text("".join(line + "\n" for line in kept))
+                else:
+                    path.unlink(missing_ok=True)
             self._metrics = (self.folder / "metrics.jsonl").open("a")
             if self.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
@@ -106,8 +107,8 @@ class Logbook:
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
         if self._events:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, metrics["step"])
+            for name in [name for name in metrics if name != "step"]:
+                self._events.add_scalar(name, metrics[name], metrics["step"])
             self._events.flush()
 
 
