@@ -24,7 +24,7 @@ from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weight
 from plumbing import checkpoint, parallel
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
-from plumbing.trainee import DTYPES, load_trainee, save_trainee
+from plumbing.trainee import DTYPES, load_trainee, sample, save_trainee
 
 # ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
 # Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.
@@ -281,6 +281,8 @@ def main(argv):
     for step in range(first_step, total_steps):
         if held_out and (step == 0 or (config.eval_every and step % config.eval_every == 0)):
             log.evaluation(step, evaluate(model, held_out, held_out_reference, config, ranks, log))
+        if config.sample_every and step % config.sample_every == 0:
+            log.samples(step, *sample(model, (held_out or pairs).chosen, tokenizer, config))
         ids = batch_ids(step)
         lr = learning_rate(step, total_steps, config.lr, config.lr_schedule, warmup)
         before = sample_weights(model) if step == warmup else None  # at the peak rate
@@ -305,6 +307,8 @@ def main(argv):
     checkpointer.wait()
     if held_out:
         log.evaluation(total_steps, evaluate(model, held_out, held_out_reference, config, ranks, log))
+    if config.sample_every:
+        log.samples(total_steps, *sample(model, (held_out or pairs).chosen, tokenizer, config))
     ranks.say(f"wrote {save_trainee(model, tokenizer, config)}")
     return 0
 

@@ -10,6 +10,7 @@ problem is named at once. No string becomes None, a tuple or a dict: what the co
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -83,6 +84,10 @@ class Config:
     save_every: int | None = key(
         "run", "steps", "between resumable checkpoints; None: only when stopped", default=None, least=1, identity=False
     )
+    sample_every: int | None = key(
+        "run", "steps", "between greedy answers to four fixed prompts, in samples.jsonl; None: never", default=None, least=1, identity=False
+    )
+    tensorboard: bool = key("run", "flag", "also write the metrics as TensorBoard events, in out_dir", default=False, identity=False)
     keep_last: int = key("run", "checkpoints", "older ones are deleted", default=2, least=1, identity=False)
     fresh: bool = key("run", "flag", "start over although out_dir has a checkpoint (command line only)", default=False, identity=False)
 
@@ -132,6 +137,8 @@ COMMON_RULES = (
      "lora_rank={lora_rank}, lora_alpha={lora_alpha}: expected both (the scale is lora_alpha / lora_rank) or neither"),
     (lambda moments, gradients, precision, lora_rank: "bf16" in (moments, gradients) and (precision == "fp32" or lora_rank > 0),
      "moments={moments!r}, gradients={gradients!r}: bf16 needs precision='bf16' and full fine-tuning (lora_rank=0)"),
+    (lambda tensorboard: tensorboard and importlib.util.find_spec("tensorboard") is None,
+     "tensorboard={tensorboard}: expected the package, which is not installed (pip install tensorboard)"),
 )  # fmt: skip
 RULES = {
     Config: (),

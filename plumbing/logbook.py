@@ -1,4 +1,4 @@
-"""The run folder and what a run says of itself: config.json, manifest.json, metrics.jsonl and the step line."""
+"""The run folder and what a run says of itself: config.json, manifest.json, metrics.jsonl, samples.jsonl and the step line."""
 
 import importlib.metadata
 import json
@@ -38,7 +38,8 @@ class Logbook:
         self.ranks, self.total_steps, self.log_every = ranks, total_steps, config.log_every
         self.folder = Path(config.out_dir)
         self.peak = measured_matmul_peak(ranks.device)
-        self._metrics = None
+        self.tensorboard = config.tensorboard
+        self._metrics = self._events = None
         if ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", config_dict(config))
@@ -51,12 +52,20 @@ class Logbook:
     def resume_at(self, step):
         """Forget the metrics of steps that are about to be trained again, and open the file for more."""
         if self.ranks.main:
-            path = self.folder / "metrics.jsonl"
-            *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line
-            # an evaluation at `step` is made again
-            kept = [line for line in lines if (was := json.loads(line))["step"] < step or (was["step"] == step and "loss" in was)]
-            path.write_text("".join(line + "\n" for line in kept))
-            self._metrics = path.open("a")
+            for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+                *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line
+                # an evaluation, or a sample, at `step` is made again
+                kept = [line for line in lines if (was := json.loads(line))["step"] < step or (was["step"] == step and "loss" in was)]
+                if kept:
+                    path.write_text("".join(line + "\n" for line in kept))
+                else:
+                    path.unlink(missing_ok=True)
+            self._metrics = (self.folder / "metrics.jsonl").open("a")
+            if self.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
+                # TensorBoard forgets what an earlier process wrote of the steps that are trained again
+                self._events = SummaryWriter(self.folder / "tensorboard", purge_step=step and step + 1)
         self._start = time.perf_counter()
 
     def step(self, step, metrics, tokens, flops):
@@ -81,15 +90,26 @@ class Logbook:
         self.ranks.say(" | ".join([f"eval {step:05d}/{self.total_steps:05d}", *parts]))
         self._start = time.perf_counter()
 
+    def samples(self, step, prompts, answers):
+        """Append the answers after `step` optimizer steps to samples.jsonl; their time is not the next step's."""
+        if self.ranks.main:
+            with (self.folder / "samples.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "prompts": prompts, "answers": answers}) + "\n")
+        self._start = time.perf_counter()
+
     def progress(self, label, items):
         """Iterate over a list with a bar that shows rate and ETA on rank 0."""
         return tqdm(items, desc=label, disable=not self.ranks.main, unit="batch", mininterval=0.5)
 
     def write(self, metrics):
-        """Append one line to metrics.jsonl and flush it."""
+        """Append one line to metrics.jsonl and flush it; with `tensorboard` also one scalar per metric."""
         if self.ranks.main:
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
+        if self._events:
+            for name in [name for name in metrics if name != "step"]:
+                self._events.add_scalar(name, metrics[name], metrics["step"])
+            self._events.flush()
 
 
 def write_json(path, value):

@@ -140,6 +140,12 @@ def materialize(model, device):
     model.lm_head.weight = model.get_parameter(tied_to)
 
 
+def gather(model):
+    """Gather the root's weights, in the precision of compute, for code that reads lm_head.weight before a forward. `release` drops them."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
 def release(model):
     """Drop the root's gathered weights after a pass without a backward, which would otherwise outlive the next optimizer step."""
     if isinstance(model, FSDPModule):

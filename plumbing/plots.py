@@ -1,6 +1,8 @@
-"""Figures of an AQI sweep. matplotlib is optional (`pip install matplotlib`) and imported here only; every function writes one png."""
+"""Figures of AQI sweeps and reports. matplotlib is optional (`pip install matplotlib`), imported here only; each function writes a png."""
 
 from pathlib import Path
+
+from plumbing.charts import MARKED, smoothed
 
 
 def _figure(path, draw, size=(7.0, 4.5), **axes):
@@ -14,6 +16,33 @@ def _figure(path, draw, size=(7.0, 4.5), **axes):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def plot_chart(path, chart):
+    """A charts.Chart, drawn as charts.svg draws it."""
+
+    def draw(figure, ax):
+        for line in chart.lines:
+            colour, label = f"C{line.colour}", " ".join(filter(None, (line.name, line.note)))
+            if line.low and not (line.y and len(line.x) <= MARKED):
+                ax.fill_between(line.x, line.low, line.high, alpha=0.15, color=colour, label=None if line.y else label)
+            if line.smooth > 1:
+                ax.plot(line.x, line.y, color=colour, alpha=0.25, linewidth=0.8)
+            if line.y:
+                ax.plot(line.x, smoothed(line.y, line.smooth), "--" if line.dashed else "-", color=colour, linewidth=1.4, label=label)
+            if line.y and len(line.x) <= MARKED:
+                ax.plot(line.x, line.y, "o", color=colour, markersize=4)
+                ax.vlines(line.x if line.low else [], line.low, line.high, color=colour)
+        bottom, top = ax.get_ylim()
+        for level in chart.levels:
+            if bottom <= level <= top:
+                ax.axhline(level, linestyle=":", color="grey")
+        ax.set_xlabel(chart.xlabel)
+        ax.set_title(chart.title, loc="left", fontweight="bold", pad=20)
+        ax.text(0, 1.02, chart.unit, transform=ax.transAxes, fontsize="small")
+        figure.legend(loc="outside lower left", fontsize="small", frameon=False, ncols=2)
+
+    _figure(path, draw)
 
 
 def plot_curve(path, lambdas, estimate, low, high, shuffled=None, control=None, title=""):

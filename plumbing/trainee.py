@@ -1,4 +1,4 @@
-"""What both training scripts do to the model before and after their loop."""
+"""What both training scripts do with the model around their loop: load, sample, save."""
 
 import dataclasses
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from data import TEMPLATES, end_of_turn, resolve_template
-from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, init_lora
+from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from optim import keep_masters
 from plumbing import parallel
 from plumbing.checkpoint import load_weights, save_adapter, save_pretrained
 from plumbing.weights import check_vocabulary
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64
 
 
 def load_trainee(config, directory, tokenizer, device):
@@ -46,15 +47,38 @@ def load_trainee(config, directory, tokenizer, device):
     return model
 
 
+def sample(model, documents, tokenizer, config):
+    """(prompts, answers): the first SAMPLE_PROMPTS different prompts of `documents` and what the model answers greedily, as texts.
+
+    A prompt is what stands before a document's first trained token; an answer ends before the end-of-turn token, or after SAMPLE_TOKENS.
+    Every rank calls this and does the same work, because every forward gathers the blocks from all ranks: SAMPLE_TOKENS forwards, not
+    fewer when all answers have ended, so that a rank which rounds differently cannot leave the others waiting.
+    """
+    stop, prompts = _stop_id(config, tokenizer), {}
+    for ids, mask in (documents[i] for i in range(len(documents))):
+        prompts[tuple(ids[: mask.argmax()].tolist())] = None
+        if len(prompts) == SAMPLE_PROMPTS:
+            break
+    parallel.gather(model)
+    answers = generate(model, list(prompts), SAMPLE_TOKENS)
+    parallel.release(model)
+    answers = [ids[: ids.index(stop)] if stop in ids else ids for ids in answers]
+    return [tokenizer.decode(ids) for ids in prompts], [tokenizer.decode(ids) for ids in answers]
+
+
 def save_trainee(model, tokenizer, config):
     """Write out_dir/final, a Hugging Face folder in the compute precision with adapters merged, and out_dir/adapter under LoRA.
 
     Returns the folder `final`."""
     final = Path(config.out_dir) / "final"
-    template = resolve_template(config.template, tokenizer)
-    stop = tokenizer.single_id(end_of_turn(template, tokenizer))  # generation must stop at the token that was trained, also on a base model
-    model.config = dataclasses.replace(model.config, eos_token_id=stop)
-    save_pretrained(model, tokenizer, final, dtype=DTYPES[config.precision], chat_template=TEMPLATES[template])
+    # generation must stop at the token that was trained, also on a base model
+    model.config = dataclasses.replace(model.config, eos_token_id=_stop_id(config, tokenizer))
+    template = TEMPLATES[resolve_template(config.template, tokenizer)]
+    save_pretrained(model, tokenizer, final, dtype=DTYPES[config.precision], chat_template=template)
     if config.lora_rank:
         save_adapter(model, Path(config.out_dir) / "adapter", config.model_path)
     return final
+
+
+def _stop_id(config, tokenizer):
+    return tokenizer.single_id(end_of_turn(resolve_template(config.template, tokenizer), tokenizer))

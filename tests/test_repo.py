@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SCIENCE = sorted(ROOT.glob("*.py"))
 SOURCES = SCIENCE + PLUMBING + sorted(path for folder in ("configs", "demo", "bench", "tools") for path in ROOT.glob(f"{folder}/**/*.py"))
-SCRIPTS = {"train_sft", "train_dpo", "steer", "aqi"}
+SCRIPTS = {"train_sft", "train_dpo", "steer", "aqi", "report"}
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 

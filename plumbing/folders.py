@@ -1,0 +1,87 @@
+"""What run folders and steering folders hold, for those who look at them later."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of train_sft.py or train_dpo.py."""
+
+    folder: Path
+    config: dict
+    manifest: dict
+    lines: list  # of metrics.jsonl; an optimizer step has a "loss", an evaluation an "eval/loss"
+    samples: list  # of samples.jsonl
+
+    def points(self, metric):
+        """([step], [value]) of the lines that have the metric."""
+        return [line["step"] for line in self.lines if metric in line], [line[metric] for line in self.lines if metric in line]
+
+    def last(self, metric):
+        """Its last value; None without any."""
+        return (self.points(metric)[1] or [None])[-1]
+
+    def clipped(self):
+        """Number of steps whose gradient was longer than max_grad_norm."""
+        limit = self.config["max_grad_norm"]
+        return sum(norm > limit for norm in self.points("grad_norm")[1]) if limit is not None else 0
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A folder of steer.py."""
+
+    folder: Path
+    manifest: dict  # empty for a sweep's own folder
+    spectrum: list  # a dict per layer; empty where `spectrum` has not run
+    sweeps: dict  # {folder: what its aqi.json holds}
+
+
+def read(folder):
+    """The Run or the Steering of a folder. ValueError, naming folder or file, when it is neither, or a file of it is torn."""
+    if (folder / "metrics.jsonl").is_file():
+        config, manifest, lines = _json(folder / "config.json"), _json(folder / "manifest.json"), _json_lines(folder / "metrics.jsonl")
+        if not any("loss" in line for line in lines):
+            raise ValueError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
+        if manifest["stage"] == "dpo" and config["loss"] != "simpo":  # which has no reference
+            for line in [line for line in lines if "rewards/chosen" in line]:
+                line |= {f"logratios/{side}": line[f"rewards/{side}"] / config["beta"] for side in ("chosen", "rejected")}
+        samples = folder / "samples.jsonl"
+        return Run(folder, config, manifest, lines, _json_lines(samples) if samples.is_file() else [])
+    if (folder / "vector.safetensors").is_file():
+        layers = _json(folder / "spectrum.json")["layers"] if (folder / "spectrum.json").is_file() else []
+        spectrum = [layer | {"centred": layer["explained_centred"][0]} for layer in layers]
+        sweeps = {path.parent: _json(path) for path in sorted(folder.glob("*/aqi.json"))}
+        if not sweeps and not spectrum:
+            raise ValueError(f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run")
+        return Steering(folder, _json(folder / "manifest.json"), spectrum, sweeps)
+    if (folder / "aqi.json").is_file():
+        return Steering(folder, {}, [], {folder: _json(folder / "aqi.json")})
+    raise ValueError(f"{folder}: expected a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)")
+
+
+def _json(path):
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: missing or torn ({error})") from error
+
+
+def _json_lines(path):
+    lines = []
+    for row, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {row} is torn; going on with the run mends it") from error
+    return lines
+
+
+def short_names(folders):
+    """The folders as paths below their common parent."""
+    folders = [Path(folder).resolve() for folder in folders]
+    parent = os.path.commonpath([folder.parent for folder in folders])
+    return [str(folder.relative_to(parent)) for folder in folders]

@@ -1,0 +1,405 @@
+"""report.py: the right numbers at the right places of the page, from folders made by hand."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from world import ROOT, launch, write_config
+
+import report
+from plumbing.charts import BUCKETS, Chart, Line, number, smoothed, svg, ticks
+from plumbing.folders import read, short_names
+from plumbing.page import COLOURS, table
+
+CONFIG = {"out_dir": "o", "loss": "dpo_norm", "beta": 2.0, "max_grad_norm": 1.0, "lr": 1e-3, "data": {"a.jsonl": 1.0}}
+MANIFEST = {"stage": "dpo", "weights": "0123456789abcdef" * 4, "versions": {"torch": "2.13"}, "commit": "a" * 40 + "+changes"}
+NORMS = (0.5, 1.5, 1.0)  # one of three is clipped: 1.0 is not above 1.0
+PROMPT = "<|user|>\n<script>alert(\"x\")</script> & 'more'\n"
+
+
+def step(number, norm):
+    rewards = {"rewards/chosen": 0.1 * number, "rewards/rejected": -0.3 * number, "rewards/margins": 0.4 * number}
+    rest = {"lr": 1e-3, "step_s": 40.0, "tokens_per_s": 1000.0 * number, "peak_mem_gib": 2.0}
+    means = {"rewards/accuracies": 0.5, "logps/chosen": -10.0, "logps/rejected": -20.0}
+    return {"step": number, "loss": 1 / number, "grad_norm": norm, **rewards, **means, **rest}
+
+
+def evaluation(number, accuracy, half):
+    held_out = {"loss": 0.6, "rewards/accuracies": accuracy, "rewards/margins": 2.0, "rewards/chosen": 1.0, "rewards/rejected": -1.0}
+    held_out |= {"rewards/accuracies_ci95": half, "rewards/margins_ci95": 0.5}
+    return {"step": number} | {f"eval/{name}": value for name, value in held_out.items()}
+
+
+LINES = [evaluation(0, 0.0, 0.0), *[step(i + 1, norm) for i, norm in enumerate(NORMS)], evaluation(3, 0.98214, 0.01551)]
+
+
+def write_run(folder, lines=LINES, samples=(), **config):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    (folder / "manifest.json").write_text(json.dumps(MANIFEST))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if samples:
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    return folder
+
+
+def write_steering(folder):
+    """A spectrum of two layers and a sweep over two lambdas with one axiom."""
+    (folder / "sweep_matched").mkdir(parents=True)
+    (folder / "vector.safetensors").touch()
+    (folder / "manifest.json").write_text(json.dumps({"inputs": {"texts": "t.jsonl", "sft": "f" * 64}, "layers": 2}))
+    layer = {"relative": 0.5, "cosine": 0.9, "explained_centred": [0.25], "rank_one": 0.75, "effective_rank": 3.0}
+    (folder / "spectrum.json").write_text(json.dumps({"layers": [layer | {"layer": i} for i in range(2)]}))
+    verdict = {"verdict": "rising", "because": [], "estimate": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5], "change": 1.0}
+    verdict |= {"change_interval": [0.5, 1.5], "p_monotone": 0.99}
+    axiom = verdict | {"category": "Privacy", "level": 0.01, "verdict": "flat", "because": ["a random direction changes as much"]}
+    profile = [{"lambda": x, "layer": i, "category": c, "aqi": x + i} for x in (0.0, 1.0) for i in range(2) for c in ("Privacy", "overall")]
+    sweep = {
+        "inputs": {"lambdas": [0, 1.0], "inject": "matched"}, "verdicts": [verdict | {"category": "overall", "level": 0.05}, axiom],
+        "control": [1.0, 1.25], "shuffled": [[-0.5, -0.5], [0.25, 0.25]], "warnings": ["saturated at 55.00"], "profile": profile,
+        "shifts": [{"lambda": x, "achieved": 0.875 * x, "off_axis": 0.125, "strength": {"0": 0.0, "1": 0.0625}} for x in (0, 1.0)],
+        "behaviour": [{"lambda": x, "logp_chosen": -1.5, "logp_rejected": -2.5, "repeated_4grams": 0.0} for x in (0, 1.0)],
+        "errors": {"matched": {"calibration": 0.0, "held_out": 0.2214}},
+    }  # fmt: skip
+    (folder / "sweep_matched/aqi.json").write_text(json.dumps(sweep))
+    return folder
+
+
+class Reader(HTMLParser):
+    """A page as its reader sees it: tables {(h2, h3): rows of texts}, figures {(h2, title): {legend entry: last value}}, units {title}."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.figures, self.units, self.open, self.tags = {}, {}, {}, [], []
+        self.feed(text)
+        assert not self.open, "unbalanced tags"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append([tag, ""])
+        if tag == "table":
+            self.tables[self.h2, self.h3] = self.rows = []
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag == "figure":
+            self.figures[self.h2, None] = self.legend = {}
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[1] += data
+
+    def handle_endtag(self, tag):
+        name, text = self.open.pop()
+        assert name == tag
+        if tag in ("h2", "h3"):
+            setattr(self, tag, text)
+        elif tag in ("td", "th"):
+            self.rows[-1].append(text)
+        elif tag == "b" and self.open[-1][0] == "figcaption":
+            self.title = text
+            self.figures[self.h2, text] = self.figures.pop((self.h2, None))
+        elif tag == "span" and self.open[-1][0] == "figcaption":
+            self.units[self.title] = text
+        elif tag == "span":
+            self.entry = text.strip()
+            self.legend[self.entry] = None
+        elif tag == "b":
+            self.legend[self.entry] = text
+
+
+def show(tmp_path, *folders):
+    """(text of the page, Reader of it)."""
+    out = tmp_path / "page.html"
+    report.main([*map(str, folders), f"--out={out}"])
+    return out.read_text(), Reader(out.read_text())
+
+
+@pytest.fixture
+def no_pngs(monkeypatch):
+    """They take most of the time."""
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+
+
+# ---------------------------------------------------------------- training runs
+
+
+def test_one_run(tmp_path, no_pngs, capsys):
+    """Last rewards 0.3 and -0.9 over beta 2 are log-ratios 0.15 and -0.45; 3 steps of 40 s are 2 minutes; the median of 1,000 .. 3,000."""
+    _, page = show(tmp_path, write_run(tmp_path / "one"))
+    head, row = page.tables["DPO", "Outcome"]
+    assert dict(zip(head, row)) == {
+        "run": "one", "steps": "3", "loss, step 1": "1.000", "last step": "0.3333", "held-out loss": "0.6000",
+        "held-out accuracy": "0.982 ± 0.016", "held-out margin": "2.00 ± 0.50", "clipped": "33%",
+        "tokens/s": "2,000", "GiB": "2.000", "time of steps": "0:02:00",
+    }  # fmt: skip
+    figures = {title: legend for (_, title), legend in page.figures.items()}
+    assert figures["Loss"] == {"one": "0.3333"} and page.units["Loss"] == "nats per pair"
+    assert figures["Rewards"] == {"one chosen": "0.3000", "one rejected": "-0.9000"}
+    assert figures["Log-ratio to the reference"] == {"one chosen": "0.1500", "one rejected": "-0.4500"}
+    assert page.units["Log-ratio to the reference"] == "nats per token"
+    assert figures["Gradient norm"] == {"one clipped in 1 of 3 steps": "1.000"}
+    assert "MFU" not in figures, "a CPU has none"
+    assert page.tables["DPO", "Held-out evaluations"] == [
+        ["run", "step", "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"],
+        ["one", "0", "0.6000", "0.000 ± 0.000", "2.00 ± 0.50", "1.000", "-1.000"],
+        ["one", "3", "0.6000", "0.982 ± 0.016", "2.00 ± 0.50", "1.000", "-1.000"],
+    ]
+    manifest = dict(page.tables["DPO", "Manifest"][1:])
+    assert (
+        manifest["weights"] == "0123456789abcdef…" and manifest["versions.torch"] == "2.13" and manifest["commit"] == "a" * 16 + "…+changes"
+    )
+    assert ("DPO", "Settings that differ") not in page.tables
+    assert "no PNGs: they need matplotlib" in capsys.readouterr().out and not (tmp_path / "page").exists()
+
+
+def test_runs_are_drawn_over_each_other(tmp_path, no_pngs):
+    """Of one stage, with the settings that differ; a key that one run lacks is a dash; sft runs are a section of their own."""
+    one = write_run(tmp_path / "x/one")
+    two = write_run(tmp_path / "y/two", beta=4.0, data={"b.jsonl": 1.0}, out_dir="elsewhere", loss="dpo")
+    sft = write_run(tmp_path / "sft", [{"step": 0, "eval/loss": 2.0}, *LINES[1:-1]], loss="tulu3_release")
+    (sft / "manifest.json").write_text(json.dumps(MANIFEST | {"stage": "sft"}))
+    text, page = show(tmp_path, one, two, sft)
+    assert page.figures["DPO", "Loss"] == {"x/one": "0.3333", "y/two": "0.3333"}
+    assert page.figures["DPO", "Log-ratio to the reference"]["y/two rejected"] == "-0.2250"
+    assert page.tables["DPO", "Settings that differ"] == [
+        ["", "x/one", "y/two"], ["loss", "dpo_norm", "dpo"], ["beta", "2.0", "4.0"],
+        ["data.a.jsonl", "1.0", "–"], ["data.b.jsonl", "–", "1.0"],
+    ]  # fmt: skip
+    (loss,) = re.findall(r"<svg[^>]*aria-label=\"Loss, nats per pair\".*?</svg>", text)
+    assert re.findall(r'class="curve" style="--c:var\((--c\d)\)', loss) == ["--c0", "--c1"]
+    assert page.figures["SFT", "Loss"] == {"sft": "0.3333"} and page.figures["SFT", "Held-out loss"] == {"sft": "2.000"}
+    assert 'aria-label="Loss, nats per document"' in text and 'aria-label="Held-out loss, nats per token"' in text
+    assert 'aria-label="Log-ratio to the reference, nats per answer or nats per token"' in text
+
+
+def test_simpo_has_no_reference(tmp_path, no_pngs):
+    _, page = show(tmp_path, write_run(tmp_path / "one", loss="simpo"))
+    assert ("DPO", "Rewards") in page.figures and ("DPO", "Log-ratio to the reference") not in page.figures
+
+
+def test_smoothing_is_stated(tmp_path, no_pngs):
+    """Of 80 steps the last two are averaged: of 1/79 and 1/80, 0.0126; the learning rate is as it is."""
+    text, page = show(tmp_path, write_run(tmp_path / "one", [step(i, 1.0) for i in range(1, 81)]))
+    assert page.figures["DPO", "Loss"] == {"one": "0.0126"} and page.units["Loss"] == "nats per pair; mean of the last 2 steps"
+    assert page.units["Learning rate"] == "of the step"
+    (loss,) = re.findall(r"<svg[^>]*aria-label=\"Loss,.*?</svg>", text)
+    assert loss.count('class="raw"') == 1
+
+
+def test_answers_side_by_side_and_escaped(tmp_path, no_pngs):
+    """What a model writes is text, never markup."""
+    samples = [{"step": i, "prompts": [PROMPT, "b"], "answers": [f"<b>{i}</b>", "&amp;"]} for i in (0, 1000)]
+    text, page = show(tmp_path, write_run(tmp_path / "one", samples=samples))
+    assert page.tables["DPO", "Greedy answers: one"] == [
+        ["prompt", "step 0", "step 1,000"],
+        [PROMPT, "<b>0</b>", "<b>1000</b>"],
+        ["b", "&amp;", "&amp;"],
+    ]
+    assert "<script" not in text
+
+
+def test_the_page_stands_alone(tmp_path, no_pngs):
+    """Nothing is fetched, nothing is run; it fits a phone and follows the dark mode."""
+    text, page = show(tmp_path, write_run(tmp_path / "one"), write_steering(tmp_path / "steer"))
+    assert not re.search(r"https?:|//|url\(|@import|javascript", text)
+    attributes = {name for _, attrs in page.tags for name in attrs}
+    assert not attributes & {"src", "href", "srcset", "data", "action"} and not [name for name in attributes if name.startswith("on")]
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "img", "base"}
+    assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in page.tags
+    assert "prefers-color-scheme:dark" in text
+
+
+@pytest.mark.slow
+def test_a_png_per_chart(tmp_path, capsys):
+    text, _ = show(tmp_path, write_run(tmp_path / "one"), write_steering(tmp_path / "steer"))
+    files = list((tmp_path / "page").iterdir())
+    assert len(files) == text.count("<figure>") and {"dpo_loss.png", "steering_aqi_overall.png"} <= {path.name for path in files}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
+
+
+# ---------------------------------------------------------------- steering
+
+
+def test_steering(tmp_path, no_pngs):
+    _, page = show(tmp_path, write_steering(tmp_path / "steer"))
+    assert page.tables["Steering", "Verdicts"] == [
+        ["axiom", "sweep", "verdict", "change", "its interval", "level", "P(monotone)"],
+        ["overall", "sweep_matched", "rising", "+1.000", "[+0.500, +1.500]", "95.0%", "0.99"],
+        [
+            "Privacy",
+            "sweep_matched",
+            "flat (a random direction changes as much)",
+            "+1.000",
+            "[+0.500, +1.500]",
+            "99.0%",
+            "0.99",
+        ],
+    ]
+    assert page.figures["Steering", "AQI, overall"] == {
+        "sweep_matched rising": "2.000", "sweep_matched random direction": "1.250", "sweep_matched permuted labels 95 % of them": None,
+    }  # fmt: skip
+    assert page.figures["Steering", "AQI, Privacy"] == {"sweep_matched flat": "2.000"} and "99 % interval" in page.units["AQI, Privacy"]
+    last = ["sweep_matched", "1", "2.000", "[1.500, 2.500]", "1.250", "0.8750", "0.1250", "0.0625", "-1.500", "-2.500", "0"]
+    assert page.tables["Steering", "By lambda"][-1] == last
+    assert page.figures["Steering", "AQI after each block"] == {
+        "sweep_matched at the last lambda": "2.000",
+        "sweep_matched unsteered": "1.000",
+    }
+    assert page.figures["Steering", "First component"] == {"steer raw": "0.7500", "steer centred": "0.2500"}
+    assert page.tables["Steering", "Notes"][1] == ["sweep_matched", "saturated at 55.00"]
+    error = page.tables["Steering", "Relative error of the last layer's mean state at lambda 1"][1]
+    assert error == ["sweep_matched", "matched", "0", "0.2214"]
+    assert ["inputs.sft", "f" * 16 + "…"] in page.tables["Steering", "Manifest of the vectors"]
+
+
+def test_a_sweeps_own_folder(tmp_path, no_pngs):
+    """Two sweeps of different vectors in one chart, without their spectra."""
+    folders = [write_steering(tmp_path / name) / "sweep_matched" for name in ("a", "b")]
+    _, page = show(tmp_path, *folders)
+    assert page.figures["Steering", "AQI, Privacy"] == {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}
+    assert ("Steering", "Effective rank") not in page.figures
+
+
+# ---------------------------------------------------------------- errors
+
+
+def break_line(folder):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+
+
+BROKEN = {
+    "torn": (break_line, "metrics.jsonl: line 6 is torn"),
+    "no steps": (lambda folder: (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n"), "no step yet"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: missing or torn"),
+    "torn manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: missing or torn"),
+    "neither": (lambda folder: (folder / "metrics.jsonl").unlink(), "expected a run folder"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folders_are_named(tmp_path, case):
+    change, message = BROKEN[case]
+    change(folder := write_run(tmp_path / "one"))
+    with pytest.raises(ValueError, match=message) as error:
+        read(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_vector_alone_shows_nothing(tmp_path):
+    (tmp_path / "vector.safetensors").touch()
+    with pytest.raises(ValueError, match="a vector and nothing on it"):
+        read(tmp_path)
+
+
+def test_more_runs_than_colours(tmp_path):
+    folders = [write_run(tmp_path / str(i)) for i in range(len(COLOURS) + 1)]
+    with pytest.raises(ValueError, match="9 runs, or sweeps, of one kind; expected at most 8"):
+        report.main(list(map(str, folders)))
+
+
+def test_command_line(tmp_path):
+    """A mistake is a message; the page goes into the first run; neither loads torch, so that a laptop without it will do."""
+    command = [sys.executable, "-X", "importtime", "report.py"]
+    failed = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and f"error: {tmp_path}: expected a run folder" in failed.stderr and "Traceback" not in failed.stderr
+    folder = write_run(tmp_path / "one")
+    done = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (folder / "report.html").is_file()
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
+# ---------------------------------------------------------------- charts
+
+
+def test_a_chart_by_hand():
+    """360 x 190 with margins 46, 8, 8, 22: x from 46 to 352; y of 0 .. 1, widened by 0.04, over the 160 above 168:
+    168 - 160 * 0.04 / 1.08 = 162.1 and 168 - 160 * 1.04 / 1.08 = 13.9."""
+    text = svg(Chart("a < b", "unit", "step", [Line("run", 3, [0, 10], [0.0, 1.0], low=[0.0, 0.5], high=[0.0, 1.0])], levels=(0.5, 7.0)))
+    assert 'class="curve" style="--c:var(--c3)" points="46.0,162.1 352.0,13.9"' in text
+    assert 'd="M46.0,162.1L46.0,162.1M352.0,88.0L352.0,13.9"' in text, "whiskers"
+    assert text.count('class="level"') == 1 and 'd="M46.0,88.0L352.0,88.0"' in text, "a level outside the chart is not drawn"
+    assert 'aria-label="a &lt; b, unit"' in text
+    assert re.findall(r'class="x"[^>]*>([^<]*)', text) == ["0", "5", "10"]
+
+
+def test_a_long_interval_is_a_band_and_a_constant_has_a_range():
+    x = list(range(13))
+    text = svg(Chart("t", "u", "step", [Line("run", 0, x, [2.0] * 13, [2.0] * 13, [2.0] * 13)]))
+    assert text.count('class="band"') == 1 and 'class="whisker"' not in text and "nan" not in text
+    assert 'points="46.0,88.0 ' in text, "in the middle of 1.8 .. 2.2"
+
+
+def test_no_spike_is_thinned_away():
+    """10,000 points are drawn as at most two per bucket, among them the one that stands out, and both ends."""
+    values = [0.0] * 10_000
+    values[6789] = 5.0
+    (points,) = re.findall(r'class="curve"[^>]* points="([^"]*)"', svg(Chart("t", "u", "x", [Line("run", 0, list(range(10_000)), values)])))
+    points = points.split()
+    assert len(points) <= 2 * BUCKETS + 2 and points[0].startswith("46.0,") and points[-1].startswith("352.0,")
+    assert sum(point.endswith(",13.9") for point in points) == 1
+
+
+def test_smoothed():
+    assert smoothed([2.0, 4.0, 6.0, 1.0], 2) == [2.0, 3.0, 5.0, 3.5] and smoothed([3.0, 1.0], 1) == [3.0, 1.0] and smoothed([], 1) == []
+
+
+@pytest.mark.parametrize(
+    "low, high, whole, expected",
+    [
+        (0, 33, True, [0, 10, 20, 30]),
+        (1, 4, True, [1, 2, 3, 4]),
+        (-0.04, 1.04, False, [0, 0.5, 1]),
+        (4e-7, 5e-7, False, [4e-7, 4.5e-7, 5e-7]),
+    ],
+)
+def test_ticks_are_round(low, high, whole, expected):
+    assert ticks(low, high, whole=whole) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (12103, "12,103"),
+        (12103.4, "12,103"),
+        (-14.218, "-14.22"),
+        (0.693147, "0.6931"),
+        (5e-7, "5.00e-07"),
+        (1.5, "1.500"),
+    ],
+)
+def test_numbers(value, text):
+    assert number(value) == text
+
+
+def test_tables():
+    """Text left, numbers right; a long one is folded behind the number of its rows."""
+    assert "<td>a</td><td class=n>1.500</td>" in table(["x", "y"], [["a", 1.5]])
+    assert "<summary>1,000 rows</summary>" in table(["x"], [["a"]] * 1000)
+    assert "<tr class=strong><td>b</td>" in table(["x"], [["a"], ["b"]], marked=[["b"]])
+
+
+def test_short_names(tmp_path):
+    assert short_names([tmp_path / "a/dpo"]) == ["dpo"]
+    assert short_names([tmp_path / "a/dpo", tmp_path / "b/dpo"]) == ["a/dpo", "b/dpo"]
+
+
+@pytest.mark.slow
+def test_real_runs(world, tmp_path, no_pngs):
+    """What the training scripts write is what the report reads: every chart that a CPU has numbers for."""
+    config = write_config(tmp_path, world, data_eval=0.2, sample_every=2)
+    for stage in ("sft", "dpo"):
+        launch(stage, config).ok()
+    _, page = show(tmp_path, tmp_path / "sft", tmp_path / "dpo")
+    titles = {title for title, *_ in report.TRAINING_CHARTS} - {"MFU"}
+    assert {title for section, title in page.figures if section == "DPO"} == titles
+    preferences = {"Reward margin", "Held-out reward margin", "Reward accuracy", "Held-out reward accuracy", "Rewards",
+                   "Log-ratio to the reference", "Log-prob of the answers"}  # fmt: skip
+    assert {title for section, title in page.figures if section == "SFT"} == titles - preferences
+    assert [row[:3] for row in page.tables["DPO", "Greedy answers: dpo"][:1]] == [["prompt", "step 0", "step 2"]]
