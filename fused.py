@@ -25,6 +25,28 @@ def block(layer, hidden, cos, sin, cu_seqlens, max_seqlen, attend):
     return _SwiGLUProjectAdd.apply(gate, up, hidden, *parts(mlp.down_proj))
 
 
+class _Embed(torch.autograd.Function):
+    """Rows of the embedding, for a weight that `accumulates`: its gradient touches the stream's rows and not the whole (V, D)."""
+
+    @staticmethod
+    def forward(ctx, weight, input_ids):
+        ctx.save_for_backward(weight, input_ids)
+        return F.embedding(input_ids, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, input_ids = ctx.saved_tensors
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+        weight.grad.index_put_((input_ids,), dy.to(weight.grad_dtype), accumulate=True)  # sorts the ids, so bits repeat
+        return None, None
+
+
+def embed(weight, input_ids):
+    """weight (V, D), input_ids (T,) -> (T, D)."""
+    return _Embed.apply(weight, input_ids) if getattr(weight, "accumulates", False) else F.embedding(input_ids, weight)
+
+
 # ---------------------------------------------------------------- a linear layer with a LoRA adapter, and its gradients
 
 
@@ -37,13 +59,16 @@ def parts(linear):
 
 
 def project(x, scale, weight, bias, lora_A, lora_B, residual=None):
-    """x W^T + b + scale (x A^T) B^T, (T, in) -> (T, out); added to `residual` inside the matmul where that is given."""
+    """y = x W^T + b + scale (x A^T) B^T, (T, in) -> (T, out), added to `residual` inside the matmul where there is one; and x A^T."""
     if residual is None:
         y = F.linear(x, weight, bias)
     else:
         y = torch.addmm(residual, x, weight.T)
         y = y if bias is None else y.add_(bias)
-    return y if lora_A is None else y.addmm_(x @ lora_A.to(x.dtype).T, lora_B.to(x.dtype).T, alpha=scale)
+    if lora_A is None:
+        return y, None
+    low = x @ lora_A.to(x.dtype).T
+    return y.addmm_(low, lora_B.to(x.dtype).T, alpha=scale), low
 
 
 def low_gradient(dy, scale, lora_B):
@@ -57,13 +82,12 @@ def input_gradient(dy, d_low, weight, lora_A, dx=None):
     return dx if d_low is None else dx.addmm_(d_low, lora_A.to(dy.dtype))
 
 
-def part_gradients(dy, d_low, x, wanted, scale, weight, bias, lora_A, lora_B):
+def part_gradients(dy, d_low, x, low, wanted, scale, weight, bias, lora_A, lora_B):
     """Gradients of weight, bias, lora_A and lora_B; None where not wanted, or where the weight has taken its own already."""
     d_weight = weight_gradient(weight, dy, x) if wanted[0] else None
     d_bias = dy.sum(0) if wanted[1] else None
     if d_low is None:
         return d_weight, d_bias, None, None
-    low = x @ lora_A.to(x.dtype).T  # (T, r), made again rather than kept
     return d_weight, d_bias, matmul(d_low.T, x, lora_A.dtype), matmul(dy.T, low, lora_B.dtype).mul_(scale)
 
 
@@ -77,20 +101,22 @@ class _NormProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, eps, scales, *flat):
         normed = kernels.rms_norm_forward(x, norm_weight, eps)
-        ctx.save_for_backward(x, norm_weight, *flat)
+        ys, lows = zip(*(project(normed, scale, *linear) for scale, linear in zip(scales, _by_linear(flat), strict=True)), strict=True)
+        ctx.save_for_backward(x, norm_weight, *lows, *flat)
         ctx.eps, ctx.scales = eps, scales
-        return x.view_as(x), *(project(normed, scale, *linear) for scale, linear in zip(scales, _by_linear(flat), strict=True))
+        return x.view_as(x), *ys
 
     @staticmethod
     def backward(ctx, d_residual, *dys):
-        x, norm_weight, *flat = ctx.saved_tensors
+        x, norm_weight, *saved = ctx.saved_tensors
+        lows, linears, wanted = saved[: len(dys)], _by_linear(saved[len(dys) :]), _by_linear(ctx.needs_input_grad[4:])
         normed = kernels.rms_norm_forward(x, norm_weight, ctx.eps)
         d_normed, d_flat = None, []
-        for dy, scale, linear, wanted in zip(dys, ctx.scales, _by_linear(flat), _by_linear(ctx.needs_input_grad[4:]), strict=True):
+        for dy, low, scale, linear, wants in zip(dys, lows, ctx.scales, linears, wanted, strict=True):
             weight, _, lora_A, lora_B = linear
             d_low = low_gradient(dy, scale, lora_B)
             d_normed = input_gradient(dy, d_low, weight, lora_A, d_normed)
-            d_flat += part_gradients(dy, d_low, normed, wanted, scale, *linear)
+            d_flat += part_gradients(dy, d_low, normed, low, wants, scale, *linear)
         dx, d_norm_weight = kernels.rms_norm_backward(d_normed, x, norm_weight, ctx.eps, d_residual)
         return dx, d_norm_weight.to(norm_weight.dtype) if ctx.needs_input_grad[1] else None, None, None, *d_flat
 
@@ -124,17 +150,18 @@ class _ProjectAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, residual, scale, *linear):
-        ctx.save_for_backward(a, *linear)
+        y, low = project(a, scale, *linear, residual=residual)
+        ctx.save_for_backward(a, low, *linear)
         ctx.scale = scale
-        return project(a, scale, *linear, residual=residual)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        a, *linear = ctx.saved_tensors
+        a, low, *linear = ctx.saved_tensors
         weight, _, lora_A, lora_B = linear
         d_low = low_gradient(dy, ctx.scale, lora_B)
         da = input_gradient(dy, d_low, weight, lora_A)
-        return da, dy, None, *part_gradients(dy, d_low, a, ctx.needs_input_grad[3:], ctx.scale, *linear)
+        return da, dy, None, *part_gradients(dy, d_low, a, low, ctx.needs_input_grad[3:], ctx.scale, *linear)
 
 
 class _SwiGLUProjectAdd(torch.autograd.Function):
@@ -142,14 +169,15 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, residual, scale, *linear):
-        ctx.save_for_backward(gate, up, *linear)
+        y, low = project(kernels.swiglu(gate, up), scale, *linear, residual=residual)
+        ctx.save_for_backward(gate, up, low, *linear)
         ctx.scale = scale
-        return project(kernels.swiglu(gate, up), scale, *linear, residual=residual)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up, *linear = ctx.saved_tensors
+        gate, up, low, *linear = ctx.saved_tensors
         weight, _, lora_A, lora_B = linear
         d_low = low_gradient(dy, ctx.scale, lora_B)
         d_gate, d_up, inner = kernels.swiglu_backward(input_gradient(dy, d_low, weight, lora_A), gate, up)
-        return d_gate, d_up, dy, None, *part_gradients(dy, d_low, inner, ctx.needs_input_grad[4:], ctx.scale, *linear)
+        return d_gate, d_up, dy, None, *part_gradients(dy, d_low, inner, low, ctx.needs_input_grad[4:], ctx.scale, *linear)

@@ -282,6 +282,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.attention_kernel = "flash2"  # on GPUs, see kernels.attention
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -301,9 +302,12 @@ class Llama(nn.Module):
                              f"implemented; expected max_seq_len <= {config.sliding_window}")  # fmt: skip
         angles = position_ids[:, None, None] * rope_frequencies(config, position_ids.device)  # (T, 1, K/2)
         cos, sin = angles.cos(), angles.sin()
-        first, hidden = resume if resume is not None else (0, self.model.embed_tokens(input_ids))
+        assert cache is None or shared is None, "a cache holds whole documents"
+        attend = functools.partial(attention, shared=shared, kernel=self.attention_kernel)
+        first, hidden = resume if resume is not None else (0, fused.embed(self.model.embed_tokens.weight, input_ids))
         for index, layer in enumerate(self.model.layers[first:], first):
-            attend = functools.partial(attention, shared=shared) if cache is None else functools.partial(cache.attend, index)
+            if cache is not None:
+                attend = functools.partial(cache.attend, index)
             hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen, attend)
             if tap is not None:
                 hidden = tap(index, hidden)

@@ -164,7 +164,7 @@ SAVE_SECONDS = 60
 def reference_key(weights, pairs, config, ranks):
     """sha256 of everything that the reference log-probs depend on: the weights' content, tokens and mask (hence template and supervised
     turns), compute dtype, kernels and attention path, and whether prefixes are shared: policy and reference round alike."""
-    path = attention_path(ranks.device, config.precision)
+    path = attention_path(ranks.device, config.precision, config.attention)
     parts = [weights, pairs.fingerprint, config.precision, config.kernels, path, pairs.share_prefix]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

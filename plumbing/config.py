@@ -68,6 +68,9 @@ class Config:
     kernels: Literal["fused", "plain"] = key(
         "machine", "name", "fused: blocks with a hand-written backward; plain: their twin, by autograd", default="fused", identity=False
     )
+    attention: Literal["flash2", "flash4"] = key(
+        "machine", "name", "on GPUs; flash4: of the package flash-attn-4, twice as fast on long documents", default="flash2", identity=False
+    )
     moments: Literal["fp32", "bf16"] = key(
         "machine", "name", "of AdamW; bf16 (one process, full fine-tuning): 4 bytes a weight less, rounded stochastically", default="fp32"
     )
@@ -137,6 +140,8 @@ COMMON_RULES = (
      "lora_rank={lora_rank}, lora_alpha={lora_alpha}: expected both (the scale is lora_alpha / lora_rank) or neither"),
     (lambda moments, gradients, precision, lora_rank: "bf16" in (moments, gradients) and (precision == "fp32" or lora_rank > 0),
      "moments={moments!r}, gradients={gradients!r}: bf16 needs precision='bf16' and full fine-tuning (lora_rank=0)"),
+    (lambda attention: attention == "flash4" and importlib.util.find_spec("flash_attn") is None,
+     "attention={attention!r}: expected the package flash-attn-4, which is not installed (pip install --pre flash-attn-4)"),
     (lambda tensorboard: tensorboard and importlib.util.find_spec("tensorboard") is None,
      "tensorboard={tensorboard}: expected the package, which is not installed (pip install tensorboard)"),
 )  # fmt: skip

@@ -34,6 +34,7 @@ def load_trainee(config, directory, tokenizer, device):
             model.to(DTYPES[config.precision])
         if config.lora_rank:
             apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+    model.attention_kernel = config.attention
     if config.kernels == "fused":
         apply_fused(model)
     apply_recompute(model, config.recompute)

@@ -4,6 +4,8 @@ Each check asserts and returns a dict of numbers. Errors are relative: |a - b| /
 """
 
 import copy
+import functools
+import importlib.util
 import math
 import sys
 import time
@@ -115,6 +117,19 @@ def check_attention_bf16():
         errors = twins(*(lambda *x, f=f, cu=cu_seqlens: f(*x, cu, max(LENGTHS)) for f in (attention, attention_reference)), *inputs)
         worst = {key: max(value, worst.get(key, 0)) for key, value in errors.items()}
     return assert_below(worst, BF16)
+
+
+def check_attention_flash4():
+    """The optional kernel, where it is installed: with and without shared prefixes."""
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
+    inputs = randn(sum(LENGTHS), 8, 128), randn(sum(LENGTHS), 2, 128, seed=1), randn(sum(LENGTHS), 2, 128, seed=2)
+    fast = functools.partial(attention, kernel="flash4")
+    errors = twins(*(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (fast, attention_reference)), *inputs)
+    stream, _ = shared_stream()
+    inputs = [randn(int(stream[0][-1]), heads, 128, seed=seed) for seed, heads in enumerate((8, 2, 2))]
+    shared = twins(*(lambda *x, f=f: f(*x, *stream) for f in (fast, attention_reference)), *inputs)
+    assert torch.equal(fast(*inputs, *stream), fast(*inputs, *stream))
+    return assert_below(errors | {f"shared {name}": value for name, value in shared.items()}, BF16)
 
 
 def check_attention_fp32():
@@ -512,6 +527,8 @@ def check_tsne_descent():
 
 
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
+if importlib.util.find_spec("flash_attn") is None:
+    CHECKS.remove(check_attention_flash4)
 
 
 def main():

@@ -98,9 +98,10 @@ def test_fused_keeps_less_for_the_backward():
     assert block <= kept[True] < 2 * block < kept[False], (kept, block)  # on a CPU attention keeps copies of each document's q, k, v too
 
 
-def test_matrices_take_their_gradients_in_float32():
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_matrices_take_their_gradients_in_float32(is_tied):
     """bf16 weights, two micro-batches: what fp32 accumulation of each micro-batch's product gives, not a sum rounded to bf16."""
-    model, plain = (build(True, dtype=torch.bfloat16) for _ in range(2))
+    model, plain = (build(True, dtype=torch.bfloat16, tie_word_embeddings=is_tied) for _ in range(2))
     keep_masters(model, torch.float32)
     halves, sums = (DOCUMENTS[:2], DOCUMENTS[2:]), {}
     for half in halves:

@@ -277,11 +277,12 @@ def test_reference_key_is_content():
 
     def key(weights="w", tokens="t", share_prefix=True, ranks=cpu, **keys):
         pairs = SimpleNamespace(fingerprint=tokens, share_prefix=share_prefix)
-        return train_dpo.reference_key(weights, pairs, SimpleNamespace(**{"precision": "fp32", "kernels": "fused"} | keys), ranks)
+        config = SimpleNamespace(**dict(precision="fp32", kernels="fused", attention="flash2") | keys)
+        return train_dpo.reference_key(weights, pairs, config, ranks)
 
     cuda = SimpleNamespace(device=torch.device("cuda"))
     keys = [key(), key(weights="x"), key(tokens="x"), key(share_prefix=False), key(precision="bf16"), key(kernels="plain")]
-    keys += [key(ranks=cuda), key(precision="bf16", ranks=cuda)]
+    keys += [key(ranks=cuda), key(precision="bf16", ranks=cuda), key(precision="bf16", ranks=cuda, attention="flash4")]
     assert len(set(keys)) == len(keys)
     assert key(model_path="elsewhere", global_batch_size=7, lr=1.0) == key()
 

@@ -107,7 +107,7 @@ def log_probs(case):
     gather = case.checkout.find(["calculate_per_token_logps"], ["padding_free_collator", "dpo_utils"])
     batch, size = case.packed(case.kept), len(case.sides)
     hidden = case.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)[batch.supervised]
-    ours = token_logps(hidden, case.model.lm_head.weight, batch.targets[batch.supervised])
+    ours = token_logps(hidden, case.model.lm_head.weight, batch.targets)
     theirs = []
     for i in [row * size + side for side in range(size) for row in case.kept]:
         ids, mask = (torch.tensor([values]) for values in case.their_documents[i])
