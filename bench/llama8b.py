@@ -1,4 +1,7 @@
-"""The 8B shape on rows of known length (bench/world.py writes them to runs/bench): a config for timing, not a rung of the ladder."""
+"""The 8B shape on rows of known length (bench/world.py writes them to runs/bench): a config for timing, not a rung of the ladder.
+
+As it stands it is full fine-tuning on one H200; bench/training.sh says with which keys the other measurements are made.
+"""
 
 _root = "runs/bench"
 
@@ -6,25 +9,26 @@ common = dict(
     model_path=f"{_root}/base",
     template="tulu",
     precision="bf16",
-    recompute="full",
-    max_steps=20,
+    moments="bf16",
 )
 sft = dict(
-    out_dir=f"{_root}/sft",
+    out_dir=f"{_root}/sft_full",
     data={f"{_root}/sft_fixed.jsonl": 1.0},
     max_seq_len=4096,
-    global_batch_size=16,
-    tokens_per_microbatch=16384,
+    global_batch_size=8,
+    tokens_per_microbatch=8192,
     lr=5e-6,
     warmup_ratio=0.03,
+    max_steps=60,
 )
 dpo = dict(
-    out_dir=f"{_root}/dpo",
+    out_dir=f"{_root}/dpo_full",
     data={f"{_root}/dpo_fixed.jsonl": 1.0},
     max_seq_len=2048,
     global_batch_size=32,
-    tokens_per_microbatch=16384,
+    tokens_per_microbatch=8250,  # 11 pairs of 250 + 250 + 250 tokens
     lr=5e-7,
     warmup_ratio=0.1,
     beta=5.0,
+    max_steps=15,  # the reference pass covers these steps' pairs before the first one
 )

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SKIP = 5  # the allocator and the clocks settle
+SKIP = 3  # the allocator, compilation, and the clocks under load
 COLUMNS = ("metric", "value", "unit", "peer", "peer_value", "ratio", "hardware", "gpus", "torch", "commit", "date", "command")
 
 

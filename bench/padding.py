@@ -1,0 +1,45 @@
+"""Token slots that do nothing, on a Tulu-like length mix (mean 600 tokens, long tail, cut at 4,096): `python bench/padding.py`, no GPU.
+
+Ours: packed streams of at most 8,192 tokens on 8 GPUs, 128 documents a step; a slot is wasted where a GPU waits for the longest stream of
+its micro-batch. Padded: micro-batches of 4 documents in random order, each as long as its longest, as a trainer without packing has them.
+"""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.record import COLUMNS, HERE, render, round_4
+from bench.world import tulu_like_lengths
+from data import padding_waste, plan_step, step_examples
+from model import LlamaConfig
+from plumbing.logbook import _commit
+
+RANKS, GLOBAL_BATCH, TOKENS, MICRO_BATCH, STEPS = 8, 128, 8192, 4, 100
+
+
+def main():
+    lengths = tulu_like_lengths(np.random.default_rng(0), STEPS * GLOBAL_BATCH)
+    ours, padded, config = [], [], LlamaConfig.preset("llama-3.1-8b")
+    for step in range(STEPS):
+        these = lengths[step_examples(step, len(lengths), GLOBAL_BATCH, seed=42)]
+        ours.append(padding_waste(plan_step(these, config.flops(these), RANKS, TOKENS), these))
+        rows = these.reshape(-1, MICRO_BATCH)
+        padded.append(1 - these.sum() / (rows.max(axis=1).sum() * MICRO_BATCH))
+    waste, theirs = float(np.mean(ours)), float(np.mean(padded))
+    peer = f"padded, {MICRO_BATCH} documents a micro-batch"
+    print(f"padding waste over {STEPS} steps: ours {waste:.2%} (worst step {max(ours):.2%}); {peer}: {theirs:.2%}")
+    about = (platform.machine(), 0, "-", _commit(), time.strftime("%Y-%m-%d"), "bench/padding.py")
+    values = ("padding_waste", round_4(waste), "of token slots", peer, round_4(theirs), round_4(theirs / waste))
+    with (HERE / "results.jsonl").open("a") as file:
+        file.write(json.dumps(dict(zip(COLUMNS, (*values, *about), strict=True))) + "\n")
+    render()
+
+
+if __name__ == "__main__":
+    main()
