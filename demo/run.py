@@ -35,7 +35,7 @@ EXPECTED = {
     "safe greedy answers, after": (0.79, 1.0),
     # not from seeds: by construction 0 on the vector's texts, near 1 on others (seen: 0.984 at seed 0)
     "steering: achieved shift at lambda 1": (0.9, 1.1),
-    "steering: error on the vector's own texts": (0.0, 1e-3),
+    "steering: error on the vector's own texts": (0.0, 2e-2 if torch.cuda.is_available() else 1e-3),  # on a GPU models are read in bf16
 }
 
 
