@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from kernels import (
 )
 from model import adapters_disabled, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from plumbing import parallel
+from plumbing.checkpoint import Checkpointer
 
 BF16 = 2e-2  # a product of two bf16 roundings (0.4 % each), through a few operations
 LENGTHS = (257, 1, 130, 64)
@@ -328,8 +330,9 @@ def check_model_bf16():
 
 
 def check_packed_equals_alone_bf16():
-    """CHECKS 16 in bf16: the neighbours only change the order in which matmuls sum."""
+    """CHECKS 16 in bf16: the neighbours only change the order in which matmuls sum. Fused blocks."""
     model = cuda_llama(torch.bfloat16)
+    apply_fused(model)
     together = model(*packed(DOCUMENTS))
     alone = torch.cat([model(*packed([document])) for document in DOCUMENTS])
     loss_of(model).backward()
@@ -411,6 +414,38 @@ def check_recompute():
     worst = max(error(grads[mode][name], grad) for mode in grads if mode != "none" for name, grad in grads["none"].items())
     assert worst < 5e-2, worst  # plain against fused: either is some 2 % from float32
     return {"worst gradient": worst} | {f"peak MiB {mode}": peak / 2**20 for mode, peak in peaks.items()}
+
+
+def check_exact_resume():
+    """CHECKS 23 on the GPU, bf16 moments: two steps, saved and read back into another model, then the third: equal to the bit. Gradients
+    are given, because flash's backward adds in any order."""
+    parallel.init()
+    try:
+        models = [cuda_llama(torch.bfloat16) for _ in range(2)]
+        for model in models:
+            optim.keep_masters(model, torch.float32)
+        optimizers = [optim.adamw(model, 0.1, torch.bfloat16) for model in models]
+
+        def step(i, number):
+            for index, param in enumerate(models[i].parameters()):
+                param.grad = randn(*param.shape, seed=100 * number + index, dtype=torch.float32)
+            optim.apply_gradients(optimizers[i], 1e-3, 1.0)
+
+        step(0, 1)
+        step(0, 2)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpointer = Checkpointer(folder, 1, {})
+            checkpointer.save(2, models[0], optimizers[0], {})
+            checkpointer.wait()
+            assert Checkpointer(folder, 1, {}).load(checkpointer.latest(), models[1], optimizers[1]) == {"step": 2}
+        step(0, 3)
+        step(1, 3)
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(p, q) and torch.equal(p.low_bits, q.low_bits)
+            assert all(torch.equal(optimizers[0].state[p][key], optimizers[1].state[q][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+        return {}
+    finally:
+        parallel.shutdown()
 
 
 # ---------------------------------------------------------------- sharded

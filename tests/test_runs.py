@@ -37,7 +37,10 @@ import train_sft
 pytestmark = pytest.mark.slow
 
 LORA = dict(lora_rank=4, lora_alpha=8.0)
-CASES = {"sft": ("sft", {}), "dpo": ("dpo", {}), "sft_lora": ("sft", LORA), "dpo_lora": ("dpo", LORA)}
+SPLIT = dict(precision="bf16")  # one process: split masters; several: sharded float32
+COMPACT = dict(precision="bf16", moments="bf16", gradients="bf16")
+CASES = {"sft": ("sft", {}), "dpo": ("dpo", {}), "sft_lora": ("sft", LORA), "dpo_lora": ("dpo", LORA), "sft_split": ("sft", SPLIT),
+         "dpo_compact": ("dpo", COMPACT)}  # fmt: skip
 SIX_STEPS = dict(max_steps=6, weight_decay=0.1)  # two epochs of 16, 16 and 3
 
 
@@ -117,7 +120,7 @@ def test_one_process_without_torchrun(world, tmp_path, baseline):
 # ---------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("case, at", [("sft", 3), ("dpo", 3), ("sft_lora", 3), ("dpo_lora", 3), ("dpo", 2)])
+@pytest.mark.parametrize("case, at", [(case, 3) for case in CASES] + [("dpo", 2), ("dpo_compact", 2)])
 def test_resume_is_exact(world, tmp_path, baseline, case, at):
     """CHECKS 23: killed after step 3, the edge of an epoch, or 2, inside one, the same command goes on: the result is that of the
     uninterrupted run, byte for byte, and metrics.jsonl has each step once."""
@@ -147,6 +150,26 @@ def test_resume_on_other_ranks(world, tmp_path, baseline, case):
     shutil.rmtree(tmp_path / "cache")
     assert first_step(launch(stage, config)) == 5
     assert_same_run(run, baseline(case))
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_split_masters_resume_as_sharded_ones(world, tmp_path, baseline, before, after):
+    """A checkpoint holds float32 weights, however they are kept: one process in bf16 goes on as two, and the other way round. The losses of
+    the whole run are the same to bf16's rounding; what is read back is what was saved, to the bit."""
+    config, run = write_config(tmp_path, world, save_every=3, data_eval=None, **SIX_STEPS, **SPLIT), tmp_path / "sft"
+    assert -signal.SIGKILL in launch("sft", config, ranks=before, prepare=partial(save_at_once, kill_after=3)).codes
+    saved = [load_tensors(path) for path in sorted(run.glob("checkpoints/step_000003/rank_*.safetensors"))]
+    assert all(tensor.dtype == torch.float32 for rows in saved for tensor in rows.values())
+    weights = [tensor for rows in saved for name, tensor in rows.items() if name.startswith("param/")]
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights)  # more than bf16 holds
+    assert first_step(launch("sft", config, ranks=after)) == 4
+    losses, expected = ([line["loss"] for line in metrics(folder)] for folder in (run, baseline("sft_split")))
+    assert losses == pytest.approx(expected, rel=5e-3) and len(losses) == 6
+
+
+def test_bf16_state_is_for_one_process(world, tmp_path):
+    outcome = launch("dpo", write_config(tmp_path, world, **COMPACT), ranks=2)
+    assert all(outcome.codes) and "moments='bf16', gradients='bf16' on 2 ranks: bf16 is for one process" in outcome.err[0]
 
 
 @pytest.mark.parametrize("number, count", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
