@@ -21,7 +21,7 @@ from data import Tokenizer, in_order, load_preferences, local_batches, step_exam
 from kernels import attention_path, segment_sums, token_logps
 from model import adapters_disabled, training_flops
 from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weights, warmup_steps, weights_changed
-from plumbing import checkpoint, parallel
+from plumbing import checkpoint, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
 from plumbing.trainee import DTYPES, load_trainee, sample, save_trainee
@@ -240,6 +240,8 @@ def check_first_step(metrics, gap, config, ranks):
 
 
 def main(argv):
+    if "--plan" in argv:
+        return plan.main("dpo", argv)
     config = load("dpo", argv)
     ranks = parallel.init()
     check_world_size(config, ranks.world_size)

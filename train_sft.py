@@ -13,7 +13,7 @@ from data import Tokenizer, in_order, load_sft, local_batches, step_examples, st
 from kernels import token_logps
 from model import training_flops
 from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weights, warmup_steps, weights_changed
-from plumbing import checkpoint, parallel
+from plumbing import checkpoint, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
 from plumbing.trainee import DTYPES, load_trainee, sample, save_trainee
@@ -78,6 +78,8 @@ def evaluate(model, documents, config, ranks, log):
 
 
 def main(argv):
+    if "--plan" in argv:
+        return plan.main("sft", argv)
     config = load("sft", argv)
     ranks = parallel.init()
     check_world_size(config, ranks.world_size)

@@ -231,6 +231,7 @@ def help_text(stage):
     """Every key of the stage by group, with type, bounds, unit, default and meaning."""
     lines = [
         f"usage: train_{stage}.py CONFIG.py [--key=value ...] [--fresh]",
+        f"       train_{stage}.py CONFIG.py [--key=value ...] --plan --gpu a100-80 --count 8 [--usd-per-hour 16]: no run, only its cost",
         f"CONFIG.py holds the dicts common, sft and dpo. Precedence: default < common < {stage} < --key=value.",
     ]
     for group in GROUPS:
@@ -246,6 +247,11 @@ def help_text(stage):
 
 def _defaults(cls):
     return {field.name: field.default for field in dataclasses.fields(cls) if field.default is not MISSING}
+
+
+def sections_of(path):
+    """Names of the sections that a config file has, common, sft and dpo; their values are not checked. ValueError: no such file."""
+    return set(_read_sections(path)[0])
 
 
 def _read_sections(path):

@@ -1,0 +1,225 @@
+"""What a training step takes, by arithmetic: bytes on one GPU, term by term, and seconds. Pure functions; no GPU is touched.
+
+Calibrated on the 8B shape on one H200 with torch 2.11: tests/test_plan.py holds the measured peaks (met within 3 %) and rates (within
+5 %). Other GPUs are scaled by their datasheets, several by what FSDP2 gathers and reduces: estimates.
+
+Letters as in model.py; sizes are bytes, rates per second. Reading order: the GPUs, a model's size, a pass over data, memory, time.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels import token_logps
+from model import Llama, apply_lora, training_flops
+
+# ---------------------------------------------------------------- the GPUs
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One card. All but `gib` is from NVIDIA's datasheets, or assumed."""
+
+    gib: float  # memory, as torch reports it: 2 to 8 % less than on the datasheet
+    tflops: float  # dense bf16 matmul, datasheet
+    tb_s: float  # memory bandwidth, datasheet
+    link_gb_s: float  # to the other cards, one direction, datasheet: NVLink, or PCIe 4.0 x16 where there is none
+    usd_per_hour: tuple[float, float]  # an assumption: what clouds ask for one card, from cheap to dear
+
+
+GPUS = {
+    "a40": GPU(44.4, 149.7, 0.696, 32, (0.40, 1.30)),
+    "l40s": GPU(44.4, 362.1, 0.864, 32, (0.80, 1.90)),
+    "rtx4090": GPU(23.5, 165.2, 1.008, 32, (0.35, 0.80)),
+    "a100-40": GPU(39.4, 312, 1.555, 300, (1.00, 2.00)),
+    "a100-80": GPU(79.2, 312, 2.039, 300, (1.20, 2.80)),
+    "h100": GPU(79.1, 989.4, 3.35, 450, (2.00, 4.50)),
+    "h200": GPU(139.8, 989.4, 4.8, 450, (2.50, 5.50)),
+    "b200": GPU(178.3, 2250, 7.7, 900, (4.00, 8.00)),
+}
+
+# Shares of the datasheet's rates, measured on the H200.
+MATMUL = 0.80  # 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; the next four are shares of this
+FULL, LORA, FORWARD = 0.76, 0.69, 0.82  # forward and backward of blocks and lm_head, full fine-tuning and LoRA; forward only
+ATTENTION, ATTENTION_HALF = 0.434, 916  # varlen_attn over long documents; tokens of a document at which it has half of that
+OPTIMIZER = 0.82  # of the memory bandwidth: 49 ms for 24 bytes a parameter, 8.03 B parameters
+LINK = 0.60  # all-gather and reduce-scatter: 250 to 290 of 450 GB/s
+
+HEAD_ROWS = inspect.signature(token_logps).parameters["chunk"].default
+
+
+def find_gpu(name):
+    """The GPU of that name. ValueError with a suggestion when there is none."""
+    if name not in GPUS:
+        near = [gpu for gpu in GPUS if name and gpu.startswith(name)] or difflib.get_close_matches(str(name).lower(), GPUS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"gpu={name!r}: expected one of {', '.join(GPUS)}{hint}")
+    return GPUS[name]
+
+
+# ---------------------------------------------------------------- a model's size
+
+
+def skeleton(shape, config):
+    """The trainee of a LlamaConfig on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        model = Llama(shape)
+        if config.lora_rank:
+            apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+    return model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a skeleton."""
+
+    trained: int
+    frozen: int
+    root: int  # of all but the blocks: embedding, final norm, lm_head
+    block: int  # of one block
+
+    @classmethod
+    def of(cls, model):
+        counts = {name: (p.numel(), p.requires_grad) for name, p in model.named_parameters()}  # a tied lm_head is there once
+        trained, total = sum(n for n, trains in counts.values() if trains), sum(n for n, _ in counts.values())
+        blocks = sum(n for name, (n, _) in counts.items() if name.startswith("model.layers."))
+        return cls(trained, total - trained, total - blocks, blocks // model.config.num_hidden_layers)
+
+
+# ---------------------------------------------------------------- a pass over data
+
+
+def attention_flops(shape, length):
+    """Forward FLOPs of scores and mix of one document, over all layers; `length` may be an int64 array."""
+    return shape.num_hidden_layers * 2 * shape.num_attention_heads * shape.head_dim * length * (length + 1)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass over a dataset computes."""
+
+    examples: int  # documents or pairs
+    tokens: int  # of the packed streams
+    keys: int  # of the documents, shared prefixes counted with each
+    targets: int  # supervised
+    flops: float  # forward: model.LlamaConfig.flops
+    attention: float  # the scores and mixes in that
+    slow_attention: float  # the same, each document's weighted by how much slower varlen_attn is on it than on a long one
+
+    @classmethod
+    def of(cls, shape, documents, prefixes=0):
+        """documents: (lengths (n,), targets (n,)) of every side; prefixes (n,) tokens that the second side leaves out."""
+
+        def total(f):  # in float64: the FLOPs of a million documents overflow int64
+            return float(sum(f(np.asarray(lengths, float)).sum() for lengths, _ in documents) - np.sum(f(np.asarray(prefixes, float))))
+
+        keys, targets = (int(sum(side[i].sum() for side in documents)) for i in (0, 1))
+        flops = total(lambda length: shape.flops(length, logits=0)) + shape.flops(0, logits=targets)
+        slow = total(lambda length: attention_flops(shape, length) / np.maximum(length, 1) * (length + ATTENTION_HALF))
+        tokens = keys - int(np.sum(prefixes))
+        return cls(len(documents[0][0]), tokens, keys, targets, flops, total(lambda n: attention_flops(shape, n)), slow)
+
+    def times(self, factor):
+        """The pass made `factor` times."""
+        return Pass(*(getattr(self, field.name) * factor for field in dataclasses.fields(self)))
+
+
+# ---------------------------------------------------------------- memory
+
+
+def state_bytes(config, sizes, count):
+    """{term: bytes on one GPU} of what lives as long as the run; the gradients too, which come and go with each step."""
+    if config.lora_rank:
+        terms = {"frozen weights": compute_width(config) * sizes.frozen, "adapters": 4 * sizes.trained}
+        widths = (8, 4)
+    elif count == 1 and config.precision == "bf16":  # optim.keep_masters
+        terms = {"weights, with 16 low bits": 4 * sizes.trained}
+        widths = ({"fp32": 8, "bf16": 4}[config.moments], {"fp32": 4, "bf16": 2}[config.gradients])
+    else:
+        terms, widths = {"weights": 4 * sizes.trained}, (8, 4)
+    terms |= {"moments of AdamW": widths[0] * sizes.trained, "gradients": widths[1] * sizes.trained}
+    return {term: size / count for term, size in terms.items()}
+
+
+def block_bytes(shape, config, tokens, keys):
+    """(what a block keeps for its backward, what it keeps when it recomputes, what its backward holds for a moment)."""
+    width, D, inner = compute_width(config), shape.hidden_size, shape.intermediate_size
+    H, G, K = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    # input, middle, q, attention's output, gate, up; softmax's sums in float32; k and v of all documents, prefix and all
+    kept = tokens * (width * (2 * D + 2 * H * K + 2 * inner) + 4 * H) + keys * width * 2 * G * K
+    backward = tokens * width * (4 * inner + D)  # the gradients of gate, up and their product, and that once more
+    if config.kernels == "plain":  # autograd keeps both norms' results, silu(gate) and the product; what it holds has gone by then
+        kept, backward = kept + tokens * width * (2 * D + 2 * inner), tokens * width * (inner + D)
+    return kept, tokens * width * D, backward
+
+
+def peak_bytes(shape, config, sizes, count, tokens, targets, keys, accumulates):
+    """(moment, {term: bytes on one GPU}) of a training step's peak: what torch.cuda.max_memory_allocated would say is their sum.
+
+    tokens, targets, keys: of the largest micro-batch. accumulates: a step has more than one, so the gradients are there from the second
+    on; otherwise they appear while the activations go. The largest of three moments: lm_head's backward, the last block's, the end's.
+    """
+    width, D, V, L = compute_width(config), shape.hidden_size, shape.vocab_size, shape.num_hidden_layers
+    full, sharded = not config.lora_rank, count > 1
+    state = state_bytes(config, sizes, count)
+    kept, recomputed, backward = block_bytes(shape, config, tokens, keys)
+    recomputing = {"none": 0, "half": -(-L // 2), "full": L}[config.recompute]
+    early = state | {"gradients": state["gradients"] * accumulates}
+    early |= {"activations": recomputing * recomputed + (L - recomputing) * kept + width * D * (tokens + targets)}
+    if sharded:
+        early["gathered weights"] = width * (sizes.root + sizes.block)
+    # a split master's gradient is summed in place, any other weight's beside it, in float32
+    in_place = not sharded and config.precision == "bf16"
+    head = min(HEAD_ROWS, targets) * V * (4 + width) + width * D * targets + 4 * V * D * (full and not in_place)
+    block = backward + width * D * tokens + kept * (recomputing > 0)
+    block += width * V * D * (full and not (in_place and accumulates))  # lm_head's gradient
+    if sharded:  # the next block's weights; this one's gradients, and in float32 to be summed over GPUs
+        block += width * sizes.block + (width + 4) * sizes.block * full
+    end = (width + 4) * (sizes.root if sharded else V * D) * full  # the embedding's gradient is dense
+    moments = {
+        "lm_head's backward": early | {"logits of a chunk": head},
+        "the last block's backward": early | {"backward of a block": block},
+        "the end of the backward": state | {"gradient of the embedding": end},
+    }
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return moment, {term: size for term, size in moments[moment].items() if size}
+
+
+def compute_width(config):
+    """Bytes of a number that the matmuls read."""
+    return {"fp32": 4, "bf16": 2}[config.precision]
+
+
+# ---------------------------------------------------------------- time
+
+
+def forward_seconds(work, gpu):
+    """Of a forward pass without gradients, on one GPU."""
+    rate = gpu.tflops * 1e12 * MATMUL
+    return (work.flops - work.attention) / (rate * FORWARD) + work.slow_attention / (rate * ATTENTION)
+
+
+def training_seconds(work, model, config, gpu):
+    """Of forward and backward, on one GPU."""
+    rate, matmuls = gpu.tflops * 1e12 * MATMUL, work.flops - work.attention
+    matmuls_trained = training_flops(model, matmuls, work.tokens) / (rate * (LORA if config.lora_rank else FULL))
+    attention = 3.5 * work.slow_attention / (rate * ATTENTION)  # backward: five products to forward's two, under LoRA too
+    head = 2 * model.config.hidden_size * model.config.vocab_size * work.targets
+    again = dataclasses.replace(work, flops=work.flops - head)
+    return matmuls_trained + attention + {"none": 0, "half": 0.5, "full": 1}[config.recompute] * forward_seconds(again, gpu)
+
+
+def optimizer_seconds(config, sizes, count, gpu):
+    """Of one AdamW step: every byte of weights and moments is read and written, the gradients are read twice (norm, update)."""
+    state = state_bytes(config, sizes, count)
+    kept = sum(state.values()) - state.get("frozen weights", 0) - state["gradients"]
+    return (2 * kept + 2 * state["gradients"]) / (gpu.tb_s * 1e12 * OPTIMIZER)
+
+
+def with_communication(compute, passes, size, count, gpu):
+    """Seconds of a part in which every GPU computes for `compute`, and sends and receives `size` bytes in each of `passes`, meanwhile."""
+    return max(compute, passes * size * (count - 1) / count / (gpu.link_gb_s * 1e9 * LINK))

@@ -1,0 +1,403 @@
+"""Plan before renting: memory, time and cost of a config on a named GPU. No GPU is touched and no run folder is written.
+
+    python train_dpo.py configs/tulu10.py --plan --gpu a100-80 --count 8 [--usd-per-hour 16] [--key=value ...]
+    python -m plumbing.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]              one line per config and stage
+
+The arithmetic is budget.py's. Reading order: the counts, the plan, what to turn when it does not fit, the text, the command line.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import try_to_load_from_cache
+
+from data import Tokenizer, load_preferences, load_sft, steps_per_epoch
+from model import LlamaConfig, training_flops
+from plumbing import parallel
+from plumbing.budget import (
+    GPUS,
+    Pass,
+    Sizes,
+    compute_width,
+    find_gpu,
+    forward_seconds,
+    optimizer_seconds,
+    peak_bytes,
+    skeleton,
+    training_seconds,
+    with_communication,
+)
+from plumbing.config import SECTIONS, check_world_size, load, sections_of
+
+GIB = 2**30
+CONTEXT_GIB = 0.6  # CUDA context and libraries, beside what the allocator counts
+ERROR = 0.05  # of the memory estimate: a plan that fits by less is called tight
+
+
+# ---------------------------------------------------------------- the counts
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Rows of a hub dataset that is not on this machine, and their mean tokens."""
+
+    rows: int
+    prompt: int
+    answer: int
+    source: str
+
+
+# num_examples and num_bytes are the dataset cards'. Assumed: 4 bytes a Llama-3 token, and how prompt and answers share the bytes.
+ESTIMATES = {
+    "allenai/tulu-3-sft-mixture": Estimate(939_343, 190, 560, "the card's rows and 3,102 bytes a row; assumed: 4 bytes a token"),
+    "allenai/llama-3.1-tulu-3-8b-preference-mixture": Estimate(
+        271_409, 250, 384, "the card's rows and 6,192 bytes a row (three prompts, two answers); assumed: 4 bytes a token"
+    ),
+    "PKU-Alignment/PKU-SafeRLHF": Estimate(12_000, 40, 110, "rows with one safe answer as in configs/pku_lora.py; tokens assumed"),
+}
+# Shapes of models that a plan may name without having them.
+SHAPES = {
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
+    "mistralai/Mistral-7B-v0.1": "mistral-7b",
+}
+
+
+def find_model(stage, config, path):
+    """(LlamaConfig, its folder or None, where it is from) of config.model_path. A folder that SFT has yet to write is taken to be as what
+    SFT starts from. Nothing is downloaded. ValueError when the shape is not known here."""
+    folder = _folder(config.model_path)
+    if folder is None and stage == "dpo" and "sft" in sections_of(path):
+        before = load("sft", [path])
+        if Path(config.model_path) == Path(before.out_dir) / "final":
+            shape, folder, origin = find_model("sft", before, path)
+            return shape, folder, f"{config.model_path}, to come from {origin}"
+    if folder is not None:
+        return LlamaConfig.from_hf(folder), folder, config.model_path
+    if config.model_path not in SHAPES:
+        raise ValueError(f"model_path={config.model_path!r}: not on this machine; expected a folder, or one of {', '.join(SHAPES)}")
+    return LlamaConfig.preset(SHAPES[config.model_path]), None, f"{config.model_path} (known shape; not on this machine)"
+
+
+def _folder(model_path):
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    cached = try_to_load_from_cache(model_path, "config.json") if model_path.count("/") == 1 else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def count_data(stage, config, shape, folder, log=print):
+    """(Pass over the training data, Pass over the held-out data or None, where the counts are from).
+
+    Exact where tokenizer and rows are on this machine: the data is then tokenised into cache_dir, where the run will find it.
+    """
+    sources = list(config.data) + (list(config.data_eval) if isinstance(config.data_eval, dict) else [])
+    if folder is not None and all(Path(name.partition("[")[0]).exists() for name in sources):
+        splits = (load_sft if stage == "sft" else load_preferences)(config, Tokenizer.from_dir(folder), log)
+        train, held_out = (split and _pass_over(split, shape) for split in splits)
+        return train, held_out, "exact: tokenised here"
+    share = config.data_eval if isinstance(config.data_eval, float) else 0.0
+    train = _estimated_pass(stage, config, config.data, 1 - share, shape)
+    held_out = _estimated_pass(stage, config, config.data, share, shape) if share else None
+    if isinstance(config.data_eval, dict):
+        held_out = _estimated_pass(stage, config, config.data_eval, 1.0, shape)
+    return train, held_out, "estimate, every example at the mean; " + "; ".join(f"{name}: {ESTIMATES[name].source}" for name in sources)
+
+
+def _pass_over(dataset, shape):
+    sides = [dataset.chosen, dataset.rejected] if hasattr(dataset, "chosen") else [dataset]
+    return Pass.of(shape, [(side.lengths, side.num_targets) for side in sides], getattr(dataset, "prefixes", 0))
+
+
+def _estimated_pass(stage, config, data, share, shape):
+    """Every example of `data` at the mean length, cut at max_seq_len."""
+    lengths, targets, prefixes = [], [], []
+    for name, amount in data.items():
+        if name not in ESTIMATES:
+            hint = f"a local file (with a model folder, for its tokenizer), or one of {', '.join(ESTIMATES)}"
+            raise ValueError(f"data {name!r}: cannot be counted here; expected {hint}")
+        known = ESTIMATES[name]
+        rows = int(share * (amount * known.rows if isinstance(amount, float) else amount))
+        prompt, length = (min(tokens, config.max_seq_len) for tokens in (known.prompt, known.prompt + known.answer))
+        for column, value in ((lengths, length), (targets, length - prompt), (prefixes, prompt)):
+            column.append(np.full(rows, value, dtype=np.int64))
+    lengths, targets, prefixes = map(np.concatenate, (lengths, targets, prefixes))
+    if not len(lengths):
+        raise ValueError(f"data={data!r}: no rows; expected at least one")
+    if stage == "sft":
+        return Pass.of(shape, [(lengths, targets)])
+    return Pass.of(shape, [(lengths, targets)] * 2, prefixes if config.share_prefix else 0)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage of a config on `count` GPUs of one kind. usd_per_hour: (low, high) of all of them."""
+
+    stage: str
+    config: object
+    gpu_name: str
+    count: int
+    usd_per_hour: tuple[float, float]
+    shape: LlamaConfig
+    train: Pass
+    held_out: Pass | None
+
+    @property
+    def gpu(self):
+        return GPUS[self.gpu_name]
+
+    @cached_property
+    def model(self):
+        return skeleton(self.shape, self.config)
+
+    @cached_property
+    def sizes(self):
+        return Sizes.of(self.model)
+
+    @property
+    def steps(self):
+        steps = self.config.num_epochs * steps_per_epoch(self.train.examples, self.config.global_batch_size)
+        return min(steps, self.config.max_steps or steps)
+
+    @property
+    def trained(self):
+        """The Pass over all examples of all steps."""
+        n, batch = self.train.examples, self.config.global_batch_size
+        epochs, steps = divmod(self.steps, steps_per_epoch(n, batch))
+        return self.train.times(epochs + min(steps * batch, n) / n)
+
+    @property
+    def microbatches(self):
+        """Of one step on one GPU, at the mean."""
+        step = self.train.tokens / self.train.examples * min(self.config.global_batch_size, self.train.examples)
+        return step / (self.count * self.config.tokens_per_microbatch)
+
+    @property
+    def peak(self):
+        """(moment, {term: bytes}) on one GPU, with a full micro-batch of the data's mean share of answers and prefixes."""
+        # a step that fills half of one micro-batch at the mean may now and then need two
+        tokens, accumulates = self.config.tokens_per_microbatch, self.microbatches > 0.5
+        shares = [n / self.train.tokens for n in (self.train.targets, self.train.keys)]
+        return peak_bytes(self.shape, self.config, self.sizes, self.count, tokens, *(round(tokens * s) for s in shares), accumulates)
+
+    @property
+    def gib(self):
+        """Of one GPU, CUDA's own included."""
+        return sum(self.peak[1].values()) / GIB + CONTEXT_GIB
+
+    @property
+    def fits(self):
+        return self.gib <= self.gpu.gib
+
+    @property
+    def seconds(self):
+        """{part: seconds}."""
+        config, sizes, gpu, count = self.config, self.sizes, self.gpu, self.count
+        gathered = compute_width(config) * (sizes.trained + sizes.frozen)
+        turns = math.ceil(self.microbatches)
+        train = training_seconds(self.trained, self.model, config, gpu) / count
+        # weights are gathered for the forward and again for the backward, gradients summed in float32
+        parts = {"training": with_communication(train, self.steps * turns, 2 * gathered + 4 * sizes.trained, count, gpu)}
+        parts["optimizer"] = self.steps * optimizer_seconds(config, sizes, count, gpu)
+
+        def without_gradients(work):
+            passes = work.examples / config.global_batch_size * turns
+            return with_communication(forward_seconds(work, gpu) / count, passes, gathered, count, gpu)
+
+        if self.stage == "dpo" and config.loss != "simpo":
+            seen = min(1.0, self.trained.examples / self.train.examples)  # pairs of the first epoch that some step trains
+            parts["reference log-probs"] = without_gradients(self.train.times(seen))
+            parts["reference log-probs"] += without_gradients(self.held_out) if self.held_out else 0
+        if self.held_out:
+            evaluations = 2 + ((self.steps - 1) // config.eval_every if config.eval_every else 0)
+            parts["evaluation"] = evaluations * without_gradients(self.held_out)
+        return parts
+
+    @property
+    def hours(self):
+        return sum(self.seconds.values()) / 3600
+
+    @property
+    def usd(self):
+        """(low, high)."""
+        return tuple(self.hours * price for price in self.usd_per_hour)
+
+    def turned(self, count=None, **keys):
+        """This plan with other keys of the config, or on another number of GPUs at the same price each."""
+        count = count or self.count
+        prices = tuple(price * count / self.count for price in self.usd_per_hour)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **keys), count=count, usd_per_hour=prices)
+
+
+def remedies(plan):
+    """[(what to turn, Plan)] for a plan that does not fit, in the order to try: each keeps what was turned before, up to the first that
+    fits. Where none does, on top of them LoRA, or the fewest GPUs that do."""
+    config, longest = plan.config, plan.config.max_seq_len * (2 if plan.stage == "dpo" else 1)
+    knobs = [("recompute", mode) for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]]
+    if config.tokens_per_microbatch > longest:
+        knobs.append(("tokens_per_microbatch", longest))
+    if plan.count == 1 and not config.lora_rank and config.precision == "bf16":
+        knobs += [(name, "bf16") for name in ("moments", "gradients") if getattr(config, name) == "fp32"]
+    tried = []
+    for name, value in knobs:
+        plan = plan.turned(**{name: value})
+        tried.append((f"--{name}={value}", plan))
+        if plan.fits:
+            return tried
+    if not config.lora_rank:
+        lora = plan.turned(lora_rank=64, lora_alpha=128.0, moments="fp32", gradients="fp32")
+        tried.append(("or --lora_rank=64 --lora_alpha=128", lora))
+    count = plan.count
+    while (count := 2 * count) <= config.global_batch_size:
+        more = plan.turned(count=count, moments="fp32", gradients="fp32")
+        if more.fits:
+            return tried + [(f"or --count {count}", more)]
+    return tried
+
+
+def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
+    """(Plan, where the model's shape is from, where the counts are from) of one stage of a config file.
+
+    overrides: `--key=value` arguments. usd_per_hour: of all GPUs together; None: the range of GPUS. ValueError as a run's, and for a model
+    or data of which nothing is known here.
+    """
+    card, config = find_gpu(gpu), load(stage, [path, *overrides])
+    check_world_size(config, count)
+    shape, folder, origin = find_model(stage, config, path)
+    train, held_out, counted = count_data(stage, config, shape, folder, log)
+    prices = tuple(price * count for price in card.usd_per_hour) if usd_per_hour is None else (usd_per_hour, usd_per_hour)
+    return Plan(stage, config, gpu, count, prices, shape, train, held_out), origin, counted
+
+
+# ---------------------------------------------------------------- the text
+
+
+def describe(plan, origin, counted):
+    """The lines of `--plan`."""
+    config, sizes, work, (moment, terms) = plan.config, plan.sizes, plan.trained, plan.peak
+    flops = training_flops(plan.model, work.flops, work.tokens)
+    kind, total = ("pairs" if plan.stage == "dpo" else "documents"), sizes.trained + sizes.frozen
+    lines = [
+        f"{plan.stage} on {plan.count} x {plan.gpu_name}: a plan by arithmetic, nothing is run",
+        f"model    {total:,} parameters, {sizes.trained:,} of them trained; {origin}",
+        f"data     {plan.train.examples:,} {kind}, {plan.train.tokens:,} tokens an epoch, {plan.train.targets:,} supervised",
+        f"         {counted}",
+        f"steps    {plan.steps:,} of {config.global_batch_size} {kind}; {work.tokens:,.0f} tokens in all",
+        f"FLOPs    {flops / work.tokens / 1e9:.2f} G a token, {flops:.3g} in all (the model's; recompute is time, not work)",
+        f"memory   of one GPU at its peak, {moment}, {config.tokens_per_microbatch:,} tokens, recompute={config.recompute}:",
+        *(f"         {size / GIB:7.2f} GiB  {term}" for term, size in terms.items()),
+        f"         {CONTEXT_GIB:7.2f} GiB  CUDA",
+        f"         {plan.gib:7.2f} GiB  of {plan.gpu.gib} GiB: {_verdict(plan)}",
+    ]
+    if not plan.fits:
+        lines.append("turn, in this order, each together with those above it:")
+        tried = remedies(plan)
+        lines += [f"         {what:<34} {other.gib:7.2f} GiB  {_price(other)}; {_verdict(other)}" for what, other in tried]
+        if not any(other.fits for _, other in tried):
+            lines.append(f"         nothing that this program has makes it fit on {plan.gpu_name}: take a larger GPU")
+    seconds = plan.seconds
+    spent = ", ".join(f"{part} {_duration(value)}" for part, value in seconds.items())
+    lines += [f"time     {'' if plan.fits else 'if it did fit: '}{spent}"]
+    lines += [f"         {work.tokens / seconds['training']:,.0f} tokens/s in training; {_scaling(plan)}"]
+    if config.precision == "fp32":
+        lines.append("         precision='fp32' does not run on the bf16 matmul units: expect several times these hours")
+    assumed = " (assumed: see --usd-per-hour)" if plan.usd_per_hour[0] < plan.usd_per_hour[1] else ""
+    lines += [f"total    {_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"]
+    lines += ["         not counted: loading, tokenising, checkpoints (in the background, after a copy to host memory), the final save,"]
+    return "\n".join([*lines, "         and ranks that wait for the longest stream of a micro-batch"])
+
+
+def _verdict(plan):
+    spare = plan.gpu.gib - plan.gib
+    if spare < 0:
+        return f"does not fit, {-spare:.1f} GiB too much"
+    return "fits" if spare > ERROR * plan.gib else f"fits with {spare:.1f} GiB to spare: tight, within the error of this estimate"
+
+
+def _scaling(plan):
+    measured = "calibrated on an H200" if plan.gpu_name == "h200" else "an estimate: H200 measurements scaled by the datasheets"
+    return measured if plan.count == 1 else f"{measured}; communication by the datasheet's link, taken to overlap"
+
+
+def _price(plan):
+    return f"{plan.hours:.2f} h, {_usd(plan.usd)}"
+
+
+def _usd(prices):
+    low, high = prices
+    return f"${low:,.2f}" if low == high else f"${low:,.2f}-{high:,.2f}"
+
+
+def _duration(seconds):
+    return f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds / 60:.1f} min" if seconds >= 6 else f"{seconds:.2f} s"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(stage, argv):
+    """`train_<stage>.py CONFIG.py --plan --gpu NAME --count N [--usd-per-hour X] [--key=value ...]`: print the plan. Returns 0."""
+    options, rest = _options(argv)
+    paths = [arg for arg in rest if not arg.startswith("-")]
+    if len(paths) != 1:
+        raise ValueError(f"expected one config file, got {paths}: train_{stage}.py CONFIG.py --plan --gpu NAME --count N")
+    overrides = [arg for arg in rest if arg.startswith("-")]
+    print(describe(*make(stage, paths[0], overrides, options.gpu, options.count, options.usd_per_hour)))
+    return 0
+
+
+def ladder(argv):
+    """`python -m plumbing.plan CONFIG.py ... --gpu NAME --count N [--usd-per-hour X]`: one line per config and stage. Returns 0."""
+    options, paths = _options(argv)
+    if not paths or any(path.startswith("-") for path in paths):
+        raise ValueError(f"expected config files, --gpu, --count and --usd-per-hour, got {paths}")
+    find_gpu(options.gpu)
+    width = max(map(len, paths)) + 2
+    prices = "prices are assumed: see --usd-per-hour" if options.usd_per_hour is None else f"at {options.usd_per_hour} USD an hour"
+    print(f"{options.count} x {options.gpu}; tokens* are estimates; {prices}")
+    print(f"{'config':<{width}}{'stage':<6}{'steps':>8}{'tokens':>16}{'GiB':>8}{'hours':>9}  {'cost':<18}memory")
+    for path in paths:
+        stages = [stage for stage in SECTIONS if stage != "common" and stage in sections_of(path)]
+        if not stages:
+            print(f"{path:<{width}}not a training config")
+        for stage in stages:
+            try:
+                plan, _, counted = make(stage, path, [], options.gpu, options.count, options.usd_per_hour, log=lambda line: None)
+            except ValueError as error:  # one config's; the others have their lines
+                print(f"{path:<{width}}{stage:<6}error: {error}")
+                continue
+            tokens = f"{plan.trained.tokens:,.0f}{'' if counted.startswith('exact') else '*'}"
+            row = f"{path:<{width}}{stage:<6}{plan.steps:>8,}{tokens:>16}{plan.gib:>8.1f}{plan.hours:>9.2f}"
+            print(f"{row}  {_usd(plan.usd):<18}{_verdict(plan)}")
+    return 0
+
+
+def _options(argv):
+    """(gpu, count, usd_per_hour; the other arguments). ValueError naming what is missing or wrong."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--gpu")
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--usd-per-hour", type=float)
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    if options.count < 1:
+        raise ValueError(f"count={options.count}: expected at least 1 GPU")
+    if options.usd_per_hour is not None and not 0 <= options.usd_per_hour < math.inf:
+        raise ValueError(f"usd-per-hour={options.usd_per_hour}: expected a price of 0 or more, of all GPUs together")
+    return options, rest
+
+
+if __name__ == "__main__":
+    sys.exit(parallel.run(ladder, sys.argv[1:]))

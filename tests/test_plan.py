@@ -1,0 +1,315 @@
+"""plumbing/budget.py and plumbing/plan.py: measured peaks and rates, arithmetic by hand, counts of data, what `--plan` prints."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from world import write_config
+
+import train_dpo
+from data import Tokenizer, load_preferences, load_sft
+from model import LlamaConfig, training_flops
+from plumbing import plan
+from plumbing.budget import (
+    GPUS,
+    Pass,
+    Sizes,
+    block_bytes,
+    find_gpu,
+    forward_seconds,
+    optimizer_seconds,
+    peak_bytes,
+    skeleton,
+    state_bytes,
+    training_seconds,
+    with_communication,
+)
+from plumbing.config import DPOConfig, SFTConfig, load
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GIB = 2**30
+SHAPE = LlamaConfig.preset("llama-3.1-8b")
+VALUES = dict(model_path="meta-llama/Llama-3.1-8B", out_dir="o", data={"a.jsonl": 1.0}, max_seq_len=4096, global_batch_size=16,
+              tokens_per_microbatch=8192, lr=1e-5)  # fmt: skip
+FULL, LORA = dict(moments="bf16"), dict(lora_rank=64, lora_alpha=128.0)
+PLAIN = dict(kernels="plain", recompute="full")
+
+
+def parts(**keys):
+    """(config, skeleton, sizes) of the 8B shape."""
+    config = SFTConfig(**VALUES | keys)
+    model = skeleton(SHAPE, config)
+    return config, model, Sizes.of(model)
+
+
+def documents(*lengths, targets):
+    return np.array(lengths), np.array(targets)
+
+
+TWO_DOCUMENTS = Pass.of(SHAPE, [documents(4096, 4096, targets=[3113, 3113])])  # 8,192 tokens
+ONE_PAIR = Pass.of(SHAPE, [documents(500, targets=[250])] * 2, np.array([250]))  # 250 shared + 250 + 250
+
+
+# ---------------------------------------------------------------- measured
+
+
+@pytest.mark.parametrize(
+    "keys, count, tokens, targets, keys_and_values, accumulates, measured",
+    [
+        pytest.param(FULL, 1, 8192, 6226, 8192, True, 116.0, id="SFT"),
+        pytest.param(FULL, 1, 7500, 5000, 10000, True, 114.3, id="DPO, 10 pairs that share their prefix"),
+        pytest.param(LORA, 1, 8192, 6226, 8192, True, 42.5, id="LoRA SFT"),
+        pytest.param(LORA, 1, 15750, 10500, 21000, True, 64.5, id="LoRA DPO, 21 pairs"),
+        pytest.param(PLAIN, 2, 16384, 12452, 16384, True, 71.9, id="SFT, 2 GPUs, plain blocks recomputed, 2 micro-batches"),
+        pytest.param(PLAIN, 2, 16000, 8000, 16000, False, 65.5, id="DPO, 2 GPUs, plain blocks recomputed, 1 micro-batch"),
+    ],
+)
+def test_peaks_measured_on_h200(keys, count, tokens, targets, keys_and_values, accumulates, measured):
+    """torch.cuda.max_memory_allocated in GiB, torch 2.11."""
+    config, _, sizes = parts(**keys)
+    _, terms = peak_bytes(SHAPE, config, sizes, count, tokens, targets, keys_and_values, accumulates)
+    assert sum(terms.values()) / GIB == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "keys, work, units, measured",
+    [
+        pytest.param(FULL, TWO_DOCUMENTS, 8192, 11_460, id="SFT, tokens/s"),
+        pytest.param(FULL, ONE_PAIR, 1, 17.2, id="DPO, pairs/s"),
+        pytest.param(LORA, TWO_DOCUMENTS, 8192, 14_100, id="LoRA SFT, tokens/s"),
+        pytest.param(LORA, ONE_PAIR, 1, 22.8, id="LoRA DPO, pairs/s"),
+    ],
+)
+def test_training_rates_measured_on_h200(keys, work, units, measured):
+    config, model, _ = parts(**keys)
+    assert units / training_seconds(work, model, config, GPUS["h200"]) == pytest.approx(measured, rel=0.05)
+
+
+def test_forward_and_optimizer_rates_measured_on_h200():
+    hidden_states = Pass.of(SHAPE, [documents(4096, 4096, targets=[0, 0])])
+    assert 1 / forward_seconds(ONE_PAIR, GPUS["h200"]) == pytest.approx(56, rel=0.05), "pairs/s of the reference pass"
+    assert 8192 / forward_seconds(hidden_states, GPUS["h200"]) == pytest.approx(39_700, rel=0.05), "tokens/s"
+    config, _, sizes = parts(**FULL)
+    assert optimizer_seconds(config, sizes, 1, GPUS["h200"]) == pytest.approx(0.049, rel=0.05)
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_sizes_and_flops_of_8b():
+    """Block: 2 x 4096 x 4096 (q, o) + 2 x 4096 x 1024 (k, v) + 3 x 4096 x 14336 + 2 norms of 4096 = 218,112,000, times 32; embedding and
+    lm_head 128,256 x 4096 each, one norm. Adapters of rank 64: 64 x (2 x 8192 + 2 x 5120 + 3 x 18432) = 5,242,880 a block.
+
+    Forward per token of a document of 4,096, all supervised: 2 x 32 x 218,103,808 + 2 x 32 x 4096 x 4097 + 2 x 4096 x 128,256 = 16.083 GF;
+    three times that is 48.25; twice that, and 6 for each of 167.8 M adapter weights, 33.17.
+    """
+    (_, model, sizes), (_, lora, adapted) = parts(), parts(**LORA)
+    assert sizes == Sizes(trained=8_030_261_248, frozen=0, root=1_050_677_248, block=218_112_000)
+    assert (adapted.trained, adapted.frozen, adapted.block) == (167_772_160, 8_030_261_248, 218_112_000 + 5_242_880)
+    work = Pass.of(SHAPE, [documents(4096, targets=[4096])])
+    assert training_flops(model, work.flops, work.tokens) / 4096 / 1e9 == pytest.approx(48.25, abs=0.005)
+    assert training_flops(lora, work.flops, work.tokens) / 4096 / 1e9 == pytest.approx(33.17, abs=0.005)
+
+
+def test_a_pass_over_a_tenth_of_a_million_documents_does_not_overflow():
+    """One document of 750 tokens takes 11 TF, so a million take more than int64 counts (9.2e18)."""
+    one, many = (Pass.of(SHAPE, [(np.full(n, 750), np.full(n, 560))]) for n in (1, 1_000_000))
+    assert many.flops == pytest.approx(1e6 * one.flops) and many.flops > 2**63
+    assert many.slow_attention == pytest.approx(1e6 * one.slow_attention) and (many.tokens, many.targets) == (750_000_000, 560_000_000)
+
+
+@pytest.mark.parametrize(
+    "keys, count, trained, frozen",
+    [
+        (dict(), 1, 16, 0),  # 2 + 2 + 8 + 4
+        (dict(moments="bf16"), 1, 12, 0),
+        (dict(moments="bf16", gradients="bf16"), 1, 10, 0),
+        (dict(), 8, 2, 0),
+        (dict(precision="fp32"), 1, 16, 0),
+        (LORA, 1, 16, 2),
+        (LORA, 2, 8, 1),
+    ],
+)
+def test_state_in_bytes_a_parameter(keys, count, trained, frozen):
+    config, _, sizes = parts(**keys)
+    assert sum(state_bytes(config, sizes, count).values()) == trained * sizes.trained + frozen * sizes.frozen
+
+
+def test_a_fused_block_keeps_92_kb_a_token():
+    """4 x 4096 (input, middle, q, output) + 2 x 1024 (k, v) + 2 x 14336 numbers of 2 bytes; softmax's 32 sums of 4 bytes come on top."""
+    kept, recomputed, _ = block_bytes(SHAPE, parts()[0], 1, 1)
+    assert (kept, recomputed) == (92 * 1024 + 32 * 4, 8 * 1024)
+    assert block_bytes(SHAPE, parts()[0], 1, 2)[0] - kept == 4096, "another document's k and v of a shared token"
+
+
+def test_recompute_trades_activations_for_time():
+    work, gpu, seen = TWO_DOCUMENTS, GPUS["h200"], []
+    for mode in ("none", "half", "full"):
+        config, model, sizes = parts(recompute=mode)
+        _, terms = peak_bytes(SHAPE, config, sizes, 1, 8192, 6226, 8192, True)
+        seen.append((terms["activations"] / GIB, training_seconds(work, model, config, gpu)))
+    memory, seconds = zip(*seen)
+    # 32 x 92 KB x 8192 = 23 GiB, 32 x 8 KB x 8192 = 2 GiB; the last block's states, before and after picking, are 0.11
+    assert memory == pytest.approx((23.14, 12.63, 2.11), abs=0.01)
+    assert seconds[2] / seconds[0] == pytest.approx(1.3, abs=0.03) and seconds[1] == pytest.approx((seconds[0] + seconds[2]) / 2)
+
+
+def test_communication_hides_behind_computing_or_not():
+    """8 x A40: 7/8 of 64 GB at 60 % of 32 GB/s takes 2.92 s a micro-batch."""
+    gpu = GPUS["a40"]
+    assert with_communication(10.0, 2, 64e9, 8, gpu) == 10.0
+    assert with_communication(1.0, 2, 64e9, 8, gpu) == pytest.approx(2 * 64 * 7 / 8 / (32 * 0.6))
+    assert with_communication(1.0, 2, 64e9, 1, gpu) == 1.0
+
+
+def test_gpus_are_named_with_a_suggestion():
+    assert find_gpu("h200").gib > find_gpu("h100").gib
+    for wrong, near in (("a100", "a100-40"), ("h20", "h200"), ("A100-80", "a100-80"), ("rtx-4090", "rtx4090")):
+        with pytest.raises(ValueError, match=f"gpu='{wrong}': expected one of a40, .*, did you mean '{near}'"):
+            find_gpu(wrong)
+
+
+# ---------------------------------------------------------------- counts
+
+
+def test_counts_of_data_that_is_here_are_exact(world, tmp_path):
+    """35 pairs, 16 a step: 3 steps an epoch, the last of them partial; 4 steps of 2 epochs train 35 + 16."""
+    path = str(write_config(tmp_path, world, sft=dict(data_eval=0.2)))
+    for stage, read in (("sft", load_sft), ("dpo", load_preferences)):
+        config, tokenizer = load(stage, [path]), Tokenizer.from_dir(world / "base")
+        dataset, held_out = read(config, tokenizer, lambda line: None)
+        planned, _, counted = plan.make(stage, path, [], "h100", 1, log=lambda line: None)
+        work, shape, ids = planned.train, LlamaConfig.from_hf(world / "base"), np.arange(len(dataset))
+        assert counted.startswith("exact") and planned.steps == 4 and work.examples == len(dataset)
+        assert work.tokens == dataset.lengths.sum()
+        assert work.flops == pytest.approx(dataset.flops(shape, ids).sum())
+        assert (planned.held_out.examples if held_out else None) == (len(held_out) if held_out else None)
+        assert ("evaluation" in planned.seconds, "reference log-probs" in planned.seconds) == (stage == "sft", stage == "dpo")
+    assert planned.trained.examples == pytest.approx(51)
+    assert work.keys - work.tokens == dataset.prefixes.sum() > 0
+    assert work.targets == dataset.chosen.num_targets.sum() + dataset.rejected.num_targets.sum()
+    assert not (tmp_path / "sft").exists() and not (tmp_path / "dpo").exists()
+
+
+def test_counts_of_the_tulu_mixtures_are_marked_as_estimates():
+    """A tenth of 271,409 pairs: 27,140, so 213 steps of 128; 250 + 384 + 384 tokens each."""
+    planned, origin, counted = plan.make("dpo", str(CONFIGS / "tulu10.py"), [], "a100-80", 8)
+    assert counted.startswith("estimate") and "assumed" in counted
+    assert (planned.train.examples, planned.steps, planned.train.tokens) == (27_140, 213, 27_140 * 1018)
+    assert planned.shape == SHAPE and "to come from meta-llama/Llama-3.1-8B" in origin
+    apart, _, _ = plan.make("dpo", str(CONFIGS / "tulu10.py"), ["--share_prefix=false"], "a100-80", 8)
+    assert apart.train.tokens == 27_140 * (1018 + 250) and apart.hours > planned.hours
+
+
+def test_what_is_not_known_here_is_refused(tmp_path):
+    def problem(**keys):
+        path = tmp_path / "x.py"
+        path.write_text(f"sft = {VALUES | keys!r}")
+        with pytest.raises(ValueError) as error:
+            plan.make("sft", str(path), [], "h100", 1)
+        return str(error.value)
+
+    assert "data 'a.jsonl': cannot be counted here" in problem()
+    assert "model_path='nobody/nothing': not on this machine; expected a folder, or one of" in problem(model_path="nobody/nothing")
+
+
+def test_evaluations_are_counted():
+    """Before the first step, every 10th of 25, and after the last: 1 + 2 + 1."""
+    shape, work = SHAPE, TWO_DOCUMENTS.times(1)
+    keys = dict(data={"a.jsonl": 1.0}, data_eval=0.5, max_steps=25, num_epochs=100, global_batch_size=2, eval_every=10)
+    config = SFTConfig(**VALUES | keys)
+    planned = plan.Plan("sft", config, "h200", 1, (1.0, 1.0), shape, work, work)
+    assert planned.seconds["evaluation"] == pytest.approx(4 * forward_seconds(work, GPUS["h200"]))
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_what_to_turn_when_it_does_not_fit_in_order():
+    config = SFTConfig(**VALUES)
+    work = TWO_DOCUMENTS.times(100)
+    small = plan.Plan("sft", config, "a40", 1, (1.0, 2.0), SHAPE, work, None)
+    assert not small.fits
+    names, plans = zip(*plan.remedies(small))
+    assert names == ("--recompute=half", "--recompute=full", "--tokens_per_microbatch=4096", "--moments=bf16", "--gradients=bf16",
+                     "or --lora_rank=64 --lora_alpha=128", "or --count 4")  # fmt: skip
+    assert [p.fits for p in plans] == [False] * 5 + [True, True]
+    assert all(a.gib > b.gib for a, b in zip((small, *plans), plans[:5]))
+    assert plans[4].gib == pytest.approx(small.gib - 6 * 8_030_261_248 / GIB - 22.82, abs=0.02), "6 bytes a parameter, and activations"
+    assert plans[-1].count == 4 and plans[-1].usd_per_hour == (4.0, 8.0) and plans[-1].config.moments == "fp32"
+    text = plan.describe(small, "", "")
+    assert f"does not fit, {small.gib - 44.4:.1f} GiB too much" in text and "if it did fit" in text
+    assert all(name in text and f"{p.gib:7.2f} GiB" in text for name, p in zip(names, plans))
+
+
+def test_the_first_knob_that_is_enough_is_the_last_one_named():
+    large = plan.Plan("sft", SFTConfig(**VALUES), "h200", 1, (1.0, 1.0), SHAPE, TWO_DOCUMENTS.times(100), None)
+    ((name, half),) = plan.remedies(large)
+    assert (large.fits, name, half.fits, half.config.recompute) == (False, "--recompute=half", True, "half")
+
+
+def test_a_pair_of_longest_answers_bounds_the_micro_batch():
+    config = DPOConfig(**VALUES | dict(tokens_per_microbatch=16384, max_seq_len=2048, recompute="full"))
+    small = plan.Plan("dpo", config, "rtx4090", 1, (1.0, 1.0), SHAPE, ONE_PAIR.times(100), None)
+    assert plan.remedies(small)[0][0] == "--tokens_per_microbatch=4096"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Whoever asks for a GPU fails."""
+
+    def asked(*_):
+        raise AssertionError("a plan asked for a GPU")
+
+    for name in ("is_available", "device_count", "_lazy_init", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+
+
+def test_a_training_script_plans_without_gpu_process_group_or_run_folder(no_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(CONFIGS / "tulu10.py"), "--plan", "--gpu", "a100-80", "--count", "8", "--usd-per-hour", "16", "--recompute=full"]
+    assert train_dpo.main(argv) == 0
+    assert not dist.is_initialized() and not torch.cuda.is_initialized() and not list(tmp_path.iterdir())
+    text = capsys.readouterr().out
+    assert "dpo on 8 x a100-80" in text and "8,030,261,248 parameters" in text and "recompute=full" in text and "27,140 pairs" in text
+    *terms, total = [float(number) for number in re.findall(r"^ +([\d.]+) GiB", text, re.M)]
+    assert len(terms) >= 6 and sum(terms) == pytest.approx(total, abs=0.05)
+    hours, usd = re.search(r"^total +([\d.]+) h, \$([\d.]+), at \$16.00 an hour for 8 x a100-80$", text, re.M).groups()
+    assert float(usd) == pytest.approx(16 * float(hours), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["x.py", "y.py", "--gpu", "h100"], "expected one config file"),
+        ([str(CONFIGS / "tulu10.py")], "gpu=None: expected one of a40"),
+        ([str(CONFIGS / "tulu10.py"), "--gpu", "h10"], "did you mean 'h100'"),
+        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "0"], "count=0: expected at least 1"),
+        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "two"], "argument --count: invalid int value: 'two'"),
+        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--usd-per-hour", "-1"], "usd-per-hour=-1.0: expected a price"),
+        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--beat=1"], "unknown key 'beat', did you mean 'beta'"),
+        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "129"], "cannot be formed on 129 ranks"),
+        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "2", "--moments=bf16"], "bf16 is for one process"),
+    ],
+)
+def test_wrong_command_lines_are_refused(argv, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan.main("dpo", ["--plan", *argv])
+
+
+def test_the_ladder_is_one_line_per_config_and_stage(no_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert plan.ladder([*map(str, sorted(CONFIGS.glob("*.py"))), "--gpu", "h100", "--count", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    stages = {tuple(re.search(r"(\w+)\.py +(sft|dpo) ", line).groups()): line for line in lines if re.search(r"\.py +(sft|dpo) ", line)}
+    trained = [path.stem for path in CONFIGS.glob("*.py") if path.stem != "pairs"]
+    assert set(stages) == {(name, stage) for name in trained for stage in ("sft", "dpo")}
+    assert [line for line in lines if "pairs.py" in line and line.endswith("not a training config")]
+    assert "error: model_path='runs/smol/base': not on this machine" in stages["smol", "sft"]
+    assert "27,628,520*" in stages["tulu10", "dpo"] and stages["tulu10", "dpo"].endswith("fits") and "$" in stages["tulu10", "dpo"]
