@@ -179,7 +179,8 @@ def peak_bytes(shape, config, sizes, count, tokens, targets, keys, accumulates):
     block += width * V * D * (full and not (in_place and accumulates))  # lm_head's gradient
     if sharded:  # the next block's weights; this one's gradients, and in float32 to be summed over GPUs
         block += width * sizes.block + (width + 4) * sizes.block * full
-    end = (width + 4) * (sizes.root if sharded else V * D) * full  # the embedding's gradient is dense
+    # a split master's gradient takes the stream's rows only, any other is dense
+    end = 4 * tokens * D * full if in_place else (width + 4) * (sizes.root if sharded else V * D) * full
     moments = {
         "lm_head's backward": early | {"logits of a chunk": head},
         "the last block's backward": early | {"backward of a block": block},
