@@ -2,7 +2,8 @@
 kernels.py; it imports this file only for CUDA tensors, because Triton is not installed with every torch.
 
 All of them move memory and compute next to nothing, so what counts is that each tensor is touched once. Shapes: T tokens, D hidden size,
-H heads, K head size, V vocabulary, C rows of a chunk. Arithmetic is float32 whatever the tensors are. No atomics: bits repeat.
+H heads, K head size, V vocabulary, C rows of a chunk. Arithmetic is float32 whatever the tensors are. No atomics but maxima, which are the
+same in any order: bits repeat.
 """
 
 import torch
@@ -129,6 +130,120 @@ def swiglu_backward(dout, gate, up):
     dgate, dup, out = (torch.empty_like(gate) for _ in range(3))
     _swiglu_backward_kernel[(triton.cdiv(gate.numel(), _SPAN),)](dout, gate, up, dgate, dup, out, gate.numel(), _SPAN, num_warps=4)
     return dgate, dup, out
+
+
+# ---------------------------------------------------------------- float8
+
+
+@triton.jit
+def _inverse(scale):
+    """1 / scale of a power of two, in integers: Triton's division is not exact."""
+    return ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale(top):
+    """kernels.float8_scale, and one over it."""
+    scale = (tl.maximum(((top.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 27) << 23).to(tl.float32, bitcast=True)
+    return tl.where(top < float("inf"), scale, float("nan")), _inverse(scale)
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, columns_ptr, values_ptr, scale_ptr, N, BLOCK: tl.constexpr):
+    row, n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * N + n, n < N, other=0.0).to(tl.float32)
+    if columns_ptr is not None:
+        x *= tl.load(columns_ptr + n, n < N, other=0.0)
+    scale, inverse = _scale(tl.max(tl.abs(x), 0))
+    tl.store(values_ptr + row * N + n, (x * inverse).to(tl.float8e4nv), n < N)
+    tl.store(scale_ptr + row, scale)
+
+
+def quantize(x, columns):
+    """Fast path of kernels.quantize_reference: (M, N) -> e4m3 (M, N), scale (M,). 3 bytes a number: a row stays in registers."""
+    M, N = x.shape
+    values, scale = torch.empty(M, N, dtype=torch.float8_e4m3fn, device=x.device), torch.empty(M, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(N)
+    _quantize_kernel[(M,)](x, columns, values, scale, N, block, num_warps=_warps(block))
+    return values, scale
+
+
+_TILE = (128, 64)  # rows x columns of a program: loads of 128 bytes along a row, stores of 128 bytes along a column
+
+
+def _tiles(M, N):
+    return triton.cdiv(N, _TILE[1]), triton.cdiv(M, _TILE[0])
+
+
+@triton.jit
+def _tile(x_ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's numbers (ROWS, COLUMNS) in float32, zero beyond M and N; their rows, int64; their columns."""
+    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :], other=0.0)
+    return x.to(tl.float32), m, n
+
+
+@triton.jit
+def _store_transposed(values_ptr, x, m, n, N, padded):
+    tl.store(values_ptr + n[:, None] * padded + m[None, :], tl.trans(x.to(tl.float8e4nv)), (n < N)[:, None] & (m < padded)[None, :])
+
+
+@triton.jit
+def _quantize_transposed_kernel(x_ptr, scale_ptr, values_ptr, M, N, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    x, m, n = _tile(x_ptr, M, N, ROWS, COLUMNS)
+    _store_transposed(values_ptr, x * _inverse(tl.load(scale_ptr + m, m < M, other=1.0))[:, None], m, n, N, padded)
+
+
+def quantize_transposed(x, scale):
+    """Fast path of kernels.quantize_transposed_reference: (M, N), (M,) -> e4m3 (N, M padded to a multiple of 16). 3 bytes a number."""
+    M, N = x.shape
+    padded = triton.cdiv(M, 16) * 16
+    values = torch.empty(N, padded, dtype=torch.float8_e4m3fn, device=x.device)
+    _quantize_transposed_kernel[_tiles(M, N)](x, scale, values, M, N, padded, *_TILE, num_warps=4)
+    return values
+
+
+@triton.jit
+def _maxima_kernel(dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Largest |dy * w_scale| of each row and |dy * x_scale| of each column; float32 numbers from 0 up are in the order of their bits."""
+    dy, m, n = _tile(dy_ptr, M, N, ROWS, COLUMNS)
+    dy = tl.abs(dy)
+    row_top = tl.max(dy * tl.load(w_scale_ptr + n, n < N, other=0.0)[None, :], 1)
+    column_top = tl.max(dy * tl.load(x_scale_ptr + m, m < M, other=0.0)[:, None], 0)
+    tl.atomic_max(row_top_ptr + m, row_top.to(tl.int32, bitcast=True), m < M, sem="relaxed")
+    tl.atomic_max(column_top_ptr + n, column_top.to(tl.int32, bitcast=True), n < N, sem="relaxed")
+
+
+@triton.jit
+def _quantize_gradient_kernel(
+    dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr, values_ptr, scale_ptr, turned_ptr, turned_scale_ptr, M, N, padded,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    dy, m, n = _tile(dy_ptr, M, N, ROWS, COLUMNS)
+    scale, inverse = _scale(tl.load(row_top_ptr + m, m < M, other=0).to(tl.float32, bitcast=True))
+    x = dy * tl.load(w_scale_ptr + n, n < N, other=0.0)[None, :] * inverse[:, None]
+    tl.store(values_ptr + m[:, None] * N + n[None, :], x.to(tl.float8e4nv), (m < M)[:, None] & (n < N)[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr + m, scale, m < M)
+    scale, inverse = _scale(tl.load(column_top_ptr + n, n < N, other=0).to(tl.float32, bitcast=True))
+    _store_transposed(turned_ptr, dy * tl.load(x_scale_ptr + m, m < M, other=0.0)[:, None] * inverse[None, :], m, n, N, padded)
+    if tl.program_id(1) == 0:
+        tl.store(turned_scale_ptr + n, scale, n < N)
+
+
+def quantize_gradient(dy, w_scale, x_scale):
+    """Fast path of kernels.quantize_gradient_reference: 2 bytes a number for the maxima, then 2 read and 2 written."""
+    M, N = dy.shape
+    padded = triton.cdiv(M, 16) * 16
+    values, turned = (torch.empty(shape, dtype=torch.float8_e4m3fn, device=dy.device) for shape in ((M, N), (N, padded)))
+    scale, turned_scale = torch.empty(M + N, dtype=torch.float32, device=dy.device).split((M, N))
+    tops = torch.zeros(M + N, dtype=torch.int32, device=dy.device).split((M, N))
+    _maxima_kernel[_tiles(M, N)](dy, w_scale, x_scale, *tops, M, N, *_TILE, num_warps=4)
+    _quantize_gradient_kernel[_tiles(M, N)](
+        dy, w_scale, x_scale, *tops, values, scale, turned, turned_scale, M, N, padded, *_TILE, num_warps=4
+    )
+    return (values, scale), (turned, turned_scale)
 
 
 # ---------------------------------------------------------------- the vocabulary's softmax
