@@ -312,8 +312,11 @@ def matmul_float8(a, b):
     assert len(b.values) % 16 == b.values.shape[1] % 16 == 0, b.values.shape
     if not a.values.is_cuda:
         return matmul_float8_reference(a, b)
+    values = [x.values for x in (a, b)]
+    if values[0].shape[1] < 128:  # cuBLASLt refuses a contraction of 48; zeros add nothing
+        values = [F.pad(x.view(torch.uint8), (0, 128 - x.shape[1])).view(_E4M3) for x in values]
     scales = {"scale_a": a.scale[:, None], "scale_b": b.scale[None, :]}
-    return torch._scaled_mm(a.values, b.values.T, **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return torch._scaled_mm(values[0], values[1].T, **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def matmul_float8_reference(a, b):
