@@ -2,7 +2,8 @@
 kernels.py; it imports this file only for CUDA tensors, because Triton is not installed with every torch.
 
 All of them move memory and compute next to nothing, so what counts is that each tensor is touched once. Shapes: T tokens, D hidden size,
-H heads, K head size, V vocabulary, C rows of a chunk. Arithmetic is float32 whatever the tensors are. No atomics: bits repeat.
+H heads, K head size, V vocabulary, C rows of a chunk. Arithmetic is float32 whatever the tensors are. No atomics but maxima, which are the
+same in any order: bits repeat.
 """
 
 import torch
@@ -129,6 +130,190 @@ def swiglu_backward(dout, gate, up):
     dgate, dup, out = (torch.empty_like(gate) for _ in range(3))
     _swiglu_backward_kernel[(triton.cdiv(gate.numel(), _SPAN),)](dout, gate, up, dgate, dup, out, gate.numel(), _SPAN, num_warps=4)
     return dgate, dup, out
+
+
+# ---------------------------------------------------------------- float8
+
+
+@triton.jit
+def _inverse(scale):
+    """1 / scale of a power of two, in integers: Triton's division is not exact."""
+    return ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale(top):
+    """kernels.float8_scale, and one over it."""
+    scale = (tl.maximum(((top.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 27) << 23).to(tl.float32, bitcast=True)
+    return tl.where(top < float("inf"), scale, float("nan")), _inverse(scale)
+
+
+@triton.jit
+def _store_row(values_ptr, scale_ptr, x, row, n, N):
+    """Round one row, float32 and zero beyond N."""
+    scale, inverse = _scale(tl.max(tl.abs(x), 0))
+    tl.store(values_ptr + row * N + n, (x * inverse).to(tl.float8e4nv), n < N)
+    tl.store(scale_ptr + row, scale)
+
+
+def _by_row(kernel, x, *inputs):
+    """kernel(x, *inputs, values, scale, N, BLOCK) over the rows of x (M, N), which stay in registers: e4m3 (M, N), scale (M,)."""
+    M, N = x.shape
+    values, scale = torch.empty(M, N, dtype=torch.float8_e4m3fn, device=x.device), torch.empty(M, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(N)
+    kernel[(M,)](x, *inputs, values, scale, N, block, num_warps=_warps(block))
+    return values, scale
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, columns_ptr, values_ptr, scale_ptr, N, BLOCK: tl.constexpr):
+    row, n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * N + n, n < N, other=0.0).to(tl.float32)
+    if columns_ptr is not None:
+        x *= tl.load(columns_ptr + n, n < N, other=0.0)
+    _store_row(values_ptr, scale_ptr, x, row, n, N)
+
+
+def quantize(x, columns):
+    """Fast path of kernels.quantize_reference. 3 bytes a number."""
+    return _by_row(_quantize_kernel, x, columns)
+
+
+@triton.jit
+def _rms_norm_float8_kernel(x_ptr, weight_ptr, eps, values_ptr, scale_ptr, N, BLOCK: tl.constexpr):
+    row, n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * N + n, n < N, other=0.0).to(tl.float32)
+    rstd = tl.math.rsqrt(tl.sum(x * x, 0) / N + eps)
+    y = (x * rstd * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)).to(x_ptr.dtype.element_ty)
+    _store_row(values_ptr, scale_ptr, y.to(tl.float32), row, n, N)
+
+
+def rms_norm_float8(x, weight, eps):
+    """Fast path of kernels.rms_norm_float8_reference. 3 bytes a number, not 4 + 3."""
+    assert x.is_contiguous()
+    return _by_row(_rms_norm_float8_kernel, x, weight, eps)
+
+
+@triton.jit
+def _swiglu_float8_kernel(gate_ptr, up_ptr, values_ptr, scale_ptr, N, BLOCK: tl.constexpr):
+    row, n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + row * N + n, n < N, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * N + n, n < N, other=0.0).to(tl.float32)
+    y = (gate * (1 / (1 + tl.exp(-gate))) * up).to(gate_ptr.dtype.element_ty)  # in the backward's order: the same numbers
+    _store_row(values_ptr, scale_ptr, y.to(tl.float32), row, n, N)
+
+
+def swiglu_float8(gate, up):
+    """Fast path of kernels.swiglu_float8_reference. 5 bytes a number, not 6 + 3."""
+    assert gate.is_contiguous() and up.is_contiguous()
+    return _by_row(_swiglu_float8_kernel, gate, up)
+
+
+_TILE = (128, 64)  # rows x columns of a program: loads of 128 bytes along a row, stores of 128 bytes along a column
+
+
+def _tiles(M, N, tile=_TILE):
+    return triton.cdiv(N, tile[1]), triton.cdiv(M, tile[0])
+
+
+@triton.jit
+def _tile(x_ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's numbers (ROWS, COLUMNS) in float32, zero beyond M and N; their rows, int64; their columns."""
+    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :], other=0.0)
+    return x.to(tl.float32), m, n
+
+
+@triton.jit
+def _store_transposed(values_ptr, x, m, n, N, padded):
+    tl.store(values_ptr + n[:, None] * padded + m[None, :], tl.trans(x.to(tl.float8e4nv)), (n < N)[:, None] & (m < padded)[None, :])
+
+
+@triton.jit
+def _quantize_transposed_kernel(x_ptr, scale_ptr, values_ptr, M, N, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    x, m, n = _tile(x_ptr, M, N, ROWS, COLUMNS)
+    _store_transposed(values_ptr, x * _inverse(tl.load(scale_ptr + m, m < M, other=1.0))[:, None], m, n, N, padded)
+
+
+def quantize_transposed(x, scale):
+    """Fast path of kernels.quantize_transposed_reference. 3 bytes a number."""
+    M, N = x.shape
+    padded = triton.cdiv(M, 16) * 16
+    values = torch.empty(N, padded, dtype=torch.float8_e4m3fn, device=x.device)
+    _quantize_transposed_kernel[_tiles(M, N)](x, scale, values, M, N, padded, *_TILE, num_warps=4)
+    return values
+
+
+@triton.jit
+def _swiglu_backward_float8_kernel(
+    dout_ptr, gate_ptr, up_ptr, scale_ptr, dgate_ptr, dup_ptr, values_ptr, M, N, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    dout, m, n = _tile(dout_ptr, M, N, ROWS, COLUMNS)
+    gate, _, _ = _tile(gate_ptr, M, N, ROWS, COLUMNS)
+    up, _, _ = _tile(up_ptr, M, N, ROWS, COLUMNS)
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    silu = gate * sigmoid
+    dtype = gate_ptr.dtype.element_ty
+    at, real = m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
+    tl.store(dup_ptr + at, (dout * silu).to(dtype), real)
+    tl.store(dgate_ptr + at, (dout * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), real)
+    inverse = _inverse(tl.load(scale_ptr + m, m < M, other=1.0))
+    _store_transposed(values_ptr, (silu * up).to(dtype).to(tl.float32) * inverse[:, None], m, n, N, padded)
+
+
+def swiglu_backward_float8(dout, gate, up, scale):
+    """Fast path of kernels.swiglu_backward_float8_reference. 11 bytes a number, not 12 + 3."""
+    assert dout.is_contiguous() and gate.is_contiguous() and up.is_contiguous()
+    M, N = gate.shape
+    padded = triton.cdiv(M, 16) * 16
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    values = torch.empty(N, padded, dtype=torch.float8_e4m3fn, device=gate.device)
+    tile = 64, 64  # six tensors in registers: half as large, three programs to a multiprocessor
+    _swiglu_backward_float8_kernel[_tiles(M, N, tile)](dout, gate, up, scale, dgate, dup, values, M, N, padded, *tile, num_warps=4)
+    return dgate, dup, values
+
+
+@triton.jit
+def _maxima_kernel(dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Largest |dy * w_scale| of each row and |dy * x_scale| of each column; float32 numbers from 0 up are in the order of their bits."""
+    dy, m, n = _tile(dy_ptr, M, N, ROWS, COLUMNS)
+    dy = tl.abs(dy)
+    row_top = tl.max(dy * tl.load(w_scale_ptr + n, n < N, other=0.0)[None, :], 1)
+    column_top = tl.max(dy * tl.load(x_scale_ptr + m, m < M, other=0.0)[:, None], 0)
+    tl.atomic_max(row_top_ptr + m, row_top.to(tl.int32, bitcast=True), m < M, sem="relaxed")
+    tl.atomic_max(column_top_ptr + n, column_top.to(tl.int32, bitcast=True), n < N, sem="relaxed")
+
+
+@triton.jit
+def _quantize_gradient_kernel(
+    dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr, values_ptr, scale_ptr, turned_ptr, turned_scale_ptr, M, N, padded,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    dy, m, n = _tile(dy_ptr, M, N, ROWS, COLUMNS)
+    scale, inverse = _scale(tl.load(row_top_ptr + m, m < M, other=0).to(tl.float32, bitcast=True))
+    x = dy * tl.load(w_scale_ptr + n, n < N, other=0.0)[None, :] * inverse[:, None]
+    tl.store(values_ptr + m[:, None] * N + n[None, :], x.to(tl.float8e4nv), (m < M)[:, None] & (n < N)[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr + m, scale, m < M)
+    scale, inverse = _scale(tl.load(column_top_ptr + n, n < N, other=0).to(tl.float32, bitcast=True))
+    _store_transposed(turned_ptr, dy * tl.load(x_scale_ptr + m, m < M, other=0.0)[:, None] * inverse[None, :], m, n, N, padded)
+    if tl.program_id(1) == 0:
+        tl.store(turned_scale_ptr + n, scale, n < N)
+
+
+def quantize_gradient(dy, w_scale, x_scale):
+    """Fast path of kernels.quantize_gradient_reference: 2 bytes a number for the maxima, then 2 read and 2 written."""
+    M, N = dy.shape
+    padded = triton.cdiv(M, 16) * 16
+    values, turned = (torch.empty(shape, dtype=torch.float8_e4m3fn, device=dy.device) for shape in ((M, N), (N, padded)))
+    scale, turned_scale = torch.empty(M + N, dtype=torch.float32, device=dy.device).split((M, N))
+    tops = torch.zeros(M + N, dtype=torch.int32, device=dy.device).split((M, N))
+    _maxima_kernel[_tiles(M, N)](dy, w_scale, x_scale, *tops, M, N, *_TILE, num_warps=4)
+    _quantize_gradient_kernel[_tiles(M, N)](
+        dy, w_scale, x_scale, *tops, values, scale, turned, turned_scale, M, N, padded, *_TILE, num_warps=4
+    )
+    return (values, scale), (turned, turned_scale)
 
 
 # ---------------------------------------------------------------- the vocabulary's softmax

@@ -4,6 +4,9 @@ The plain twin is Block.plain in model.py, differentiated by autograd. Per token
 this keeps 92: the block's input, rotated q, k and v, the attention's output, the middle of the residual stream, gate and up. Normalised
 inputs and silu(gate) * up are made again from them, inside the kernels that read them anyway.
 
+With fp8 the products of x, W and dy are taken in float8 (kernels.Float8): x8, w8 and so on are x and W in it, None in bf16. Everything
+else, LoRA's products among it, is as without. For the backward pass only the scales are kept, 4 bytes a token and linear.
+
 Shapes: T tokens, D hidden size, H query heads, G key/value heads, K head size, r LoRA rank. dy is the gradient of the loss in y.
 """
 
@@ -17,12 +20,12 @@ from kernels import matmul, weight_gradient
 def block(layer, hidden, cos, sin, cu_seqlens, max_seqlen, attend):
     """Block.plain, fast: hidden (T, D) -> (T, D)."""
     attn, mlp, T = layer.self_attn, layer.mlp, hidden.shape[0]
-    hidden, q, k, v = norm_project(hidden, layer.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
+    hidden, q, k, v = norm_project(hidden, layer.fp8, layer.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
     q, k, v = (x.view(T, -1, attn.head_dim) for x in (q, k, v))
     mixed = attend(_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin), v, cu_seqlens, max_seqlen).reshape(T, -1)
-    hidden = _ProjectAdd.apply(mixed, hidden, *parts(attn.o_proj))
-    hidden, gate, up = norm_project(hidden, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-    return _SwiGLUProjectAdd.apply(gate, up, hidden, *parts(mlp.down_proj))
+    hidden = _ProjectAdd.apply(mixed, hidden, layer.fp8, *parts(attn.o_proj))
+    hidden, gate, up = norm_project(hidden, layer.fp8, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+    return _SwiGLUProjectAdd.apply(gate, up, hidden, layer.fp8, *parts(mlp.down_proj))
 
 
 class _Embed(torch.autograd.Function):
@@ -58,17 +61,37 @@ def parts(linear):
     return linear.scale, linear.weight, linear.bias, linear.lora_A, linear.lora_B
 
 
-def project(x, scale, weight, bias, lora_A, lora_B, residual=None):
-    """y = x W^T + b + scale (x A^T) B^T, (T, in) -> (T, out), added to `residual` inside the matmul where there is one; and x A^T."""
-    if residual is None:
+def project(x, x8, scale, weight, bias, lora_A, lora_B, residual=None):
+    """x W^T + b + scale (x A^T) B^T, (T, in) -> (T, out), added to `residual` where that is given: in bf16, inside the matmul.
+
+    Returns it with what the backward pass needs: the scales of w8 (out,), or None, and x A^T (T, r), or None."""
+    w_scale = None
+    if x8 is not None:
+        w8 = kernels.quantize(weight)
+        y, w_scale = kernels.matmul_float8(x8, w8), w8.scale
+        y = y if residual is None else y.add_(residual)
+        y = y if bias is None else y.add_(bias)
+    elif residual is None:
         y = F.linear(x, weight, bias)
     else:
         y = torch.addmm(residual, x, weight.T)
         y = y if bias is None else y.add_(bias)
     if lora_A is None:
-        return y, None
+        return y, w_scale, None
     low = x @ lora_A.to(x.dtype).T
-    return y.addmm_(low, lora_B.to(x.dtype).T, alpha=scale), low
+    return y.addmm_(low, lora_B.to(x.dtype).T, alpha=scale), w_scale, low
+
+
+def gradient_float8(dy, x_scale, w_scale, weight_wanted):
+    """dy8 (T, out) for the gradient of x and dy8^T (out, T) for that of the weight; None for what is not taken in float8 or not wanted."""
+    if w_scale is None:
+        return None, None
+    return kernels.quantize_gradient(dy, w_scale, x_scale) if weight_wanted else (kernels.quantize(dy, w_scale), None)
+
+
+def reads_bf16(fp8, linears):
+    """Is the input of these linears needed in bf16? In float8 only adapters read it."""
+    return not fp8 or any(lora_A is not None for _, _, lora_A, _ in linears)
 
 
 def low_gradient(dy, scale, lora_B):
@@ -76,15 +99,21 @@ def low_gradient(dy, scale, lora_B):
     return None if lora_B is None else (dy @ lora_B.to(dy.dtype)).mul_(scale)
 
 
-def input_gradient(dy, d_low, weight, lora_A, dx=None):
+def input_gradient(dy, dy8, w_scale, d_low, weight, lora_A, dx=None):
     """Gradient of x, (T, in), added to `dx` where that is given."""
-    dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    if dy8 is not None:
+        product = kernels.matmul_float8(dy8, kernels.quantize_transposed(weight, w_scale))
+        dx = product if dx is None else dx.add_(product)
+    else:
+        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
     return dx if d_low is None else dx.addmm_(d_low, lora_A.to(dy.dtype))
 
 
-def part_gradients(dy, d_low, x, low, wanted, scale, weight, bias, lora_A, lora_B):
+def part_gradients(dy, dy8t, d_low, x, x8t, low, wanted, scale, weight, bias, lora_A, lora_B):
     """Gradients of weight, bias, lora_A and lora_B; None where not wanted, or where the weight has taken its own already."""
-    d_weight = weight_gradient(weight, dy, x) if wanted[0] else None
+    d_weight = None
+    if wanted[0]:
+        d_weight = kernels.weight_gradient_float8(weight, dy8t, x8t) if dy8t is not None else weight_gradient(weight, dy, x)
     d_bias = dy.sum(0) if wanted[1] else None
     if d_low is None:
         return d_weight, d_bias, None, None
@@ -99,36 +128,41 @@ class _NormProject(torch.autograd.Function):
     branch comes back here, to be added inside the norm's backward kernel."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, eps, scales, *flat):
-        normed = kernels.rms_norm_forward(x, norm_weight, eps)
-        ys, lows = zip(*(project(normed, scale, *linear) for scale, linear in zip(scales, _by_linear(flat), strict=True)), strict=True)
-        ctx.save_for_backward(x, norm_weight, *lows, *flat)
+    def forward(ctx, x, fp8, norm_weight, eps, scales, *flat):
+        linears = _by_linear(flat)
+        normed = kernels.rms_norm_forward(x, norm_weight, eps) if reads_bf16(fp8, linears) else None
+        x8 = kernels.rms_norm_float8(x, norm_weight, eps) if fp8 else None
+        ys, w_scales, lows = zip(*(project(normed, x8, scale, *linear) for scale, linear in zip(scales, linears, strict=True)))
+        ctx.save_for_backward(x, norm_weight, x8 and x8.scale, *w_scales, *lows, *flat)
         ctx.eps, ctx.scales = eps, scales
         return x.view_as(x), *ys
 
     @staticmethod
     def backward(ctx, d_residual, *dys):
-        x, norm_weight, *saved = ctx.saved_tensors
-        lows, linears, wanted = saved[: len(dys)], _by_linear(saved[len(dys) :]), _by_linear(ctx.needs_input_grad[4:])
+        x, norm_weight, x_scale, *rest = ctx.saved_tensors
+        n, wanted = len(dys), _by_linear(ctx.needs_input_grad[5:])
+        w_scales, lows, linears = rest[:n], rest[n : 2 * n], _by_linear(rest[2 * n :])
         normed = kernels.rms_norm_forward(x, norm_weight, ctx.eps)
+        x8t = kernels.quantize_transposed(normed, x_scale) if x_scale is not None and any(weight for weight, *_ in wanted) else None
         d_normed, d_flat = None, []
-        for dy, low, scale, linear, wants in zip(dys, lows, ctx.scales, linears, wanted, strict=True):
+        for dy, scale, w_scale, low, linear, wants in zip(dys, ctx.scales, w_scales, lows, linears, wanted, strict=True):
             weight, _, lora_A, lora_B = linear
+            dy8, dy8t = gradient_float8(dy, x_scale, w_scale, wants[0])
             d_low = low_gradient(dy, scale, lora_B)
-            d_normed = input_gradient(dy, d_low, weight, lora_A, d_normed)
-            d_flat += part_gradients(dy, d_low, normed, low, wants, scale, *linear)
+            d_normed = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A, d_normed)
+            d_flat += part_gradients(dy, dy8t, d_low, normed, x8t, low, wants, scale, *linear)
         dx, d_norm_weight = kernels.rms_norm_backward(d_normed, x, norm_weight, ctx.eps, d_residual)
-        return dx, d_norm_weight.to(norm_weight.dtype) if ctx.needs_input_grad[1] else None, None, None, *d_flat
+        return dx, None, d_norm_weight.to(norm_weight.dtype) if ctx.needs_input_grad[2] else None, None, None, *d_flat
 
 
 def _by_linear(flat):
     return [flat[i : i + 4] for i in range(0, len(flat), 4)]  # weight, bias, lora_A, lora_B
 
 
-def norm_project(x, norm, *linears):
+def norm_project(x, fp8, norm, *linears):
     """(x, y_1, y_2, ..) with y_i = linears[i](norm(x)); go on with the x returned, not with the argument."""
     scales, *columns = zip(*map(parts, linears), strict=True)
-    return _NormProject.apply(x, norm.weight, norm.eps, scales, *(part for linear in zip(*columns, strict=True) for part in linear))
+    return _NormProject.apply(x, fp8, norm.weight, norm.eps, scales, *(part for linear in zip(*columns, strict=True) for part in linear))
 
 
 class _Rotate(torch.autograd.Function):
@@ -149,35 +183,45 @@ class _ProjectAdd(torch.autograd.Function):
     """residual + a W^T."""
 
     @staticmethod
-    def forward(ctx, a, residual, scale, *linear):
-        y, low = project(a, scale, *linear, residual=residual)
-        ctx.save_for_backward(a, low, *linear)
+    def forward(ctx, a, residual, fp8, scale, *linear):
+        a8 = kernels.quantize(a) if fp8 else None
+        y, w_scale, low = project(a, a8, scale, *linear, residual=residual)
+        ctx.save_for_backward(a, a8 and a8.scale, w_scale, low, *linear)
         ctx.scale = scale
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        a, low, *linear = ctx.saved_tensors
-        weight, _, lora_A, lora_B = linear
+        a, a_scale, w_scale, low, *linear = ctx.saved_tensors
+        (weight, _, lora_A, lora_B), wanted = linear, ctx.needs_input_grad[4:]
+        dy8, dy8t = gradient_float8(dy, a_scale, w_scale, wanted[0])
         d_low = low_gradient(dy, ctx.scale, lora_B)
-        da = input_gradient(dy, d_low, weight, lora_A)
-        return da, dy, None, *part_gradients(dy, d_low, a, low, ctx.needs_input_grad[3:], ctx.scale, *linear)
+        da = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A)
+        a8t = None if dy8t is None else kernels.quantize_transposed(a, a_scale)
+        return da, dy, None, None, *part_gradients(dy, dy8t, d_low, a, a8t, low, wanted, ctx.scale, *linear)
 
 
 class _SwiGLUProjectAdd(torch.autograd.Function):
     """residual + (silu(gate) * up) W^T."""
 
     @staticmethod
-    def forward(ctx, gate, up, residual, scale, *linear):
-        y, low = project(kernels.swiglu(gate, up), scale, *linear, residual=residual)
-        ctx.save_for_backward(gate, up, low, *linear)
+    def forward(ctx, gate, up, residual, fp8, scale, *linear):
+        inner = kernels.swiglu(gate, up) if reads_bf16(fp8, [linear]) else None
+        inner8 = kernels.swiglu_float8(gate, up) if fp8 else None
+        y, w_scale, low = project(inner, inner8, scale, *linear, residual=residual)
+        ctx.save_for_backward(gate, up, inner8 and inner8.scale, w_scale, low, *linear)
         ctx.scale = scale
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up, low, *linear = ctx.saved_tensors
-        weight, _, lora_A, lora_B = linear
+        gate, up, inner_scale, w_scale, low, *linear = ctx.saved_tensors
+        (weight, _, lora_A, lora_B), wanted = linear, ctx.needs_input_grad[5:]
+        dy8, dy8t = gradient_float8(dy, inner_scale, w_scale, wanted[0])
         d_low = low_gradient(dy, ctx.scale, lora_B)
-        d_gate, d_up, inner = kernels.swiglu_backward(input_gradient(dy, d_low, weight, lora_A), gate, up)
-        return d_gate, d_up, dy, None, *part_gradients(dy, d_low, inner, low, ctx.needs_input_grad[4:], ctx.scale, *linear)
+        d_inner, inner, inner8t = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A), None, None
+        if dy8t is None:
+            d_gate, d_up, inner = kernels.swiglu_backward(d_inner, gate, up)
+        else:
+            d_gate, d_up, inner8t = kernels.swiglu_backward_float8(d_inner, gate, up, inner_scale)
+        return d_gate, d_up, dy, None, None, *part_gradients(dy, dy8t, d_low, inner, inner8t, low, wanted, ctx.scale, *linear)

@@ -62,7 +62,7 @@ def _flash4():
 
 def attention_path(device, precision, kernel="flash2"):
     """Name of the path that `attention` takes, for cache keys: log-probs of two paths differ by rounding."""
-    return kernel if torch.device(device).type == "cuda" and precision == "bf16" else f"sdpa-{torch.device(device).type}"
+    return kernel if torch.device(device).type == "cuda" and precision != "fp32" else f"sdpa-{torch.device(device).type}"
 
 
 def attention_reference(q, k, v, cu_seqlens, max_seqlen, shared=None):
@@ -202,6 +202,143 @@ def weight_gradient(weight, dy, x):
         return dy.T @ x
     weight.grad = matmul(dy.T, x, weight.grad_dtype, into=weight.grad)
     return None
+
+
+# ---------------------------------------------------------------- matmuls in float8
+# e4m3 (Micikevicius et al. 2022): 3 bits of mantissa, so a number is off by at most 1/16 of itself, and a range of 2^-9 to 448. For
+# gradients too: e5m2 halves the precision for a range that a scale taken from the tensor in hand does not need.
+#
+# Every factor has a scale per row, where the rows run outside the contraction, and every product is rows by rows:
+#     y = x8 w8^T        dx = (dy w_scale)8 (w8^T)^T        dW = (dy x_scale)8^T (x8^T)^T
+# The scales of w8 and x8 lie along the contraction of dx and dW: there they are multiplied into dy before that is quantised. So both
+# gradients are of the function computed, x8 and w8 are rounded once and their transposed copies need no second search for maxima.
+# One scale per tensor reads as many bytes, and ties a document's numbers to its neighbours in the stream.
+# A scale is a power of two: exact to multiply by, so fast paths equal their twins bit for bit.
+
+_E4M3 = torch.float8_e4m3fn
+
+
+class Float8(NamedTuple):
+    """A factor (M, N) of a float8 product: row m is values[m] * scale[m]."""
+
+    values: torch.Tensor  # (M, N) e4m3, contiguous
+    scale: torch.Tensor  # (M,) float32, powers of two; NaN for a row with a number that is not finite
+
+
+def quantize(x, columns=None):
+    """x (M, N), or x * columns with columns (N,) float32, as a Float8 of scales that bring each row's largest number into (224, 448]."""
+    return Float8(*_triton().quantize(x.contiguous(), columns)) if x.is_cuda else quantize_reference(x, columns)
+
+
+def quantize_reference(x, columns=None):
+    """Plain twin of `quantize`."""
+    x = x.float() if columns is None else x.float() * columns
+    scale = float8_scale(x.abs().amax(1))
+    return Float8((x / scale[:, None]).to(_E4M3), scale)
+
+
+def float8_scale(top):
+    """The least power of two s (at least 2^-100) with top / s <= 448 = 1.75 * 2^8, from float32's bits; NaN where top is not finite."""
+    exponent = (top.view(torch.int32) + 0x1FFFFF) >> 23  # one up where top's mantissa is over 1.75
+    scale = ((exponent - 8).clamp(min=27) << 23).view(torch.float32)
+    return scale.masked_fill(~top.isfinite(), float("nan"))
+
+
+def quantize_transposed(x, scale):
+    """x^T as a Float8 (N, M') of the numbers that quantize(x) found with `scale` (M,), so its own scales are 1: the caller's other factor
+    has `scale` in it. M' is M with columns of zeros up to a multiple of 16, which _scaled_mm wants of a contraction."""
+    values = _triton().quantize_transposed(x.contiguous(), scale) if x.is_cuda else quantize_transposed_reference(x, scale)
+    return Float8(values, _ones(len(values), x.device))
+
+
+def quantize_transposed_reference(x, scale):
+    """Plain twin of `quantize_transposed`: the values."""
+    return _pad16((x.float() / scale[:, None]).T).to(_E4M3)
+
+
+def quantize_gradient(dy, w_scale, x_scale):
+    """dy (T, out), the gradient in y = x W^T, as both products want it: Float8s of dy * w_scale, (T, out), and (dy * x_scale)^T, (out, T').
+
+    w_scale (out,) and x_scale (T,): scales of W's and x's rows; T' is T padded likewise. 6 bytes a number moved; one by one, 8.
+    """
+    function = _triton().quantize_gradient if dy.is_cuda else quantize_gradient_reference
+    return tuple(Float8(*pair) for pair in function(dy.contiguous(), w_scale, x_scale))
+
+
+def quantize_gradient_reference(dy, w_scale, x_scale):
+    """Plain twin of `quantize_gradient`."""
+    return quantize_reference(dy, w_scale), quantize_reference(_pad16((dy.float() * x_scale[:, None]).T))
+
+
+def rms_norm_float8(x, weight, eps):
+    """quantize(rms_norm(x)): the rounding inside the kernel that makes the numbers."""
+    return Float8(*_triton().rms_norm_float8(x, weight, eps)) if x.is_cuda else rms_norm_float8_reference(x, weight, eps)
+
+
+def rms_norm_float8_reference(x, weight, eps):
+    """Plain twin of `rms_norm_float8`."""
+    return quantize_reference(rms_norm_reference(x, weight, eps))
+
+
+def swiglu_float8(gate, up):
+    """quantize(swiglu(gate, up))."""
+    return Float8(*_triton().swiglu_float8(gate, up)) if gate.is_cuda else swiglu_float8_reference(gate, up)
+
+
+def swiglu_float8_reference(gate, up):
+    """Plain twin of `swiglu_float8`."""
+    return quantize_reference(swiglu_reference(gate, up))
+
+
+def swiglu_backward_float8(dout, gate, up, scale):
+    """`swiglu_backward`, with quantize_transposed(silu(gate) * up, scale) in the third place."""
+    function = _triton().swiglu_backward_float8 if gate.is_cuda else swiglu_backward_float8_reference
+    d_gate, d_up, values = function(dout, gate, up, scale)
+    return d_gate, d_up, Float8(values, _ones(len(values), gate.device))
+
+
+def swiglu_backward_float8_reference(dout, gate, up, scale):
+    """Plain twin of `swiglu_backward_float8`: the values."""
+    d_gate, d_up, inner = swiglu_backward_reference(dout, gate, up)
+    return d_gate, d_up, quantize_transposed_reference(inner, scale)
+
+
+def matmul_float8(a, b):
+    """a b^T of Float8s (M, K) and (N, K), in bf16: (M, N). K and N must be multiples of 16.
+
+    Fast accumulation leaves sums in the matrix units, with about 14 bits (DeepSeek-V3, sec. 3.3.2, sees up to 2 % lost at K = 4,096). Two
+    roundings to e4m3 leave 4 % of noise in any sum as it is, and adding in float32 is slower. tests/gpu_checks.py measures both.
+    """
+    assert len(b.values) % 16 == b.values.shape[1] % 16 == 0, b.values.shape
+    if not a.values.is_cuda:
+        return matmul_float8_reference(a, b)
+    scales = {"scale_a": a.scale[:, None], "scale_b": b.scale[None, :]}
+    return torch._scaled_mm(a.values, b.values.T, **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def matmul_float8_reference(a, b):
+    """Plain twin of `matmul_float8`: the numbers that the factors stand for, multiplied and added in float32, rounded once."""
+    a, b = (x.values.float() * x.scale[:, None] for x in (a, b))
+    return (a @ b.T).bfloat16()
+
+
+def weight_gradient_float8(weight, dy, x):
+    """`weight_gradient` in float8; dy and x: Float8s of dy^T (out, T') and x^T (in, T'). The product is rounded to bf16, then added."""
+    product = matmul_float8(dy, x)
+    if not getattr(weight, "accumulates", False):
+        return product
+    # _scaled_mm cannot add to its result: a pass of 10 bytes a weight
+    weight.grad = product.to(weight.grad_dtype) if weight.grad is None else weight.grad.add_(product)
+    return None
+
+
+def _pad16(x):
+    return F.pad(x, (0, -x.shape[1] % 16))
+
+
+@functools.cache
+def _ones(n, device):
+    return torch.ones(n, dtype=torch.float32, device=device)
 
 
 # ---------------------------------------------------------------- linear + log-softmax + gather

@@ -251,7 +251,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fused, self.recompute = False, False
+        self.fused, self.fp8, self.recompute = False, False, False
 
     def forward(self, hidden, *stream):
         run = fused.block if self.fused else Block.plain
@@ -330,10 +330,12 @@ class Llama(nn.Module):
 # ---------------------------------------------------------------- how blocks are run
 
 
-def apply_fused(model):
-    """Run every block through fused.block: the same numbers up to rounding, faster, and a third less kept for the backward pass."""
+def apply_fused(model, fp8=False):
+    """Run every block through fused.block: the same numbers up to rounding, faster, and a third less kept for the backward pass.
+
+    fp8: multiply by the blocks' seven linears, forward and backward, in float8 (kernels.Float8)."""
     for layer in model.model.layers:
-        layer.fused = True
+        layer.fused, layer.fp8 = True, fp8
 
 
 def apply_recompute(model, mode):

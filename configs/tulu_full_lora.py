@@ -19,7 +19,7 @@ common = dict(
     lora_rank=64,
     lora_alpha=128.0,  # adapters are scaled by alpha / rank = 2
     tokens_per_microbatch=4096,  # one longest document, or one longest pair
-    recompute="full",
+    recompute="none",  # 32 GiB at the peak; "full" takes 21 and 1.3 times as long
     precision="bf16",
     save_every=250,
 )

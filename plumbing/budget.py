@@ -136,7 +136,7 @@ def state_bytes(config, sizes, count):
     if config.lora_rank:
         terms = {"frozen weights": compute_width(config) * sizes.frozen, "adapters": 4 * sizes.trained}
         widths = (8, 4)
-    elif count == 1 and config.precision == "bf16":  # optim.keep_masters
+    elif count == 1 and config.precision != "fp32":  # optim.keep_masters
         terms = {"weights, with 16 low bits": 4 * sizes.trained}
         widths = ({"fp32": 8, "bf16": 4}[config.moments], {"fp32": 4, "bf16": 2}[config.gradients])
     else:
@@ -173,13 +173,14 @@ def peak_bytes(shape, config, sizes, count, tokens, targets, keys, accumulates):
     if sharded:
         early["gathered weights"] = width * (sizes.root + sizes.block)
     # a split master's gradient is summed in place, any other weight's beside it, in float32
-    in_place = not sharded and config.precision == "bf16"
+    in_place = not sharded and config.precision != "fp32"
     head = min(HEAD_ROWS, targets) * V * (4 + width) + width * D * targets + 4 * V * D * (full and not in_place)
     block = backward + width * D * tokens + kept * (recomputing > 0)
     block += width * V * D * (full and not (in_place and accumulates))  # lm_head's gradient
     if sharded:  # the next block's weights; this one's gradients, and in float32 to be summed over GPUs
         block += width * sizes.block + (width + 4) * sizes.block * full
-    end = (width + 4) * (sizes.root if sharded else V * D) * full  # the embedding's gradient is dense
+    # a split master's gradient takes the stream's rows only, any other is dense
+    end = 4 * tokens * D * full if in_place else (width + 4) * (sizes.root if sharded else V * D) * full
     moments = {
         "lm_head's backward": early | {"logits of a chunk": head},
         "the last block's backward": early | {"backward of a block": block},
@@ -191,7 +192,7 @@ def peak_bytes(shape, config, sizes, count, tokens, targets, keys, accumulates):
 
 def compute_width(config):
     """Bytes of a number that the matmuls read."""
-    return {"fp32": 4, "bf16": 2}[config.precision]
+    return {"fp32": 4, "bf16": 2, "fp8": 2}[config.precision]
 
 
 # ---------------------------------------------------------------- time

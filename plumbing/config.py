@@ -77,7 +77,9 @@ class Config:
     gradients: Literal["fp32", "bf16"] = key(
         "machine", "name", "bf16 (one process, full fine-tuning): 2 bytes a weight less, rounded in every micro-batch", default="fp32"
     )
-    precision: Literal["fp32", "bf16"] = key("machine", "name", "of compute; parameters and AdamW are fp32 in both", default="bf16")
+    precision: Literal["fp32", "bf16", "fp8"] = key(
+        "machine", "name", "of compute; fp8: bf16, but float8 in the blocks' linears; parameters and AdamW are fp32 in all", default="bf16"
+    )
 
     out_dir: str = key("run", "path", "run folder: config, manifest, metrics, checkpoints, final model", identity=False)
     log_every: int = key("run", "steps", "between step lines", default=1, least=1, identity=False)
@@ -139,7 +141,9 @@ COMMON_RULES = (
     (lambda lora_rank, lora_alpha: (lora_rank > 0) != (lora_alpha is not None),
      "lora_rank={lora_rank}, lora_alpha={lora_alpha}: expected both (the scale is lora_alpha / lora_rank) or neither"),
     (lambda moments, gradients, precision, lora_rank: "bf16" in (moments, gradients) and (precision == "fp32" or lora_rank > 0),
-     "moments={moments!r}, gradients={gradients!r}: bf16 needs precision='bf16' and full fine-tuning (lora_rank=0)"),
+     "moments={moments!r}, gradients={gradients!r}: bf16 needs precision='bf16' or 'fp8' and full fine-tuning (lora_rank=0)"),
+    (lambda kernels, precision: kernels == "plain" and precision == "fp8",
+     "kernels='plain', precision='fp8': float8 is in the fused blocks only; expected kernels='fused'"),
     (lambda attention: attention == "flash4" and importlib.util.find_spec("flash_attn") is None,
      "attention={attention!r}: expected the package flash-attn-4, which is not installed (pip install --pre flash-attn-4)"),
     (lambda tensorboard: tensorboard and importlib.util.find_spec("tensorboard") is None,

@@ -120,13 +120,14 @@ def run(main, argv):
 def shard(model, precision):
     """Apply FSDP2 to every block and to the model itself (embedding, final norm and lm_head form the root's group).
 
-    precision "fp32": everything in float32. "bf16": weights are gathered as bf16, gradients reduced in float32; shards stay as they are.
-    The root stays gathered from its forward to its backward, because lm_head.weight is read in between, outside any module's forward.
+    precision "fp32": everything in float32. "bf16" and "fp8": weights are gathered as bf16, gradients reduced in float32; shards stay as
+    they are. The root stays gathered from its forward to its backward, because lm_head.weight is read in between, outside any module's
+    forward.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     # inputs are not cast: cos and sin stay float32
-    dtypes = {"fp32": {}, "bf16": {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}}[precision]
+    dtypes = {} if precision == "fp32" else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)

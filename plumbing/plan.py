@@ -245,7 +245,7 @@ def remedies(plan):
     knobs = [("recompute", mode) for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]]
     if config.tokens_per_microbatch > longest:
         knobs.append(("tokens_per_microbatch", longest))
-    if plan.count == 1 and not config.lora_rank and config.precision == "bf16":
+    if plan.count == 1 and not config.lora_rank and config.precision != "fp32":
         knobs += [(name, "bf16") for name in ("moments", "gradients") if getattr(config, name) == "fp32"]
     tried = []
     for name, value in knobs:
@@ -310,6 +310,8 @@ def describe(plan, origin, counted):
     lines += [f"         {work.tokens / seconds['training']:,.0f} tokens/s in training; {_scaling(plan)}"]
     if config.precision == "fp32":
         lines.append("         precision='fp32' does not run on the bf16 matmul units: expect several times these hours")
+    if config.precision == "fp8":
+        lines.append("         precision='fp8' is planned as bf16: expect fewer hours on Hopper")
     assumed = " (assumed: see --usd-per-hour)" if plan.usd_per_hour[0] < plan.usd_per_hour[1] else ""
     lines += [f"total    {_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"]
     lines += ["         not counted: loading, tokenising, checkpoints (in the background, after a copy to host memory), the final save,"]

@@ -12,22 +12,24 @@ from plumbing import parallel
 from plumbing.checkpoint import load_weights, save_adapter, save_pretrained
 from plumbing.weights import check_vocabulary
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: float8 lives inside the blocks' matmuls only
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64
 
 
 def load_trainee(config, directory, tokenizer, device):
     """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, in this order; then weights are streamed in.
 
-    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process that computes in bf16,
-    as split masters. Under LoRA the frozen weights are kept in the compute precision.
-    ValueError when the parts of the folder do not fit together, or the model cannot read documents of max_seq_len.
+    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process, unless it computes
+    in fp32, as split masters. Under LoRA the frozen weights are kept in the compute precision.
+    ValueError when the parts of the folder do not fit together, or the model cannot read documents of max_seq_len or multiply in float8.
     """
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
     window = model_config.sliding_window
     if window and config.max_seq_len > window:
         raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's sliding_window={window}")
+    if config.precision == "fp8":
+        check_float8(model_config, device)
     with torch.device("meta"):
         model = Llama(model_config)
         if config.lora_rank or parallel.world_size() == 1:
@@ -36,7 +38,7 @@ def load_trainee(config, directory, tokenizer, device):
             apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
     model.attention_kernel = config.attention
     if config.kernels == "fused":
-        apply_fused(model)
+        apply_fused(model, fp8=config.precision == "fp8")
     apply_recompute(model, config.recompute)
     if parallel.world_size() > 1:
         parallel.shard(model, config.precision)
@@ -46,6 +48,16 @@ def load_trainee(config, directory, tokenizer, device):
     load_weights(model, directory)
     init_lora(model, config.seed, parallel.assign)
     return model
+
+
+def check_float8(model_config, device):
+    """ValueError where precision="fp8" cannot run: its matmuls need sizes that are multiples of 16 and, on a GPU, an Ada or Hopper card."""
+    heads = model_config.num_attention_heads, model_config.num_key_value_heads
+    sizes = (model_config.hidden_size, model_config.intermediate_size, *(n * model_config.head_dim for n in heads))
+    if any(size % 16 for size in sizes):
+        raise ValueError(f"precision='fp8': expected linears whose sizes are multiples of 16, the model has {sizes}")
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ValueError(f"precision='fp8': expected a GPU of compute capability 8.9 (Ada, Hopper) or newer, got {capability}")
 
 
 def sample(model, documents, tokenizer, config):

@@ -12,6 +12,7 @@ import block_kernels
 import kernels
 
 errors = {}
+torch.manual_seed(0)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -57,4 +58,26 @@ for dtype in (torch.float32, torch.bfloat16):
         adamw(*split, m, v, randn(3000, seed=9, dtype=dtype), 0.5, 1e-3, 0.1, 0.9, 0.999, 1e-8, 7, 12345)
         states.append((kernels.join_master(*split), m, v))
     compare(f"adamw {label}", *states)
+# numbers that e4m3 holds: the interpreter's cast rounds ties away from zero and loses carries, which GPUs do not (tests/gpu_checks.py)
+for M, N in ((5, 48), (130, 80), (257, 64)):  # one tile; over one in rows; in columns
+    signs, exponents = torch.randint(2, (M, N)) * 2 - 1, torch.randint(4, (M, N))
+    x = (signs * torch.randint(8, 16, (M, N)) * 2.0**exponents).bfloat16()
+    x[3], x[4, 7] = 0, 120
+    rows, columns = (2.0 ** torch.randint(-2, 2, (n,)) for n in (M, N))
+    plain, scaled = kernels.quantize_reference(x), kernels.quantize_reference(x, columns)
+    both = zip(block_kernels.quantize_gradient(x, columns, rows), kernels.quantize_gradient_reference(x, columns, rows), strict=True)
+    pairs = ((block_kernels.quantize(x, None), plain), (block_kernels.quantize(x, columns), scaled), *both)
+    transposed = block_kernels.quantize_transposed(x, plain.scale), kernels.quantize_transposed_reference(x, plain.scale)
+    for i, (a, b) in enumerate([*((u, v) for pair in pairs for u, v in zip(*pair, strict=True)), transposed]):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        errors[f"float8 {M} {N} {i}"] = (a.float() != b.float()).float().mean().item()
+dout, gate, up = (randn(130, 80, seed=s, dtype=torch.bfloat16) for s in range(3))
+weight, inner8 = randn(80, seed=3, dtype=torch.bfloat16), kernels.swiglu_float8_reference(gate, up)
+for name, *inputs in (("rms_norm_float8", gate, weight, 1e-5), ("swiglu_float8", gate, up)):
+    a, b = kernels.Float8(*getattr(block_kernels, name)(*inputs)), getattr(kernels, f"{name}_reference")(*inputs)
+    compare(f"bf16 {name}", *(x.values.float() * x.scale[:, None] for x in (a, b)))
+inputs = dout, gate, up, inner8.scale
+*fast, values = block_kernels.swiglu_backward_float8(*inputs)
+*slow, expected = kernels.swiglu_backward_float8_reference(*inputs)
+compare("bf16 swiglu_backward_float8", (*fast, values.float()), (*slow, expected.float()))
 json.dump(errors, sys.stdout)

@@ -256,6 +256,79 @@ def check_block_kernels():
     return worst
 
 
+def check_fp8_linear():
+    """Kernels against twins bit for bit, and _scaled_mm against float32 products of the same float8 numbers, at the 8B widths and odd T.
+
+    The last also without fast accumulation: the difference is what that costs in accuracy.
+    """
+    worst, turned = {}, "share of numbers that differ between swiglu forward and backward"
+    for T, D, O in ((1000, 4096, 1024), (37, 4096, 14336), (2049, 14336, 4096), (5, 576, 192)):
+        x, dy, weight = randn(T, D), randn(T, O, seed=1) * 1e-4, randn(O, D, seed=2) / D**0.5
+        x[0] = 0  # a row of zeros, a column of few large numbers
+        x[:, 5] *= 1000
+        x8, w8 = kernels.quantize(x), kernels.quantize(weight)
+        gradient, twin = kernels.quantize_gradient(dy, w8.scale, x8.scale), kernels.quantize_gradient_reference(dy, w8.scale, x8.scale)
+        w8t, x8t = kernels.quantize_transposed(weight, w8.scale), kernels.quantize_transposed(x, x8.scale)
+        scaled = kernels.quantize(dy, w8.scale)
+        for a, b in (
+            (x8, kernels.quantize_reference(x)),
+            (w8, kernels.quantize_reference(weight)),
+            (scaled, kernels.quantize_reference(dy, w8.scale)),
+            *zip(gradient, twin, strict=True),
+        ):
+            assert torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8)) and torch.equal(a.scale, b.scale), (T, D, O)
+        for a, b, scale in ((w8t, weight, w8.scale), (x8t, x, x8.scale)):
+            assert torch.equal(a.values.view(torch.uint8), kernels.quantize_transposed_reference(b, scale).view(torch.uint8)), (T, D, O)
+        normed, gate, up, d_inner = (randn(T, O, seed=seed) for seed in range(5, 9))
+        gain = randn(O, seed=9)
+        inner8, fused = kernels.swiglu_float8(gate, up), []
+        for name, *inputs in (
+            ("rms_norm_float8", normed, gain, 1e-5),
+            ("swiglu_float8", gate, up),
+            ("swiglu_backward_float8", d_inner, gate, up, inner8.scale),
+        ):
+            a, b = getattr(kernels, name)(*inputs), getattr(kernels, f"{name}_reference")(*inputs)
+            if name == "swiglu_backward_float8":  # numbers, and those of the scale that they are given
+                fused += [error(u, v) for u, v in ((a[0], b[0]), (a[1], b[1]), (a[2].values.float(), b[2].float()))]
+                forward = kernels.Float8(a[2].values[:, :T].T, inner8.scale)  # the forward's numbers, turned
+                differ = (forward.values.view(torch.uint8) != inner8.values.view(torch.uint8)).float().mean().item()
+                worst[turned] = max(worst.get(turned, 0), differ)
+            else:
+                fused.append(error(a.values.float() * a.scale[:, None], b.values.float() * b.scale[:, None]))
+        worst["fused"] = max(worst.get("fused", 0), *fused)
+        products = {"y": (x8, w8), "dx": (gradient[0], w8t), "dW": (gradient[1], x8t)}
+        exact = {"y": x.float() @ weight.float().T, "dx": dy.float() @ weight.float(), "dW": dy.float().T @ x.float()}
+        for name, (a, b) in products.items():
+            product, expected = kernels.matmul_float8(a, b), kernels.matmul_float8_reference(a, b)
+            assert torch.equal(product, kernels.matmul_float8(a, b)), "bits do not repeat"
+            slow = torch._scaled_mm(a.values, b.values.T, a.scale[:, None], b.scale[None, :], out_dtype=torch.bfloat16)
+            numbers = {"": error(product, expected), " slow": error(slow, expected), " rounding": error(product, exact[name])}
+            worst |= {name + key: max(value, worst.get(name + key, 0)) for key, value in numbers.items()}
+    assert all(value < (0.06 if "rounding" in name else 2e-2) for name, value in worst.items()), worst
+    assert worst[turned] < 1e-3, worst
+    return worst
+
+
+def check_fp8_model():
+    """A model in float8 beside bf16, full and LoRA: loss, gradients' cosine; recomputed and run again, bit for bit the same."""
+    worst = {}
+    for lora in (False, True):
+        plain, model = (cuda_llama(torch.bfloat16, lora=lora) for _ in range(2))
+        apply_fused(plain)
+        apply_fused(model, fp8=True)
+        losses = [loss_of(m) for m in (plain, model)]
+        for loss in losses:
+            loss.backward()
+        grads, expected = ({n: g.float().flatten() for n, g in gradients(m).items()} for m in (model, plain))
+        cosines = [torch.cosine_similarity(grads[name], expected[name], dim=0).item() for name in expected]
+        assert grads.keys() == expected.keys() and min(cosines) > 0.93 and sum(cosines) / len(cosines) > 0.96, cosines
+        assert abs(losses[1].item() / losses[0].item() - 1) < 1e-2
+        apply_recompute(model, "full")
+        assert torch.equal(loss_of(model), losses[1])  # as the step-0 check of DPO wants it
+        worst |= {f"least cosine, lora={lora}": min(cosines), f"mean, lora={lora}": sum(cosines) / len(cosines)}
+    return worst
+
+
 def check_split_adamw():
     """Seven steps, gradients and moments in float32 and bf16, against the twin: the same random bits, so the same roundings."""
     worst = {}

@@ -137,7 +137,11 @@ IN_THE_FILE = [
     ("dpo |= dict(label_smoothing=0.5)", "x.py: dpo: label_smoothing=0.5: expected float >= 0 and < 0.5"),
     ("dpo |= dict(loss='kto')", "x.py: dpo: loss='kto': expected dpo_norm | dpo | simpo | ipo | wpo, got str"),
     ("sft |= dict(loss='dpo')", "x.py: sft: loss='dpo': expected token_mean | tulu3_release, got str"),
-    ("sft |= dict(precision='fp16')", "x.py: sft: precision='fp16': expected fp32 | bf16, got str"),
+    ("sft |= dict(precision='fp16')", "x.py: sft: precision='fp16': expected fp32 | bf16 | fp8, got str"),
+    (
+        "sft |= dict(precision='fp8', kernels='plain')",
+        "x.py: sft: kernels='plain', precision='fp8': float8 is in the fused blocks only; expected kernels='fused'",
+    ),
     ("sft |= dict(data={})", "x.py: sft: data={}: expected dict {str: float or int > 0}, got none"),
     ("sft |= dict(data={'a': 0})", "x.py: sft: data={'a': 0}: expected dict {str: float or int > 0}"),
     ("sft |= dict(data={'a': True})", "x.py: sft: data={'a': True}: expected dict {str: float or int > 0}, got dict"),

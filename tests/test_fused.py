@@ -199,8 +199,9 @@ def test_kernels_in_the_interpreter():
     run = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     errors = json.loads(run.stdout)
-    assert len(errors) > 20 and all(value < 2e-6 for name, value in errors.items() if "bf16" not in name), errors
-    assert all(value < 1e-2 for value in errors.values()), errors
+    assert len(errors) > 50 and all(value < 2e-6 for name, value in errors.items() if "bf16" not in name), errors
+    # the interpreter's cast to e4m3 loses the carry of a mantissa that rounds up to the next power of two
+    assert all(value < (8e-2 if "float8" in name else 1e-2) for name, value in errors.items()), errors
 
 
 def test_presets_can_be_fused():

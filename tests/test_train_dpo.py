@@ -281,8 +281,9 @@ def test_reference_key_is_content():
         return train_dpo.reference_key(weights, pairs, config, ranks)
 
     cuda = SimpleNamespace(device=torch.device("cuda"))
-    keys = [key(), key(weights="x"), key(tokens="x"), key(share_prefix=False), key(precision="bf16"), key(kernels="plain")]
-    keys += [key(ranks=cuda), key(precision="bf16", ranks=cuda), key(precision="bf16", ranks=cuda, attention="flash4")]
+    keys = [key(), key(weights="x"), key(tokens="x"), key(share_prefix=False), key(kernels="plain"), key(ranks=cuda)]
+    keys += [key(precision=precision, ranks=ranks) for precision in ("bf16", "fp8") for ranks in (cpu, cuda)]
+    keys.append(key(precision="bf16", ranks=cuda, attention="flash4"))
     assert len(set(keys)) == len(keys)
     assert key(model_path="elsewhere", global_batch_size=7, lr=1.0) == key()
 
@@ -366,12 +367,11 @@ def test_reference_must_be_finite(stage, reference):
     assert not list(Path(stage.config.cache_dir).glob("reference/*"))
 
 
-@pytest.mark.parametrize(
-    "precision, gap, is_fine", [("fp32", 9e-6, True), ("fp32", 2e-5, False), ("bf16", 9e-3, True), ("bf16", 2e-2, False)]
-)
-def test_check_first_step(ranks, capsys, precision, gap, is_fine):
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2), ("fp8", 5e-2)])
+@pytest.mark.parametrize("share, is_fine", [(0.9, True), (2.0, False)])
+def test_check_first_step(ranks, capsys, precision, tolerance, share, is_fine):
     """CHECKS 5: the largest difference is printed, and more than rounding stops the run."""
-    config = SimpleNamespace(loss="dpo_norm", sft_weight=0.0, precision=precision, model_path="base")
+    config, gap = SimpleNamespace(loss="dpo_norm", sft_weight=0.0, precision=precision, model_path="base"), share * tolerance
     if is_fine:
         train_dpo.check_first_step({"loss": LN2}, gap, config, ranks)
     else:
