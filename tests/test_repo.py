@@ -1,11 +1,23 @@
-"""House rules that a machine can check: who may import what, nothing unpickled, nothing partly loaded, short functions, living links."""
+"""House rules that a machine can check: who may import what, nothing unpickled, nothing partly loaded, short functions; and documents whose
+links, names, commands, examples and tables are those of the code."""
 
+import argparse
 import ast
+import dataclasses
+import doctest
+import importlib
+import inspect
 import re
+import shlex
 import tomllib
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
+
+from plumbing import plan
+from plumbing.budget import find_gpu
+from plumbing.config import SECTIONS, load
 
 ROOT = Path(__file__).parent.parent
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
@@ -70,7 +82,21 @@ def test_functions_fit_a_screen(path):
     assert not {name: lines for name, lines in lengths.items() if lines > (150 if name == "main" else 70)}
 
 
-@per_file(sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/**/*.md"), *ROOT.glob("docs/**/*.md")]))
+# ---------------------------------------------------------------- documents
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+KEYS = {}  # {key: the types that it has in some stage}
+for section in SECTIONS.values():
+    for field in dataclasses.fields(section):
+        KEYS.setdefault(field.name, []).append(field.type)
+NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
+CONSTANTS = {node.value for node in NODES if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+ENDINGS = {"py", "csv", "html", "json", "jsonl", "safetensors"}  # of files: report.html is not a name in report.py
+FLAGS = {name for name in CONSTANTS if name.startswith("--")} | {f"--{key}" for key in KEYS} | {"--key", "--nproc-per-node"}
+FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
+
+
+@per_file(sorted([*PAGES, *ROOT.glob("bench/**/*.md")]))
 def test_paths_in_documents_exist(path):
     """Link targets, and every file of the repository that the text names; runs/ is what the commands make."""
     text = path.read_text()
@@ -78,6 +104,126 @@ def test_paths_in_documents_exist(path):
     named = re.findall(r"(?<![\w./-])(?:(?:configs|demo|plumbing|tests|bench|tools|docs)/[\w./-]*\w|\w+\.py)\b(?!\()", text)
     assert not [link for link in links if not (path.parent / link).exists()]
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def code_spans(path):
+    """Inline code, and each line of the fenced blocks."""
+    text = path.read_text()
+    lines = [line.strip().removeprefix("$ ") for block in FENCE.findall(text) for line in block.splitlines()]
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text)), lines
+
+
+def defined(tree):
+    """Names that a file or class binds at its top: functions, classes and their members, constants, fields."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{member}" for member in defined(node)}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names
+
+
+@per_file(PAGES)
+def test_names_in_documents_exist(path):
+    """`module.name` and `plumbing.module.name` are in that file, `tests/file.py::test` is a test, `key=value` is a key with a value of it,
+    `--flag ..` a flag of some script."""
+    spans, _ = code_spans(path)
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): defined(TREES[file]) for file in SCIENCE + PLUMBING}
+    for span in spans:
+        if found := re.fullmatch(r"(plumbing\.\w+|\w+)\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(.*\))?", span):
+            module, name = found.groups()
+            assert name in ENDINGS | modules.get(module, set()), f"{span}: no such name"
+        if found := re.fullmatch(r"(tests/\w+\.py)::(\w+)", span):
+            assert found[2] in defined(ast.parse((ROOT / found[1]).read_text())), f"{span}: no such test"
+        found = re.fullmatch(r"(?:--)?([a-z]\w*)=(\"\w+\"|[\w.-]+)", span)
+        if found and span != "--key=value":
+            value, kinds = found[2].strip('"'), KEYS.get(found[1], [])
+            choices = {choice for kind in kinds for choice in (get_args(kind) if get_origin(kind) is Literal else [value])}
+            assert value in choices, f"{span}: no such key, or no value of it"
+        if span.startswith("--"):
+            assert set(re.findall(r"--[\w-]+", span)) <= FLAGS, f"{span}: no such flag"
+
+
+class Parsed(Exception):
+    """Raised instead of going on once the arguments were accepted."""
+
+
+def check_command(words, monkeypatch):
+    """python SCRIPT .. or python -m MODULE .. takes its arguments; nothing is run."""
+    if words[0] == "torchrun":
+        run = importlib.import_module("torch.distributed.run")
+        launched = run.get_args_parser().parse_args(words[1:])
+        return check_command(["python", launched.training_script, *launched.training_script_args], monkeypatch)
+    name, *args = words[2:] if words[1] == "-m" else [words[1].removesuffix(".py").replace("/", "."), *words[2:]]
+    module, stage = importlib.import_module(name), name.removeprefix("train_")
+    if "--gpu" in args:
+        options, args = plan._options(args)
+        find_gpu(options.gpu)
+    if stage in SECTIONS:
+        return load(stage, args)
+    if module is plan:
+        assert all(list(ROOT.glob(path)) for path in args), words
+        return None
+    if "argparse" not in vars(module):  # positional arguments only
+        return inspect.signature(module.main).bind(*args)
+    parse = argparse.ArgumentParser.parse_args
+
+    def accept(parser, argv):
+        raise Parsed(parse(parser, argv))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", accept)
+    with pytest.raises(Parsed):  # SystemExit: an argument is wrong
+        module.main(args)
+    monkeypatch.undo()
+
+
+@per_file(PAGES)
+def test_commands_in_documents_parse(path, monkeypatch):
+    """Every python, torchrun and make of a code block or in the text: scripts, configs, keys with their values, flags, targets."""
+    spans, lines = code_spans(path)
+    targets = re.findall(r"^([\w-]+)[\w -]*:", (ROOT / "Makefile").read_text(), re.M)
+    for command in [part for line in spans + lines for part in line.split(" && ")]:
+        words = shlex.split(command, comments=True) if re.match(r"(python|torchrun|make) ", command) else [None]
+        if words[0] == "make":
+            assert words[1] in targets, command
+        elif words[0] and words[1] != "-c":
+            monkeypatch.chdir(ROOT)
+            check_command(words, monkeypatch)
+
+
+@per_file(sorted(ROOT.glob("docs/*.md")))
+def test_examples_in_documents(path):
+    """What begins with >>> prints what stands below it."""
+    text = re.sub(r"^```\w*$", "", path.read_text(), flags=re.M)  # a fence would count as output
+    examples = doctest.DocTestParser().get_doctest(text, {}, path.name, str(path), 0)
+    report = []
+    doctest.DocTestRunner(verbose=False).run(examples, out=report.append)
+    assert not report, "".join(report)
+
+
+def test_messages_of_troubleshooting_are_the_codes():
+    table = (ROOT / "docs/troubleshooting.md").read_text().split("## While training")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, re.M)
+    assert len(messages) > 20
+    assert not [message for message in messages if not any(message in text for text in CONSTANTS)]
+
+
+def test_table_of_recipes_is_the_configs():
+    rows = re.findall(r"^\| `(configs/\w+\.py)` \| (sft|dpo) \| (.+) \|$", (ROOT / "docs/recipes.md").read_text(), re.M)
+    configs = {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/*.py")} - {"configs/pairs.py"}
+    assert sorted((path, stage) for path, stage, _ in rows) == sorted((path, stage) for path in configs for stage in ("sft", "dpo"))
+    for path, stage, cells in rows:
+        config = load(stage, [str(ROOT / path)])
+        data, tokens, batch, length, lr, loss, rank = cells.split(" | ")
+        (amount,) = config.data.values()
+        assert data.startswith(f"{amount} x ") or amount == 1.0
+        run = f"{config.max_steps} steps" if config.max_steps else f"{config.num_epochs} epoch{'s' * (config.num_epochs > 1)}"
+        expected = (config.max_seq_len, config.global_batch_size, run, config.lr, config.loss, config.lora_rank)
+        assert (int(tokens), int(batch), length, float(lr), loss, int(rank)) == expected, (path, stage)
 
 
 def test_requirements_pin_every_dependency():
