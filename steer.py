@@ -567,8 +567,8 @@ def validate(args):
         print_spectrum(argparse.Namespace(**mine))
         reports[name] = sweep(argparse.Namespace(**mine | {"mode": PROMPT_MODES[args.mode], "out": None}))
         index = registry.add_validation(Path(folder) / f"sweep_{args.inject}", name)
-    _compare(reports, args)
     print(f"registered in {index}; python -m tools.ladder prints it beside the training runs")
+    _compare(reports, args)
 
 
 def _compare(reports, args):

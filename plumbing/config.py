@@ -171,7 +171,7 @@ WRONG = object()  # stands where a key was given a wrong value: neither missing 
 
 
 def load(stage, argv):
-    """`load("dpo", sys.argv[1:])` -> the checked DPOConfig of `CONFIG.py [--key=value ...] [--fresh]`; `--help` prints the keys and exits.
+    """`load("dpo", sys.argv[1:])` -> the checked DPOConfig of `CONFIG.py [--key=value ...]`; `--help` prints the keys and exits.
 
     ValueError: every problem of the file's sections and of the command line, one per line."""
     if "--help" in argv or "-h" in argv:
@@ -236,7 +236,7 @@ def config_hash(config):
 def help_text(stage):
     """Every key of the stage by group, with type, bounds, unit, default and meaning."""
     lines = [
-        f"usage: train_{stage}.py CONFIG.py [--key=value ...] [--fresh]",
+        f"usage: train_{stage}.py CONFIG.py [--key=value ...] [--fresh] [--push=org/name]",
         f"CONFIG.py holds the dicts common, sft and dpo. Precedence: default < common < {stage} < --key=value.",
     ]
     for group in GROUPS:

@@ -38,12 +38,11 @@ def read_index(path):
     return entries
 
 
-def add(folder, entry):
-    """Put the entry of a folder into its index, in place of an earlier one. Returns the index's path.
+def add(path, folder, entry):
+    """Put the entry of a folder into the index at `path`, in place of an earlier one. Returns `path`.
 
     Readers see the old file or the new one; of two writers one waits for the other.
     """
-    path = index_of(folder)
     with open(path.with_name(".index.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         name = str(Path(folder).absolute().relative_to(path.parent))
@@ -61,15 +60,16 @@ def add_run(config):
             metrics[name]["ci95"] = half  # half of the last value's 95 % interval
     manifest = {key: run.manifest[key] for key in ("stage", "data", "commit")}
     weights = {"start": run.manifest["weights"], "weights": fingerprint(run.folder / "final")}
-    return add(run.folder, manifest | weights | {"config": config_hash(config), "steps": run.points("loss")[0][-1], "metrics": metrics})
+    entry = manifest | weights | {"config": config_hash(config), "steps": run.points("loss")[0][-1], "metrics": metrics}
+    return add(index_of(run.folder), run.folder, entry)
 
 
 def add_validation(folder, pair):
-    """Register a finished sweep (folder) of `pair`, a name of configs/pairs.py. Returns the index's path."""
+    """Register a finished sweep (folder, in the vector's) of `pair`, a name of configs/pairs.py. Returns the index's path."""
     report = json.loads((folder / "aqi.json").read_text())
     vector = json.loads((folder.parent / "manifest.json").read_text())["inputs"]
     inputs, overall = report["inputs"], report["verdicts"][0]
     curve = {key: overall[key] for key in ("estimate", "low", "high", "change", "change_interval", "p_monotone")}
     settings = hashlib.sha256(json.dumps([vector, inputs], sort_keys=True).encode()).hexdigest()
     entry = {"stage": "validate", "pair": pair, "inject": inputs["inject"], "sft": vector["sft"], "dpo": vector["dpo"], "config": settings}
-    return add(folder, entry | {"metrics": {"lambdas": inputs["lambdas"], **curve}, "verdict": overall["verdict"]})
+    return add(index_of(folder.parent), folder, entry | {"metrics": {"lambdas": inputs["lambdas"], **curve}, "verdict": overall["verdict"]})

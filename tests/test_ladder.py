@@ -5,7 +5,6 @@ import dataclasses
 import json
 import multiprocessing
 import runpy
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -40,15 +39,14 @@ def test_an_index_is_in_the_folder_runs_or_beside_the_run(tmp_path):
 def test_an_entry_replaces_that_of_the_same_folder(tmp_path):
     (tmp_path / "runs").mkdir()
     for number in (1, 2):
-        path = registry.add(tmp_path / "runs/x/sft", {"stage": "sft", "number": number})
-    registry.add(tmp_path / "runs/x/dpo", {"stage": "dpo"})
-    entries = registry.read_index(path)
+        registry.add(tmp_path / "runs/index.json", tmp_path / "runs/x/sft", {"stage": "sft", "number": number})
+    entries = registry.read_index(registry.add(tmp_path / "runs/index.json", tmp_path / "runs/x/dpo", {"stage": "dpo"}))
     assert list(entries) == ["x/sft", "x/dpo"] and entries["x/sft"]["number"] == 2 and entries["x/sft"]["date"][:2] == "20"
 
 
 def add_many(folder, first):
     for i in range(first, first + 20):
-        registry.add(Path(folder) / f"runs/{i}", {"stage": "sft"})
+        registry.add(folder / "runs/index.json", folder / f"runs/{i}", {"stage": "sft"})
 
 
 def test_two_writers_lose_nothing(tmp_path):
@@ -65,7 +63,7 @@ def test_two_writers_lose_nothing(tmp_path):
 def test_a_file_that_is_no_index_is_left_alone(tmp_path, text):
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(ValueError, match="index.json: expected an index of runs, or no such file"):
-        registry.add(tmp_path / "sft", {"stage": "sft"})
+        registry.add(tmp_path / "index.json", tmp_path / "sft", {"stage": "sft"})
     assert (tmp_path / "index.json").read_text() == text
 
 
