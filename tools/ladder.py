@@ -82,8 +82,8 @@ def main(argv):
     path = parser.parse_args(argv).index
     pairs = runpy.run_path(str(Path(__file__).parent.parent / "configs/pairs.py"))["PAIRS"]
     entries = registry.read_index(path)
-    published = [[name, "", "", "", *(f"{x:.2f}" for x in curve), "", "published"] for name, curve in PUBLISHED.items()]
-    print(f"{path}: {len(entries)} entries. Columns 0 to 1: separation at that lambda, on one scale for all; published: AQI per_run, below")
+    published = [[name, "", "", "", *(f"{x:.2f}" for x in curve), "", "published, per_run"] for name, curve in PUBLISHED.items()]
+    print(f"{path}: {len(entries)} entries. Columns 0 to 1: separation at that lambda; in published lines AQI")
     print(table([list(HEAD), *rows(entries, pairs), *published]))
     print("per_run: every lambda on its own scale, 55.00 is saturation; compare verdicts, not values, with the lines above.")
     return 0
