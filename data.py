@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from kernels import SharedPrefix
+from plumbing import hub
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call the hub to count every load, of local files too
 ROLES = ("system", "user", "assistant")
@@ -270,7 +271,8 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 def open_source(name: str) -> datasets.Dataset:
     """Rows of "path" (jsonl, json, parquet, csv, each also .gz; or a folder from Dataset.save_to_disk) or of "org/name" on the hub.
 
-    A "[split]" at the end picks the split of a hub dataset or saved folder; without it "train".
+    "org/name@revision" pins a commit, tag or branch; the commit that was read goes into hub.COMMITS. A "[split]" at the end picks the split
+    of a hub dataset or saved folder; without it "train".
     """
     path, split = re.fullmatch(r"(.*?)(?:\[(\w+)\])?", name).groups()
     suffix = Path(path.removesuffix(".gz")).suffix
@@ -284,9 +286,19 @@ def open_source(name: str) -> datasets.Dataset:
             return datasets.load_dataset(READERS[suffix], data_files=path, split="train")
         except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
             raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
-    if suffix in READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if suffix in READERS or hub.parse(path) is None:
         raise ValueError(f"data {name!r}: no such file or folder")
-    return datasets.load_dataset(path, split=split or "train")
+    return _open_hub(path, split or "train")
+
+
+def _open_hub(name: str, split: str) -> datasets.Dataset:
+    wanted = hub.dataset_commit(name)
+    builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
+    if wanted not in (None, builder.hash):  # offline, the library takes whatever commit it has
+        raise ValueError(f"data {name!r}: the hub cannot be reached, and the copy here is of commit {builder.hash}; expected {wanted}")
+    builder.download_and_prepare()
+    hub.COMMITS[f"datasets/{name}"] = builder.hash
+    return builder.as_dataset(split=split)
 
 
 # ---------------------------------------------------------------------------------------------------------------- mixtures

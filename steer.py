@@ -29,7 +29,7 @@ from tqdm import tqdm
 import aqi
 from data import Tokenizer, encode_chat, find_schema, open_source
 from model import Llama, apply_fused, generate, merge_lora
-from plumbing import checkpoint, parallel
+from plumbing import checkpoint, hub, parallel, registry
 from plumbing.logbook import write_json
 from steering import (
     INJECTIONS,
@@ -69,7 +69,9 @@ def locate(path):
     folder = checkpoint.resolve(path)
     if not (folder / "adapter_config.json").is_file():
         return folder, None
-    return checkpoint.resolve(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]), folder
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    base, revision = raw["base_model_name_or_path"], raw.get("revision")  # the revision is the base model's
+    return checkpoint.resolve(f"{base}@{revision}" if revision and not Path(base).is_dir() else base), folder
 
 
 def identity(path):
@@ -188,7 +190,7 @@ def extract(args):
     if not tensors["chosen_last"].any():
         raise ValueError(f"dpo={args.dpo!r}: its states equal those of sft={args.sft!r} on all texts; expected a model that training moved")
     save_file(tensors | {"keep": keep[:count].astype(np.uint8)}, folder / "vector.safetensors")
-    results = {"layers": shape[2], "hidden_size": shape[3], "kept": kept, "torch": torch.__version__}
+    results = {"layers": shape[2], "hidden_size": shape[3], "kept": kept, "torch": torch.__version__, "hub": hub.COMMITS}
     write_json(folder / "manifest.json", {"inputs": inputs} | results)
     print(f"wrote {folder}/vector.safetensors: {kept} of {count} pairs kept ({kept / count:.0%}), {total - count} held out")
 
@@ -546,7 +548,10 @@ def _plot(folder, lambdas, curve, control, shuffled, embeddings, prompts):
 
 
 def validate(args):
-    """Pairs of configs/pairs.py through extract, spectrum, sweep and verdict, all on one scale; what is finished is not done again."""
+    """Pairs of configs/pairs.py through extract, spectrum, sweep and verdict, all on one scale, and into the index of runs.
+
+    What is finished is not done again.
+    """
     pairs = runpy.run_path(Path(__file__).parent / "configs/pairs.py")["PAIRS"]
     for name in args.pair:
         if name not in pairs:
@@ -561,6 +566,8 @@ def validate(args):
         extract(argparse.Namespace(**mine))
         print_spectrum(argparse.Namespace(**mine))
         reports[name] = sweep(argparse.Namespace(**mine | {"mode": PROMPT_MODES[args.mode], "out": None}))
+        index = registry.add_validation(Path(folder) / f"sweep_{args.inject}", name)
+    print(f"registered in {index}; python -m tools.ladder prints it beside the training runs")
     _compare(reports, args)
 
 

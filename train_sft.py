@@ -13,10 +13,10 @@ from data import Tokenizer, in_order, load_sft, local_batches, step_examples, st
 from kernels import token_logps
 from model import training_flops
 from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weights, warmup_steps, weights_changed
-from plumbing import checkpoint, parallel, plan
+from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
-from plumbing.trainee import DTYPES, load_trainee, sample, save_trainee
+from plumbing.trainee import DTYPES, finish, load_trainee, sample
 
 # ---------------------------------------------------------------- the loss
 
@@ -83,6 +83,8 @@ def main(argv):
     config = load("sft", argv)
     ranks = parallel.init()
     check_world_size(config, ranks.world_size)
+    if config.push:  # a wrong name or token is found out before training, not after it
+        parallel.main_first(ranks, lambda: hub.open_for_push(config.push) if ranks.main else None)
 
     directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
@@ -132,7 +134,7 @@ def main(argv):
         log.evaluation(total_steps, evaluate(model, held_out, config, ranks, log))
     if config.sample_every:
         log.samples(total_steps, *sample(model, held_out or documents, tokenizer, config))
-    ranks.say(f"wrote {save_trainee(model, tokenizer, config)}")
+    finish(model, tokenizer, config, ranks)
     return 0
 
 

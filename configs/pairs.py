@@ -1,5 +1,7 @@
 """SFT -> DPO pairs that `steer.py validate NAME` knows: the ladder's own and the published comparison's. Not a training config.
 
+The ladder's pairs have the names of their configs, and are there when both training scripts have run. pku_lora stands for the published
+Llama31_PKU_Custom, tulu10 for the published 10 % run, whose weights are not at hand.
 template: how the texts of the vector are rendered; None: Human / Assistant transcripts as they are, as in the published comparison.
 The published comparison names its models but not their checkpoints, except Tulu's and Zephyr's: the others are our reading of the names.
 """
@@ -7,8 +9,10 @@ The published comparison names its models but not their checkpoints, except Tulu
 PAIRS = {
     "tiny": dict(sft="runs/tiny/sft/final", dpo="runs/tiny/dpo/final", template="tulu"),
     "smol": dict(sft="runs/smol/sft/final", dpo="runs/smol/dpo/final", template="chatml"),
-    "Llama31_PKU_Custom": dict(sft="runs/pku_lora/sft/final", dpo="runs/pku_lora/dpo/final", template=None),
-    "Llama31_Tulu10": dict(sft="runs/tulu10/sft/final", dpo="runs/tulu10/dpo/final", template=None),
+    **{
+        rung: dict(sft=f"runs/{rung}/sft/final", dpo=f"runs/{rung}/dpo/final", template=None)
+        for rung in ("pku_lora", "tulu10_lora", "tulu10", "tulu_full_lora", "tulu_full")
+    },
     "Llama31_Tulu": dict(sft="allenai/Llama-3.1-Tulu-3-8B-SFT", dpo="allenai/Llama-3.1-Tulu-3-8B-DPO", template=None),
     "Mistral_7B": dict(sft="mistralai/Mistral-7B-v0.1", dpo="mistralai/Mistral-7B-Instruct-v0.1", template=None),
     "Zephyr_7B": dict(sft="HuggingFaceH4/mistral-7b-sft-beta", dpo="HuggingFaceH4/zephyr-7b-beta", template=None),

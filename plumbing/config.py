@@ -21,6 +21,7 @@ from types import ModuleType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
 GROUPS = ("model", "data", "optimizer", "loss", "machine", "run")  # in the order of --help
+COMMAND_LINE_ONLY = {"fresh": "restart the run at every start", "push": "upload it at every end"}
 SIGNS = {"above": ">", "least": ">=", "below": "<"}
 Template = Literal["tulu", "zephyr", "llama3", "chatml"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -36,13 +37,15 @@ def key(group, unit, help, default=MISSING, above=None, least=None, below=None, 
 class Config:
     """What both stages know. A parent class and not a nested part, so that scripts read `config.lr` and a key has one name everywhere."""
 
-    model_path: str = key("model", "path or hub name", "Hugging Face folder to start from (DPO: also the reference)")
+    model_path: str = key("model", "path or org/name[@revision]", "Hugging Face folder to start from (DPO: also the reference)")
     template: Template | None = key("model", "name", "chat template; None: the tokenizer's own, if it is one of these", default="tulu")
     lora_rank: int = key("model", "columns", "rank of the LoRA adapters; 0: full fine-tuning", default=0, least=0)
     lora_alpha: float | None = key("model", "-", "LoRA scale: adapters are multiplied by lora_alpha / lora_rank", default=None, above=0)
     lora_targets: tuple[Linear, ...] = key("model", "names", "linear layers that get an adapter", default=get_args(Linear))
 
-    data: dict[str, float | int] = key("data", "fraction | rows", "{hub name or path, [split] may follow: float fraction or int count}")
+    data: dict[str, float | int] = key(
+        "data", "fraction | rows", "{path or org/name[@revision], [split] may follow: float fraction or int count}"
+    )
     data_eval: dict[str, float | int] | float | None = key(
         "data", "fraction | rows", "held-out sources as in data, or the share of data's prompts to hold out", default=None, above=0, below=1
     )
@@ -95,6 +98,9 @@ class Config:
     tensorboard: bool = key("run", "flag", "also write the metrics as TensorBoard events, in out_dir", default=False, identity=False)
     keep_last: int = key("run", "checkpoints", "older ones are deleted", default=2, least=1, identity=False)
     fresh: bool = key("run", "flag", "start over although out_dir has a checkpoint (command line only)", default=False, identity=False)
+    push: str | None = key(
+        "run", "org/name", "hub repository that gets final/ and adapter/ after the run (command line only)", default=None, identity=False
+    )
 
     def __post_init__(self):
         """A config that exists is a valid one, also when a test or dataclasses.replace makes it."""
@@ -169,7 +175,7 @@ WRONG = object()  # stands where a key was given a wrong value: neither missing 
 
 
 def load(stage, argv):
-    """`load("dpo", sys.argv[1:])` -> the checked DPOConfig of `CONFIG.py [--key=value ...] [--fresh]`; `--help` prints the keys and exits.
+    """`load("dpo", sys.argv[1:])` -> the checked DPOConfig of `CONFIG.py [--key=value ...]`; `--help` prints the keys and exits.
 
     ValueError: every problem of the file's sections and of the command line, one per line."""
     if "--help" in argv or "-h" in argv:
@@ -234,7 +240,7 @@ def config_hash(config):
 def help_text(stage):
     """Every key of the stage by group, with type, bounds, unit, default and meaning."""
     lines = [
-        f"usage: train_{stage}.py CONFIG.py [--key=value ...] [--fresh]",
+        f"usage: train_{stage}.py CONFIG.py [--key=value ...] [--fresh] [--push=org/name]",
         f"       train_{stage}.py CONFIG.py [--key=value ...] --plan --gpu a100-80 --count 8 [--usd-per-hour 16]: no run, only its cost",
         f"CONFIG.py holds the dicts common, sft and dpo. Precedence: default < common < {stage} < --key=value.",
     ]
@@ -274,8 +280,9 @@ def _read_sections(path):
             problems.append(f"{path}: {name}: expected a dict, got {type(value).__name__}")
         else:
             sections[name] = value
-            if "fresh" in value:
-                problems.append(f"{path}: {name}: fresh: expected on the command line only; here it would restart the run at every start")
+            for only, why in COMMAND_LINE_ONLY.items():
+                if only in value:
+                    problems.append(f"{path}: {name}: {only}: expected on the command line only; here it would {why}")
     return sections, problems
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from plumbing import hub
 from plumbing.config import config_dict
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets")
@@ -46,7 +47,7 @@ class Logbook:
             gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
             about = {"command": shlex.join(sys.argv), "commit": _commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             machine = {"hardware": gpu or platform.machine(), "world_size": ranks.world_size, "matmul_peak_flops": self.peak}
-            write_json(self.folder / "manifest.json", about | machine | {"versions": _versions(), **implicit})
+            write_json(self.folder / "manifest.json", about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit})
         self._start = time.perf_counter()
 
     def resume_at(self, step):

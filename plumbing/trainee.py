@@ -8,7 +8,7 @@ import torch
 from data import TEMPLATES, end_of_turn, resolve_template
 from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from optim import keep_masters
-from plumbing import parallel
+from plumbing import card, hub, parallel, registry
 from plumbing.checkpoint import load_weights, save_adapter, save_pretrained
 from plumbing.weights import check_vocabulary
 
@@ -91,6 +91,17 @@ def save_trainee(model, tokenizer, config):
     if config.lora_rank:
         save_adapter(model, Path(config.out_dir) / "adapter", config.model_path)
     return final
+
+
+def finish(model, tokenizer, config, ranks):
+    """What a run ends with: save_trainee, the model card, the run's entry in the index of runs, and the push that was asked for."""
+    ranks.say(f"wrote {save_trainee(model, tokenizer, config)}")
+    if ranks.main:
+        card.write(config.out_dir)
+        ranks.say(f"registered in {registry.add_run(config)}; python -m tools.ladder prints it")
+        if config.push:
+            hub.push(config.out_dir, config.push)
+            ranks.say(f"pushed to {config.push}")
 
 
 def _stop_id(config, tokenizer):

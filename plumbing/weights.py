@@ -7,7 +7,6 @@ of the files and nothing else; when writing, one full parameter at a time exists
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from data import Tokenizer
 from falcon import Falcon, FalconConfig
 from kernels import split_master
 from model import Llama, LlamaConfig, LoRALinear, apply_lora, read_config
-from plumbing import parallel
+from plumbing import hub, parallel
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -116,18 +115,24 @@ def sync_folder(path):
 
 
 def resolve(path_or_repo):
-    """The local folder, or, for "org/name", the hub's snapshot of its weights, configs and chat template (downloaded once)."""
+    """The local folder, or, for "org/name" or "org/name@revision", the hub's snapshot of its weights, configs and chat template.
+
+    Downloaded once; an interrupted download goes on where it stopped. The commit goes into hub.COMMITS.
+    """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
     key = f"model_path={str(path_or_repo)!r}"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
-        raise ValueError(f"{key}: no such folder, and not a hub name like 'org/name'")
+    if (name := hub.parse(path_or_repo)) is None:
+        raise ValueError(f"{key}: no such folder, and not a hub name like 'org/name' or 'org/name@revision'")
+    repository, revision = name
     try:
         wanted = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(snapshot_download(str(path_or_repo), allow_patterns=wanted, ignore_patterns="*/*"))  # the top folder only
-    except OSError as error:  # what the hub raises when offline, for a gated or for an unknown repository
+        folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")  # the top folder only
+    except hub.ERRORS as error:
         raise ValueError(f"{key}: no such folder, and no such download from the hub: {error}") from error
+    hub.COMMITS[str(path_or_repo)] = Path(folder).name  # snapshots are kept by commit
+    return Path(folder)
 
 
 def weight_files(directory):
@@ -294,7 +299,7 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
 def _published(directory, config_name):
     """A temporary folder that becomes `directory` when the block ends well; an earlier export there is replaced, other files are not."""
     contents = [path.name for path in directory.iterdir()] if directory.exists() else []
-    foreign = [name for name in contents if not name.endswith((".safetensors", ".json", ".jinja", ".model"))]
+    foreign = [name for name in contents if not name.endswith((".safetensors", ".json", ".jinja", ".model")) and name != "README.md"]
     if contents and (foreign or config_name not in contents):
         raise ValueError(f"{directory}: holds {', '.join(sorted(foreign or contents)[:5])}, which no export wrote, so it is not replaced")
     folder = directory.with_name(f".tmp_{directory.name}")
@@ -383,7 +388,9 @@ def save_adapter(model, directory, base):
 
     Collective, replaces and refuses as save_pretrained does.
     """
-    config = _adapter_config(model)
+    config, (name, revision) = _adapter_config(model), hub.parse(base) or (str(base), None)
+    if Path(base).is_dir():
+        name, revision = str(base), None
     assert config, "save_adapter needs a model with adapters"
     params = {_peft_name(name): param for name, param in sharded_parameters(model).items() if _is_adapter(name)}
     with _published(Path(directory), ADAPTER_CONFIG) as folder:
@@ -391,7 +398,7 @@ def save_adapter(model, directory, base):
         _write_gathered(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
         if _rank() == 0:
             fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
-            write_json(folder / ADAPTER_CONFIG, fixed | {"base_model_name_or_path": str(base)} | config)
+            write_json(folder / ADAPTER_CONFIG, fixed | {"base_model_name_or_path": name, "revision": revision} | config)
 
 
 @torch.no_grad()

@@ -120,6 +120,7 @@ IN_THE_FILE = [
     ("sft = [1]", "x.py: sft: expected a dict, got list"),
     ("del common['lr']", "x.py: dpo: missing 'lr': peak learning rate of AdamW"),
     ("sft |= dict(fresh=True)", "x.py: sft: fresh: expected on the command line only; here it would restart the run at every start"),
+    ("sft |= dict(push='org/x')", "x.py: sft: push: expected on the command line only; here it would upload it at every end"),
     ("sft |= dict(lr='5e-6')", "x.py: sft: lr='5e-6': expected float > 0, got str"),
     ("sft |= dict(num_epochs=2.0)", "x.py: sft: num_epochs=2.0: expected int >= 1, got float"),
     ("sft |= dict(seed=True)", "x.py: sft: seed=True: expected int >= 0, got bool"),

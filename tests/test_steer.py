@@ -17,7 +17,7 @@ from world import WORDS, change_weights, make_world, write_model, write_rows, wr
 import steer
 from data import Tokenizer
 from model import apply_lora, init_lora, merge_lora
-from plumbing import checkpoint, parallel
+from plumbing import checkpoint, parallel, registry
 from steering import additions, mean_states, steering_tap
 
 L, D, COUNT, HELD_OUT = 4, 32, 8, 2
@@ -512,6 +512,11 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
     again = capsys.readouterr().out
     assert "wrote" not in again and again.count("finished, of the same inputs") == 4 and report.stat().st_mtime_ns == before
     assert again.splitlines()[-3:] == first.splitlines()[-3:]
+    entries, found = registry.read_index(tmp_path / "v/index.json"), json.loads(report.read_text())["verdicts"][0]
+    assert [(name, entry["pair"]) for name, entry in entries.items()] == [(f"{x}_sanity/sweep_cumulative", x) for x in ("near", "far")]
+    near, far = entries.values()
+    assert near["verdict"] == found["verdict"] and near["metrics"]["estimate"] == found["estimate"]
+    assert near["sft"] == far["sft"] and near["dpo"] != far["dpo"]
     pytest.importorskip("matplotlib")
     assert (tmp_path / "v/axioms.png").is_file()
 

@@ -1,0 +1,82 @@
+"""The model card of a run, final/README.md: made from the run folder and, for what came before it, from the run that it started from."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from plumbing import hub
+from plumbing.config import SECTIONS
+from plumbing.folders import read
+
+WHAT = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimisation"}
+SETUP = ("loss_reduction", "clipping", "parameter_dtype", "warmup_steps", "commit", "hardware", "world_size", "weights", "data", "hub",
+         "versions")  # fmt: skip
+
+
+def write(run_dir):
+    """Write the card of a run that has ended into its final/, in place of an earlier one. Returns its path."""
+    path = Path(run_dir) / "final/README.md"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(card(Path(run_dir)), encoding="utf-8")
+    temporary.rename(path)
+    return path
+
+
+def card(run_dir):
+    """The card's text: YAML front matter as the hub reads it, then what was trained, how it went, every value that decides the numbers."""
+    run = read(run_dir)
+    stage = run.manifest["stage"]
+    configs = _lineage(run.config)
+    base, sources = configs[-1]["model_path"], [name for config in reversed(configs) for name in config["data"]]
+    decisive = {field.name: run.config[field.name] for field in dataclasses.fields(SECTIONS[stage]) if field.metadata["identity"]}
+    name, steps = "/".join(Path(run_dir).absolute().parts[-2:]), run.points("loss")[0][-1]
+    parts = [
+        _front_matter(base, sources, [stage, *(["lora"] if run.config["lora_rank"] else []), "glassbox"]),
+        f"# {name}\n\n{WHAT[stage]} of `{run.config['model_path']}` on {', '.join(f'`{source}`' for source in run.config['data'])}, "
+        f"{steps:,} optimizer steps of {run.config['global_batch_size']:,} examples with Glassbox. The chat template is the tokenizer's.",
+        f"## Metrics\n\nOf the training steps and, `eval/`, of held-out data; ± is half of a 95 % interval.\n\n{_metrics(run)}",
+        f"## Configuration\n\n{_block(decisive)}",
+        "## Provenance\n\n`weights` and `data` are hashes of the weights that the run started from and of the token ids and masks it was "
+        f"trained on.\n\n{_block({key: run.manifest[key] for key in SETUP})}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _lineage(config):
+    """This run's config, that of the run whose final/ it started from, and so on."""
+    before = Path(config["model_path"]).parent / "config.json"
+    if Path(config["model_path"]).name != "final" or not before.is_file():
+        return [config]
+    return [config, *_lineage(json.loads(before.read_text()))]
+
+
+def _front_matter(base, sources, tags):
+    """Only what the hub can look up is named: a folder of this machine is in the configuration below. JSON is YAML."""
+    on_hub = [repository for repository in map(_repository, sources) if repository]
+    lines = ["---", "# license: yours to state; the terms of the base model and of the data apply", "library_name: transformers"]
+    lines += ["pipeline_tag: text-generation"]
+    lines += [f"base_model: {json.dumps(_repository(base))}"] if _repository(base) else []
+    lines += [f"datasets: {json.dumps(list(dict.fromkeys(on_hub)))}"] if on_hub else []
+    return "\n".join([*lines, f"tags: {json.dumps(tags)}", "---"])
+
+
+def _repository(name):
+    """org/name of a hub name, its [split] and @revision left out; None for a file or folder."""
+    name = name.partition("[")[0]
+    return hub.parse(name)[0] if hub.parse(name) and not Path(name).exists() else None
+
+
+def _metrics(run):
+    """A table of the first and the last value of every loss, reward and log-prob."""
+    names = dict.fromkeys(name for line in run.lines for name in line if not name.endswith("_ci95"))
+    shown = [name for name in names if "/" in name or name == "loss"]
+    rows = ["| | first | last |", "|---|---|---|"]
+    for name in shown:
+        halves = [f" ± {half:.4f}" for half in run.points(f"{name}_ci95")[1]] or [""]
+        values = run.points(name)[1]
+        rows.append(f"| `{name}` | {values[0]:.4f}{halves[0]} | {values[-1]:.4f}{halves[-1]} |")
+    return "\n".join(rows)
+
+
+def _block(values):
+    return f"```json\n{json.dumps(values, indent=2)}\n```"
