@@ -227,7 +227,8 @@ def _tile(x_ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _store_transposed(values_ptr, x, m, n, N, padded):
-    tl.store(values_ptr + n[:, None] * padded + m[None, :], tl.trans(x.to(tl.float8e4nv)), (n < N)[:, None] & (m < padded)[None, :])
+    at = n[:, None].to(tl.int64) * padded + m[None, :]
+    tl.store(values_ptr + at, tl.trans(x.to(tl.float8e4nv)), (n < N)[:, None] & (m < padded)[None, :])
 
 
 @triton.jit

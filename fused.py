@@ -41,7 +41,12 @@ class _Embed(torch.autograd.Function):
         weight, input_ids = ctx.saved_tensors
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
-        weight.grad.index_put_((input_ids,), dy.to(weight.grad_dtype), accumulate=True)  # sorts the ids, so bits repeat
+        if weight.grad_dtype == torch.float32:
+            weight.grad.index_put_((input_ids,), dy.float(), accumulate=True)  # sorts the ids, so bits repeat
+        else:  # in bf16 a frequent token's later occurrences would vanish into the sum of its earlier ones: rounded once, at the end
+            rows, place = input_ids.unique(return_inverse=True)
+            sums = torch.zeros(len(rows), dy.shape[1], device=dy.device).index_put_((place,), dy.float(), accumulate=True)
+            weight.grad[rows] += sums
         return None, None
 
 
@@ -121,6 +126,8 @@ def part_gradients(dy, dy8t, d_low, x, x8t, low, wanted, scale, weight, bias, lo
 
 
 # ---------------------------------------------------------------- the pieces of a block
+# Parameters wait for the backward pass on ctx itself: what a recomputing block saves through save_for_backward comes back detached, without
+# the attributes by which a weight says how it takes its gradient.
 
 
 class _NormProject(torch.autograd.Function):
@@ -133,15 +140,15 @@ class _NormProject(torch.autograd.Function):
         normed = kernels.rms_norm_forward(x, norm_weight, eps) if reads_bf16(fp8, linears) else None
         x8 = kernels.rms_norm_float8(x, norm_weight, eps) if fp8 else None
         ys, w_scales, lows = zip(*(project(normed, x8, scale, *linear) for scale, linear in zip(scales, linears, strict=True)))
-        ctx.save_for_backward(x, norm_weight, x8 and x8.scale, *w_scales, *lows, *flat)
-        ctx.eps, ctx.scales = eps, scales
+        ctx.save_for_backward(x, norm_weight, x8 and x8.scale, *w_scales, *lows)
+        ctx.eps, ctx.scales, ctx.linears = eps, scales, linears
         return x.view_as(x), *ys
 
     @staticmethod
     def backward(ctx, d_residual, *dys):
         x, norm_weight, x_scale, *rest = ctx.saved_tensors
         n, wanted = len(dys), _by_linear(ctx.needs_input_grad[5:])
-        w_scales, lows, linears = rest[:n], rest[n : 2 * n], _by_linear(rest[2 * n :])
+        w_scales, lows, linears = rest[:n], rest[n:], ctx.linears
         normed = kernels.rms_norm_forward(x, norm_weight, ctx.eps)
         x8t = kernels.quantize_transposed(normed, x_scale) if x_scale is not None and any(weight for weight, *_ in wanted) else None
         d_normed, d_flat = None, []
@@ -186,13 +193,13 @@ class _ProjectAdd(torch.autograd.Function):
     def forward(ctx, a, residual, fp8, scale, *linear):
         a8 = kernels.quantize(a) if fp8 else None
         y, w_scale, low = project(a, a8, scale, *linear, residual=residual)
-        ctx.save_for_backward(a, a8 and a8.scale, w_scale, low, *linear)
-        ctx.scale = scale
+        ctx.save_for_backward(a, a8 and a8.scale, w_scale, low)
+        ctx.scale, ctx.linear = scale, linear
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        a, a_scale, w_scale, low, *linear = ctx.saved_tensors
+        (a, a_scale, w_scale, low), linear = ctx.saved_tensors, ctx.linear
         (weight, _, lora_A, lora_B), wanted = linear, ctx.needs_input_grad[4:]
         dy8, dy8t = gradient_float8(dy, a_scale, w_scale, wanted[0])
         d_low = low_gradient(dy, ctx.scale, lora_B)
@@ -209,13 +216,13 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
         inner = kernels.swiglu(gate, up) if reads_bf16(fp8, [linear]) else None
         inner8 = kernels.swiglu_float8(gate, up) if fp8 else None
         y, w_scale, low = project(inner, inner8, scale, *linear, residual=residual)
-        ctx.save_for_backward(gate, up, inner8 and inner8.scale, w_scale, low, *linear)
-        ctx.scale = scale
+        ctx.save_for_backward(gate, up, inner8 and inner8.scale, w_scale, low)
+        ctx.scale, ctx.linear = scale, linear
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up, inner_scale, w_scale, low, *linear = ctx.saved_tensors
+        (gate, up, inner_scale, w_scale, low), linear = ctx.saved_tensors, ctx.linear
         (weight, _, lora_A, lora_B), wanted = linear, ctx.needs_input_grad[5:]
         dy8, dy8t = gradient_float8(dy, inner_scale, w_scale, wanted[0])
         d_low = low_gradient(dy, ctx.scale, lora_B)

@@ -407,7 +407,7 @@ class _TokenLogps(torch.autograd.Function):
         g = grad_logps.masked_fill(ignored, 0.0)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # summed over chunks in float32: in bf16 the later chunks would vanish into the sum of the earlier ones
+        # summed over chunks in float32; a weight that accumulates has its own dtype for that, and bf16 gradients are rounded every chunk
         accumulates = getattr(weight, "accumulates", False)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight and not accumulates else None
         for start in range(0, len(hidden), ctx.chunk):
@@ -429,6 +429,7 @@ class _TokenLogps(torch.autograd.Function):
 
 def split_master(master):
     """float32 -> (bf16 to nearest, a tie away from zero; int16 low_bits), from which join_master makes the same 32 bits again."""
+    master = torch.where(master.isnan(), float("nan"), master)  # the usual NaN: the largest ones would wrap round to -0
     bits = master.contiguous().view(torch.int32)
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)

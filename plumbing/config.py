@@ -78,8 +78,9 @@ class Config:
         "machine", "name", "of AdamW; bf16 (one process, full fine-tuning): 4 bytes a weight less, rounded stochastically", default="fp32"
     )
     gradients: Literal["fp32", "bf16"] = key(
-        "machine", "name", "bf16 (one process, full fine-tuning): 2 bytes a weight less, rounded in every micro-batch", default="fp32"
-    )
+        "machine", "name", "bf16 (one process, full fine-tuning): 2 bytes a weight less, rounded every micro-batch (lm_head: 4,096 rows)",
+        default="fp32",
+    )  # fmt: skip
     precision: Literal["fp32", "bf16", "fp8"] = key(
         "machine", "name", "of compute; fp8: bf16, but float8 in the blocks' linears; parameters and AdamW are fp32 in all", default="bf16"
     )
@@ -150,7 +151,9 @@ COMMON_RULES = (
      "moments={moments!r}, gradients={gradients!r}: bf16 needs precision='bf16' or 'fp8' and full fine-tuning (lora_rank=0)"),
     (lambda kernels, precision: kernels == "plain" and precision == "fp8",
      "kernels='plain', precision='fp8': float8 is in the fused blocks only; expected kernels='fused'"),
-    (lambda attention: attention == "flash4" and importlib.util.find_spec("flash_attn") is None,
+    (lambda attention, precision: attention == "flash4" and precision == "fp32",
+     "attention='flash4', precision='fp32': flash kernels take 16 bits; expected precision='bf16' or 'fp8'"),
+    (lambda attention: attention == "flash4" and not _is_installed("flash_attn.cute"),
      "attention={attention!r}: expected the package flash-attn-4, which is not installed (pip install --pre flash-attn-4)"),
     (lambda tensorboard: tensorboard and importlib.util.find_spec("tensorboard") is None,
      "tensorboard={tensorboard}: expected the package, which is not installed (pip install tensorboard)"),
@@ -170,6 +173,14 @@ RULES = {
          "label_smoothing={label_smoothing}: defined for dpo_norm, dpo and simpo, not for loss={loss!r}"),
     ),
 }  # fmt: skip
+
+
+
+def _is_installed(module):
+    """Whether a module can be imported, of a package that may be missing itself or be of another version."""
+    parent = module.rpartition(".")[0]
+    return (not parent or _is_installed(parent)) and importlib.util.find_spec(module) is not None
+
 
 WRONG = object()  # stands where a key was given a wrong value: neither missing nor fit for a rule
 

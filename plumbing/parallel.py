@@ -204,7 +204,7 @@ def clip_grad_norm(params, max_norm):
     """
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in params if p.grad is not None]
     grads = [g for g in grads if g.numel()]  # a rank may own no row of a short parameter
-    norms = torch.stack(torch._foreach_norm(grads)).double() if grads else torch.zeros(1, dtype=torch.float64)
+    norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).double() if grads else torch.zeros(1, dtype=torch.float64)
     (square,) = sum_across_ranks([norms.square().sum().item()])
     norm = square**0.5
     if grads and max_norm is not None and norm > max_norm:

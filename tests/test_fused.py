@@ -13,6 +13,7 @@ from tiny_models import gradients, nll_sum, random_documents, random_llama, rela
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
+from fused import embed
 from kernels import join_master, split_master
 from model import Llama, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from optim import SplitAdamW, adamw, apply_gradients, keep_masters
@@ -98,11 +99,14 @@ def test_fused_keeps_less_for_the_backward():
     assert block <= kept[True] < 2 * block < kept[False], (kept, block)  # on a CPU attention keeps copies of each document's q, k, v too
 
 
+@pytest.mark.parametrize("recompute", ["none", "half", "full"])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_matrices_take_their_gradients_in_float32(is_tied):
-    """bf16 weights, two micro-batches: what fp32 accumulation of each micro-batch's product gives, not a sum rounded to bf16."""
+def test_matrices_take_their_gradients_in_float32(is_tied, recompute):
+    """bf16 weights, two micro-batches: what fp32 accumulation of each micro-batch's product gives, not a sum rounded to bf16; in every
+    matrix, also in blocks that recompute."""
     model, plain = (build(True, dtype=torch.bfloat16, tie_word_embeddings=is_tied) for _ in range(2))
     keep_masters(model, torch.float32)
+    apply_recompute(model, recompute)
     halves, sums = (DOCUMENTS[:2], DOCUMENTS[2:]), {}
     for half in halves:
         nll_sum(model, half).backward()
@@ -113,8 +117,26 @@ def test_matrices_take_their_gradients_in_float32(is_tied):
     for name, grad in gradients(model).items():
         assert grad.dtype == torch.float32
         assert (grad - sums[name]).norm() / sums[name].norm() < 6e-3, name  # the plain ones are rounded once a micro-batch
-    matrix = model.model.layers[0].mlp.up_proj.weight.grad
-    assert not torch.equal(matrix, matrix.bfloat16().float())
+    matrices = [p.grad for p in model.parameters() if p.ndim == 2]
+    assert len(matrices) == 3 * 7 + 2 - is_tied and not any(torch.equal(grad, grad.bfloat16().float()) for grad in matrices)
+
+
+def test_bf16_gradients_of_a_frequent_token():
+    """A token that occurs 4,000 times, every time with the gradient 1: added one by one, bf16 would stop at 256, where 257 rounds back."""
+    weight = torch.nn.Parameter(torch.zeros(5, 2, dtype=torch.bfloat16))
+    weight.grad_dtype, weight.accumulates = torch.bfloat16, True
+    ids = torch.tensor([3] * 4000 + [1])
+    for _ in range(2):
+        embed(weight, ids).sum().backward()
+    assert weight.grad.tolist() == [[0, 0], [2, 2], [0, 0], [8000, 8000], [0, 0]]
+
+
+def test_masters_that_are_not_finite_stay_so():
+    """0x7FFFFFFF is a NaN whose upper half would round up to a zero."""
+    master = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
+    weight, low_bits = split_master(master)
+    assert weight.isnan().tolist() == join_master(weight, low_bits).isnan().tolist() == [True, True, True, False, False]
+    assert weight[3:].tolist() == [float("inf"), float("-inf")]
 
 
 # ---------------------------------------------------------------- split masters

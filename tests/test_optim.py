@@ -82,6 +82,13 @@ def test_clipping_reaches_the_update(max_norm, scale):
     assert moments == pytest.approx([0.3 * scale, 0.4 * scale])
 
 
+def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16():
+    """Three gradients of 1: sqrt(3) = 1.7320508, in bf16 1.734375."""
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    param.grad = torch.ones(3, dtype=torch.bfloat16)
+    assert parallel.clip_grad_norm([param], None) == pytest.approx(3**0.5, rel=1e-6)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_no_step_on_a_gradient_that_is_not_finite(bad):
     """CHECKS 24."""
