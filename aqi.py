@@ -230,6 +230,9 @@ def restore_xb(rows, decimals=4):
     """
     restored = []
     for row in rows:
+        if row.get("n"):  # stated, so there is nothing to find out
+            restored.append(row)
+            continue
         n = round((4 * row["chi"] * row["xb"] + 2) / 2) * 2
         fits = [m for m in (n - 2, n, n + 2) if m > 2 and round((m - 2) / 4 / row["chi"], decimals) == round(row["xb"], decimals)]
         restored.append(row | ({"n": fits[0], "xb": (fits[0] - 2) / 4 / row["chi"]} if len(fits) == 1 else {}))
@@ -328,7 +331,7 @@ def main(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("score", help="AQI of a csv with columns category, chi, xb (and model, lambda)")
     command.add_argument("file")
-    command.add_argument("--normalize", choices=_NORMALIZE, default="per_run")
+    command.add_argument("--normalize", choices=_NORMALIZE, default="per_run", help="default: per_run, as published; sweep: one scale")
     command.add_argument("--gamma", type=float, default=0.5)
     command.add_argument("--anchors", default="base,dpo", help="models, separated by commas")
     command.add_argument("--out", help="folder for aqi.csv and aqi.json")
@@ -349,5 +352,5 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"aqi.py: {error}")

@@ -273,7 +273,7 @@ class Vector:
         """The last `count` layers, ascending."""
         total = self.manifest["layers"]
         if not 1 <= count <= total:
-            raise ValueError(f"layers={count}: expected 1 to {total}, the model's number of layers")
+            raise ValueError(f"layers={count} (--layers; default: the published 5): expected 1 to {total}, the model's number of layers")
         return list(range(total - count, total))
 
     def texts(self, tokenizer):
@@ -567,7 +567,7 @@ def validate(args):
         print_spectrum(argparse.Namespace(**mine))
         reports[name] = sweep(argparse.Namespace(**mine | {"mode": PROMPT_MODES[args.mode], "out": None}))
         index = registry.add_validation(Path(folder) / f"sweep_{args.inject}", name)
-    print(f"registered in {index}; python -m tools.ladder prints it beside the training runs")
+    print(f"registered: python -m tools.ladder {index} prints it beside the training runs")
     _compare(reports, args)
 
 
@@ -592,7 +592,10 @@ def _compare(reports, args):
 
 
 def _lambdas(text):
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers separated by commas") from error
 
 
 def parse(argv):

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from data import Tokenizer, in_order, load_preferences, local_batches, step_examples, steps_per_epoch
 from kernels import attention_path, segment_sums, token_logps
 from model import adapters_disabled, training_flops
-from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weights, warmup_steps, weights_changed
+from optim import adamw, apply_gradients, implicit, learning_rate, sample_weights, warmup_steps, weights_changed
 from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
@@ -263,7 +263,7 @@ def main(argv):
     provenance = {"weights": weights, "data": pairs.fingerprint}
     checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
-    log = Logbook(config, ranks, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **IMPLICIT})
+    log = Logbook(config, ranks, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **implicit(config)})
     computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
     sharing = f"; prefix sharing computes {computed:.1%} of the tokens" if pairs.share_prefix else ""
     ranks.say(f"DPO: {len(pairs):,} pairs, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s){sharing}")

@@ -12,7 +12,7 @@ import torch
 from data import Tokenizer, in_order, load_sft, local_batches, step_examples, steps_per_epoch
 from kernels import token_logps
 from model import training_flops
-from optim import IMPLICIT, adamw, apply_gradients, learning_rate, sample_weights, warmup_steps, weights_changed
+from optim import adamw, apply_gradients, implicit, learning_rate, sample_weights, warmup_steps, weights_changed
 from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
@@ -99,7 +99,7 @@ def main(argv):
     provenance = {"weights": weights, "data": documents.fingerprint}
     checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
-    log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **IMPLICIT})
+    log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **implicit(config)})
     ranks.say(f"SFT: {len(documents):,} documents, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
     first_step = checkpointer.load(latest, model, optimizer)["step"] if latest else 0
     log.resume_at(first_step)

@@ -19,6 +19,7 @@ import numpy as np
 from data import find_schema, is_held_out, open_source
 from demo import common, gguf_weights
 from model import generate
+from plumbing import parallel
 from plumbing.config import load
 from plumbing.weights import load_pretrained, resolve
 
@@ -108,4 +109,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(parallel.run(main, sys.argv[1:]))

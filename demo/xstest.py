@@ -37,4 +37,7 @@ def main(source, target):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (OSError, KeyError) as error:
+        sys.exit(f"demo.xstest: {error!r}; expected XSTest's prompts: columns type, label and prompt")

@@ -46,7 +46,7 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir, keep_last, identity, fresh=False):
-        self.folder, self.keep_last = Path(run_dir) / "checkpoints", keep_last
+        self.run_dir, self.folder, self.keep_last, self.fresh = Path(run_dir), Path(run_dir) / "checkpoints", keep_last, fresh
         self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
         self._writer, self._pending, self._finished_step = ThreadPoolExecutor(max_workers=1), None, None
         if dist.get_rank() == 0:
@@ -56,10 +56,14 @@ class Checkpointer:
         parallel.barrier()
 
     def latest(self):
-        """The newest finished checkpoint, or None. ValueError when it was saved under another configuration."""
+        """The newest finished checkpoint, or None. ValueError when it, or a finished run without any, is of another configuration."""
         finished = self._finished()
         if finished:
             self._read_index(finished[-1])
+        elif not self.fresh and (self.run_dir / "final").is_dir():
+            config, manifest = (json.loads((self.run_dir / f"{name}.json").read_text()) for name in ("config", "manifest"))
+            there = config | {key: manifest[key] for key in ("weights", "data")}  # there it is their content, as in the identity
+            self._refuse_other(self.run_dir / "final", there, {key: self.identity[key] for key in self.identity.keys() & there.keys()})
         return finished[-1] if finished else None
 
     def _finished(self):
@@ -107,12 +111,14 @@ class Checkpointer:
 
     def _read_index(self, path):
         index = json.loads((path / "checkpoint.json").read_text())
-        there, here = index["identity"], self.identity
-        differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-        if differing:
-            changes = "; ".join(f"{key}={there.get(key)!r} there, {here.get(key)!r} now" for key in differing)
-            raise ValueError(f"{path} was saved under another configuration: {changes}. Restore it, or take another out_dir, or --fresh")
+        self._refuse_other(path, index["identity"], self.identity | dict.fromkeys(index["identity"].keys() - self.identity.keys()))
         return index
+
+    def _refuse_other(self, path, there, here):
+        differing = [key for key in sorted(here) if there.get(key) != here[key]]
+        if differing:
+            changes = "; ".join(f"{key}={there.get(key)!r} there, {here[key]!r} now" for key in differing)
+            raise ValueError(f"{path} was saved under another configuration: {changes}. Restore it, or take another out_dir, or --fresh")
 
     # ------------------------------------------------------------ in the writer thread
 

@@ -192,6 +192,8 @@ def load(stage, argv):
     if "--help" in argv or "-h" in argv:
         print(help_text(stage))
         raise SystemExit(0)
+    if plan_flags := [arg for arg in argv if arg.partition("=")[0] in ("--gpu", "--count", "--usd-per-hour")]:
+        raise ValueError(f"{' '.join(plan_flags)}: expected together with --plan only")
     paths = [arg for arg in argv if not arg.startswith("-")]
     if len(paths) != 1:
         raise ValueError(f"expected one config file, got {paths}: train_{stage}.py CONFIG.py [--key=value ...]; --help lists the keys")
@@ -281,7 +283,11 @@ def _read_sections(path):
         near = difflib.get_close_matches(path, [str(p) for p in Path(path).parent.glob("*.py")], n=1)
         raise ValueError(f"{path}: no such config file" + (f", did you mean {near[0]!r}?" if near else ""))
     sections, problems = {}, []
-    for name, value in runpy.run_path(path).items():
+    try:
+        names = runpy.run_path(path)
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
+    for name, value in names.items():
         if name.startswith("_") or isinstance(value, ModuleType):
             continue
         if name not in SECTIONS:

@@ -51,14 +51,20 @@ def open_for_push(repository):
         raise ValueError(f"{message}: {error}") from error
 
 
+def final_of(run_dir):
+    """run_dir/final. ValueError when no finished model is there."""
+    final = Path(run_dir) / "final"
+    if not (final / "config.json").is_file():
+        raise ValueError(f"{final}: no finished model; expected the out_dir of a run that has ended")
+    return final
+
+
 def push(run_dir, repository):
     """Upload run_dir/final to the top of the repository, and run_dir/adapter, if there is one, to adapter/. ValueError without a final/.
 
     Weight files of an earlier push that are not among the new ones are deleted: a shard that stayed would be loaded with the others.
     """
-    final, adapter = Path(run_dir) / "final", Path(run_dir) / "adapter"
-    if not (final / "config.json").is_file():
-        raise ValueError(f"{final}: no finished model; expected the out_dir of a run that has ended")
+    final, adapter = final_of(run_dir), Path(run_dir) / "adapter"
     api, stale = HfApi(), ["*.safetensors", "*.safetensors.index.json"]
     api.upload_folder(repo_id=repository, folder_path=final, delete_patterns=stale, commit_message="Upload final/")
     if adapter.is_dir():

@@ -98,7 +98,7 @@ def finish(model, tokenizer, config, ranks):
     ranks.say(f"wrote {save_trainee(model, tokenizer, config)}")
     if ranks.main:
         card.write(config.out_dir)
-        ranks.say(f"registered in {registry.add_run(config)}; python -m tools.ladder prints it")
+        ranks.say(f"registered: python -m tools.ladder {registry.add_run(config)} prints it")
         if config.push:
             hub.push(config.out_dir, config.push)
             ranks.say(f"pushed to {config.push}")

@@ -49,6 +49,13 @@ def test_restored_rows_have_the_sizes_of_the_published_runs():
     assert restore_xb([odd]) == [odd]
 
 
+def test_a_stated_n_is_not_guessed():
+    """chi 10 of n = 100: 10 is 9 above what chance gives, of 98 + 10: 100 * 9 / 108 = 8.33. XB = 2 would be another n's, 82."""
+    rows = [{"category": name, "chi": chi, "xb": xb, "n": 100} for name, chi, xb in (("a", 10.0, 2.0), ("b", 12.0, 1.8))]
+    assert restore_xb(rows) == rows
+    assert score(restore_xb(rows), "sweep")[0]["aqi"] == pytest.approx(100 * 9 / 108)
+
+
 def test_saturation_is_in_the_published_runs():
     """55.00 on the overall row in 5 of these 18 runs, and a warning that says so."""
     rows, _ = published()

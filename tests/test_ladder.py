@@ -93,9 +93,12 @@ def test_runs_and_validations_are_joined_by_their_weights():
     ]
 
 
-def test_the_table_without_any_run(tmp_path, capsys):
-    """Every rung of ours is named, and the published curves stand below; columns are aligned."""
-    assert ladder.main([str(tmp_path / "index.json")]) == 0
+def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
+    """Every rung of ours is named, and the published curves stand below; columns are aligned. An index that is named must be there."""
+    with pytest.raises(ValueError, match="nope.json: no such index"):
+        ladder.main(["nope.json"])
+    monkeypatch.chdir(tmp_path)
+    assert ladder.main([]) == 0
     first, head, *lines, last = capsys.readouterr().out.splitlines()
     assert ": 0 entries" in first and "55.00 is saturation" in last
     assert [line.split()[0] for line in lines[:7]] == ["tiny", "smol", "pku_lora", "tulu10_lora", "tulu10", "tulu_full_lora", "tulu_full"]

@@ -217,6 +217,19 @@ def test_fresh_starts_over(world, tmp_path):
     assert final_bytes(run) == first
 
 
+def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
+    """Without any checkpoint too; the same command trains again, and says nothing of what it replaces."""
+    config, run = write_config(tmp_path, world, max_steps=3, data_eval=None), tmp_path / "sft"
+    launch("sft", config).ok()
+    first = final_bytes(run)
+    refused = launch("sft", config, "--lr=0.5", ranks=2)
+    assert refused.codes == [1, 1] and "final was saved under another configuration: lr=" in refused.err[0]
+    assert final_bytes(run) == first
+    assert "step 00001" in launch("sft", config).ok().out[0]
+    assert "step 00001" in launch("sft", config, "--lr=0.5", "--fresh").ok().out[0]
+    assert final_bytes(run) != first
+
+
 # ---------------------------------------------------------------- the reference
 
 

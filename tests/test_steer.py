@@ -254,7 +254,7 @@ def test_a_vector_of_other_weights_is_refused(lab):
 
 @pytest.mark.parametrize("layers", (0, 5, -1))
 def test_layers_that_do_not_exist_are_refused(lab, layers):
-    with pytest.raises(ValueError, match=f"layers={layers}: expected 1 to 4"):
+    with pytest.raises(ValueError, match=rf"layers={layers} \(--layers; default: the published 5\): expected 1 to 4"):
         steer.main(["generate", f"{lab}/steer", "--prompt", "help", f"--layers={layers}", *SHORT])
 
 

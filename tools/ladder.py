@@ -78,8 +78,11 @@ def table(lines):
 
 def main(argv):
     parser = argparse.ArgumentParser(prog="tools.ladder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("index", nargs="?", type=Path, default=Path("runs/index.json"))
-    path = parser.parse_args(argv).index
+    parser.add_argument("index", nargs="?", type=Path, help="default: runs/index.json, if it is there")
+    given = parser.parse_args(argv).index
+    if given and not given.is_file():
+        raise ValueError(f"{given}: no such index; a run or a validation that ends writes it")
+    path = given or Path("runs/index.json")
     pairs = runpy.run_path(str(Path(__file__).parent.parent / "configs/pairs.py"))["PAIRS"]
     entries = registry.read_index(path)
     published = [[name, "", "", "", *(f"{x:.2f}" for x in curve), "", "published, per_run"] for name, curve in PUBLISHED.items()]

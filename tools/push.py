@@ -11,6 +11,7 @@ def main(argv):
     parser.add_argument("run", help="out_dir of train_sft.py or train_dpo.py")
     parser.add_argument("repository", help="org/name; created, private, if it does not exist")
     args = parser.parse_args(argv)
+    hub.final_of(args.run)
     hub.open_for_push(args.repository)
     hub.push(args.run, args.repository)
     print(f"pushed {args.run} to {args.repository}")
