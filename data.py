@@ -438,9 +438,9 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[li
     end_of_turn(template, tokenizer)  # a template that this tokenizer cannot write is refused before anything is read
     settings = {"template": template, "max_seq_len": config.max_seq_len, "supervise": config.supervise}
     settings["held_out"] = config.data_eval if is_share else 0.0
-    splits = _load_mixture(config.data, sides, tokenizer, settings, Path(config.cache_dir), log)
+    splits = _load_mixture("data", config.data, sides, tokenizer, settings, Path(config.cache_dir), log)
     if config.data_eval and not is_share:
-        splits["eval"] = _load_mixture(config.data_eval, sides, tokenizer, settings, Path(config.cache_dir), log)["train"]
+        splits["eval"] = _load_mixture("data_eval", config.data_eval, sides, tokenizer, settings, Path(config.cache_dir), log)["train"]
     return splits["train"], splits.get("eval")
 
 
@@ -449,7 +449,7 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[li
 CHUNK = 1024  # rows read and tokenised at a time: enough work for every thread, little memory
 
 
-def _load_mixture(data: dict, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
+def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
     """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped from cache_dir; tokenised into it when not there."""
     sources = []  # (name, rows, row numbers, row -> conversations)
     for name, amount in data.items():
@@ -461,7 +461,7 @@ def _load_mixture(data: dict, sides, tokenizer: Tokenizer, settings: dict, cache
         columns, stats = _tokenise(sources, sides, tokenizer, settings)
         _write_cache(folder, columns, {"data": data, "settings": settings, "stats": stats})
     stats = json.loads((folder / "meta.json").read_text())["stats"]
-    log(describe(stats))
+    log(describe(stats, key))
     names = [column.name for column in dataclasses.fields(Documents)]
 
     def column(*parts):
@@ -494,7 +494,7 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
     splits = ["train", "eval"] if settings["held_out"] else ["train"]
     documents = {(split, side): [] for split in splits for side in sides}  # (ids, mask) each
     row_ids, dropped = {split: [] for split in splits}, Counter()
-    counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0)
+    counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0, equal=0)
     with tqdm(total=sum(len(numbers) for _, _, numbers, _ in sources), desc="tokenising", unit=" rows") as progress:
         for name, rows, picked, convert in sources:
             for numbers, table in _chunks(rows, picked):
@@ -550,18 +550,20 @@ def _encode_rows(rendered: list, tokenizer: Tokenizer, settings: dict, counts: C
         elif not all(mask.any() for _, mask in cut):
             yield f"without an answer in the first {limit} tokens"
         else:
+            counts["equal"] += len(cut) == 2 and list(cut[0][0]) == list(cut[1][0])
             for (ids, mask), (all_ids, _, straddling) in zip(cut, whole):
                 counts.update(tokens=len(ids), supervised=int(mask.sum()), straddling=straddling, truncated=len(all_ids) > limit)
             yield "eval" if is_held_out(row[0][0], settings["held_out"]) else "train", cut
 
 
-def describe(stats: dict) -> str:
-    """The line that says what became of the rows."""
-    kept = " + ".join(f"{count:,} {split}" for split, count in stats["kept"].items())
+def describe(stats: dict, key: str = "data") -> str:
+    """The line that says what became of the rows of a config key's mixture."""
+    kept = " + ".join(f"{count:,} {split if key == 'data' else 'held out'}" for split, count in stats["kept"].items())
+    equal = f"; {stats['equal']:,} pairs with two equal answers (they teach nothing)" if stats["equal"] else ""
     dropped = "".join(f", {count:,} dropped {reason}" for reason, count in stats["dropped"].items())
     return (
-        f"data: {stats['rows']:,} rows: {kept}{dropped or ', 0 dropped'}; {stats['tokens']:,} tokens, {stats['supervised']:,} supervised; "
-        f"{stats['truncated']:,} conversations truncated; {stats['straddling']:,} tokens straddle header and answer (supervised)"
+        f"{key}: {stats['rows']:,} rows: {kept}{dropped or ', 0 dropped'}; {stats['tokens']:,} tokens, {stats['supervised']:,} supervised; "
+        f"{stats['truncated']:,} conversations truncated; {stats['straddling']:,} tokens straddle header and answer (supervised){equal}"
     )
 
 

@@ -27,7 +27,8 @@ from world import (
 )
 
 import train_dpo
-from data import in_order, local_batches, step_examples
+from data import Tokenizer, in_order, load_preferences, local_batches, step_examples
+from plumbing.config import load
 from train_dpo import answer_logps, dpo_loss, ipo_loss, preference_loss, simpo_loss, wpo_weights
 
 EIGHT = np.array([3, 0, 7, 12, 30, 21, 5, 6])
@@ -266,6 +267,18 @@ def test_evaluation_by_hand(stage):
         "eval/rewards/accuracies_ci95": 1.96 * (margins > 0).std() / len(margins) ** 0.5,
     }
     assert result == pytest.approx(expected, rel=1e-4)
+
+
+def test_pairs_that_teach_nothing_are_counted(world, tmp_path):
+    """One pair of three has equal answers; the held-out file's line says that it is held out."""
+    rows = [{"prompt": "the cat", "chosen": answer, "rejected": "a dog"} for answer in ("a dog", "fast", "slow")]
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dict(data={str(tmp_path / "train.jsonl"): 1.0}, data_eval={str(tmp_path / "held_out.jsonl"): 1.0})
+    config, lines = load("dpo", [str(write_config(tmp_path, world, dpo=data))]), []
+    load_preferences(config, Tokenizer.from_dir(config.model_path), lines.append)
+    assert [line.split(",")[0] for line in lines] == ["data: 3 rows: 3 train", "data_eval: 3 rows: 3 held out"]
+    assert all(line.endswith("; 1 pairs with two equal answers (they teach nothing)") for line in lines)
 
 
 # ---------------------------------------------------------------- the reference cache
