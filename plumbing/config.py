@@ -356,6 +356,9 @@ def _unfit(field, value):
     """What is wrong with the value by itself, or None."""
     fits_type = _is_a(value, field.type)
     quoted_none = isinstance(value, str) and value.lower() in ("none", "null") and (field.type is str or not fits_type)
+    choices = [choice for member in _members(field.type) if get_origin(member) is Literal for choice in get_args(member)]
+    if choices and isinstance(value, str) and not (quoted_none or fits_type):
+        return f"{field.name}={value!r}: expected {_describe(field)}{_did_you_mean(value, choices)}"
     if quoted_none or not fits_type:
         got = "a string (None is written without quotes, in the config file)" if quoted_none else type(value).__name__
         return f"{field.name}={value!r}: expected {_describe(field)}, got {got}"

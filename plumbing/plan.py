@@ -81,7 +81,8 @@ def find_model(stage, config, path):
     if folder is not None:
         return LlamaConfig.from_hf(folder), folder, config.model_path
     if config.model_path not in SHAPES:
-        raise ValueError(f"model_path={config.model_path!r}: not on this machine; expected a folder, or one of {', '.join(SHAPES)}")
+        known = f"a folder (its config.json is enough), or one of {', '.join(SHAPES)}"
+        raise ValueError(f"model_path={config.model_path!r}: not on this machine; expected {known}")
     return LlamaConfig.preset(SHAPES[config.model_path]), None, f"{config.model_path} (known shape; not on this machine)"
 
 

@@ -136,9 +136,9 @@ IN_THE_FILE = [
     ("sft |= dict(warmup_ratio=1.0)", "x.py: sft: warmup_ratio=1.0: expected float >= 0 and < 1"),
     ("dpo |= dict(beta=-1.0)", "x.py: dpo: beta=-1.0: expected float > 0"),
     ("dpo |= dict(label_smoothing=0.5)", "x.py: dpo: label_smoothing=0.5: expected float >= 0 and < 0.5"),
-    ("dpo |= dict(loss='kto')", "x.py: dpo: loss='kto': expected dpo_norm | dpo | simpo | ipo | wpo, got str"),
-    ("sft |= dict(loss='dpo')", "x.py: sft: loss='dpo': expected token_mean | tulu3_release, got str"),
-    ("sft |= dict(precision='fp16')", "x.py: sft: precision='fp16': expected fp32 | bf16 | fp8, got str"),
+    ("dpo |= dict(loss='kto')", "x.py: dpo: loss='kto': expected dpo_norm | dpo | simpo | ipo | wpo"),
+    ("sft |= dict(loss='dpo')", "x.py: sft: loss='dpo': expected token_mean | tulu3_release"),
+    ("sft |= dict(precision='fp16')", "x.py: sft: precision='fp16': expected fp32 | bf16 | fp8, did you mean 'bf16'?"),
     (
         "sft |= dict(precision='fp8', kernels='plain')",
         "x.py: sft: kernels='plain', precision='fp8': float8 is in the fused blocks only; expected kernels='fused'",

@@ -63,6 +63,11 @@ ONE_PAIR = Pass.of(SHAPE, [documents(500, targets=[250])] * 2, np.array([250])) 
         pytest.param(FULL, 1, 7500, 5000, 10000, True, 114.3, id="DPO, 10 pairs that share their prefix"),
         pytest.param(LORA, 1, 8192, 6226, 8192, True, 42.5, id="LoRA SFT"),
         pytest.param(LORA, 1, 15750, 10500, 21000, True, 64.5, id="LoRA DPO, 21 pairs"),
+        pytest.param(FULL, 1, 8192, 6170, 8192, True, 116.0, id="SFT, train_sft.py"),
+        pytest.param(FULL | dict(gradients="bf16", recompute="full"), 1, 4096, 3085, 4096, True, 78.2, id="SFT within 80 GB, train_sft.py"),
+        pytest.param(FULL, 1, 8316, 5500, 11088, True, 116.6, id="DPO, 11 pairs, train_dpo.py"),
+        pytest.param(LORA, 1, 8192, 6170, 8192, True, 44.0, id="LoRA SFT, train_sft.py"),
+        pytest.param(LORA, 1, 8316, 5500, 11088, True, 44.7, id="LoRA DPO, 11 pairs, train_dpo.py"),
         pytest.param(PLAIN, 2, 16384, 12452, 16384, True, 71.9, id="SFT, 2 GPUs, plain blocks recomputed, 2 micro-batches"),
         pytest.param(PLAIN, 2, 16000, 8000, 16000, False, 65.5, id="DPO, 2 GPUs, plain blocks recomputed, 1 micro-batch"),
     ],
@@ -213,7 +218,8 @@ def test_what_is_not_known_here_is_refused(tmp_path):
         return str(error.value)
 
     assert "data 'a.jsonl': cannot be counted here" in problem()
-    assert "model_path='nobody/nothing': not on this machine; expected a folder, or one of" in problem(model_path="nobody/nothing")
+    refused = "model_path='nobody/nothing': not on this machine; expected a folder (its config.json is enough), or one of"
+    assert refused in problem(model_path="nobody/nothing")
 
 
 def test_evaluations_are_counted():
