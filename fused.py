@@ -7,7 +7,7 @@ inputs and silu(gate) * up are made again from them, inside the kernels that rea
 With fp8 the products of x, W and dy are taken in float8 (kernels.Float8): x8, w8 and so on are x and W in it, None in bf16. Everything
 else, LoRA's products among it, is as without. For the backward pass only the scales are kept, 4 bytes a token and linear.
 
-Shapes: T tokens, D hidden size, H query heads, G key/value heads, K head size, r LoRA rank. dy is the gradient of the loss in y.
+Shapes: T tokens, D hidden size, V vocabulary, r LoRA rank. dy is the gradient of the loss in y. Reading order: leaf to root.
 """
 
 import torch
@@ -17,15 +17,7 @@ import kernels
 from kernels import matmul, weight_gradient
 
 
-def block(layer, hidden, cos, sin, cu_seqlens, max_seqlen, attend):
-    """Block.plain, fast: hidden (T, D) -> (T, D)."""
-    attn, mlp, T = layer.self_attn, layer.mlp, hidden.shape[0]
-    hidden, q, k, v = norm_project(hidden, layer.fp8, layer.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
-    q, k, v = (x.view(T, -1, attn.head_dim) for x in (q, k, v))
-    mixed = attend(_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin), v, cu_seqlens, max_seqlen).reshape(T, -1)
-    hidden = _ProjectAdd.apply(mixed, hidden, layer.fp8, *parts(attn.o_proj))
-    hidden, gate, up = norm_project(hidden, layer.fp8, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-    return _SwiGLUProjectAdd.apply(gate, up, hidden, layer.fp8, *parts(mlp.down_proj))
+# ---------------------------------------------------------------- the embedding
 
 
 class _Embed(torch.autograd.Function):
@@ -232,3 +224,17 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
         else:
             d_gate, d_up, inner8t = kernels.swiglu_backward_float8(d_inner, gate, up, inner_scale)
         return d_gate, d_up, dy, None, None, *part_gradients(dy, dy8t, d_low, inner, inner8t, low, wanted, ctx.scale, *linear)
+
+
+# ---------------------------------------------------------------- the block
+
+
+def block(layer, hidden, cos, sin, cu_seqlens, max_seqlen, attend):
+    """Block.plain, fast: hidden (T, D) -> (T, D)."""
+    attn, mlp, T = layer.self_attn, layer.mlp, hidden.shape[0]
+    hidden, q, k, v = norm_project(hidden, layer.fp8, layer.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
+    q, k, v = (x.view(T, -1, attn.head_dim) for x in (q, k, v))
+    mixed = attend(_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin), v, cu_seqlens, max_seqlen).reshape(T, -1)
+    hidden = _ProjectAdd.apply(mixed, hidden, layer.fp8, *parts(attn.o_proj))
+    hidden, gate, up = norm_project(hidden, layer.fp8, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+    return _SwiGLUProjectAdd.apply(gate, up, hidden, layer.fp8, *parts(mlp.down_proj))
