@@ -16,7 +16,6 @@ import torch.nn.functional as F
 import kernels
 from kernels import matmul, weight_gradient
 
-
 # ---------------------------------------------------------------- the embedding
 
 
