@@ -293,7 +293,10 @@ def open_source(name: str) -> datasets.Dataset:
 
 def _open_hub(name: str, split: str) -> datasets.Dataset:
     wanted = hub.dataset_commit(name)
-    builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
+    try:
+        builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
+    except hub.ERRORS as error:
+        raise ValueError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
     if wanted not in (None, builder.hash):  # offline, the library takes whatever commit it has
         raise ValueError(f"data {name!r}: the hub cannot be reached, and the copy here is of commit {builder.hash}; expected {wanted}")
     builder.download_and_prepare()

@@ -218,3 +218,14 @@ def test_tools_push(world, tmp_path, monkeypatch, capsys):
     weights.save_pretrained(*weights.load_pretrained(world / "base"), tmp_path / "run/final")
     assert push.main([f"{tmp_path}/run", "org/good"]) == 0
     assert uploads(tmp_path / "log") == [(f"{tmp_path}/run/final", None)] and "pushed" in capsys.readouterr().out
+
+
+def test_data_that_is_nowhere_is_named(monkeypatch):
+    """The hub's own message names neither the key nor what was asked for."""
+
+    def unreachable(name, revision):
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
+
+    monkeypatch.setattr(data.datasets, "load_dataset_builder", unreachable)
+    with pytest.raises(ValueError, match="data 'nobody/nothing': no such file or folder, and no such data from the hub: Couldn't reach"):
+        data.open_source("nobody/nothing[test]")
