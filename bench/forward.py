@@ -7,7 +7,6 @@ Weights are random, made on the device; both sides run the same ones, in bf16, a
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,10 +18,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.record import COLUMNS, render, round_4
+from bench.record import append
 from data import Documents, Pairs, pack
 from model import Llama, LlamaConfig, apply_fused
-from plumbing.logbook import _commit
 from steering import POOLINGS, read_states
 from train_dpo import answer_logps
 
@@ -107,7 +105,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("reference_pass", "extract"), nargs="+")
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
+    parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
     args = parser.parse_args()
     model, peer = models()
     for name in args.name:
@@ -115,13 +113,8 @@ def main():
         ours, theirs, gap = measure(model, peer, args.seconds)
         print(f"{name}: {ours:,.1f} {unit}, transformers {theirs:,.1f} ({ours / theirs:.2f}x); largest difference {gap:.4f}")
         assert gap < limit, gap
-        about = (torch.cuda.get_device_name(), 1, torch.__version__, _commit())
-        values = (name, round_4(ours), unit, f"transformers {transformers.__version__}", round_4(theirs), round_4(ours / theirs))
-        line = (*values, *about, time.strftime("%Y-%m-%d"), f"bench/forward.py {name}")
-        with args.out.open("a") as file:
-            file.write(json.dumps(dict(zip(COLUMNS, line, strict=True))) + "\n")
-    if args.out.parent == Path(__file__).parent:
-        render()
+        peer_of = (f"transformers {transformers.__version__}", theirs, ours / theirs)
+        append(name, ours, unit, peer_of, torch.cuda.get_device_name(), 1, torch.__version__, f"bench/forward.py {name}", path=args.out)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,18 @@ Ours: packed streams of at most 8,192 tokens on 8 GPUs, 128 documents a step; a 
 its micro-batch. Padded: micro-batches of 4 documents in random order, each as long as its longest, as a trainer without packing has them.
 """
 
-import json
 import platform
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.record import COLUMNS, HERE, render, round_4
+from bench.record import append
 from bench.world import tulu_like_lengths
 from data import padding_waste, plan_step, step_examples
 from model import LlamaConfig
-from plumbing.logbook import _commit
 
 RANKS, GLOBAL_BATCH, TOKENS, MICRO_BATCH, STEPS = 8, 128, 8192, 4, 100
 
@@ -34,11 +31,7 @@ def main():
     waste, theirs = float(np.mean(ours)), float(np.mean(padded))
     peer = f"padded, {MICRO_BATCH} documents a micro-batch"
     print(f"padding waste over {STEPS} steps: ours {waste:.2%} (worst step {max(ours):.2%}); {peer}: {theirs:.2%}")
-    about = (platform.machine(), 0, "-", _commit(), time.strftime("%Y-%m-%d"), "bench/padding.py")
-    values = ("padding_waste", round_4(waste), "of token slots", peer, round_4(theirs), round_4(theirs / waste))
-    with (HERE / "results.jsonl").open("a") as file:
-        file.write(json.dumps(dict(zip(COLUMNS, (*values, *about), strict=True))) + "\n")
-    render()
+    append("padding_waste", waste, "of token slots", (peer, theirs, theirs / waste), platform.machine(), 0, "-", "bench/padding.py")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,13 @@ bench/peers.py measured it, with --peer NAME --peer-file FILE.jsonl. A ratio abo
 import argparse
 import json
 import statistics
+import sys
+import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from plumbing.logbook import _commit
 
 HERE = Path(__file__).parent
 SKIP = 3  # the allocator, compilation, and the clocks under load
@@ -32,6 +38,16 @@ def measure(folder):
 
 def round_4(value):
     return float(f"{value:.4g}")
+
+
+def append(metric, value, unit, peer, hardware, gpus, torch, command, commit=None, date=None, path=None):
+    """Add a measurement to `path`, or to results.jsonl, which is then rendered. peer: (name, value, ratio), or None."""
+    rounded = (peer[0], *map(round_4, peer[1:])) if peer else (None, None, None)
+    about = (hardware, gpus, torch.partition("+")[0], commit or _commit(), date or time.strftime("%Y-%m-%d"), command)
+    with (path or HERE / "results.jsonl").open("a") as file:
+        file.write(json.dumps(dict(zip(COLUMNS, (metric, round_4(value), unit, *rounded, *about), strict=True))) + "\n")
+    if path is None:
+        render()
 
 
 def fastest_peer(path, name, data, key):
@@ -72,13 +88,10 @@ def main():
         peer_value, peer_memory = line[key], line["peak_mem_gib"]
     rows = {args.metric: (values[key], unit, peer_value, 1), f"mfu_{args.metric}": (values["mfu"], "of matmul peak", None, 1)}
     rows[f"mem_{args.metric}"] = (values["peak_mem_gib"], "GiB", peer_memory, -1)
-    with (HERE / "results.jsonl").open("a") as file:
-        for metric, (value, unit, theirs, sign) in rows.items():
-            beside = (peer, round_4(theirs), round_4((value / theirs) ** sign)) if theirs else (None, None, None)
-            about = (manifest["hardware"], manifest["world_size"], manifest["versions"]["torch"], args.commit or manifest["commit"])
-            line = (metric, round_4(value), unit, *beside, *about, manifest["started"][:10], manifest["command"])
-            file.write(json.dumps(dict(zip(COLUMNS, line, strict=True))) + "\n")
-    render()
+    for metric, (value, unit, theirs, sign) in rows.items():
+        beside = (peer, theirs, (value / theirs) ** sign) if theirs else None
+        about = (manifest["hardware"], manifest["world_size"], manifest["versions"]["torch"], manifest["command"])
+        append(metric, value, unit, beside, *about, commit=args.commit or manifest["commit"], date=manifest["started"][:10])
 
 
 if __name__ == "__main__":

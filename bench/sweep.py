@@ -8,7 +8,6 @@ mean over tokens of the final hidden state, bf16. Ours adds the bootstrap of the
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.record import append
 from bench.world import tulu_like_lengths, words
 from model import apply_fused
 from plumbing.checkpoint import load_pretrained
-from plumbing.logbook import _commit
 from steer import plain_document
 from steering import additions, pool, steered_runs
 from verdict import bootstrap, judge
@@ -83,7 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--prompts", type=int, default=7000)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results.jsonl"))
+    parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
     args = parser.parse_args()
 
     model, tokenizer = load_pretrained(args.folder, torch.bfloat16, "cuda")
@@ -112,11 +111,8 @@ def main():
     value = embed_s + verdict_s
     peer = f"transformers {transformers.__version__}, embedding only"
     metric = "aqi_sweep" if args.prompts == 7000 else f"aqi_sweep_{args.prompts}"
-    line = {"metric": metric, "value": round(value, 2), "unit": "s", "peer": peer, "peer_value": round(peer_s, 2)}
-    line |= {"ratio": round(peer_s / value, 3), "hardware": torch.cuda.get_device_name(), "gpus": 1, "torch": torch.__version__}
-    line |= {"commit": _commit(), "date": time.strftime("%Y-%m-%d"), "command": "bench/sweep.py"}
-    with open(args.out, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    command = f"bench/sweep.py {args.folder} --prompts {args.prompts}"
+    append(metric, value, "s", (peer, peer_s, peer_s / value), torch.cuda.get_device_name(), 1, torch.__version__, command, path=args.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ CPU seconds of this process, the smallest of interleaved repeats; all give the s
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,11 +22,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.record import COLUMNS, HERE, render, round_4
+from bench.record import append
 from bench.world import tulu_like_lengths
 from data import Tokenizer, find_schema, ids_and_mask, open_source
 from data import render as render_chat
-from plumbing.logbook import _commit
 
 # TEMPLATES["tulu"], with the marks from which transformers takes the mask
 TULU = (
@@ -127,12 +125,8 @@ def main():
         print(f"{name:28} {len(rows) / value:8,.0f} rows/s {tokens / value:10,.0f} tokens/s   x {value / seconds['ours']:.2f}")
     if args.record:
         peer = min(list(results), key=seconds.get)
-        values = (round_4(tokens / seconds["ours"]), "tokens/s per core", f"transformers {transformers.__version__}, {peer}",
-                  round_4(tokens / seconds[peer]), round_4(seconds[peer] / seconds["ours"]))  # fmt: skip
-        about = ("1 CPU core", 0, torch.__version__, _commit(), time.strftime("%Y-%m-%d"), "bench/tokenise.py")
-        with (HERE / "results.jsonl").open("a") as file:
-            file.write(json.dumps(dict(zip(COLUMNS, ("tokenise", *values, *about), strict=True))) + "\n")
-        render()
+        beside = (f"transformers {transformers.__version__}, {peer}", tokens / seconds[peer], seconds[peer] / seconds["ours"])
+        append("tokenise", tokens / seconds["ours"], "tokens/s per core", beside, "1 CPU core", 0, torch.__version__, "bench/tokenise.py")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ our formula. Prints a table and appends to bench/results.jsonl, or to --out FILE
 """
 
 import argparse
-import datetime
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder: both have a tsne.py
 
 import torch
-from record import COLUMNS, render
+from record import append
 
 import tsne_kernels
 from tsne import gradient_reference, joint_probabilities, principal_components, tsne
@@ -92,13 +89,11 @@ def main():
     parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
     parser.add_argument("--commit", help="where the checkout has no git")
     args = parser.parse_args()
-    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    commit = args.commit or head.stdout.strip() or "unknown"
-    about = (torch.cuda.get_device_name(), 1, torch.__version__.split("+")[0], commit, datetime.date.today().isoformat())
     has_peer = importlib.util.find_spec("sklearn") is not None
-    print(f"{about[0]}, torch {torch.__version__}, {CORES} cores, scikit-learn {'found' if has_peer else 'not installed'}", flush=True)
+    found = "found" if has_peer else "not installed"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {CORES} cores, scikit-learn {found}", flush=True)
 
-    lines, expected = [], 0.0  # of the peer at the next size
+    expected = 0.0  # of the peer at the next size
     for n, perplexity in SIZES.items():
         X = mixture(n)
         seconds, runs, kl, peak = ours(X, perplexity, "fused", repeats=3)
@@ -107,20 +102,16 @@ def main():
         if n <= PLAIN_UP_TO:
             plain, _, plain_kl, plain_peak = ours(X, perplexity, "plain", repeats=1)
             show(n, "plain", plain, plain_kl, f"{plain / seconds:.1f} times fused; peak {plain_peak:.2f} GiB")
-        theirs = None, None, None
+        theirs = None
         if has_peer and expected < PEER_SECONDS:
             s, peer_kl = peer(X, perplexity, "barnes_hut")
             show(n, f"scikit-learn barnes_hut ({CORES} cores)", s, peer_kl, f"{s / seconds:.0f} times fused")
-            theirs, expected = (f"scikit-learn barnes_hut ({CORES} cores)", float(f"{s:.4g}"), float(f"{s / seconds:.4g}")), 16 * s
+            theirs, expected = (f"scikit-learn barnes_hut ({CORES} cores)", s, s / seconds), 16 * s
         if has_peer and n == min(SIZES):
             s, peer_kl = peer(X, perplexity, "exact")
             show(n, f"scikit-learn exact ({CORES} cores)", s, peer_kl, f"{s / seconds:.0f} times fused")
-        line = (f"tsne_{n}", float(f"{seconds:.4g}"), "s", *theirs, *about, "bench/tsne.py")
-        lines.append(json.dumps(dict(zip(COLUMNS, line, strict=True))))
-    with (args.out or HERE / "results.jsonl").open("a") as file:
-        file.write("\n".join(lines) + "\n")
-    if not args.out:
-        render()
+        about = (torch.cuda.get_device_name(), 1, torch.__version__, "bench/tsne.py")
+        append(f"tsne_{n}", seconds, "s", theirs, *about, commit=args.commit, path=args.out)
 
 
 if __name__ == "__main__":
