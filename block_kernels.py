@@ -308,7 +308,7 @@ def quantize_gradient(dy, w_scale, x_scale):
     M, N = dy.shape
     padded = triton.cdiv(M, 16) * 16
     values, turned = (torch.empty(shape, dtype=torch.float8_e4m3fn, device=dy.device) for shape in ((M, N), (N, padded)))
-    scale, turned_scale = torch.empty(M + N, dtype=torch.float32, device=dy.device).split((M, N))
+    scale, turned_scale = (torch.empty(n, dtype=torch.float32, device=dy.device) for n in (M, N))  # not views of one: see matmul_float8
     tops = torch.zeros(M + N, dtype=torch.int32, device=dy.device).split((M, N))
     _maxima_kernel[_tiles(M, N)](dy, w_scale, x_scale, *tops, M, N, *_TILE, num_warps=4)
     _quantize_gradient_kernel[_tiles(M, N)](

@@ -312,11 +312,9 @@ def matmul_float8(a, b):
     assert len(b.values) % 16 == b.values.shape[1] % 16 == 0, b.values.shape
     if not a.values.is_cuda:
         return matmul_float8_reference(a, b)
-    values = [x.values for x in (a, b)]
-    if values[0].shape[1] < 128:  # cuBLASLt refuses a contraction of 48; zeros add nothing
-        values = [F.pad(x.view(torch.uint8), (0, 128 - x.shape[1])).view(_E4M3) for x in values]
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in (*a, *b)), "cuBLASLt refuses what is not aligned, scales too"
     scales = {"scale_a": a.scale[:, None], "scale_b": b.scale[None, :]}
-    return torch._scaled_mm(values[0], values[1].T, **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return torch._scaled_mm(a.values, b.values.T, **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def matmul_float8_reference(a, b):
@@ -347,12 +345,12 @@ def _ones(n, device):
 # ---------------------------------------------------------------- linear + log-softmax + gather
 
 
-def token_logps(hidden, weight, targets, chunk=4096):
+def token_logps(hidden, weight, targets, chunk=2048):
     """log p(target) of every position under softmax(hidden @ weight.T), without ever holding (T, V) logits.
 
     hidden (T, D), weight (V, D), targets (T,) int64 already shifted. Returns (T,) float32, nats; 0.0, with no gradient, where
-    targets == IGNORE_INDEX. Forward and backward each walk chunks of `chunk` rows: the workspace is chunk * V * 4 bytes
-    (4,096 rows of a 128k vocabulary: 2 GiB) and the backward recomputes the chunk's logits. Gradients reach hidden and weight.
+    targets == IGNORE_INDEX. Forward and backward each walk chunks of `chunk` rows, and the backward recomputes the chunk's logits: the
+    workspace is chunk * V * 4 bytes, 1 GiB at a 128k vocabulary (4,096 rows would be 3 % faster). Gradients reach hidden and weight.
     """
     assert hidden.ndim == 2 and targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
     return _TokenLogps.apply(hidden, weight, targets, chunk)

@@ -1,8 +1,9 @@
-"""What this GPU gives at best: the 8B shapes' matmuls, sustained, and attention by every path: `python bench/ceilings.py` (two minutes).
+"""What this GPU gives at best, at the 8B shapes: matmuls, attention by every path, the head: `python bench/ceilings.py` (90 seconds).
 
 Matmuls in bf16 at 8,192 rows: forward, the input's gradient and the weight's, each repeated for SECONDS so that the clock is the one of a
 training step and not of a pause before it. Attention: 32 query and 8 key/value heads of 128, 16,384 tokens in documents of one length,
-forward and backward; TFLOP/s count the causal half (4 H K per visible pair forward, 2.5 times that backward). Prints two tables.
+forward and backward; TFLOP/s count the causal half (4 H K per visible pair forward, 2.5 times that backward). Head: token_logps of 8,192
+rows, forward and backward, by the rows of a chunk. Prints three tables.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kernels import attention
+from kernels import attention, token_logps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS, ROWS, TOKENS = 2.0, 8192, 16384
@@ -82,11 +83,33 @@ def attention_table(lengths=(500, 1000, 4096)):
             print(f"{length:>6}  {name:<26}{forward / 1e12:>10.0f}{sustained(both, 3.5 * flops) / 1e12:>15.0f}", flush=True)
 
 
+def head_table(chunks=(1024, 2048, 4096, 8192)):
+    inner, vocabulary = MATMULS["head"]
+    hidden, weight = (torch.randn(n, inner, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (ROWS, vocabulary))
+    targets = torch.randint(vocabulary, (ROWS,), device=DEVICE)
+    weight.accumulates, weight.grad_dtype = True, torch.float32  # as plumbing.trainee has it on one GPU
+    flops = 8 * ROWS * inner * vocabulary  # logits twice, and two gradients
+    print(f"\n{'token_logps, rows a chunk':<28}{'ms':>6}  TFLOP/s   GiB beside the gradients")
+    for chunk in chunks:
+
+        def both(chunk=chunk):
+            torch.autograd.backward(token_logps(hidden * 0.01, weight, targets, chunk).sum(), inputs=(hidden, weight))  # noqa: B023
+
+        both()
+        before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        rate = sustained(both, flops)
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if DEVICE.type == "cuda" else float("nan")
+        print(f"{chunk:>8}{'':<20}{flops / rate * 1e3:>6.1f}{rate / 1e12:>9.0f}{peak:>12.2f}", flush=True)
+
+
 def main():
     about = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU: only to see that this script runs"
     print(f"{about}, torch {torch.__version__}")
     matmul_table()
     attention_table()
+    head_table()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ ours() { # NAME SCRIPT [KEY..]: killed, because a run that ends would write 16 G
   shift 2
   echo "== $name: $script $config $*"
   rm -rf "runs/bench/$name"
+  nvidia-smi --query-gpu=clocks.sm,power.draw --format=csv,noheader -lms 1000 > runs/bench/clocks.csv &
+  sampler=$!
   timeout -s KILL "$seconds" python3 "$script" "$config" --out_dir="runs/bench/$name" "$@" 2>&1 | grep -v "it/s\|batch/s\|^$" | tail -n 4
+  kill $sampler
+  tail -n 30 runs/bench/clocks.csv | sort -n | sed -n '15s/^/clock and power, median of the last 30 s: /p'
 }
 
 peer() { # NAME [OPTION..]
