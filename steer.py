@@ -66,7 +66,7 @@ DECISIONS = {
 
 def locate(path):
     """(model folder, adapter folder or None) of a folder, hub name or PEFT adapter."""
-    folder = checkpoint.resolve(path)
+    folder = checkpoint.find_folder(path)
     if not (folder / "adapter_config.json").is_file():
         return folder, None
     raw = json.loads((folder / "adapter_config.json").read_text())
