@@ -125,7 +125,8 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
             elif isinstance(row.get(side), str) and "prompt" not in row:
                 document = plain_document(row[side], tokenizer, max_seq_len)
             else:
-                raise ValueError(f"texts {source!r}: rows are no transcripts; expected a template to render them with (--template)")
+                how = "expected a template to render them with (extract: --template; validate: of the pair, in configs/pairs.py)"
+                raise ValueError(f"texts {source!r}: rows are no transcripts; {how}")
             documents[side].append(tuple(np.asarray(column) for column in document))
         if len(documents["chosen"]) == count:
             return documents
