@@ -282,10 +282,16 @@ def open_source(name: str) -> datasets.Dataset:
     if Path(path).is_file():
         if suffix not in READERS or split:
             raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or .gz of one), and no [split]")
+        is_quiet = not datasets.are_progress_bars_disabled() and Path(path).stat().st_size < 1 << 30  # under 5 s: no bar
+        if is_quiet:
+            datasets.disable_progress_bars()
         try:
             return datasets.load_dataset(READERS[suffix], data_files=path, split="train")
         except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
             raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
+        finally:
+            if is_quiet:
+                datasets.enable_progress_bars()
     if suffix in READERS or hub.parse(path) is None:
         raise ValueError(f"data {name!r}: no such file or folder")
     return _open_hub(path, split or "train")

@@ -66,7 +66,7 @@ DECISIONS = {
 
 def locate(path):
     """(model folder, adapter folder or None) of a folder, hub name or PEFT adapter."""
-    folder = checkpoint.resolve(path)
+    folder = checkpoint.find_folder(path)
     if not (folder / "adapter_config.json").is_file():
         return folder, None
     raw = json.loads((folder / "adapter_config.json").read_text())
@@ -125,7 +125,8 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
             elif isinstance(row.get(side), str) and "prompt" not in row:
                 document = plain_document(row[side], tokenizer, max_seq_len)
             else:
-                raise ValueError(f"texts {source!r}: rows are no transcripts; expected a template to render them with (--template)")
+                how = "expected a template to render them with (extract: --template; validate: of the pair, in configs/pairs.py)"
+                raise ValueError(f"texts {source!r}: rows are no transcripts; {how}")
             documents[side].append(tuple(np.asarray(column) for column in document))
         if len(documents["chosen"]) == count:
             return documents

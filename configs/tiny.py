@@ -11,6 +11,7 @@ Raise the dpo lr to 1e-3 to see over-optimisation: reward accuracy 1.0, and answ
 _root = "runs/tiny"
 
 common = dict(
+    seed=0,  # as demo/run.py: these two commands make what it made
     cache_dir=f"{_root}/cache",
     template="tulu",
     max_seq_len=96,

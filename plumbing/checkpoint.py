@@ -19,6 +19,7 @@ from plumbing import parallel
 from plumbing.weights import (
     check_vocabulary,
     copy_rows,
+    find_folder,
     fingerprint,
     load_adapter,
     load_pretrained,
@@ -34,8 +35,8 @@ from plumbing.weights import (
     write_safetensors,
 )
 
-__all__ = ["Checkpointer", "check_vocabulary", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve", "save_adapter",
-           "save_pretrained"]  # fmt: skip
+__all__ = ["Checkpointer", "check_vocabulary", "find_folder", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve",
+           "save_adapter", "save_pretrained"]  # fmt: skip
 
 
 class Checkpointer:

@@ -374,6 +374,14 @@ def test_resolve(base, monkeypatch):
         resolve("org/name")
 
 
+def test_an_adapter_is_no_model(base, tmp_path):
+    model, _ = load_pretrained(base)
+    apply_lora(model, rank=2, alpha=4.0)
+    save_adapter(model, tmp_path / "adapter", base)
+    with pytest.raises(ValueError, match=f"model_path='{tmp_path}/adapter': a LoRA adapter .*; expected a whole model: .* final/"):
+        resolve(tmp_path / "adapter")
+
+
 # ---------------------------------------------------------------- writing Hugging Face folders
 
 

@@ -264,6 +264,16 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
     assert data.open_source(f"{tmp_path}/splits[test]").to_list() == rows[2:]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.parquet", "d.csv"])
+def test_a_local_file_is_read_without_a_bar_and_what_comes_later_has_one(tmp_path, capfd, name):
+    table = datasets.Dataset.from_list([{"prompt": "Hi", "chosen": "yo", "rejected": "no"}])
+    {"csv": table.to_csv, "parquet": table.to_parquet}.get(name[2:], table.to_json)(tmp_path / name)
+    capfd.readouterr()  # writing has a bar of its own
+    data.open_source(str(tmp_path / name))
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+
+
 @pytest.mark.parametrize("name", ["missing.jsonl", "/no/such/folder", "nowhere"])
 def test_a_missing_source_is_named_and_not_looked_for_on_the_hub(name):
     with pytest.raises(ValueError, match=f"data '{name}': no such file or folder"):

@@ -94,6 +94,7 @@ CONSTANTS = {node.value for node in NODES if isinstance(node, ast.Constant) and 
 ENDINGS = {"py", "csv", "html", "json", "jsonl", "md", "safetensors"}  # of files: report.html is not a name in report.py
 FLAGS = {name for name in CONSTANTS if name.startswith("--")} | {f"--{key}" for key in KEYS} | {"--key", "--nproc-per-node"}
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
+COMMAND = re.compile(r"(python|torchrun|make|ls|rm|pip|hf|lm_eval) ")
 
 
 @per_file(sorted([*PAGES, *ROOT.glob("bench/**/*.md")]))
@@ -111,6 +112,19 @@ def code_spans(path):
     text = path.read_text()
     lines = [line.strip().removeprefix("$ ") for block in FENCE.findall(text) for line in block.splitlines()]
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", text)), lines
+
+
+def commands(path):
+    """[(command, [line of the output that stands below "$ command"])] of a page's code blocks and inline code, in its order."""
+    found, text = [], path.read_text().replace("\\\n", "")
+    for block, span in re.findall(rf"{FENCE.pattern}|`([^`\n]+)`", text, re.M | re.S):
+        for line in (block or span).splitlines():
+            if block.startswith("$ ") and not line.startswith("$ "):
+                found[-1][1].append(line)
+            else:
+                parts = re.sub(r"\s+# .*", "", line.removeprefix("$ ")).split(" && ")
+                found += [(part, []) for part in parts if COMMAND.match(part)]
+    return found
 
 
 def defined(tree):
@@ -183,14 +197,12 @@ def check_command(words, monkeypatch):
 
 @per_file(PAGES)
 def test_commands_in_documents_parse(path, monkeypatch):
-    """Every python, torchrun and make of a code block or in the text: scripts, configs, keys with their values, flags, targets."""
-    spans, lines = code_spans(path)
+    """Scripts, configs, keys with their values, flags, targets; also of what test_commands.py cannot run, or runs with other values."""
     targets = re.findall(r"^([\w-]+)[\w -]*:", (ROOT / "Makefile").read_text(), re.M)
-    for command in [part for line in spans + lines for part in line.split(" && ")]:
-        words = shlex.split(command, comments=True) if re.match(r"(python|torchrun|make) ", command) else [None]
+    for words in [shlex.split(command) for command, _ in commands(path)]:
         if words[0] == "make":
-            assert words[1] in targets, command
-        elif words[0] and words[1] != "-c":
+            assert words[1] in targets, words
+        elif words[0] in ("python", "torchrun") and words[1] != "-c":
             monkeypatch.chdir(ROOT)
             check_command(words, monkeypatch)
 
