@@ -1,12 +1,11 @@
-"""From rows of chat to packed token streams: templates, ids + loss mask in one pass, mixtures, preference pairs, packing, the step plan.
+"""From rows of chat to token ids: templates, ids and loss mask in one pass, mixtures, preference pairs, the tokenised cache.
 
-Reading order is leaf to root: tokenizer, templates, encode, sources, mixtures, tokenised cache, packing, step plan. Letters: T tokens of a
-stream, N documents in it, B examples of one optimizer step, n documents of a dataset.
+Reading order is leaf to root: tokenizer, templates, encode, sources, mixtures, documents, tokenised cache. packing.py goes on from there.
+Letters: T tokens of a conversation, n documents of a dataset, B of its ids.
 """
 
 import dataclasses
 import hashlib
-import heapq
 import json
 import math
 import re
@@ -20,10 +19,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import tokenizers
-import torch
 from tqdm import tqdm
 
-from kernels import SharedPrefix
+from packing import PackedBatch, common_prefix, pack
 from plumbing import hub
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call the hub to count every load, of local files too
@@ -363,7 +361,7 @@ class Documents:
         """(B,) forward FLOPs of documents `ids`; the vocabulary matmul runs on supervised positions only."""
         return config.flops(self.lengths[ids], self.num_targets[ids])
 
-    def pack(self, ids) -> "PackedBatch":
+    def pack(self, ids) -> PackedBatch:
         return pack([self[i] for i in ids])
 
     @cached_property
@@ -404,7 +402,7 @@ class Pairs:
         """(B,) forward FLOPs of pairs `ids`, a shared prefix counted once."""
         return self.chosen.flops(config, ids) + self.rejected.flops(config, ids) - config.flops(self.prefixes[ids], logits=0)
 
-    def pack(self, ids) -> "PackedBatch":
+    def pack(self, ids) -> PackedBatch:
         """One stream: the chosen answers of `ids` in order, then the rejected ones, from the end of their shared prefixes on."""
         documents = [side[i] for side in (self.chosen, self.rejected) for i in ids]
         return pack(documents, self.prefixes[ids] if self.share_prefix else ())
@@ -605,152 +603,3 @@ def _is_intact(folder: Path, log) -> bool:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------- packing
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """N documents end to end in one stream of T tokens; nothing is padded. Two that begin alike may share the rows of that prefix."""
-
-    input_ids: torch.Tensor  # (T,) int64
-    position_ids: torch.Tensor  # (T,) int64, from 0 in each document, or from the length of the prefix that it leaves out
-    cu_seqlens: torch.Tensor  # (N + 1,) int32, document d is [cu_seqlens[d], cu_seqlens[d + 1])
-    max_seqlen: int  # tokens of the longest document, prefix included
-    targets: torch.Tensor  # (S,) int64, the supervised tokens, document by document
-    supervised: torch.Tensor  # (S,) int64, the positions that predict them; one in a shared prefix is there once for each document
-    supervised_offsets: torch.Tensor  # (N + 1,) int64, document d owns entries [offsets[d], offsets[d + 1]) of both
-    shared: SharedPrefix | None  # where each document's keys are, if some documents leave a prefix out
-
-    def to(self, device) -> "PackedBatch":
-        """The batch on `device`; to a GPU from pinned memory and without waiting."""
-        is_cuda = torch.device(device).type == "cuda"
-
-        def move(value):
-            if isinstance(value, SharedPrefix):
-                return SharedPrefix(*map(move, value))
-            return (value.pin_memory() if is_cuda else value).to(device, non_blocking=is_cuda) if torch.is_tensor(value) else value
-
-        return PackedBatch(*[move(getattr(self, field.name)) for field in dataclasses.fields(self)])
-
-
-def pack(documents: list[tuple[np.ndarray, np.ndarray]], prefixes=()) -> PackedBatch:
-    """One stream of (input_ids, loss_mask) documents. Every target lies within a document, so its first token is never one.
-
-    prefixes (P,), for 2P documents: document P + i begins with the first prefixes[i] tokens of document i, and leaves them out.
-    """
-    P = len(prefixes)
-    assert documents and P in (0, len(documents) / 2), "pack needs a document, or two for each prefix"
-    ids, masks = ([np.asarray(column) for column in columns] for columns in zip(*documents))
-    lengths, left_out = np.array([len(column) for column in ids]), np.zeros(len(documents), dtype=np.int64)
-    left_out[len(documents) - P :] = prefixes
-    assert (left_out < lengths).all(), "a document needs a token of its own"
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths - left_out)])
-    own = [np.arange(start, end) for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:])]
-    rows = [np.concatenate([own[d - P][:n], own[d]]) for d, n in enumerate(left_out)]  # of the stream, with all of a document's tokens
-    has_target = [mask[1:].astype(bool) for mask in masks]
-
-    def stream(pieces):
-        return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
-
-    return PackedBatch(
-        input_ids=stream([column[n:] for column, n in zip(ids, left_out)]),
-        position_ids=stream([np.arange(n, length) for n, length in zip(left_out, lengths)]),
-        cu_seqlens=torch.from_numpy(cu_seqlens).int(),
-        max_seqlen=int(lengths.max()),
-        targets=stream([column[1:][mask] for column, mask in zip(ids, has_target)]),
-        supervised=stream([row[:-1][mask] for row, mask in zip(rows, has_target)]),
-        supervised_offsets=stream([[0], np.cumsum([mask.sum() for mask in has_target])]),
-        shared=SharedPrefix(stream(rows), stream([[0], np.cumsum(lengths)]).int()) if P else None,
-    )
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many elements a and b have in common before they first differ or one of them ends."""
-    shorter = min(len(a), len(b))
-    differing = np.flatnonzero(a[:shorter] != b[:shorter])
-    return int(differing[0]) if len(differing) else shorter
-
-
-# ---------------------------------------------------------------------------------------------------------------- step plan
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) int64 permutation of an epoch; RandomState, whose streams numpy keeps frozen across versions."""
-    order = np.random.RandomState([seed, epoch]).permutation(n).astype(np.int64)
-    order.flags.writeable = False  # shared through the cache
-    return order
-
-
-def steps_per_epoch(n: int, global_batch_size: int) -> int:
-    """Optimizer steps in which every example is seen once; the last may be partial."""
-    return math.ceil(n / global_batch_size)
-
-
-def step_examples(step: int, n: int, global_batch_size: int, seed: int) -> np.ndarray:
-    """(B,) int64 ids of optimizer step `step`, from 0: a function of these numbers alone, whatever ran before and on how many ranks."""
-    epoch, step = divmod(step, steps_per_epoch(n, global_batch_size))
-    return epoch_order(n, seed, epoch)[step * global_batch_size : (step + 1) * global_batch_size]
-
-
-def plan_step(lengths, costs, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
-    """plan[rank][micro-batch] = indices into the B examples: the fewest micro-batches that fit, then balanced by cost.
-
-    Longest processing time first: by falling cost, each example goes to the cheapest bin with room. Ranks wait for each other in every
-    micro-batch (sharded parameters are gathered together), so bins of similar cost form one. ValueError for an example that never fits.
-    """
-    lengths, costs = np.asarray(lengths), np.asarray(costs, dtype=np.float64)
-    if lengths.max() > tokens_per_microbatch:
-        raise ValueError(
-            f"tokens_per_microbatch={tokens_per_microbatch}: an example has {lengths.max()} tokens; expected at least that many"
-        )
-    order = np.argsort(-costs, kind="stable").tolist()
-    rounds = math.ceil(lengths.sum() / (world_size * tokens_per_microbatch))
-    while (bins := _fill(order, lengths.tolist(), costs.tolist(), rounds * world_size, tokens_per_microbatch)) is None:
-        rounds += 1
-    bins = [sorted(members) for _, members in sorted(bins, key=lambda filled: -filled[0])]
-    return [[bins[turn * world_size + rank] for turn in range(rounds)] for rank in range(world_size)]
-
-
-def _fill(order: list[int], lengths: list[int], costs: list[float], num_bins: int, room: int) -> list[tuple[float, list[int]]] | None:
-    """(cost, members) of each bin, or None when an example found no bin with room."""
-    heap = [(0.0, i, 0, []) for i in range(num_bins)]  # cost, bin (breaks ties), tokens, members
-    for example in order:
-        full = []
-        while heap and heap[0][2] + lengths[example] > room:
-            full.append(heapq.heappop(heap))
-        if not heap:
-            return None
-        cost, i, tokens, members = heap[0]
-        heapq.heapreplace(heap, (cost + costs[example], i, tokens + lengths[example], members + [example]))
-        for entry in full:
-            heapq.heappush(heap, entry)
-    return [(cost, members) for cost, _, _, members in sorted(heap, key=lambda entry: entry[1])]
-
-
-def padding_waste(plan: list[list[list[int]]], lengths) -> float:
-    """Share of token slots in which a rank waits for the longest stream of its lockstep micro-batch: 1 - tokens / slots."""
-    tokens = np.array([[sum(int(lengths[i]) for i in members) for members in rank] for rank in plan])  # (world_size, micro-batches)
-    return float(1 - tokens.sum() / (len(plan) * tokens.max(axis=0).sum()))
-
-
-def in_order(n: int, size: int) -> list[np.ndarray]:
-    """0..n-1 in consecutive pieces of `size`: the steps of a pass without training."""
-    return [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-PLACEHOLDER = (np.zeros(1, np.int32), np.zeros(1, bool))  # one unsupervised token, for a rank that has no example in a micro-batch
-
-
-def local_batches(dataset, ids, model_config, tokens_per_microbatch: int, ranks):
-    """Yield (ids of the micro-batch, PackedBatch on the device, the step's padding_waste) for this rank's share of one step's examples.
-
-    dataset: Documents or Pairs; ids (B,), the same on every rank. Every rank gets equally many micro-batches, if need be without ids.
-    """
-    lengths = dataset.lengths[ids]
-    plan = plan_step(lengths, dataset.flops(model_config, ids), ranks.world_size, tokens_per_microbatch)
-    for members in plan[ranks.rank]:
-        batch = dataset.pack(ids[members]) if members else pack([PLACEHOLDER])
-        yield ids[members], batch.to(ranks.device), padding_waste(plan, lengths)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import pack, plan_step
 from kernels import segment_sums, token_logps
+from packing import PackedBatch, pack, plan_step
 
 POOLINGS = ("last", "mean")  # over a text's tokens
 TOKENS_PER_BATCH = 16384
@@ -182,7 +182,7 @@ class Steered:
     """One batch at one lambda."""
 
     rows: np.ndarray  # (N,) of the documents
-    batch: object  # data.PackedBatch
+    batch: PackedBatch
     index: int  # of the lambda
     hidden: torch.Tensor  # (T, D) after the final norm
     states: dict  # {layer: pool(...)} of the layers that were asked for

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from data import Tokenizer, in_order, load_preferences, local_batches, step_examples, steps_per_epoch
+from data import Tokenizer, load_preferences
 from kernels import attention_path, segment_sums, token_logps
 from model import adapters_disabled, training_flops
 from optim import adamw, apply_gradients, implicit, learning_rate, sample_weights, warmup_steps, weights_changed
+from packing import in_order, local_batches, step_examples, steps_per_epoch
 from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook

@@ -9,10 +9,11 @@ import sys
 
 import torch
 
-from data import Tokenizer, in_order, load_sft, local_batches, step_examples, steps_per_epoch
+from data import Tokenizer, load_sft
 from kernels import token_logps
 from model import training_flops
 from optim import adamw, apply_gradients, implicit, learning_rate, sample_weights, warmup_steps, weights_changed
+from packing import in_order, local_batches, step_examples, steps_per_epoch
 from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook

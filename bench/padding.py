@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.record import append
 from bench.world import tulu_like_lengths
-from data import padding_waste, plan_step, step_examples
 from model import LlamaConfig
+from packing import padding_waste, plan_step, step_examples
 
 RANKS, GLOBAL_BATCH, TOKENS, MICRO_BATCH, STEPS = 8, 128, 8192, 4, 100
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import HEADERS, in_order, load_preferences, render
+from data import HEADERS, load_preferences, render
 from model import generate
+from packing import in_order
 from plumbing.weights import load_pretrained
 from train_dpo import answer_logps
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
-from data import Tokenizer, load_preferences, load_sft, steps_per_epoch
+from data import Tokenizer, load_preferences, load_sft
 from model import LlamaConfig, training_flops
+from packing import steps_per_epoch
 from plumbing import parallel
 from plumbing.budget import (
     GPUS,

@@ -151,7 +151,7 @@ def check_attention_is_repeatable():
 
 
 def shared_stream():
-    """PAIRS as data.pack lays them out, on the GPU: cu_seqlens, longest document, SharedPrefix; prefix lengths of all documents."""
+    """PAIRS as packing.pack lays them out, on the GPU: cu_seqlens, longest document, SharedPrefix; prefix lengths of all documents."""
     own, prefixes = [p + c for p, c, _ in PAIRS] + [r for *_, r in PAIRS], [0] * len(PAIRS) + [p for p, *_ in PAIRS]
     rows = torch.arange(sum(own)).split(own)
     kv_index = [torch.cat([rows[d - len(PAIRS)][:prefix], rows[d]]) for d, prefix in enumerate(prefixes)]

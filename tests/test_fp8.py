@@ -10,11 +10,11 @@ from torch import nn
 from world import SilentLog, final_weights, launch, metrics, stage_parts, trace, write_config, write_model
 
 import train_dpo
-from data import in_order
 from fused import _ProjectAdd, parts
 from kernels import float8_scale, matmul_float8, quantize, quantize_gradient, quantize_transposed
 from model import LlamaConfig, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from optim import keep_masters
+from packing import in_order
 from plumbing.trainee import check_float8
 
 DOCUMENTS = random_documents(97)

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from data import TEMPLATES, encode_chat, pack
+from data import TEMPLATES, encode_chat
 from kernels import token_logps
+from packing import pack
 from plumbing.weights import load_pretrained, save_pretrained
 
 # docs/interop.md shows it as the YAML that the command line reads.

@@ -9,7 +9,7 @@ import torch
 from world import assert_gradients_equal, stage_parts, whole_gradients, write_config
 
 import train_dpo
-from data import local_batches
+from packing import local_batches
 from train_dpo import answer_logps, dpo_loss, simpo_loss
 
 pytestmark = pytest.mark.slow  # importing trl takes seconds

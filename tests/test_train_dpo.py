@@ -27,7 +27,8 @@ from world import (
 )
 
 import train_dpo
-from data import Tokenizer, in_order, load_preferences, local_batches, step_examples
+from data import Tokenizer, load_preferences
+from packing import in_order, local_batches, step_examples
 from plumbing.config import load
 from train_dpo import answer_logps, dpo_loss, ipo_loss, preference_loss, simpo_loss, wpo_weights
 

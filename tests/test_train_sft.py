@@ -25,7 +25,7 @@ from world import (
 )
 
 import train_sft
-from data import local_batches, step_examples
+from packing import local_batches, step_examples
 
 EIGHT = np.array([3, 0, 7, 12, 30, 21, 5, 6])  # of unequal lengths: the world's rows have 8 to 60 tokens
 

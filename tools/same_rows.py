@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import encode_chat, find_schema, open_source, pack
+from data import encode_chat, find_schema, open_source
+from packing import pack
 from plumbing.weights import load_pretrained
 from tools.agreement import call
 from tools.checkout import NotFound
