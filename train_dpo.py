@@ -280,7 +280,7 @@ def main(argv):
     # taken here, from the step-0 weights, also when a checkpoint is about to be loaded
     reference = reference_of(pairs, [batch_ids(step) for step in range(min(total_steps, epoch_steps))])
     held_out_reference = reference_of(held_out, in_order(len(held_out), config.global_batch_size)) if held_out else None
-    first_step = checkpointer.load(latest, model, optimizer)["step"] if latest else 0
+    first_step = checkpointer.load(latest, model, optimizer) if latest else 0
     log.resume_at(first_step)
 
     stop = parallel.StopSignal()
@@ -304,7 +304,7 @@ def main(argv):
 
         stopped, last = stop.received(), step + 1 == total_steps
         if stopped or (config.save_every and (last or (step + 1) % config.save_every == 0)):
-            checkpointer.save(step + 1, model, optimizer, {})
+            checkpointer.save(step + 1, model, optimizer)
         if stopped:
             checkpointer.wait()
             ranks.say(f"stopped by signal {stopped} after step {step + 1}, saved; the same command goes on from there")

@@ -102,7 +102,7 @@ def main(argv):
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **implicit(config)})
     ranks.say(f"SFT: {len(documents):,} documents, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
-    first_step = checkpointer.load(latest, model, optimizer)["step"] if latest else 0
+    first_step = checkpointer.load(latest, model, optimizer) if latest else 0
     log.resume_at(first_step)
 
     stop = parallel.StopSignal()
@@ -124,7 +124,7 @@ def main(argv):
 
         stopped, last = stop.received(), step + 1 == total_steps
         if stopped or (config.save_every and (last or (step + 1) % config.save_every == 0)):
-            checkpointer.save(step + 1, model, optimizer, {})
+            checkpointer.save(step + 1, model, optimizer)
         if stopped:
             checkpointer.wait()
             ranks.say(f"stopped by signal {stopped} after step {step + 1}, saved; the same command goes on from there")

@@ -70,8 +70,8 @@ class Checkpointer:
     def _finished(self):
         return sorted((path.parent for path in self.folder.glob("step_*/COMPLETED")), key=lambda path: int(path.name.removeprefix("step_")))
 
-    def save(self, step, model, optimizer, meta):
-        """Copy this rank's shards to host memory, then write them in the background; load() gives `meta` (JSON values) back.
+    def save(self, step, model, optimizer):
+        """Copy this rank's shards to host memory, then write them in the background.
 
         Waits for the previous save first, and raises its error if it failed. The step that was saved or loaded last is not saved again.
         """
@@ -79,7 +79,7 @@ class Checkpointer:
         if step == self._finished_step:
             return
         tensors = _trained_tensors(model, optimizer)
-        index = {"step": step, "world_size": dist.get_world_size(), "identity": self.identity, "meta": meta, "shapes": _shapes(tensors)}
+        index = {"step": step, "world_size": dist.get_world_size(), "identity": self.identity, "shapes": _shapes(tensors)}
         rows = {key: (first, local.to("cpu", copy=True)) for key, (first, local) in _local_rows(tensors)}
         self._pending = self._writer.submit(self._write, self.folder / f"step_{step:06d}", index, rows)
 
@@ -90,7 +90,7 @@ class Checkpointer:
             pending.result()
 
     def load(self, path, model, optimizer):
-        """Fill the trained parameters and the optimizer state from a checkpoint of any number of ranks; returns meta with its step.
+        """Fill the trained parameters and the optimizer state from a checkpoint of any number of ranks; returns its step.
 
         ValueError: another configuration, a truncated or missing file, other tensors than this model's.
         """
@@ -108,7 +108,7 @@ class Checkpointer:
             for key, tensor in tensors.items():
                 copy_rows(tensor, stored[key])
         self._finished_step = index["step"]
-        return index["meta"] | {"step": index["step"]}
+        return index["step"]
 
     def _read_index(self, path):
         index = json.loads((path / "checkpoint.json").read_text())

@@ -114,11 +114,11 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(root, ranks, tmp_path
     checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
     for step in range(4):
         if step == 2:
-            checkpointer.save(step, model, optimizer, {})
+            checkpointer.save(step, model, optimizer)
         train_step(model, optimizer)
     checkpointer.wait()
     resumed, resumed_optimizer = build(kind, root / "base")
-    assert checkpointer.load(checkpointer.latest(), resumed, resumed_optimizer) == {"step": 2}
+    assert checkpointer.load(checkpointer.latest(), resumed, resumed_optimizer) == 2
     assert resumed_optimizer.param_groups[0]["lr"] == 0.0  # untouched by the allocation of its state
     for _ in range(2):
         train_step(resumed, resumed_optimizer)
@@ -128,7 +128,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(root, ranks, tmp_path
 def test_checkpoint_before_the_first_step(root, ranks, tmp_path):
     """A stop signal may come when the optimizer has no state yet."""
     checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
-    checkpointer.save(0, *build("full", root / "base"), {})
+    checkpointer.save(0, *build("full", root / "base"))
     checkpointer.wait()
     model, optimizer = build("full", root / "base")
     checkpointer.load(checkpointer.latest(), model, optimizer)
@@ -137,7 +137,7 @@ def test_checkpoint_before_the_first_step(root, ranks, tmp_path):
 
 def test_lora_checkpoint_holds_only_what_is_trained(root, ranks, tmp_path):
     checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
-    checkpointer.save(1, *build("lora", root / "base"), {})
+    checkpointer.save(1, *build("lora", root / "base"))
     checkpointer.wait()
     assert all(".lora_" in key for key in load_file(checkpointer.latest() / "rank_00000.safetensors"))
 
@@ -148,7 +148,7 @@ def run(root, ranks, tmp_path):
     model, optimizer = build("lora", root / "base")
     train_step(model, optimizer)
     checkpointer = Checkpointer(tmp_path / "run", 1, IDENTITY)
-    checkpointer.save(1, model, optimizer, {})
+    checkpointer.save(1, model, optimizer)
     checkpointer.wait()
     saved = whole_tensors(model, optimizer)
     train_step(model, optimizer)
@@ -159,9 +159,9 @@ def restart(tmp_path, model, optimizer):
     """What the next process finds: (step, whole tensors)."""
     checkpointer = Checkpointer(tmp_path / "run", 1, IDENTITY)
     scramble(model, optimizer)
-    meta = checkpointer.load(checkpointer.latest(), model, optimizer)
+    step = checkpointer.load(checkpointer.latest(), model, optimizer)
     assert all((path / "COMPLETED").exists() for path in checkpointer.folder.iterdir())  # nothing unfinished is left
-    return meta["step"], whole_tensors(model, optimizer)
+    return step, whole_tensors(model, optimizer)
 
 
 def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
@@ -170,7 +170,7 @@ def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
     changed, write_rows = threading.Event(), checkpoint._write_rows
     monkeypatch.setattr(checkpoint, "_write_rows", lambda *args: changed.wait(60) and write_rows(*args))
     expected = whole_tensors(model, optimizer)
-    checkpointer.save(2, model, optimizer, {})
+    checkpointer.save(2, model, optimizer)
     scramble(model, optimizer)
     changed.set()
     checkpointer.wait()
@@ -199,7 +199,7 @@ def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, call, dies)
-            checkpointer.save(2, model, optimizer, {})
+            checkpointer.save(2, model, optimizer)
             with pytest.raises(Killed):
                 checkpointer.wait()
         step, found = restart(tmp_path, model, optimizer)
@@ -223,13 +223,13 @@ def test_leftovers_of_a_kill_are_removed_and_ignored(run, tmp_path):
 def test_full_disk_loses_nothing_and_the_next_save_works(run, tmp_path):
     checkpointer, model, optimizer, saved = run
     fill_the_disk(checkpointer, 2, rank=0)
-    checkpointer.save(2, model, optimizer, {})
+    checkpointer.save(2, model, optimizer)
     size = (checkpointer.latest() / "rank_00000.safetensors").stat().st_size
     with pytest.raises(OSError, match=rf"No space left on device: {size:,} bytes needed.*rank_00000") as caught:
-        checkpointer.save(3, model, optimizer, {})
+        checkpointer.save(3, model, optimizer)
     assert caught.value.errno == errno.ENOSPC
     assert checkpointer.latest().name == "step_000001"
-    checkpointer.save(2, model, optimizer, {})
+    checkpointer.save(2, model, optimizer)
     checkpointer.wait()
     assert restart(tmp_path, model, optimizer)[0] == 2
 
@@ -277,7 +277,7 @@ def test_keep_last_and_fresh(run, tmp_path):
     _, model, optimizer, _ = run
     checkpointer = Checkpointer(tmp_path / "run", 2, IDENTITY)
     for step in (9, 10, 11, 11):  # a step that is already there is not written again
-        checkpointer.save(step, model, optimizer, {})
+        checkpointer.save(step, model, optimizer)
     checkpointer.wait()
     assert sorted(path.name for path in checkpointer.folder.iterdir()) == ["step_000010", "step_000011"]
     assert Checkpointer(tmp_path / "run", 2, IDENTITY, fresh=True).latest() is None
