@@ -299,11 +299,13 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
     wanted = hub.dataset_commit(name)
     try:
         builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
+        builder.download_and_prepare()
     except hub.ERRORS as error:
         raise ValueError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
-    if wanted not in (None, builder.hash):  # offline, the library takes whatever commit it has
-        raise ValueError(f"data {name!r}: the hub cannot be reached, and the copy here is of commit {builder.hash}; expected {wanted}")
-    builder.download_and_prepare()
+    if wanted not in (None, builder.hash):  # offline, the library takes the commit it read last
+        raise ValueError(f"data {name!r}: the hub cannot be reached, the latest copy here is of commit {builder.hash}; expected {wanted}")
+    if split not in builder.info.splits:
+        raise ValueError(f"data {name!r}: no split {split!r}; expected [split] to be one of {', '.join(builder.info.splits)}")
     hub.COMMITS[f"datasets/{name}"] = builder.hash
     return builder.as_dataset(split=split)
 

@@ -60,12 +60,18 @@ def final_of(run_dir):
 
 
 def push(run_dir, repository):
-    """Upload run_dir/final to the top of the repository, and run_dir/adapter, if there is one, to adapter/. ValueError without a final/.
+    """Upload run_dir/final to the top of the repository, and run_dir/adapter, if there is one, to adapter/.
 
-    Weight files of an earlier push that are not among the new ones are deleted: a shard that stayed would be loaded with the others.
+    ValueError without a final/, or when the upload fails. Weight files and the adapter of an earlier push are deleted unless they are among
+    the new ones: a shard that stayed would be loaded with the others.
     """
     final, adapter = final_of(run_dir), Path(run_dir) / "adapter"
-    api, stale = HfApi(), ["*.safetensors", "*.safetensors.index.json"]
-    api.upload_folder(repo_id=repository, folder_path=final, delete_patterns=stale, commit_message="Upload final/")
-    if adapter.is_dir():
-        api.upload_folder(repo_id=repository, folder_path=adapter, path_in_repo="adapter", commit_message="Upload adapter/")
+    api, stale = HfApi(), ["*.safetensors", "*.safetensors.index.json", "adapter/*"]
+    try:
+        api.upload_folder(repo_id=repository, folder_path=final, delete_patterns=stale, commit_message="Upload final/")
+        if adapter.is_dir():
+            api.upload_folder(repo_id=repository, folder_path=adapter, path_in_repo="adapter", commit_message="Upload adapter/")
+    except (*ERRORS, RuntimeError) as error:
+        reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else error  # that one only names the file
+        message = f"push={repository!r}: the upload failed; `python -m tools.push {run_dir} {repository}` tries again"
+        raise ValueError(f"{message}: {reason}") from error

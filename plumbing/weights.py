@@ -126,7 +126,7 @@ def resolve(path_or_repo):
 def find_folder(path_or_repo):
     """The local folder, or, for "org/name" or "org/name@revision", the hub's snapshot of its weights, configs and chat template.
 
-    Downloaded once; an interrupted download goes on where it stopped. The commit goes into hub.COMMITS.
+    Downloaded once; one that broke off goes on with the files that are not finished. The commit goes into hub.COMMITS.
     """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():

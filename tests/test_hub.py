@@ -1,30 +1,54 @@
-"""plumbing/hub.py and who uses it: pinned names, the commits in the manifest, interrupted copies, pushing. The hub is a fake one."""
+"""plumbing/hub.py and who uses it, with the real clients against a hub on 127.0.0.1 (local_hub.py): names, pins, downloads, pushing."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
-import httpx
-import huggingface_hub
+import local_hub
 import pytest
-from huggingface_hub.errors import HfHubHTTPError
-from tiny_models import random_llama, tiny_config
-from world import launch, metrics, write_config
+import torch
+from huggingface_hub import constants
+from tiny_models import random_documents, random_llama, stream, tiny_config
+from world import ROOT, change_weights, launch, metrics, write_config
 
 import data
 import steer
 from plumbing import hub, weights
 from tools import push
 
-COMMIT, OTHER = "a" * 40, "b" * 40
+UNKNOWN = "f" * 40
 
 
-@pytest.fixture(autouse=True)
-def commits(monkeypatch):
-    """The record of this process, empty before every test."""
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """An empty hub, an empty cache, a token that may write, and no commit recorded yet."""
+    server = local_hub.LocalHub()
+    local_hub.use(server.url, tmp_path / "cache", local_hub.WRITER, monkeypatch.setattr, monkeypatch.setenv)
     monkeypatch.setattr(hub, "COMMITS", {})
-    return hub.COMMITS
+    yield server
+    server.close()
+    assert not [one for one in server.requests if one.get("status") == 501], "asked for what this hub does not have"
+
+
+@pytest.fixture
+def sharded(monkeypatch, tmp_path, world):
+    """run/final, world/base in eleven shards."""
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "MAX_FILE_BYTES", 10_000)
+        weights.save_pretrained(*weights.load_pretrained(world / "base"), tmp_path / "run/final")
+    return tmp_path / "run/final"
+
+
+def contents(folder, prefix=""):
+    return {prefix + path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def logits(path):
+    model, tokenizer = weights.load_pretrained(path)
+    with torch.no_grad():
+        return model.lm_head(model(*stream(random_documents(tokenizer.vocab_size))))
 
 
 @pytest.mark.parametrize(
@@ -46,140 +70,209 @@ def test_names(name, expected):
 # ---------------------------------------------------------------- models
 
 
-def test_a_pinned_model_is_asked_for_by_its_revision_and_its_commit_recorded(monkeypatch, commits, tmp_path):
-    asked = []
-
-    def snapshot(repository, revision, **_):
-        asked.append((repository, revision))
-        return str(tmp_path / "snapshots" / COMMIT)
-
-    monkeypatch.setattr(weights, "snapshot_download", snapshot)
-    assert weights.resolve("org/name@v1").name == weights.resolve("org/name").name == COMMIT
-    assert asked == [("org/name", "v1"), ("org/name", None)] and commits == {"org/name@v1": COMMIT, "org/name": COMMIT}
-
-
-def test_a_refused_connection_is_a_message(monkeypatch):
-    def refuse(*_, **__):
-        raise httpx.ConnectError("refused")
-
-    monkeypatch.setattr(weights, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match="model_path='org/name@v1': no such folder, and no such download from the hub: refused"):
-        weights.resolve("org/name@v1")
+def test_a_pinned_model_keeps_its_weights(server, sharded, world, tmp_path):
+    """By tag and by commit, after main went on; each name's commit is recorded."""
+    old = server.commit("models/org/name", sharded, tag="v1")
+    (tmp_path / "new").mkdir()
+    for name, content in contents(world / "base").items():
+        (tmp_path / "new" / name).write_bytes(content)
+    change_weights(tmp_path / "new", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    new = server.commit("models/org/name", tmp_path / "new")
+    expected, changed = logits(world / "base"), logits(tmp_path / "new")
+    assert not torch.equal(expected, changed)
+    assert torch.equal(logits("org/name@v1"), expected) and torch.equal(logits(f"org/name@{old}"), expected)
+    assert torch.equal(logits("org/name"), changed)
+    assert hub.COMMITS == {"org/name@v1": old, f"org/name@{old}": old, "org/name": new}
+    for name, reason in (("org/name@v2", "Revision Not Found"), ("org/none", "Repository Not Found")):
+        with pytest.raises(ValueError, match=f"(?s)model_path='{name}': no such folder, and no such download from the hub: .*{reason}"):
+            weights.resolve(name)
 
 
-@pytest.fixture
-def cached(monkeypatch, tmp_path, world):
-    """A hub cache, offline, that an interrupted download left: the index and one of two shards of org/name, the other incomplete."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    snapshot = tmp_path / "models--org--name/snapshots" / COMMIT
-    for folder, name, text in (("refs", "main", COMMIT), ("blobs", "0123.incomplete", "half of it")):
-        (tmp_path / "models--org--name" / folder).mkdir(parents=True)
-        (tmp_path / "models--org--name" / folder / name).write_text(text)
-    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 10_000)
-    model, tokenizer = weights.load_pretrained(world / "base")
-    weights.save_pretrained(model, tokenizer, snapshot)
-    return snapshot
-
-
-def test_an_interrupted_download_is_not_taken_for_a_model(cached):
-    """Offline the cache is all there is. Whole, it loads; without one shard, or with a torn one, it is refused by file."""
-    weights.load_pretrained("org/name@main")
-    shards = sorted(cached.glob("model-*.safetensors"))
-    assert len(shards) > 1 and hub.COMMITS == {"org/name@main": COMMIT}
-    torn = shards[-1].read_bytes()
-    shards[-1].write_bytes(torn[: len(torn) // 2])
-    with pytest.raises(ValueError, match=f"{shards[-1].name}: truncated"):
-        weights.load_pretrained("org/name")
-    shards[-1].unlink()
-    with pytest.raises(ValueError, match=f"missing weight files: {shards[-1].name}"):
-        weights.load_pretrained("org/name")
-    with pytest.raises(ValueError, match=f"model_path='org/name@{OTHER}': no such folder, and no such download"):
-        weights.load_pretrained(f"org/name@{OTHER}")
-
-
-def test_an_adapter_names_the_revision_of_its_base_as_peft_does(monkeypatch, tmp_path):
+def test_an_adapter_names_the_revision_of_its_base_as_peft_does(server, world, tmp_path):
+    server.commit("models/org/name", world / "base", tag="v1")
+    server.commit("models/org/name", {"config.json": b"{}"})
     model = random_llama(tiny_config())
     weights.apply_lora(model, 2, 4.0, targets=("q_proj",))
     weights.save_adapter(model, tmp_path / "adapter", "org/name@v1")
     raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (raw["base_model_name_or_path"], raw["revision"]) == ("org/name", "v1")
-    asked = []
-    monkeypatch.setattr(weights, "snapshot_download", lambda repository, revision, **_: asked.append((repository, revision)) or "x")
-    steer.locate(str(tmp_path / "adapter"))
-    assert asked == [("org/name", "v1")]
+    base, adapter = steer.locate(str(tmp_path / "adapter"))
+    assert adapter == tmp_path / "adapter" and (base / "model.safetensors").is_file()
+
+
+def test_a_dropped_connection_is_resumed_by_the_same_call(server, sharded, monkeypatch):
+    """The client keeps whole chunks (10 MiB, here 1000 bytes) and asks for the rest."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    server.commit("models/org/name", sharded)
+    shard = "model-00002-of-00011.safetensors"
+    size = (sharded / shard).stat().st_size
+    server.cuts[shard] = [(0.5, "close")]
+    weights.load_pretrained("org/name")
+    kept = size // 2 // 1000 * 1000
+    assert kept and server.downloads()[shard] == [(None, size // 2), (f"bytes={kept}-", size - kept)]
+
+
+def test_a_download_that_broke_off_keeps_its_finished_files(server, sharded, monkeypatch):
+    """A reset connection ends the call. The next one takes the broken file from its start, as this client (1.33) keeps no part of it."""
+    commit = server.commit("models/org/name", sharded, tag="v1")
+    shard = "model-00002-of-00011.safetensors"
+    size = (sharded / shard).stat().st_size
+    server.cuts[shard] = [(0.5, "reset")]
+    with pytest.raises(ValueError, match="model_path='org/name@v1': no such folder, and no such download from the hub: .*reset"):
+        weights.load_pretrained("org/name@v1")
+    assert hub.COMMITS == {}
+    local_hub.set_offline(True, monkeypatch.setattr)
+    with pytest.raises(ValueError, match=f"model_path='org/name@v1': no such .* is incomplete: .*{shard}"):
+        weights.load_pretrained("org/name@v1")
+    local_hub.set_offline(False, monkeypatch.setattr)
+    weights.load_pretrained("org/name@v1")
+    downloads = server.downloads()
+    assert downloads.pop(shard) == [(None, size // 2), (None, size)]
+    assert downloads == {name: [(None, len(content))] for name, content in contents(sharded).items() if name != shard}
+    assert hub.COMMITS == {"org/name@v1": commit}
+
+
+def test_offline_the_cache_is_all_there_is(server, sharded, tmp_path, monkeypatch):
+    """Whole, it loads; without one shard, or with a torn one, it is refused by file."""
+    commit = server.commit("models/org/name", sharded)
+    weights.resolve("org/name@main")
+    server.close()
+    weights.resolve("org/name")  # nobody answers: the client takes what it has
+    with pytest.raises(ValueError, match=f"model_path='org/name@{UNKNOWN}': no such folder, and no such download from the hub: .*refused"):
+        weights.resolve(f"org/name@{UNKNOWN}")
+    local_hub.set_offline(True, monkeypatch.setattr)
+    weights.load_pretrained("org/name@main")
+    assert hub.COMMITS == {"org/name@main": commit, "org/name": commit}
+    cache = tmp_path / "cache/hub/models--org--name"
+    shard = cache / f"snapshots/{commit}/model-00011-of-00011.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{shard.name}: truncated"):
+        weights.load_pretrained("org/name")
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"model_path='org/name': no such .* is incomplete: .*{shard.name}"):
+        weights.load_pretrained("org/name")
 
 
 # ---------------------------------------------------------------- data
 
 
 @pytest.fixture
-def data_hub(monkeypatch):
-    """A hub with one data set: v1 is COMMIT; what can be read is of the commit in .found."""
-    rows = data.datasets.Dataset.from_list([{"messages": []}])
-    state = SimpleNamespace(found=COMMIT, asked=[])
-
-    def builder(repository, revision):
-        state.asked.append((repository, revision))
-        splits = {"train": rows, "test": None}
-        return SimpleNamespace(hash=state.found, download_and_prepare=lambda: None, as_dataset=lambda split: splits[split])
-
-    def dataset_info(repository, revision):
-        if revision != "v1":
-            raise httpx.ConnectError("offline")
-        return SimpleNamespace(sha=COMMIT)
-
-    monkeypatch.setattr(data.datasets, "load_dataset_builder", builder)
-    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(dataset_info=dataset_info))
-    return state
+def rows(server, world):
+    """org/rows: v1 with 35 rows to train on and 3 to test, main with 5 to test. [commit of v1, of main]."""
+    lines = (world / "sft.jsonl").read_bytes().splitlines(True)
+    files = [{"train.jsonl": b"".join(lines), "test.jsonl": b"".join(lines[:n])} for n in (3, 5)]
+    return [server.commit("datasets/org/rows", files[0], tag="v1"), server.commit("datasets/org/rows", files[1])]
 
 
-def test_data_is_asked_for_by_commit_and_the_commit_recorded(data_hub, commits):
-    assert len(data.open_source("org/rows")) == 1 and data.open_source("org/rows@v1[test]") is None
-    data.open_source(f"org/rows@{COMMIT}")
-    assert data_hub.asked == [("org/rows", None), ("org/rows", COMMIT), ("org/rows", COMMIT)]
-    assert commits == {"datasets/org/rows": COMMIT, "datasets/org/rows@v1": COMMIT, f"datasets/org/rows@{COMMIT}": COMMIT}
+def test_data_is_read_at_its_commit(rows, world):
+    old, new = rows
+    lengths = {"org/rows@v1[test]": 3, "org/rows[test]": 5, "org/rows@v1": 35, f"org/rows@{old}[test]": 3}
+    assert {name: len(data.open_source(name)) for name in lengths} == lengths
+    assert data.open_source("org/rows@v1").to_list() == [json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()]
+    assert hub.COMMITS == {"datasets/org/rows@v1": old, "datasets/org/rows": new, f"datasets/org/rows@{old}": old}
 
 
-def test_another_commit_than_the_pinned_one_is_refused(data_hub, commits):
-    """Offline, `datasets` falls back on whatever copy it has, with a warning."""
-    data_hub.found = OTHER
-    with pytest.raises(ValueError, match=f"data 'org/rows@v1': the hub cannot be reached, .* of commit {OTHER}; expected {COMMIT}"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/none", "data 'org/none': no such file or folder, and no such data from the hub: Dataset 'org/none' doesn't exist"),
+        ("org/none@v1", "data 'org/none@v1': the hub names no commit for 'v1'; .*Repository Not Found"),
+        ("org/rows@v2", "data 'org/rows@v2': the hub names no commit for 'v2'; .*Revision Not Found"),
+        ("org/rows@v1[val]", r"data 'org/rows@v1': no split 'val'; expected \[split\] to be one of train, test"),
+    ],
+)
+def test_data_that_is_not_there_is_named(rows, name, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        data.open_source(name)
+    assert not hub.COMMITS
+
+
+def test_data_whose_download_breaks_off_is_named(server, rows):
+    server.cuts["train.jsonl"] = [(0.5, "reset")]
+    with pytest.raises(ValueError, match="data 'org/rows@v1': no such file or folder, and no such data from the hub: .*reset"):
         data.open_source("org/rows@v1")
-    with pytest.raises(ValueError, match="data 'org/rows@v2': the hub names no commit for 'v2'"):
-        data.open_source("org/rows@v2")
-    assert not commits
+    assert not hub.COMMITS and len(data.open_source("org/rows@v1")) == 35
 
 
-# ---------------------------------------------------------------- push
+def test_another_commit_than_the_pinned_one_is_refused(server, rows, monkeypatch):
+    """Offline, `datasets` falls back on the copy it made last, with a warning."""
+    old, new = rows
+    data.open_source("org/rows")
+    local_hub.set_offline(True, monkeypatch.setattr)
+    assert len(data.open_source(f"org/rows@{new}[test]")) == 5
+    with pytest.raises(ValueError, match=f"the hub cannot be reached, the latest copy here is of commit {new}; expected {old}"):
+        data.open_source(f"org/rows@{old}[test]")
+    with pytest.raises(ValueError, match="data 'org/rows@v1': the hub names no commit for 'v1'"):
+        data.open_source("org/rows@v1")
+    assert hub.COMMITS == {"datasets/org/rows": new, f"datasets/org/rows@{new}": new}
 
 
-class FakeApi:
-    """HfApi as far as a push needs it: writes what it is asked into `log`. `bad` may not be written to."""
-
-    def __init__(self, log):
-        self.log = Path(log)
-
-    def __getattr__(self, name):
-        def call(*args, **kwargs):
-            with self.log.open("a") as file:
-                file.write(json.dumps([name, *args, {key: str(value) for key, value in kwargs.items()}]) + "\n")
-            if args == ("org/bad",) and name == "auth_check":
-                raise HfHubHTTPError("403 Forbidden", response=httpx.Response(403, request=httpx.Request("GET", "https://x")))
-
-        return call
+# ---------------------------------------------------------------- runs and pushes
 
 
-def fake(log):
-    hub.HfApi = partial(FakeApi, log)
+def on(server, tmp_path, token=local_hub.WRITER):
+    """What `launch` does first in each process."""
+    return partial(local_hub.use, server.url, tmp_path / "cache", token)
 
 
-def calls(log):
-    return [json.loads(line) for line in Path(log).read_text().splitlines()]
+@pytest.mark.slow
+def test_the_manifest_has_the_commits_of_pinned_names(server, rows, world, tmp_path):
+    commit = server.commit("models/org/name", world / "base", tag="v1")
+    server.commit("models/org/name", {"config.json": b"{}"})
+    config = write_config(tmp_path, world, max_steps=1, model_path="org/name@v1", sft={"data": {"org/rows@v1": 1.0}})
+    launch("sft", config, prepare=on(server, tmp_path)).ok()
+    assert json.loads((tmp_path / "sft/manifest.json").read_text())["hub"] == {"org/name@v1": commit, "datasets/org/rows@v1": rows[0]}
 
 
-def uploads(log):
-    return [(kwargs["folder_path"], kwargs.get("path_in_repo")) for name, *_, kwargs in calls(log) if name == "upload_folder"]
+@pytest.mark.slow
+def test_a_pushed_model_comes_back(server, sharded, world, tmp_path):
+    """tools.push as a user calls it: file by file, private, equal logits. Of that, the next push leaves no shard and no adapter behind."""
+    (sharded / "README.md").write_text("a card\n")
+    adapter = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": b"weights"}
+    (sharded.parent / "adapter").mkdir()
+    for name, content in adapter.items():
+        (sharded.parent / name).write_bytes(content)
+    command = [sys.executable, "-m", "tools.push", str(tmp_path / "run"), "org/name"]
+    variables = os.environ | local_hub.environment(server.url, tmp_path / "cache", local_hub.WRITER)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"pushed {tmp_path}/run to org/name\n", done.stderr
+    repository = server.repositories["models/org/name"]
+    assert repository.files == contents(sharded) | adapter and repository.visibility == "private"
+    assert torch.equal(logits("org/name"), logits(world / "base"))
+    weights.save_pretrained(*weights.load_pretrained(sharded), tmp_path / "again/final")
+    assert push.main([f"{tmp_path}/again", "org/name"]) == 0
+    assert repository.files == contents(tmp_path / "again/final") | {"README.md": b"a card\n"}
+    assert torch.equal(logits("org/name"), logits(world / "base"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_push_after_the_run_and_again_without_training(server, world, tmp_path, ranks):
+    """final/ and adapter/ go up, once, with the card; the same command on the finished run trains nothing and pushes again."""
+    config = write_config(tmp_path, world, save_every=4, lora_rank=2, lora_alpha=4.0)
+    done = launch("sft", config, "--push=org/good", ranks=ranks, prepare=on(server, tmp_path)).ok()
+    assert "pushed to org/good" in done.out[0] and len(server.asked("POST .*/commit/main")) == 2
+    repository = server.repositories["models/org/good"]
+    assert repository.files == contents(tmp_path / "sft/final") | contents(tmp_path / "sft/adapter", "adapter/")
+    assert {"README.md", "model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= repository.files.keys()
+    steps = metrics(tmp_path / "sft")
+    again = launch("sft", config, "--push=org/good", ranks=ranks, prepare=on(server, tmp_path)).ok()
+    assert "step 0000" not in again.out[0] and metrics(tmp_path / "sft") == steps and "pushed to org/good" in again.out[0]
+    assert repository.files == contents(tmp_path / "sft/final") | contents(tmp_path / "sft/adapter", "adapter/")
+    assert len(server.asked("PUT .*")) == 2, "model.safetensors and adapter_model.safetensors went up twice"
+    assert weights.resolve("org/good").is_dir() and "adapter/adapter_config.json" not in server.downloads()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("token", "reason"), [(local_hub.READER, "403 Forbidden"), ("hf_wrong", "Invalid user token")])
+def test_a_token_that_may_not_write_stops_the_run_before_it_trains(server, world, tmp_path, token, reason):
+    server.commit("models/org/theirs", {"config.json": b"{}"})
+    config = write_config(tmp_path, world)
+    failed = launch("sft", config, "--push=org/theirs", ranks=2, prepare=on(server, tmp_path, token))
+    assert failed.codes == [1, 1] and not (tmp_path / "sft").exists()
+    assert failed.err[0].startswith("error: push='org/theirs': expected a repository that the token") and reason in failed.err[0]
+    assert len(server.asked("GET /api/models/org/theirs/auth-check/write")) == (token == local_hub.READER)
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "org/name@main"])
@@ -188,44 +281,19 @@ def test_a_push_needs_a_name(name):
         hub.open_for_push(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_push_after_the_run_and_again_without_training(world, tmp_path, ranks):
-    """final/ and adapter/ go up, from rank 0 only, with the card; the same command on the finished run trains nothing and pushes again."""
-    config, log = write_config(tmp_path, world, save_every=4, lora_rank=2, lora_alpha=4.0), tmp_path / "hub.log"
-    done = launch("sft", config, "--push=org/good", ranks=ranks, prepare=partial(fake, log)).ok()
-    expected = [(f"{tmp_path}/sft/final", None), (f"{tmp_path}/sft/adapter", "adapter")]
-    assert [name for name, *_ in calls(log)] == ["whoami", "create_repo", "auth_check", "upload_folder", "upload_folder"]
-    assert calls(log)[1] == ["create_repo", "org/good", {"private": "True", "exist_ok": "True"}] and uploads(log) == expected
-    assert "pushed to org/good" in done.out[0] and (tmp_path / "sft/final/README.md").is_file()
-    steps = metrics(tmp_path / "sft")
-    again = launch("sft", config, "--push=org/good", ranks=ranks, prepare=partial(fake, log)).ok()
-    assert "step 0000" not in again.out[0] and metrics(tmp_path / "sft") == steps and uploads(log) == expected * 2
+@pytest.mark.parametrize("uploads", ["Request has expired", "Connection refused"])
+def test_an_upload_that_fails_says_how_to_try_again(server, sharded, uploads):
+    run = sharded.parent
+    hub.open_for_push("org/name")
+    server.expired = True
+    if uploads == "Connection refused":
+        server.close()
+    with pytest.raises(ValueError, match=rf"(?s)push='org/name': the upload failed; `python -m tools.push {run} org/name` .*{uploads}"):
+        hub.push(run, "org/name")
+    assert server.repositories["models/org/name"].files == {}
 
 
-@pytest.mark.slow
-def test_a_wrong_token_stops_the_run_before_it_trains(world, tmp_path):
-    config, log = write_config(tmp_path, world), tmp_path / "hub.log"
-    failed = launch("sft", config, "--push=org/bad", ranks=2, prepare=partial(fake, log))
-    assert failed.codes == [1, 1] and not (tmp_path / "sft").exists() and uploads(log) == []
-    assert failed.err[0].startswith("error: push='org/bad': expected a repository that the token") and "403 Forbidden" in failed.err[0]
-
-
-def test_tools_push(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hub, "HfApi", partial(FakeApi, tmp_path / "log"))
+def test_only_a_finished_run_is_pushed(server, tmp_path):
     with pytest.raises(ValueError, match="run/final: no finished model"):
         push.main([f"{tmp_path}/run", "org/good"])
-    weights.save_pretrained(*weights.load_pretrained(world / "base"), tmp_path / "run/final")
-    assert push.main([f"{tmp_path}/run", "org/good"]) == 0
-    assert uploads(tmp_path / "log") == [(f"{tmp_path}/run/final", None)] and "pushed" in capsys.readouterr().out
-
-
-def test_data_that_is_nowhere_is_named(monkeypatch):
-    """The hub's own message names neither the key nor what was asked for."""
-
-    def unreachable(name, revision):
-        raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
-
-    monkeypatch.setattr(data.datasets, "load_dataset_builder", unreachable)
-    with pytest.raises(ValueError, match="data 'nobody/nothing': no such file or folder, and no such data from the hub: Couldn't reach"):
-        data.open_source("nobody/nothing[test]")
+    assert not server.requests
