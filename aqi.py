@@ -116,6 +116,7 @@ def _check_groups(source, groups, axioms):
 
 # ---------------------------------------------------------------- measuring
 
+
 def project(X, space, perplexity=30.0, seed=None):
     """X (n, D) in the space that is measured: "raw", "pca:k", or "tsne" (exact, 3-D, started at random where there is a seed)."""
     kind, _, dims = space.partition(":")

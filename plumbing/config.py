@@ -175,7 +175,6 @@ RULES = {
 }  # fmt: skip
 
 
-
 def _is_installed(module):
     """Whether a module can be imported, of a package that may be missing itself or be of another version."""
     parent = module.rpartition(".")[0]
