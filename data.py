@@ -276,7 +276,7 @@ def open_source(name: str) -> datasets.Dataset:
     suffix = Path(path.removesuffix(".gz")).suffix
     if Path(path).is_dir():
         saved = datasets.load_from_disk(path)
-        return saved[split or "train"] if isinstance(saved, datasets.DatasetDict) else saved
+        return _split(name, saved, split or "train") if isinstance(saved, datasets.DatasetDict) else saved
     if Path(path).is_file():
         if suffix not in READERS or split:
             raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or .gz of one), and no [split]")
@@ -304,10 +304,15 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
         raise ValueError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
     if wanted not in (None, builder.hash):  # offline, the library takes the commit it read last
         raise ValueError(f"data {name!r}: the hub cannot be reached, the latest copy here is of commit {builder.hash}; expected {wanted}")
-    if split not in builder.info.splits:
-        raise ValueError(f"data {name!r}: no split {split!r}; expected [split] to be one of {', '.join(builder.info.splits)}")
+    rows = _split(name, builder.as_dataset(), split)
     hub.COMMITS[f"datasets/{name}"] = builder.hash
-    return builder.as_dataset(split=split)
+    return rows
+
+
+def _split(name: str, splits: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
+    if split not in splits:
+        raise ValueError(f"data {name!r}: no split {split!r}; expected [split] to be one of {', '.join(splits)}")
+    return splits[split]
 
 
 # ---------------------------------------------------------------------------------------------------------------- mixtures

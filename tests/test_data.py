@@ -259,6 +259,8 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
     for name in ("a.jsonl", "a.jsonl.gz", "b.json", "b.json.gz", "c.parquet", "d.csv", "saved", "splits"):
         assert data.open_source(str(tmp_path / name)).to_list() == rows, name
     assert data.open_source(f"{tmp_path}/splits[test]").to_list() == rows[2:]
+    with pytest.raises(ValueError, match=r"splits\[dev\]': no split 'dev'; expected \[split\] to be one of train, test"):
+        data.open_source(f"{tmp_path}/splits[dev]")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.parquet", "d.csv"])
