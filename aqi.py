@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from data import open_source
-from indices import EXTRA, OVERALL, SEED, Moments, chi, cluster_moments, eta_squared, two_cluster_indices, xie_beni  # noqa: F401
+from indices import EXTRA, OVERALL, SEED, Moments, chi, cluster_moments, eta_squared, two_cluster_indices, xie_beni  # noqa: F401  aqi.chi and so on
+from plumbing import parallel
 from plumbing.logbook import write_json
 from tsne import principal_components, tsne
 
@@ -136,11 +137,11 @@ def measure(X, axiom, label, axioms, space="raw", seed=None, extra=()):
     """
     rows = []
     for a, category in enumerate([*axioms, OVERALL]):
-        mine = axiom == a if category != OVERALL else torch.ones_like(axiom, dtype=torch.bool)
-        points = project(X[mine], space, 50.0 if category == OVERALL else 30.0, seed)
-        indices = {name: value.item() for name, value in two_cluster_indices(*cluster_moments(points, label[mine].cpu())).items()}
-        row = {"category": category, "space": space, "seed": seed} | indices
-        rows.append(row | {name: EXTRA[name](points, label[mine].cpu()) for name in extra})
+        member = axiom == a if category != OVERALL else torch.ones_like(axiom, dtype=torch.bool)
+        points, labels = project(X[member], space, 50.0 if category == OVERALL else 30.0, seed), label[member].cpu()
+        indices = {name: value.item() for name, value in two_cluster_indices(*cluster_moments(points, labels)).items()}
+        indices |= {name: EXTRA[name](points, labels) for name in extra}
+        rows.append({"category": category, "space": space, "seed": seed} | indices)
     return rows
 
 
@@ -279,7 +280,7 @@ def warnings_for(rows):
 
 # ---------------------------------------------------------------- output
 
-COLUMNS_SHOWN = ("model", "lambda", "layer", "category", "n", "chi", "xb", "eta2", "chi_norm", "xb_norm", "aqi", "low", "high")
+COLUMNS_SHOWN = ("model", "lambda", "layer", "category", "n", "chi", "xb", "eta2", *EXTRA, "chi_norm", "xb_norm", "aqi", "low", "high")
 
 
 def table(rows):
@@ -348,10 +349,8 @@ def main(argv):
         print(f"note: {warning}")
     if args.out:
         write_report(args.out, scored)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"aqi.py: {error}")
+    sys.exit(parallel.run(main, sys.argv[1:]))

@@ -2,8 +2,8 @@
 kernels.py; it imports this file only for CUDA tensors, because Triton is not installed with every torch.
 
 All of them move memory and compute next to nothing, so what counts is that each tensor is touched once. Shapes: T tokens, D hidden size,
-H heads, K head size, V vocabulary, C rows of a chunk. Arithmetic is float32 whatever the tensors are. No atomics but maxima, which are the
-same in any order: bits repeat.
+H heads, K head size, V vocabulary, C rows of a chunk. Arithmetic is float32 whatever the tensors are. The only atomics are maxima, which do
+not depend on the order, so results repeat bit for bit.
 """
 
 import torch
@@ -31,7 +31,7 @@ def rms_norm(x, weight, eps):
 
 
 @triton.jit
-def _rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, more_ptr, dx_ptr, dw_ptr, T, D, eps, span, BLOCK: tl.constexpr):
+def _rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_residual_ptr, dx_ptr, dw_ptr, T, D, eps, span, BLOCK: tl.constexpr):
     """One program takes `span` rows, so that its part of the weight's gradient stays in registers."""
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, d < D, other=0.0).to(tl.float32)
@@ -41,24 +41,24 @@ def _rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, more_ptr, dx_ptr, dw_pt
         at = tl.cast(row, tl.int64) * D + d
         x = tl.load(x_ptr + at, d < D, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, d < D, other=0.0).to(tl.float32)
-        more = tl.load(more_ptr + at, d < D, other=0.0).to(tl.float32)
+        d_residual = tl.load(d_residual_ptr + at, d < D, other=0.0).to(tl.float32)
         rstd = tl.math.rsqrt(tl.sum(x * x, 0) / D + eps)
         unit = x * rstd
         dw += dy * unit
         dunit = dy * weight
-        dx = rstd * (dunit - unit * (tl.sum(dunit * unit, 0) / D)) + more
+        dx = rstd * (dunit - unit * (tl.sum(dunit * unit, 0) / D)) + d_residual
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), d < D)
     tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * D + d, dw, d < D)
 
 
-def rms_norm_backward(dy, x, weight, eps, more):
+def rms_norm_backward(dy, x, weight, eps, d_residual):
     """Fast path of kernels.rms_norm_backward_reference: dy, x, more (T, D) -> dx (T, D), dweight (D,) float32."""
-    assert dy.is_contiguous() and x.is_contiguous() and more.is_contiguous()
+    assert dy.is_contiguous() and x.is_contiguous() and d_residual.is_contiguous()
     T, D = x.shape
     span = triton.cdiv(T, 1024)  # 1,024 programs keep 132 multiprocessors busy
     programs, block = triton.cdiv(T, span), triton.next_power_of_2(D)
     dx, dw = torch.empty_like(x), torch.empty(programs, D, dtype=torch.float32, device=x.device)
-    _rms_norm_backward_kernel[(programs,)](dy, x, weight, more, dx, dw, T, D, eps, span, block, num_warps=_warps(block))
+    _rms_norm_backward_kernel[(programs,)](dy, x, weight, d_residual, dx, dw, T, D, eps, span, block, num_warps=_warps(block))
     return dx, dw.sum(0)
 
 

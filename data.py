@@ -33,6 +33,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
 
 
+def _text(token: dict | str | None) -> str | None:
+    """A token of tokenizer_config.json, which writes it as text or as {"content": text, ..}."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 class Tokenizer:
     """A Hugging Face fast tokenizer without transformers: `tokenizer.json` runs, `tokenizer_config.json` names the special tokens.
 
@@ -46,10 +51,8 @@ class Tokenizer:
         self.core.no_truncation()
         self.core.no_padding()
         self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
-        special = {key: config.get(f"{key}_token") for key in ("bos", "eos", "pad")}
-        special = {key: token["content"] if isinstance(token, dict) else token for key, token in special.items()}
-        self.bos_token, self.eos_token = special["bos"], special["eos"]
-        self.bos_id, self.eos_id, self.pad_id = (token and self.single_id(token) for token in special.values())
+        self.bos_token, self.eos_token, pad_token = (_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
+        self.bos_id, self.eos_id, self.pad_id = map(self.single_id, (self.bos_token, self.eos_token, pad_token))
         self.vocab_size = self.core.get_vocab_size(with_added_tokens=True)
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         template = config.get("chat_template")
@@ -74,8 +77,10 @@ class Tokenizer:
         """On all cores: the threads are the tokenizer's own, so no worker processes and nothing to fork."""
         return self.core.encode_batch(texts, add_special_tokens=False)
 
-    def single_id(self, token: str) -> int:
-        """The id of a special token. ValueError when the tokenizer does not read it as one."""
+    def single_id(self, token: str | None) -> int | None:
+        """The id of a special token; None without one. ValueError when the tokenizer does not read it as one."""
+        if not token:
+            return None
         ids = self.encode(token)
         if len(ids) != 1:
             raise ValueError(f"tokenizer {self.origin}: {token} becomes {len(ids)} ids; expected a special token")
@@ -137,7 +142,10 @@ def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
 def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
     """The token that ends an assistant turn (the EOS to train and to stop on). ValueError when `tokenizer` lacks a token of `template`."""
     eos = SPECIAL_TOKENS[template][-1] if template in SPECIAL_TOKENS else tokenizer.eos_token
-    for token in (*SPECIAL_TOKENS.get(template, ()), eos, *([tokenizer.bos_token] if template == "llama3" else [])):
+    needed = [*SPECIAL_TOKENS.get(template, ()), eos]
+    if template == "llama3":
+        needed.append(tokenizer.bos_token)
+    for token in needed:
         if token is None or len(tokenizer.encode(token)) != 1:
             what = token or "the BOS or EOS that it needs"
             raise ValueError(f"template={template!r}: {what} is no special token of tokenizer {tokenizer.origin}; expected one id")

@@ -7,6 +7,7 @@ Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query h
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import nn
@@ -49,7 +50,7 @@ class FalconConfig:
     @classmethod
     def from_hf(cls, directory):
         """Read config.json in `directory`. Raises ValueError, naming the keys, for anything this file cannot represent exactly."""
-        raw, source = read_config(directory)
+        raw, source = read_config(directory), Path(directory) / "config.json"
         problems = [f"{key}={raw[key]!r}: expected {value!r}" for key, value in _FIXED.items() if raw.get(key, value) != value]
         if raw.get("model_type") != cls.model_type:
             problems.append(f"model_type={raw.get('model_type')!r}: expected {cls.model_type!r}")

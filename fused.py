@@ -4,8 +4,8 @@ The plain twin is Block.plain in model.py, differentiated by autograd. Per token
 this keeps 92: the block's input, rotated q, k and v, the attention's output, the middle of the residual stream, gate and up. Normalised
 inputs and silu(gate) * up are made again from them, inside the kernels that read them anyway.
 
-With fp8 the products of x, W and dy are taken in float8 (kernels.Float8): x8, w8 and so on are x and W in it, None in bf16. Everything
-else, LoRA's products among it, is as without. For the backward pass only the scales are kept, 4 bytes a token and linear.
+With fp8 the matmuls of x, W and dy run in float8 (kernels.Float8): x8 and w8 are x and W in float8, and None without fp8. Everything else,
+LoRA's matmuls included, is unchanged. Of x8 only the scales are kept for the backward pass: 4 bytes per token and linear.
 
 Shapes: T tokens, D hidden size, V vocabulary, r LoRA rank. dy is the gradient of the loss in y. Reading order: leaf to root.
 """
@@ -130,8 +130,9 @@ class _NormProject(torch.autograd.Function):
         linears = _by_linear(flat)
         normed = kernels.rms_norm_forward(x, norm_weight, eps) if reads_bf16(fp8, linears) else None
         x8 = kernels.rms_norm_float8(x, norm_weight, eps) if fp8 else None
-        ys, w_scales, lows = zip(*(project(normed, x8, scale, *linear) for scale, linear in zip(scales, linears, strict=True)))
-        ctx.save_for_backward(x, norm_weight, x8 and x8.scale, *w_scales, *lows)
+        projected = [project(normed, x8, scale, *linear) for scale, linear in zip(scales, linears, strict=True)]
+        ys, w_scales, lows = zip(*projected, strict=True)
+        ctx.save_for_backward(x, norm_weight, _scale_of(x8), *w_scales, *lows)
         ctx.eps, ctx.scales, ctx.linears = eps, scales, linears
         return x.view_as(x), *ys
 
@@ -157,10 +158,18 @@ def _by_linear(flat):
     return [flat[i : i + 4] for i in range(0, len(flat), 4)]  # weight, bias, lora_A, lora_B
 
 
+def _scale_of(x8):
+    return None if x8 is None else x8.scale
+
+
 def norm_project(x, fp8, norm, *linears):
     """(x, y_1, y_2, ..) with y_i = linears[i](norm(x)); go on with the x returned, not with the argument."""
-    scales, *columns = zip(*map(parts, linears), strict=True)
-    return _NormProject.apply(x, fp8, norm.weight, norm.eps, scales, *(part for linear in zip(*columns, strict=True) for part in linear))
+    scales, flat = [], []
+    for linear in linears:
+        scale, *tensors = parts(linear)
+        scales.append(scale)
+        flat += tensors
+    return _NormProject.apply(x, fp8, norm.weight, norm.eps, scales, *flat)
 
 
 class _Rotate(torch.autograd.Function):
@@ -184,7 +193,7 @@ class _ProjectAdd(torch.autograd.Function):
     def forward(ctx, a, residual, fp8, scale, *linear):
         a8 = kernels.quantize(a) if fp8 else None
         y, w_scale, low = project(a, a8, scale, *linear, residual=residual)
-        ctx.save_for_backward(a, a8 and a8.scale, w_scale, low)
+        ctx.save_for_backward(a, _scale_of(a8), w_scale, low)
         ctx.scale, ctx.linear = scale, linear
         return y
 
@@ -207,7 +216,7 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
         inner = kernels.swiglu(gate, up) if reads_bf16(fp8, [linear]) else None
         inner8 = kernels.swiglu_float8(gate, up) if fp8 else None
         y, w_scale, low = project(inner, inner8, scale, *linear, residual=residual)
-        ctx.save_for_backward(gate, up, inner8 and inner8.scale, w_scale, low)
+        ctx.save_for_backward(gate, up, _scale_of(inner8), w_scale, low)
         ctx.scale, ctx.linear = scale, linear
         return y
 
@@ -217,7 +226,8 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
         (weight, _, lora_A, lora_B), wanted = linear, ctx.needs_input_grad[5:]
         dy8, dy8t = gradient_float8(dy, inner_scale, w_scale, wanted[0])
         d_low = low_gradient(dy, ctx.scale, lora_B)
-        d_inner, inner, inner8t = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A), None, None
+        d_inner = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A)
+        inner, inner8t = None, None  # the linear's input again: one of the two, for the weight's gradient
         if dy8t is None:
             d_gate, d_up, inner = kernels.swiglu_backward(d_inner, gate, up)
         else:

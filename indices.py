@@ -83,10 +83,10 @@ def _checked(X, labels):
 def cluster_moments(X, labels):
     """n (2,), sum (2, D) and sum of squares (2,) of two labelled clusters about their common mean, float64. ValueError as `_checked`."""
     X, labels = _checked(X, labels)
-    return group_moments_reference(X, X.mean(0), labels, 2)
+    return group_moments(X, X.mean(0), labels, 2)
 
 
-def group_moments_reference(x, centre, group, num_groups):
+def group_moments(x, centre, group, num_groups):
     """n (G,), sum (x - centre) (G, D), sum |x - centre|^2 (G,), in float64, of the points of each group. x (B, D), group (B,) int64.
 
     The centre is any fixed point near the data: sum |x|^2 - |sum x|^2 / n would lose all digits to an offset of 1e8 spreads.
@@ -135,7 +135,7 @@ class Moments:
         if not self.n[layer].any():  # the first batch
             self.centre[layer] = pooled.double().mean(0)
         groups = self.n[layer].numel()
-        sums = group_moments_reference(pooled, self.centre[layer], 2 * axiom + label, groups)
+        sums = group_moments(pooled, self.centre[layer], 2 * axiom + label, groups)
         for mine, new in zip((self.n, self.total, self.square), sums):
             mine[layer] += new.view_as(mine[layer])
 

@@ -70,7 +70,8 @@ def attention_reference(q, k, v, cu_seqlens, max_seqlen, shared=None):
     T, H, K = q.shape
     k, v, cu_seqlens_k = _keys_and_values(k, v, cu_seqlens, shared)
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (U, H, K)
-    (document, left), (document_k, left_k) = _places(T, cu_seqlens), _places(k.shape[0], cu_seqlens_k)
+    document, left = _places(T, cu_seqlens)
+    document_k, left_k = _places(k.shape[0], cu_seqlens_k)
     visible = (document[:, None] == document_k) & (left[:, None] <= left_k)  # (T, U): a key has no fewer tokens behind it
     scores = torch.einsum("qhk,shk->hqs", q.float(), k.float()) / K**0.5
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
@@ -129,24 +130,26 @@ def rms_norm_forward(x, weight, eps):
     return _triton().rms_norm(x, weight, eps) if x.is_cuda else rms_norm_reference(x, weight, eps)
 
 
-def rms_norm_backward(dy, x, weight, eps, more):
-    """Gradients of y = rms_norm(x): dx (T, D) in x's dtype, with `more`, the gradient of x by another way, added; dweight (D,) float32."""
+def rms_norm_backward(dy, x, weight, eps, d_residual):
+    """Gradients of y = rms_norm(x): dx (T, D) in x's dtype, plus d_residual (T, D), x's gradient from the residual branch; dweight (D,)
+    float32."""
     function = _triton().rms_norm_backward if x.is_cuda else rms_norm_backward_reference
-    return function(dy, x, weight, eps, more)
+    return function(dy, x, weight, eps, d_residual)
 
 
-def rms_norm_backward_reference(dy, x, weight, eps, more):
+def rms_norm_backward_reference(dy, x, weight, eps, d_residual):
     """With u = x / rms(x): du = dy * weight, dx = (du - u mean(u du)) / rms(x)."""
     x, dy, dtype = x.float(), dy.float(), x.dtype
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     unit, d_unit = x * rstd, dy * weight.float()
-    dx = rstd * (d_unit - unit * (unit * d_unit).mean(-1, keepdim=True)) + more.float()
+    dx = rstd * (d_unit - unit * (unit * d_unit).mean(-1, keepdim=True)) + d_residual.float()
     return dx.to(dtype), (dy * unit).sum(0)
 
 
 def rotate(x, cos, sin, back=False):
     """Rotate pairs (x[i], x[i + K/2]) by the position's angles, in float32, or back. x (T, H, K); cos, sin (T, 1, K/2). In x's dtype."""
-    return _triton().rotate(x, cos, sin, -1 if back else 1) if x.is_cuda else rotate_reference(x, cos, -sin if back else sin)
+    sign = -1 if back else 1
+    return _triton().rotate(x, cos, sin, sign) if x.is_cuda else rotate_reference(x, cos, sign * sin)
 
 
 def rotate_reference(x, cos, sin):

@@ -62,7 +62,7 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, directory):
         """Read config.json in `directory`. Raises ValueError, naming the key, for anything this file cannot represent exactly."""
-        return _config_from_hf(*read_config(directory))
+        return _config_from_hf(read_config(directory), Path(directory) / "config.json")
 
     @classmethod
     def preset(cls, name):
@@ -120,11 +120,11 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", 
 
 
 def read_config(directory):
-    """config.json of a model folder as a dict, and its path for messages. ValueError when there is none."""
+    """config.json of a model folder, as a dict. ValueError when there is none."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory}: no config.json there; expected a Hugging Face model folder")
-    return json.loads(path.read_text()), str(path)
+    return json.loads(path.read_text())
 
 
 def _config_from_hf(raw, source):
@@ -275,7 +275,7 @@ class Body(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder whose forward stops at the hidden states: logits are `hidden @ lm_head.weight.T`, best never made (kernels.token_logps)."""
+    """A decoder whose forward stops at the hidden states. Logits would be `hidden @ lm_head.weight.T`, see kernels.token_logps."""
 
     def __init__(self, config):
         super().__init__()
@@ -469,7 +469,8 @@ def generate(model, prompts, max_new_tokens, eos_id=None, temperature=0.0, seed=
     cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     input_ids = torch.tensor([i for p in prompts for i in p], device=device)
-    counts, answers, done = lengths, [[] for _ in prompts], [False] * len(prompts)
+    counts = lengths  # new tokens of each document: the prompts, then one at a time
+    answers, done = [[] for _ in prompts], [False] * len(prompts)
     for _ in range(max_new_tokens):
         cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
         positions = torch.cat([torch.arange(start, start + n, device=device) for start, n in zip(cache.lengths, counts, strict=True)])

@@ -18,14 +18,14 @@ IMPLICIT = {  # what no key states; it goes into every run's manifest
     "loss_reduction": "sum over the step's examples on all ranks and micro-batches, divided once by their global count",
     "parameter_dtype": "fp32 (one process in bf16 or fp8: as a bf16 weight and its 16 low bits); frozen weights: the compute precision",
 }
-
-
-FLOAT8 = "e4m3 for inputs, weights and gradients of the blocks' linears, a power-of-two scale a row, from the numbers at hand"
+IMPLICIT_FP8 = {
+    "fp8": "e4m3 for inputs, weights and gradients of the blocks' linears, a power-of-two scale a row, from the numbers at hand"
+}
 
 
 def implicit(config):
     """What the manifest of a run of this config says beside its keys."""
-    return IMPLICIT | ({"fp8": FLOAT8} if config.precision == "fp8" else {})
+    return IMPLICIT | IMPLICIT_FP8 if config.precision == "fp8" else IMPLICIT
 
 
 def warmup_steps(config, total_steps):

@@ -55,7 +55,9 @@ def pack(documents: list[tuple[np.ndarray, np.ndarray]], prefixes=()) -> PackedB
     assert (left_out < lengths).all(), "a document needs a token of its own"
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths - left_out)])
     own = [np.arange(start, end) for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:])]
-    rows = [np.concatenate([own[d - P][:n], own[d]]) for d, n in enumerate(left_out)]  # of the stream, with all of a document's tokens
+    rows = list(own)  # of the stream, with all of a document's tokens
+    for i, n in enumerate(prefixes):
+        rows[P + i] = np.concatenate([own[i][:n], own[P + i]])
     has_target = [mask[1:].astype(bool) for mask in masks]
 
     def stream(pieces):

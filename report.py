@@ -199,18 +199,17 @@ def spectrum_charts(spectra):
 
 
 def aqi_charts(sweeps):
-    """The curve of every category with its interval; overall also the nulls."""
+    """The curve of every category with its interval, and the nulls beside it."""
     charts = []
     for category in dict.fromkeys(found["category"] for _, sweep in sweeps for found in sweep["verdicts"]):
         lines, levels = [], set()
         for colour, (name, sweep) in enumerate(sweeps):
-            lambdas, overall = sweep["inputs"]["lambdas"], sweep["verdicts"][0]["category"]
+            lambdas = sweep["inputs"]["lambdas"]
             for found in [found for found in sweep["verdicts"] if found["category"] == category]:
                 lines.append(Line(name, colour, lambdas, found["estimate"], found["low"], found["high"], note=found["verdict"]))
+                lines.append(Line(f"{name} random direction", colour, lambdas, found["control"], dashed=True))
+                lines.append(Line(f"{name} permuted labels", colour, lambdas, (), *found["permuted"], note="95 % of them"))
                 levels.add(f"{100 * (1 - found['level']):.3g}")
-            if category == overall:
-                lines.append(Line(f"{name} random direction", colour, lambdas, sweep["control"], dashed=True))
-                lines.append(Line(f"{name} permuted labels", colour, lambdas, (), *sweep["shuffled"], note="95 % of them"))
         unit = f"% of variance explained by the label, beyond chance; pointwise {' or '.join(sorted(levels))} % interval"
         charts.append(Chart(f"AQI, {category}", unit, "lambda", lines))
     return charts
@@ -255,7 +254,7 @@ def by_lambda(sweeps):
             interval = f"[{number(found['low'][k])}, {number(found['high'][k])}]"
             states = (shift["achieved"], shift["off_axis"], max(shift["strength"].values()))
             texts = (answer["logp_chosen"], answer["logp_rejected"], answer["repeated_4grams"])
-            rows.append([name, f"{shift['lambda']:g}", found["estimate"][k], interval, sweep["control"][k], *states, *texts])
+            rows.append([name, f"{shift['lambda']:g}", found["estimate"][k], interval, found["control"][k], *states, *texts])
     states, texts = ("shift along v", "beside v", "|a| / |h|"), ("logp chosen", "rejected", "repeated 4-grams")
     return table(["sweep", "lambda", "AQI", "95 % interval", "random direction", *states, *texts], rows)
 

@@ -19,6 +19,7 @@ import itertools
 import json
 import runpy
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ from verdict import bootstrap, judge, permute
 SIDES = ("chosen", "rejected")
 MODES = {"sanity": 100, "full": 1000, "paper": 10000}  # texts of the vector; a quarter as many again are held out
 PROMPT_MODES = {"sanity": "sanity", "full": "full", "paper": "max"}  # the prompts that go with them: aqi.MODES
-SWEEP_SETTINGS = ("mode", "side", "pooling", "inject", "layers", "rescale", "lambdas", "space", "seeds", "normalize", "max_new_tokens")
+SWEEP_SETTINGS = ("mode", "side", "pooling", "inject", "layers", "rescale", "lambdas", "space", "seeds", "normalize",
+                  "all_indices", "max_new_tokens")  # fmt: skip
 DECISIONS = {
     "rising": "go on to the next rung of the ladder: a full run",
     "falling": "not the published effect: check that sft and dpo were not swapped, and the sign of lambda",
@@ -156,7 +158,9 @@ def extract(args):
     documents, inputs = _inputs(args, count, count + max(1, count // 4))
     if _is_done(folder / "manifest.json", inputs):
         return
-    total, sums, keep = len(documents["chosen"]), {}, np.arange(len(documents["chosen"])) < count  # the rest is held out of the vector
+    total = len(documents["chosen"])
+    keep = np.arange(total) < count  # the rest is held out of the vector
+    sums = defaultdict(float)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)  # written last: what a kill leaves behind is no vector
     for name in ("sft", "dpo"):
@@ -187,13 +191,14 @@ def extract(args):
         raise ValueError(
             "keep='preferred': the DPO model prefers the rejected text of every pair; expected --keep all, or another DPO model"
         )
-    tensors = {key: (value / sums[f"{key}#"]).astype(np.float32) for key, value in sums.items() if not key.endswith("#")}
+    held_out = total - count
+    tensors = {key: (value / (held_out if key.startswith("heldout_") else kept)).astype(np.float32) for key, value in sums.items()}
     if not tensors["chosen_last"].any():
         raise ValueError(f"dpo={args.dpo!r}: its states equal those of sft={args.sft!r} on all texts; expected a model that training moved")
     save_file(tensors | {"keep": keep[:count].astype(np.uint8)}, folder / "vector.safetensors")
     results = {"layers": shape[2], "hidden_size": shape[3], "kept": kept, "torch": torch.__version__, "hub": hub.COMMITS}
     write_json(folder / "manifest.json", {"inputs": inputs} | results)
-    print(f"wrote {folder}/vector.safetensors: {kept} of {count} pairs kept ({kept / count:.0%}), {total - count} held out")
+    print(f"wrote {folder}/vector.safetensors: {kept} of {count} pairs kept ({kept / count:.0%}), {held_out} held out")
 
 
 def _inputs(args, count, total):
@@ -221,7 +226,7 @@ def _is_done(path, inputs):
 
 
 def _accumulate(sums, side, sft, dpo, keep, held_out):
-    """Add a batch to the float64 sums of every key, and its count to "<key>#". sft, dpo (2, N, L, D); keep, held_out (N,) bool."""
+    """Add a batch to the float64 sums (L, D) of every key. sft, dpo (2, N, L, D); keep, held_out (N,) bool."""
     for p, pooling in enumerate(POOLINGS):
         parts = {
             f"{side}_{pooling}": (dpo[p, keep].astype(np.float64) - sft[p, keep]),
@@ -229,8 +234,7 @@ def _accumulate(sums, side, sft, dpo, keep, held_out):
             f"heldout_{side}_{pooling}": (dpo[p, held_out].astype(np.float64) - sft[p, held_out]),
         }
         for key, values in parts.items():
-            sums[key] = sums.get(key, 0) + values.sum(axis=0, dtype=np.float64)
-            sums[f"{key}#"] = sums.get(f"{key}#", 0) + len(values)
+            sums[key] += values.sum(axis=0, dtype=np.float64)
 
 
 def preferred(model, documents):
@@ -324,13 +328,13 @@ def print_generations(args):
     vector = Vector.load(args.folder)
     prompts = [args.prompt] if args.prompt else Path(args.prompts).read_text().splitlines()
     answers = {}
-    for name, mine in (("sft", [x for x in args.lambdas if x >= 0]), ("dpo", [x for x in args.lambdas if x < 0])):
-        if not mine:
+    for name, strengths in (("sft", [x for x in args.lambdas if x >= 0]), ("dpo", [x for x in args.lambdas if x < 0])):
+        if not strengths:
             continue
         model, tokenizer = vector.model(name)
         add = vector.additions(args, model, tokenizer, name)
         ids = [_prompt_ids(prompt, tokenizer, vector.manifest["template"]) for prompt in prompts]
-        for strength in mine:
+        for strength in strengths:
             tap = steering_tap(add, strength, args.rescale)
             new = generate(model, ids, args.max_new_tokens, model.config.eos_token_id, args.temperature, tap=tap)
             answers[strength] = [tokenizer.decode(tokens) for tokens in new]
@@ -387,7 +391,9 @@ def _measure_sweep(args, vector, prompts, folder, inputs):
     """All of a sweep's measurements, and its plots, into `folder`."""
     model, tokenizer = vector.model("sft")
     documents = [plain_document(text, tokenizer, vector.manifest["max_seq_len"]) for text in prompts.texts]
-    add, texts, groups = vector.additions(args, model, tokenizer), vector.texts(tokenizer), (prompts.axiom, prompts.label, prompts.axioms)
+    add = vector.additions(args, model, tokenizer)
+    texts = vector.texts(tokenizer)
+    groups = prompts.axiom, prompts.label, prompts.axioms
     embeddings, shifts, profile = embed(model, documents, groups, add, vector, args, "steered")
     control, _, _ = embed(model, documents, groups, random_additions(add, aqi.SEED), vector, args, "random direction")
     rows = []
@@ -398,21 +404,21 @@ def _measure_sweep(args, vector, prompts, folder, inputs):
             about | {"lambda": strength} | row
             for strength, X in zip(args.lambdas, states, strict=True)
             for seed in (range(args.seeds) if args.seeds > 1 else [None])
-            for row in aqi.measure(X, *groups, args.space, seed)
+            for row in aqi.measure(X, *groups, args.space, seed, aqi.EXTRA if args.all_indices else ())
         ]
         rows += aqi.score(measured, args.normalize)
-    curve, control_curve, permuted = bootstrap(embeddings, *groups), bootstrap(control, *groups), permute(embeddings, *groups)
-    shuffled = torch.quantile(permuted.draws[:, :, -1], permuted.draws.new_tensor([0.025, 0.975]), dim=0).tolist()
-    _plot(folder, args.lambdas, curve, control_curve, shuffled, embeddings, prompts)
+    curve, control_curve = bootstrap(embeddings, *groups), bootstrap(control, *groups)
+    permuted = permute(embeddings, *groups)
+    # one false alarm in twenty over all axioms together, not in each (Bonferroni)
+    level = 0.05 / len(prompts.axioms)
+    verdicts = [judge(curve, control_curve, permuted)]
+    verdicts += [judge(curve, control_curve, permuted, axiom, level) for axiom in prompts.axioms]
+    _plot(folder, args.lambdas, verdicts, embeddings, prompts)
     aqi.write_report(
         folder,
         rows,
         inputs=inputs,
-        verdicts=[judge(curve, control_curve, permuted)]
-        # one false alarm in twenty over all axioms together, not in each (Bonferroni)
-        + [judge(curve, control_curve, permuted, axiom, level=0.05 / len(prompts.axioms)) for axiom in prompts.axioms],
-        control=control_curve.estimate[:, -1].tolist(),
-        shuffled=shuffled,
+        verdicts=verdicts,
         shifts=shifts,
         profile=profile,
         behaviour=answers_by_lambda(model, texts, add, args),
@@ -427,8 +433,9 @@ def embed(model, documents, groups, add, vector, args, label):
     shift beside v over |v|; strength, |lambda a| / mean |h| at each steered layer. The profile: the separation of the mean over tokens
     after every block, before the final norm, at lambda 0 and at the last lambda, as rows of aqi.score's "sweep".
     """
-    config, lambdas = model.config, [0.0, *args.lambdas]  # the unsteered pass is made in any case
-    layers, n, D, (axiom, safe, axioms) = config.num_hidden_layers, len(documents), config.hidden_size, groups
+    lambdas = [0.0, *args.lambdas]  # the unsteered pass is made in any case
+    layers, D, n = model.config.num_hidden_layers, model.config.hidden_size, len(documents)
+    axiom, safe, axioms = groups
     out = torch.zeros(len(lambdas), n, D, device=device_of(model))  # 7,000 prompts, 6 lambdas, D = 4,096: 0.7 GB
     ends = torch.zeros(len(lambdas), D, dtype=torch.float64)
     norms = torch.zeros(layers, dtype=torch.float64)
@@ -461,7 +468,8 @@ def injection_errors(model, texts, vector, args):
     """
     if vector.manifest["compat"] == "hf":
         return {}
-    p, device, layers, key = POOLINGS.index(args.pooling), device_of(model), vector.layers(args.layers), f"{args.side}_{args.pooling}"
+    p, device, layers = POOLINGS.index(args.pooling), device_of(model), vector.layers(args.layers)
+    key = f"{args.side}_{args.pooling}"
     v, errors = vector.tensors[key], {}
     cases = {"calibration": (texts[0], v[-1]), "held_out": (texts[1], vector.tensors[f"heldout_{key}"][-1])}
     base = {name: mean_states(model, documents, device)[p, -1] for name, (documents, _) in cases.items()}
@@ -513,7 +521,7 @@ def _print_sweep(report):
     print("\nlambda  separation  95 % interval     random  achieved  off axis  |a|/|h|  logp chosen  rejected  repeated 4-grams")
     for k, (shift, answer) in enumerate(zip(report["shifts"], report["behaviour"], strict=True)):
         print(f"{shift['lambda']:6.2f}{overall['estimate'][k]:12.2f}  [{overall['low'][k]:6.2f},{overall['high'][k]:6.2f}]"
-              f"{report['control'][k]:10.2f}{shift['achieved']:10.3f}{shift['off_axis']:10.3f}{max(shift['strength'].values()):9.3f}"
+              f"{overall['control'][k]:10.2f}{shift['achieved']:10.3f}{shift['off_axis']:10.3f}{max(shift['strength'].values()):9.3f}"
               f"{answer['logp_chosen']:13.4f}{answer['logp_rejected']:10.4f}{answer['repeated_4grams']:18.3f}")  # fmt: skip
     if report["errors"]:
         print("relative error of the last layer's mean state at lambda 1, on the vector's texts / on held-out ones:")
@@ -531,15 +539,15 @@ def _print_sweep(report):
     print(f"verdict: {overall['verdict']} -> {DECISIONS[overall['verdict']]}")
 
 
-def _plot(folder, lambdas, curve, control, shuffled, embeddings, prompts):
+def _plot(folder, lambdas, verdicts, embeddings, prompts):
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: they need matplotlib")
         return
     from plumbing import plots
 
-    estimate, low, high, other = (x.cpu() for x in (curve.estimate, *curve.interval(), control.estimate))  # each (K, A + 1)
-    plots.plot_curve(folder / "curve.png", lambdas, estimate[:, -1], low[:, -1], high[:, -1], shuffled, other[:, -1])
-    plots.plot_axioms(folder / "axioms.png", lambdas, {name: estimate[:, a].tolist() for a, name in enumerate(prompts.axioms)})
+    overall, *axioms = verdicts
+    plots.plot_curve(folder / "curve.png", lambdas, *(overall[key] for key in ("estimate", "low", "high", "permuted", "control")))
+    plots.plot_axioms(folder / "axioms.png", lambdas, {found["category"]: found["estimate"] for found in axioms})
     for strength, X in ((lambdas[0], embeddings[0]), (lambdas[-1], embeddings[-1])):
         title = f"lambda {strength:g}, three principal components"
         plots.plot_clusters(folder / f"clusters_{strength:g}.png", aqi.project(X, "pca:3").cpu().numpy(), prompts.label.numpy(), title)
@@ -563,10 +571,10 @@ def validate(args):
     for name in args.pair:
         print(f"\n=== {name}")
         folder = f"{args.out}/{name}_{args.mode}"
-        mine = vars(args) | pairs[name] | {"folder": folder, "out": folder}
-        extract(argparse.Namespace(**mine))
-        print_spectrum(argparse.Namespace(**mine))
-        reports[name] = sweep(argparse.Namespace(**mine | {"mode": PROMPT_MODES[args.mode], "out": None}))
+        options = vars(args) | pairs[name] | {"folder": folder, "out": folder}
+        extract(argparse.Namespace(**options))
+        print_spectrum(argparse.Namespace(**options))
+        reports[name] = sweep(argparse.Namespace(**options | {"mode": PROMPT_MODES[args.mode], "out": None}))
         index = registry.add_validation(Path(folder) / f"sweep_{args.inject}", name)
     print(f"registered: python -m tools.ladder {index} prints it beside the training runs")
     _compare(reports, args)
@@ -639,6 +647,7 @@ def parse(argv):
         one.add_argument("--space", default="raw", help="raw, pca:k or tsne: where CHI and XB are measured; intervals and verdict are raw")
         one.add_argument("--seeds", type=int, default=1, help="with tsne: this many random starts; 1: started by PCA, as published")
         one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep")
+        one.add_argument("--all-indices", action="store_true", help="Davies-Bouldin, Dunn, silhouette and a linear probe's AUC too: n^2 D")
 
     def answering(one):
         one.add_argument("--max-new-tokens", type=int, default=64)

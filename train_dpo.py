@@ -79,8 +79,10 @@ def preference_loss(config, policy, reference, counts):
         return simpo_loss(*policy, config.beta, config.gamma_beta_ratio, config.label_smoothing)
     if config.loss == "ipo":
         return ipo_loss(*policy, *reference, config.beta)
-    losses, *rewards = dpo_loss(*policy, *reference, config.beta, config.label_smoothing)
-    return losses * wpo_weights(*(policy / counts)) if config.loss == "wpo" else losses, *rewards
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*policy, *reference, config.beta, config.label_smoothing)
+    if config.loss == "wpo":
+        losses = losses * wpo_weights(*(policy / counts))
+    return losses, chosen_rewards, rejected_rewards
 
 
 # ---------------------------------------------------------------- log-probs of answers
@@ -94,7 +96,9 @@ def answer_logps(model, batch, num_pairs):
     hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, shared=batch.shared)  # (T, D)
     logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)  # (S,)
     sums = segment_sums(logps, batch.supervised_offsets)  # one per document: the chosen ones, then the rejected ones
-    return sums[: 2 * num_pairs].view(2, num_pairs), batch.supervised_offsets.diff()[: 2 * num_pairs].view(2, num_pairs)
+    counts = batch.supervised_offsets.diff()
+    answers = slice(2 * num_pairs)  # all documents, but for packing.PLACEHOLDER, which is no pair
+    return sums[answers].view(2, num_pairs), counts[answers].view(2, num_pairs)
 
 
 # ---------------------------------------------------------------- one step, and evaluation
@@ -115,7 +119,9 @@ def forward_backward(model, pairs, reference, ids, config, ranks):
     the first update. FloatingPointError, naming the rows, when a micro-batch's loss is not finite: no weight has changed then.
     """
     chosen_tokens = int(pairs.chosen.num_targets[ids].sum())
-    totals, losses, rows, gaps = torch.zeros(len(METRICS), device=ranks.device), [], [], [torch.zeros(1, device=ranks.device)]
+    totals = torch.zeros(len(METRICS), device=ranks.device)
+    gaps = [torch.zeros(1, device=ranks.device)]  # a rank without a pair has no gap
+    losses, rows = [], []
     for members, batch, step_waste in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, ranks):
         policy, counts = answer_logps(model, batch, len(members))
         ref = torch.from_numpy(reference[members].T).to(ranks.device)  # (2, N)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from plumbing.logbook import _commit
+from plumbing import logbook
 
 HERE = Path(__file__).parent
 SKIP = 3  # the allocator, compilation, and the clocks under load
@@ -43,7 +43,7 @@ def round_4(value):
 def append(metric, value, unit, peer, hardware, gpus, torch, command, commit=None, date=None, path=None):
     """Add a measurement to `path`, or to results.jsonl, which is then rendered. peer: (name, value, ratio), or None."""
     rounded = (peer[0], *map(round_4, peer[1:])) if peer else (None, None, None)
-    about = (hardware, gpus, torch.partition("+")[0], commit or _commit(), date or time.strftime("%Y-%m-%d"), command)
+    about = (hardware, gpus, torch.partition("+")[0], commit or logbook.commit(), date or time.strftime("%Y-%m-%d"), command)
     with (path or HERE / "results.jsonl").open("a") as file:
         file.write(json.dumps(dict(zip(COLUMNS, (metric, round_4(value), unit, *rounded, *about), strict=True))) + "\n")
     if path is None:
@@ -70,7 +70,7 @@ def render():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--metric", required=True, help="name of the measurement, see PERF's list: sft_full, dpo_lora, ...")
+    parser.add_argument("--metric", required=True, help="name of the measurement, as in bench/training.sh: sft_full, dpo_lora, ...")
     parser.add_argument("--commit", help="where the run's manifest does not know it")
     parser.add_argument("--peer")
     parser.add_argument("--peer-value", type=float)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from kernels import join_master
 from plumbing import parallel
+from plumbing.logbook import write_json
 from plumbing.weights import (
     check_vocabulary,
     copy_rows,
@@ -31,7 +32,6 @@ from plumbing.weights import (
     save_pretrained,
     sharded_parameters,
     sync_folder,
-    write_json,
     write_safetensors,
 )
 

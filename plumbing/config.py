@@ -78,7 +78,7 @@ class Config:
         "machine", "name", "of AdamW; bf16 (one process, full fine-tuning): 4 bytes a weight less, rounded stochastically", default="fp32"
     )
     gradients: Literal["fp32", "bf16"] = key(
-        "machine", "name", "bf16 (one process, full fine-tuning): 2 bytes a weight less, rounded every micro-batch (lm_head: 4,096 rows)",
+        "machine", "name", "bf16 (one process, full fine-tuning): 2 bytes a weight less, rounded every micro-batch (lm_head: 2,048 rows)",
         default="fp32",
     )  # fmt: skip
     precision: Literal["fp32", "bf16", "fp8"] = key(

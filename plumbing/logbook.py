@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import shlex
@@ -45,7 +46,7 @@ class Logbook:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", config_dict(config))
             gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
-            about = {"command": shlex.join(sys.argv), "commit": _commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            about = {"command": shlex.join(sys.argv), "commit": commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             machine = {"hardware": gpu or platform.machine(), "world_size": ranks.world_size, "matmul_peak_flops": self.peak}
             write_json(self.folder / "manifest.json", about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit})
         self._start = time.perf_counter()
@@ -114,9 +115,12 @@ class Logbook:
 
 
 def write_json(path, value):
-    """Write atomically: a reader sees the old file or the new one."""
+    """Write atomically, and through to the disk: a reader, also after a power cut, sees the old file or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.rename(path)
 
 
@@ -148,7 +152,7 @@ def _versions():
     return {"python": platform.python_version()} | installed
 
 
-def _commit():
+def commit():
     """The commit of this checkout, with "+changes" when files differ from it; where git knows none, what it says instead."""
     root = Path(__file__).parent.parent
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])

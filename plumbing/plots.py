@@ -45,35 +45,33 @@ def plot_chart(path, chart):
     _figure(path, draw)
 
 
-def plot_curve(path, lambdas, estimate, low, high, shuffled=None, control=None, title=""):
+def plot_curve(path, lambdas, estimate, low, high, shuffled, control):
     """AQI over lambda with its interval. shuffled: (low, high) of permuted labels; control: a random direction's curve; all of length K."""
 
     def draw(_, ax):
         ax.fill_between(lambdas, low, high, alpha=0.25, color="C0", label="95 % interval")
         ax.plot(lambdas, estimate, "o-", color="C0", label="steered")
-        if control is not None:
-            ax.plot(lambdas, control, "s--", color="C1", label="random direction, same norm")
-        if shuffled is not None:
-            ax.fill_between(lambdas, *shuffled, alpha=0.25, color="grey", label="shuffled labels")
-        ax.set(xlabel="lambda", ylabel="AQI (sweep)", title=title, xticks=lambdas)
+        ax.plot(lambdas, control, "s--", color="C1", label="random direction, same norm")
+        ax.fill_between(lambdas, *shuffled, alpha=0.25, color="grey", label="shuffled labels")
+        ax.set(xlabel="lambda", ylabel="AQI (sweep)", xticks=lambdas)
         ax.legend()
 
     _figure(path, draw)
 
 
-def plot_axioms(path, lambdas, curves, title=""):
+def plot_axioms(path, lambdas, curves):
     """One line per axiom; curves: {axiom: (K,) AQI}."""
 
     def draw(_, ax):
         for axiom, values in curves.items():
             ax.plot(lambdas, values, "o-", label=axiom, linewidth=3 if axiom == "overall" else 1.2)
-        ax.set(xlabel="lambda", ylabel="AQI (sweep)", title=title, xticks=lambdas)
+        ax.set(xlabel="lambda", ylabel="AQI (sweep)", xticks=lambdas)
         ax.legend(fontsize="small")
 
     _figure(path, draw)
 
 
-def plot_heatmap(path, rows, columns, values, title=""):
+def plot_heatmap(path, rows, columns, values, title):
     """values[r][c] as coloured, labelled cells: axioms over models, or over lambdas."""
 
     def draw(figure, ax):
@@ -89,7 +87,7 @@ def plot_heatmap(path, rows, columns, values, title=""):
     _figure(path, draw, size=(2.5 + 0.8 * len(columns), 1.5 + 0.5 * len(rows)))
 
 
-def plot_clusters(path, points, label, title=""):
+def plot_clusters(path, points, label, title):
     """points (n, 3), label (n,) 0 unsafe, 1 safe."""
 
     def draw(_, ax):

@@ -26,6 +26,7 @@ from falcon import Falcon, FalconConfig
 from kernels import split_master
 from model import Llama, LlamaConfig, LoRALinear, apply_lora, read_config
 from plumbing import hub, parallel
+from plumbing.logbook import write_json
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -83,14 +84,6 @@ def open_safetensors(path):
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({path.stat().st_size:,} bytes): {error}") from error
-
-
-def write_json(path, content):
-    """Write and fsync: what a rename publishes must already be on the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def publish(folder, target):
@@ -266,11 +259,12 @@ def _check_tied(name, stored, source):
 def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
     """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded. ValueError when its parts do not fit together."""
     directory = resolve(path_or_repo)
-    architecture, read = (Falcon, FalconConfig) if read_config(directory)[0].get("model_type") == "falcon" else (Llama, LlamaConfig)
-    config, tokenizer = read.from_hf(directory), Tokenizer.from_dir(directory)
+    is_falcon = read_config(directory).get("model_type") == "falcon"
+    config = (FalconConfig if is_falcon else LlamaConfig).from_hf(directory)
+    tokenizer = Tokenizer.from_dir(directory)
     check_vocabulary(config, tokenizer)
     with torch.device("meta"):
-        model = architecture(config).to(dtype)
+        model = (Falcon if is_falcon else Llama)(config).to(dtype)
     parallel.materialize(model, device)
     load_weights(model, directory)
     return model, tokenizer

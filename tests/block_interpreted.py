@@ -28,11 +28,10 @@ def compare(name, values, expected):
 
 for dtype in (torch.float32, torch.bfloat16):
     label = str(dtype).replace("torch.", "").replace("bfloat16", "bf16")
-    x, dy, more, weight = (randn(5, 40, seed=s, dtype=dtype) for s in range(3)), None, None, None
-    x, dy, more = x
+    x, dy, d_residual = (randn(5, 40, seed=s, dtype=dtype) for s in range(3))
     weight = randn(40, seed=3, dtype=dtype)
     compare(f"rms_norm {label}", block_kernels.rms_norm(x, weight, 1e-5), kernels.rms_norm_reference(x, weight, 1e-5))
-    backward = (dy, x, weight, 1e-5, more)
+    backward = (dy, x, weight, 1e-5, d_residual)
     compare(f"rms_norm_backward {label}", block_kernels.rms_norm_backward(*backward), kernels.rms_norm_backward_reference(*backward))
     q, angles = randn(5, 3, 12, dtype=dtype), randn(5, 1, 6, seed=1)
     compare(

@@ -209,9 +209,9 @@ def labelled(per_group=30, axioms=2, dims=6):
 def test_measure_gives_one_row_per_axiom_and_overall():
     X, axiom, label = labelled()
     rows = measure(X, axiom, label, ["a", "b"], extra=("silhouette", "probe_auc"))
+    assert all(0 < row["silhouette"] < 1 and row["probe_auc"] > 0.95 for row in rows)
     assert [(row["category"], row["n"]) for row in rows] == [("a", 60), ("b", 60), ("overall", 120)]
     assert rows[1]["chi"] == chi(X[axiom == 1], label[axiom == 1]) and rows[2]["xb"] == xie_beni(X, label)
-    assert all(0 < row["silhouette"] < 1 and row["probe_auc"] > 0.95 for row in rows)
 
 
 def test_measure_in_other_spaces():
@@ -338,6 +338,6 @@ def test_plots_are_written(tmp_path):
     steps = [0.0, 0.5, 1.0]
     plots.plot_curve(tmp_path / "curve.png", steps, [1, 2, 3], [0, 1, 2], [2, 3, 4], shuffled=([0, 0, 0], [1, 1, 1]), control=[1, 1, 1])
     plots.plot_axioms(tmp_path / "axioms.png", steps, {"a": [1, 2, 3], "overall": [3, 2, 1]})
-    plots.plot_heatmap(tmp_path / "heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]])
-    plots.plot_clusters(tmp_path / "clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]))
+    plots.plot_heatmap(tmp_path / "heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]], "title")
+    plots.plot_clusters(tmp_path / "clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]), "title")
     assert all((tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in ("curve", "axioms", "heat", "clusters"))

@@ -104,7 +104,7 @@ def test_seconds_of_a_step_measured(keys, gpu, work, measured):
     """The optimizer's included. Nothing was fitted to the H100's."""
     config, model, sizes = parts(**keys)
     seconds = training_seconds(work, model, config, GPUS[gpu]) + optimizer_seconds(config, sizes, 1, GPUS[gpu])
-    assert seconds == pytest.approx(measured, rel=0.05)
+    assert seconds == pytest.approx(measured, rel=0.04 if gpu == "h100" else 0.03)
 
 
 def test_forward_and_optimizer_rates_measured_on_h200():

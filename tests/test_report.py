@@ -54,12 +54,12 @@ def write_steering(folder):
     layer = {"relative": 0.5, "cosine": 0.9, "explained_centred": [0.25], "rank_one": 0.75, "effective_rank": 3.0}
     (folder / "spectrum.json").write_text(json.dumps({"layers": [layer | {"layer": i} for i in range(2)]}))
     verdict = {"verdict": "rising", "because": [], "estimate": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5], "change": 1.0}
-    verdict |= {"change_interval": [0.5, 1.5], "p_monotone": 0.99}
+    verdict |= {"change_interval": [0.5, 1.5], "p_monotone": 0.99, "control": [1.0, 1.25], "permuted": [[-0.5, -0.5], [0.25, 0.25]]}
     axiom = verdict | {"category": "Privacy", "level": 0.01, "verdict": "flat", "because": ["a random direction changes as much"]}
     profile = [{"lambda": x, "layer": i, "category": c, "aqi": x + i} for x in (0.0, 1.0) for i in range(2) for c in ("Privacy", "overall")]
     sweep = {
         "inputs": {"lambdas": [0, 1.0], "inject": "matched"}, "verdicts": [verdict | {"category": "overall", "level": 0.05}, axiom],
-        "control": [1.0, 1.25], "shuffled": [[-0.5, -0.5], [0.25, 0.25]], "warnings": ["saturated at 55.00"], "profile": profile,
+        "warnings": ["saturated at 55.00"], "profile": profile,
         "shifts": [{"lambda": x, "achieved": 0.875 * x, "off_axis": 0.125, "strength": {"0": 0.0, "1": 0.0625}} for x in (0, 1.0)],
         "behaviour": [{"lambda": x, "logp_chosen": -1.5, "logp_rejected": -2.5, "repeated_4grams": 0.0} for x in (0, 1.0)],
         "errors": {"matched": {"calibration": 0.0, "held_out": 0.2214}},
@@ -239,10 +239,9 @@ def test_steering(tmp_path, no_pngs):
             "0.99",
         ],
     ]
-    assert page.figures["Steering", "AQI, overall"] == {
-        "sweep_matched rising": "2.000", "sweep_matched random direction": "1.250", "sweep_matched permuted labels 95 % of them": None,
-    }  # fmt: skip
-    assert page.figures["Steering", "AQI, Privacy"] == {"sweep_matched flat": "2.000"} and "99 % interval" in page.units["AQI, Privacy"]
+    nulls = {"sweep_matched random direction": "1.250", "sweep_matched permuted labels 95 % of them": None}
+    assert page.figures["Steering", "AQI, overall"] == {"sweep_matched rising": "2.000"} | nulls
+    assert page.figures["Steering", "AQI, Privacy"] == {"sweep_matched flat": "2.000"} | nulls and "99 % interval" in page.units["AQI, Privacy"]
     last = ["sweep_matched", "1", "2.000", "[1.500, 2.500]", "1.250", "0.8750", "0.1250", "0.0625", "-1.500", "-2.500", "0"]
     assert page.tables["Steering", "By lambda"][-1] == last
     assert page.figures["Steering", "AQI after each block"] == {
@@ -260,7 +259,8 @@ def test_a_sweeps_own_folder(tmp_path, no_pngs):
     """Two sweeps of different vectors in one chart, without their spectra."""
     folders = [write_steering(tmp_path / name) / "sweep_matched" for name in ("a", "b")]
     _, page = show(tmp_path, *folders)
-    assert page.figures["Steering", "AQI, Privacy"] == {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}
+    shown = page.figures["Steering", "AQI, Privacy"]
+    assert shown.items() >= {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}.items() and len(shown) == 2 * 3
     assert ("Steering", "Effective rank") not in page.figures
 
 

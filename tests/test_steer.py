@@ -291,7 +291,7 @@ def swept(lab):
 
 
 def test_a_sweep_writes_its_report_and_plots(lab, swept):
-    assert {"rows", "warnings", "inputs", "verdicts", "control", "shifts", "profile", "behaviour", "errors"} <= swept.keys()
+    assert {"rows", "warnings", "inputs", "verdicts", "shifts", "profile", "behaviour", "errors"} <= swept.keys()
     with open(lab / "swept/aqi.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(swept["rows"]) == 2 * 5 * 3  # steered and control, lambdas, two axioms and overall
@@ -404,6 +404,14 @@ def test_per_run_warns_about_its_scales(lab, capsys):
     out = capsys.readouterr().out
     assert "puts each of the 2 runs on its own scale" in out and "CHI and XB of two clusters are one statistic" in out
     assert {row["normalize"] for row in report["rows"]} == {"per_run"}
+
+
+def test_all_indices(lab, capsys):
+    """In the table, the csv and the json, of steered and control rows alike."""
+    report = sweep(lab, "indices", "--all-indices", "--lambdas", "0,1")
+    assert all(-1 <= row["silhouette"] <= 1 and 0 <= row["probe_auc"] <= 1 and row["dunn"] > 0 for row in report["rows"])
+    printed, written = capsys.readouterr().out, (lab / "indices/aqi.csv").read_text()
+    assert all(name in printed and name in written for name in steer.aqi.EXTRA)
 
 
 @pytest.mark.slow
