@@ -112,27 +112,37 @@ def plain_document(text, tokenizer, max_seq_len):
 def text_pairs(source, count, tokenizer, template, max_seq_len):
     """{"chosen": documents, "rejected": documents} of the first `count` usable rows of a preference source.
 
-    template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations rendered by it.
+    template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations rendered by it. Then a pair of
+    which a side has no answer in its first max_seq_len tokens is left out, as in DPO.
     """
     rows = open_source(source)
     columns, convert = find_schema(source, rows, SIDES)
-    documents = {side: [] for side in SIDES}
+    documents, unanswered = {side: [] for side in SIDES}, 0
     for row in rows.select_columns(columns):
         conversations = convert(row)
         if isinstance(conversations, str):  # the reason why this row is no pair
             continue
-        for side, messages in zip(SIDES, conversations, strict=True):
-            if template is not None:
-                document = encode_chat(messages, tokenizer, template, max_seq_len)
-            elif isinstance(row.get(side), str) and "prompt" not in row:
-                document = plain_document(row[side], tokenizer, max_seq_len)
-            else:
-                how = "expected a template to render them with (extract: --template; validate: of the pair, in configs/pairs.py)"
-                raise ValueError(f"texts {source!r}: rows are no transcripts; {how}")
+        if template is not None:
+            pair = [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
+        elif "prompt" not in row and all(isinstance(row.get(side), str) for side in SIDES):
+            pair = [plain_document(row[side], tokenizer, max_seq_len) for side in SIDES]
+        else:
+            how = "expected a template to render them with (extract: --template; validate: of the pair, in configs/pairs.py)"
+            raise ValueError(f"texts {source!r}: rows are no transcripts; {how}")
+        if not all(any(mask) for _, mask in pair):
+            unanswered += 1
+            continue
+        for side, document in zip(SIDES, pair, strict=True):
             documents[side].append(tuple(np.asarray(column) for column in document))
         if len(documents["chosen"]) == count:
-            return documents
-    raise ValueError(f"texts {source!r}: {len(documents['chosen'])} usable pairs; expected {count} (--mode, or --count)")
+            break
+    left_out = f"{unanswered} pairs left out, without an answer in the first {max_seq_len} tokens"
+    if len(documents["chosen"]) < count:
+        found = f"{len(documents['chosen'])} usable pairs, {left_out}"
+        raise ValueError(f"texts {source!r}: {found}; expected {count} (--mode, or --count; --max-seq-len)")
+    if unanswered:
+        print(f"texts {source!r}: {left_out}")
+    return documents
 
 
 def hash_documents(documents):
@@ -326,7 +336,11 @@ def print_spectrum(args):
 def print_generations(args):
     """Greedy or sampled answers side by side: lambda >= 0 on the SFT model, below 0 on the DPO model."""
     vector = Vector.load(args.folder)
-    prompts = [args.prompt] if args.prompt else Path(args.prompts).read_text().splitlines()
+    prompts = [args.prompt] if args.prompt is not None else Path(args.prompts).read_text().splitlines()
+    if not prompts:
+        raise ValueError(f"prompts={args.prompts!r}: an empty file; expected one prompt a line")
+    if args.temperature < 0:
+        raise ValueError(f"temperature={args.temperature}: expected 0 (greedy) or more")
     answers = {}
     for name, strengths in (("sft", [x for x in args.lambdas if x >= 0]), ("dpo", [x for x in args.lambdas if x < 0])):
         if not strengths:
@@ -602,9 +616,12 @@ def _compare(reports, args):
 
 def _lambdas(text):
     try:
-        return [float(part) for part in text.split(",")]
+        lambdas = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers separated by commas") from error
+    if not np.isfinite(lambdas).all():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected finite numbers")
+    return lambdas
 
 
 def parse(argv):

@@ -12,6 +12,7 @@ import torch
 
 from indices import OVERALL, SEED, two_cluster_indices
 
+FEWEST = 5  # texts of a label, of which a change may be called one: of 60 simulated curves without any, 22 alarms at 2, 1 at 3, 0 at 5
 BLOCK = 100  # resamples at a time: (100, 2A, D) sums, 23 MB at A = 7 and D = 4,096
 
 
@@ -32,6 +33,7 @@ class Curve:
     estimate: torch.Tensor  # (K, A + 1) float64
     draws: torch.Tensor  # (R, K, A + 1) float64
     axioms: list[str]  # (A,)
+    texts: list[int]  # (A + 1,) of the rarer label
 
     def index(self, category):
         names = [*self.axioms, OVERALL]
@@ -105,14 +107,19 @@ def _curve(embeddings, axiom, label, axioms, draws, seed, draw_weights, totals):
         drawn.append(torch.cat([_separation(sizes.to(states), totals(w, states, sizes)) for w in weights]).double())
     if len(estimates) < 2:
         raise ValueError(f"curve: {len(estimates)} lambdas; expected at least two")
-    return Curve(torch.stack(estimates), torch.stack(drawn, 1), list(axioms))
+    rarer = torch.cat([sizes, sizes.sum(0, keepdim=True)]).amin(1)
+    return Curve(torch.stack(estimates), torch.stack(drawn, 1), list(axioms), rarer.tolist())
 
 
 def _separation(n, totals):
-    """n (A, 2), totals (r, A, 2, D + 1) -> (r, A + 1) per cent of variance that the label explains beyond chance."""
+    """n (A, 2), totals (r, A, 2, D + 1) -> (r, A + 1) per cent of variance that the label explains beyond chance.
+
+    100 (1 - (1 - eta^2) (n - 1) / (n - 2)): aqi.score's formula, also where a resample drew one text of each label over and over and CHI is
+    infinite (100), or two texts that are the same (0: there is nothing to explain).
+    """
     n, totals = torch.cat([n, n.sum(0, keepdim=True)]), torch.cat([totals, totals.sum(1, keepdim=True)], 1)
     indices = two_cluster_indices(n, totals[..., :-1], totals[..., -1])
-    return 100 * (indices["chi"] - 1) / (indices["chi"] + indices["n"] - 2)
+    return (100 * (1 - (1 - indices["eta2"]) * (indices["n"] - 1) / (indices["n"] - 2))).nan_to_num(0.0)
 
 
 def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05):
@@ -126,7 +133,8 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05):
         erratic   anything else: significant moves in both directions, or one that the ends do not share.
     Rising and falling must also survive the nulls that are given, or become flat: control (a Curve along a random direction of equal norm,
     same texts and seed) must change less in that direction, by a paired interval of the same level; permuted (see `permute`): the higher
-    end must lie above the 1 - level quantile of meaningless labels. Both can only take an alarm away.
+    end must lie above the 1 - level quantile of meaningless labels. Both can only take an alarm away, as does a label of fewer
+    than FEWEST texts.
 
     Measured: at most 1.75 % false alarms; see `simulate`.
     """
@@ -142,7 +150,9 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05):
     end_low, end_high = _end_interval(estimate, draws, level)
     direction = int(up.any() and not down.any() and end_low > 0) - int(down.any() and not up.any() and end_high < 0)
     verdict = {1: "rising", -1: "falling"}.get(direction, "erratic" if (up | down).any() else "flat")
-    reasons = []
+    reasons, texts = [], curve.texts[curve.index(category)]
+    if texts < FEWEST:
+        reasons.append(f"{texts} texts of one label are too few: expected {FEWEST}")
     if direction and control is not None:
         beyond = _end_interval(estimate - control.column(category)[0], draws - control.column(category)[1], level)
         if not min(direction * beyond[0], direction * beyond[1]) > 0:

@@ -205,7 +205,7 @@ def test_another_shape_is_refused(lab):
 
 
 def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
-    with pytest.raises(ValueError, match="12 usable pairs; expected 125"):
+    with pytest.raises(ValueError, match="12 usable pairs, 0 pairs left out, .*; expected 125"):
         extract(lab, "none", "--count", "100")
     rows = [{"prompt": "help", "chosen": "good cat", "rejected": "bad dog"}] * 10
     write_rows(lab / "plain.jsonl", rows)
@@ -280,6 +280,25 @@ def test_generations_side_by_side(lab, capsys):
     assert line in out[0]
     with pytest.raises(SystemExit):
         steer.main(["generate", f"{lab}/steer", *SHORT])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--prompts", "{lab}/empty.txt"), "prompts='.*empty.txt': an empty file; expected one prompt a line"),
+        (("--prompt", "", "--temperature", "-1"), "temperature=-1.0: expected 0"),
+    ],
+)
+def test_generations_that_cannot_be(lab, argv, message):
+    (lab / "empty.txt").touch()
+    with pytest.raises(ValueError, match=message):
+        steer.main(["generate", f"{lab}/steer", "--layers", "1", *SHORT, *(x.format(lab=lab) for x in argv)])
+
+
+def test_lambdas_are_finite(lab, capsys):
+    with pytest.raises(SystemExit):
+        steer.main(["generate", f"{lab}/steer", "--prompt", "", "--lambdas=nan,1", "--layers", "1"])
+    assert "'nan,1': expected finite numbers" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- sweep
@@ -364,7 +383,7 @@ def test_lambdas_without_zero(lab, swept):
     assert {row["lambda"] for row in report["profile"]} == {0, 1}
 
 
-@pytest.mark.parametrize("lambdas", ("1", "1,0", "0,0", "0,nan"))
+@pytest.mark.parametrize("lambdas", ("1", "1,0", "0,0"))
 def test_lambdas_that_make_no_curve_are_refused(lab, lambdas):
     with pytest.raises(ValueError, match="lambdas=.*expected two or more, ascending"):
         sweep(lab, "none", "--lambdas", lambdas)
@@ -397,6 +416,18 @@ def test_changed_texts_are_refused(lab):
     (lab / "edited.jsonl").write_text("\n".join(rows[1:]) + "\n")
     with pytest.raises(ValueError, match="not the token ids of the vector in .*edited; expected the file unchanged"):
         sweep(lab, "none", folder="edited")
+
+
+def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
+    """As in DPO: under a template, a side that is cut before its answer leaves nothing to read."""
+    tokenizer = Tokenizer.from_dir(lab / "sft")
+    rows = [{"prompt": "good " * length, "chosen": "yes", "rejected": "no"} for length in (1, 200, 2, 3)]
+    write_rows(lab / "long.jsonl", rows)
+    found = steer.text_pairs(f"{lab}/long.jsonl", 3, tokenizer, "tulu", 64)
+    assert "long.jsonl': 1 pairs left out, without an answer in the first 64 tokens" in capsys.readouterr().out
+    assert [len(found[side]) for side in steer.SIDES] == [3, 3] and all(mask.any() for side in steer.SIDES for _, mask in found[side])
+    with pytest.raises(ValueError, match="3 usable pairs, 1 pairs left out, .*; expected 4"):
+        steer.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
 
 
 def test_per_run_warns_about_its_scales(lab, capsys):

@@ -1,5 +1,6 @@
 """verdict.py: resampled moments against plain recomputation, verdicts on curves whose truth is known, false alarms and power."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,22 @@ def test_verdicts(gaps, expected):
 def test_identical_states_are_flat():
     result = judge(bootstrap(*steered((1.0, 1.0, 1.0)), draws=50))
     assert result["verdict"] == "flat" and result["change"] == 0 and result["change_interval"] == [0, 0]
+
+
+@pytest.mark.parametrize("per_group, verdict", [(2, "flat"), (4, "flat"), (5, "rising")])
+def test_few_texts_are_never_called_a_change(per_group, verdict):
+    """All numbers are finite where a resample draws one text of each label over and over."""
+    curve = bootstrap(*steered((1.0, 20.0, 100.0), per_group=per_group), draws=300)
+    assert curve.draws.isfinite().all() and curve.texts == [per_group] * 3 + [3 * per_group]
+    found = judge(curve, category="a")
+    assert found["verdict"] == verdict and np.isfinite([*found["change_interval"], *found["low"], *found["high"]]).all()
+    assert found["because"] == ([f"{per_group} texts of one label are too few: expected 5"] if verdict == "flat" else [])
+
+
+def test_equal_texts_have_nothing_to_explain():
+    X, axiom, label, names = steered((0.0, 0.0), per_group=2)
+    same = [torch.zeros_like(x) for x in X]
+    assert bootstrap(same, axiom, label, names, draws=20).draws.eq(0).all()
 
 
 def test_a_random_direction_that_does_as_much_takes_the_verdict_back():
