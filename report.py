@@ -72,7 +72,8 @@ def training_charts(names, runs):
             if run.last(metric) is not None
         ]
         if lines:
-            unit, windows = unit or " or ".join(sorted(units[title])), {line.smooth for line in lines} - {1}
+            unit = unit or " or ".join(sorted(units[title]))
+            windows = {line.smooth for line in lines} - {1}
             unit += f"; mean of the last {' or '.join(map(str, sorted(windows)))} steps" if windows else ""
             levels = {run.config["max_grad_norm"] for run in runs} - {None} if title == "Gradient norm" else ()
             charts.append(Chart(title, unit, "step", lines, tuple(levels)))
@@ -80,7 +81,8 @@ def training_charts(names, runs):
 
 
 def _metric_line(name, colour, run, metric, noisy):
-    (steps, values), (_, halves) = run.points(metric), run.points(f"{metric}_ci95")
+    steps, values = run.points(metric)
+    _, halves = run.points(f"{metric}_ci95")
     low, high = [v - half for v, half in zip(values, halves)], [v + half for v, half in zip(values, halves)]
     note = f"clipped in {run.clipped():,} of {len(steps):,} steps" if metric == "grad_norm" else ""
     smooth = max(1, len(steps) // SMOOTHING) if noisy else 1
@@ -224,7 +226,8 @@ def effect_charts(sweeps):
         both = zip(sweep["profile"][:half], sweep["profile"][half:], strict=True)
         overall = sweep["verdicts"][0]["category"]
         profiles.append((name, [b | {"unsteered": a["aqi"]} for a, b in both if b["category"] == overall]))
-    directions, texts = {"along": "achieved", "beside": "off_axis"}, {"chosen": "logp_chosen", "rejected": "logp_rejected"}
+    directions = {"along": "achieved", "beside": "off_axis"}
+    texts = {"chosen": "logp_chosen", "rejected": "logp_rejected"}
     ends = {"at the last lambda": "aqi", "unsteered": "unsteered"}
     return [
         row_chart("Shift of the mean state", "in |v|; along v it should be lambda", "lambda", shifts, directions),

@@ -101,7 +101,8 @@ def _curve(embeddings, axiom, label, axioms, draws, seed, draw_weights, totals):
         states = torch.cat([states, states.square().sum(1, keepdim=True)], 1)  # the sum of squares comes with the same product
         sums = torch.stack([x.sum(0) for x in states.split(sizes.flatten().tolist())]).view(1, len(axioms), 2, -1)
         estimates.append(_separation(sizes.to(sums), sums)[0])
-        states, generator = states.float(), torch.Generator().manual_seed(seed)  # the same resamples at every lambda
+        states = states.float()
+        generator = torch.Generator().manual_seed(seed)  # the same resamples at every lambda
         blocks = [min(BLOCK, draws - done) for done in range(0, draws, BLOCK)]
         weights = (draw_weights(generator, sizes, block).to(states) for block in blocks)
         drawn.append(torch.cat([_separation(sizes.to(states), totals(w, states, sizes)) for w in weights]).double())
@@ -204,7 +205,8 @@ def simulate(effect, trials=200, texts=100, axioms=7, dims=32, separation=1.0, l
     generator = torch.Generator().manual_seed(seed)
     names, half = [str(a) for a in range(axioms)], 2 * texts
     axiom, label = torch.arange(axioms).repeat_interleave(half), torch.arange(half).div(texts, rounding_mode="floor").repeat(axioms)
-    scale, counts = torch.linspace(2, 0.2, dims), Counter()
+    scale = torch.linspace(2, 0.2, dims)
+    counts = Counter()
 
     def noise():
         z = torch.randn(len(axiom), dims, generator=generator)

@@ -199,13 +199,13 @@ def compute_width(config):
 
 
 def forward_seconds(work, gpu):
-    """Of a forward pass without gradients, on one GPU."""
+    """Seconds of a forward pass without gradients, on one GPU."""
     rate = gpu.tflops * 1e12 * MATMUL
     return (work.flops - work.attention) / (rate * FORWARD) + work.slow_attention / (rate * ATTENTION)
 
 
 def training_seconds(work, model, config, gpu):
-    """Of forward and backward, on one GPU."""
+    """Seconds of forward and backward, on one GPU."""
     rate, matmuls = gpu.tflops * 1e12 * MATMUL, work.flops - work.attention
     matmuls_trained = training_flops(model, matmuls, work.tokens) / (rate * (LORA if config.lora_rank else FULL))
     attention = 3.5 * work.slow_attention / (rate * ATTENTION)  # backward: five products to forward's two, under LoRA too
@@ -215,7 +215,7 @@ def training_seconds(work, model, config, gpu):
 
 
 def optimizer_seconds(config, sizes, count, gpu):
-    """Of one AdamW step: every byte of weights and moments is read and written, the gradients are read twice (norm, update)."""
+    """Seconds of one AdamW step: every byte of weights and moments is read and written, the gradients are read twice (norm, update)."""
     state = state_bytes(config, sizes, count)
     kept = sum(state.values()) - state.get("frozen weights", 0) - state["gradients"]
     return (2 * kept + 2 * state["gradients"]) / (gpu.tb_s * 1e12 * OPTIMIZER)

@@ -27,9 +27,11 @@ def card(run_dir):
     run = read(run_dir)
     stage = run.manifest["stage"]
     configs = _lineage(run.config)
-    base, sources = configs[-1]["model_path"], [name for config in reversed(configs) for name in config["data"]]
+    base = configs[-1]["model_path"]
+    sources = [name for config in reversed(configs) for name in config["data"]]
     decisive = {field.name: run.config[field.name] for field in dataclasses.fields(SECTIONS[stage]) if field.metadata["identity"]}
-    name, steps = "/".join(Path(run_dir).absolute().parts[-2:]), run.points("loss")[0][-1]
+    name = "/".join(Path(run_dir).absolute().parts[-2:])
+    steps = run.points("loss")[0][-1]
     parts = [
         _front_matter(base, sources, [stage, *(["lora"] if run.config["lora_rank"] else []), "glassbox"]),
         f"# {name}\n\n{WHAT[stage]} of `{run.config['model_path']}` on {', '.join(f'`{source}`' for source in run.config['data'])}, "

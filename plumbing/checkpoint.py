@@ -47,9 +47,13 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir, keep_last, identity, fresh=False):
-        self.run_dir, self.folder, self.keep_last, self.fresh = Path(run_dir), Path(run_dir) / "checkpoints", keep_last, fresh
+        self.run_dir = Path(run_dir)
+        self.folder = self.run_dir / "checkpoints"
+        self.keep_last, self.fresh = keep_last, fresh
         self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
-        self._writer, self._pending, self._finished_step = ThreadPoolExecutor(max_workers=1), None, None
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._pending = None  # the save that is being written
+        self._finished_step = None
         if dist.get_rank() == 0:
             for path in self.folder.glob("*step_*"):
                 if fresh or not (path / "COMPLETED").exists():  # what a kill left behind

@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def microbatches(self):
-        """Of one step on one GPU, at the mean."""
+        """Micro-batches of a step on one GPU, at the mean."""
         step = self.train.tokens / self.train.examples * min(self.config.global_batch_size, self.train.examples)
         return step / (self.count * self.config.tokens_per_microbatch)
 
@@ -193,7 +193,7 @@ class Plan:
 
     @property
     def gib(self):
-        """Of one GPU, CUDA's own included."""
+        """GiB on one GPU, CUDA's own included."""
         return sum(self.peak[1].values()) / GIB + CONTEXT_GIB
 
     @property

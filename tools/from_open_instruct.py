@@ -21,7 +21,9 @@ class Translation:
 
     def __init__(self, given, stage):
         self.given, self.stage = dict(given), stage
-        self.values, self.differs, self.unused, self.asked, self.per_device = {"precision": "bf16"}, [], [], {}, None
+        self.values = {"precision": "bf16"}
+        self.differs, self.unused, self.asked = [], [], {}
+        self.per_device = None
         self.problems = [problem for key, value in given.items() for problem in theirs.unparsed(key, value)]
         self.defaults = theirs.DEFAULTS | (theirs.DEFAULTS_SFT if stage == "sft" else {})
 
