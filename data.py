@@ -291,8 +291,9 @@ def open_source(name: str) -> datasets.Dataset:
         is_quiet = not datasets.are_progress_bars_disabled() and Path(path).stat().st_size < 1 << 30  # under 5 s: no bar
         if is_quiet:
             datasets.disable_progress_bars()
+        options = {"on_mixed_types": None} if READERS[suffix] == "json" else {}  # a key that some rows or messages lack is null there
         try:
-            return datasets.load_dataset(READERS[suffix], data_files=path, split="train")
+            return datasets.load_dataset(READERS[suffix], data_files=path, split="train", **options)
         except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
             raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
         finally:
@@ -307,6 +308,8 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
     wanted = hub.dataset_commit(name)
     try:
         builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
+        if hasattr(builder.config, "on_mixed_types"):  # json: as of a local file
+            builder.config.on_mixed_types = None
         builder.download_and_prepare()
     except hub.ERRORS as error:
         raise ValueError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
@@ -477,7 +480,7 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
     for name, amount in data.items():
         rows = open_source(name)
         columns, convert = find_schema(name, rows, sides)
-        sources.append((name, rows.select_columns(columns).with_format("arrow"), mixture_rows(len(rows), amount), convert))
+        sources.append((name, rows.select_columns(columns), mixture_rows(len(rows), amount), convert))
     folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
     if not _is_intact(folder, log):
         columns, stats = _tokenise(sources, sides, tokenizer, settings)
@@ -493,7 +496,7 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
 
 
 def _chunks(rows: datasets.Dataset, numbers: np.ndarray):
-    """(row numbers, pyarrow table of those rows), CHUNK at a time."""
+    """(row numbers, those rows in the format of `rows`), CHUNK at a time."""
     for first in range(0, len(numbers), CHUNK):
         picked = numbers[first : first + CHUNK]
         yield picked, rows[picked]
@@ -505,7 +508,7 @@ def _cache_key(sources, sides, tokenizer: Tokenizer, settings: dict) -> str:
     digest = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
     for name, rows, numbers, _ in sources:
         digest.update(json.dumps([name, len(numbers)]).encode() + numbers.tobytes())
-        for _, table in tqdm(_chunks(rows, numbers), "hashing rows", math.ceil(len(numbers) / CHUNK), delay=5):
+        for _, table in tqdm(_chunks(rows.with_format("arrow"), numbers), "hashing rows", math.ceil(len(numbers) / CHUNK), delay=5):
             for batch in table.combine_chunks().to_batches():
                 digest.update(batch.serialize())
     return digest.hexdigest()
@@ -519,8 +522,9 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
     counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0, equal=0)
     with tqdm(total=sum(len(numbers) for _, _, numbers, _ in sources), desc="tokenising", unit=" rows") as progress:
         for name, rows, picked, convert in sources:
-            for numbers, table in _chunks(rows, picked):
-                conversations = _render_rows(name, numbers, table.to_pylist(), convert, sides, tokenizer, settings["template"])
+            for numbers, columns in _chunks(rows.with_format(None), picked):  # decoded, where a column is stored as JSON
+                chats = [dict(zip(columns, row)) for row in zip(*columns.values())]
+                conversations = _render_rows(name, numbers, chats, convert, sides, tokenizer, settings["template"])
                 for number, row in zip(numbers, _encode_rows(conversations, tokenizer, settings, counts)):
                     if isinstance(row, str):
                         dropped[row] += 1
