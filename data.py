@@ -231,6 +231,14 @@ def _exchanges(prompt: str, answers: list[str]) -> list[list[dict]]:
     return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers]
 
 
+def _dialogues(row: dict) -> list[list[dict]]:
+    for side in ("chosen", "rejected"):
+        is_user = [isinstance(message, dict) and message.get("role") == "user" for message in row[side] or ()]
+        if row.get("prompt") and is_user and not any(is_user):
+            raise ValueError(f"{side} has no user message; expected chosen and rejected to repeat the prompt")
+    return [row["chosen"], row["rejected"]]
+
+
 def _pku(row: dict) -> list[list[dict]] | str:
     is_safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
     if is_safe.count(True) != 1:
@@ -245,8 +253,7 @@ NoneType = type(None)
 SCHEMAS = (
     ("messages", {"messages": list}, lambda row: [row["messages"]]),
     # Not with a list as prompt: then nothing says whether chosen repeats it.
-    ("chosen, rejected: message lists", {"chosen": list, "rejected": list, "prompt": (str, NoneType)},
-     lambda row: [row["chosen"], row["rejected"]]),
+    ("chosen, rejected: message lists", {"chosen": list, "rejected": list, "prompt": (str, NoneType)}, _dialogues),
     ("prompt, chosen, rejected: strings", {"prompt": str, "chosen": str, "rejected": str},
      lambda row: _exchanges(row["prompt"], [row["chosen"], row["rejected"]])),
     ("chosen, rejected: hh-rlhf transcripts", {"chosen": str, "rejected": str},

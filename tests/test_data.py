@@ -413,6 +413,14 @@ def test_a_bad_row_is_named_by_source_and_number(tokenizer, config):
         data.load_preferences(config, tokenizer)
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_prompt_that_an_answer_does_not_repeat_is_refused(tokenizer, config, side):
+    rows = [ROWS["message lists"], ROWS["message lists"] | {side: chat("Hi", "yo")[1:]}]
+    config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"row 1: {side} has no user message; expected chosen and rejected to repeat the prompt"):
+        data.load_preferences(config, tokenizer)
+
+
 def never(*_):
     raise AssertionError("tokenised although it is cached")
 
