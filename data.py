@@ -487,7 +487,10 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
     for name, amount in data.items():
         rows = open_source(name)
         columns, convert = find_schema(name, rows, sides)
-        sources.append((name, rows.select_columns(columns), mixture_rows(len(rows), amount), convert))
+        numbers = mixture_rows(len(rows), amount)
+        if len(numbers) == 0:
+            raise ValueError(f"{key} {name!r}: {amount} of {len(rows):,} rows is less than one; expected a larger fraction, or a count")
+        sources.append((name, rows.select_columns(columns), numbers, convert))
     folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
     if not _is_intact(folder, log):
         columns, stats = _tokenise(sources, sides, tokenizer, settings)

@@ -421,6 +421,13 @@ def test_a_prompt_that_an_answer_does_not_repeat_is_refused(tokenizer, config, s
         data.load_preferences(config, tokenizer)
 
 
+def test_a_source_of_which_no_row_is_left_is_refused(tokenizer, config, tmp_path):
+    (tmp_path / "few.jsonl").write_text(json.dumps({"messages": PAIR[0]}) + "\n")
+    config.data |= {f"{tmp_path}/few.jsonl": 0.9}
+    with pytest.raises(ValueError, match="data '.*few.jsonl': 0.9 of 1 rows is less than one; expected a larger fraction, or a count"):
+        data.load_sft(config, tokenizer)
+
+
 def never(*_):
     raise AssertionError("tokenised although it is cached")
 
