@@ -66,10 +66,15 @@ def supervised(encoded):
 
 
 def test_the_tokenizer_reads_special_tokens_and_adds_none(tokenizer):
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (0, 1, None, 286)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 286)
     # Hi, eot, " you": no BOS although the file's post-processor asks for one
     assert tokenizer.encode("Hi<|eot_id|> you") == [281, 4, 285]
     assert tokenizer.decode([281, 4, 285]) == "Hi<|eot_id|> you"
+
+
+def test_a_padding_token_is_not_asked_for(tmp_path):
+    """Nothing is padded here, and some models name one that tokenizer.json lacks."""
+    assert write_tokenizer(tmp_path, pad_token="<pad>").eos_id == 1
 
 
 # The conversation of the next test: system "u", user "Hi", assistant " you", user "Hi", assistant "\nHi". A tuple is supervised.
