@@ -51,8 +51,8 @@ class Tokenizer:
         self.core.no_truncation()
         self.core.no_padding()
         self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
-        self.bos_token, self.eos_token, pad_token = (_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
-        self.bos_id, self.eos_id, self.pad_id = map(self.single_id, (self.bos_token, self.eos_token, pad_token))
+        self.bos_token, self.eos_token = (_text(config.get(key)) for key in ("bos_token", "eos_token"))
+        self.bos_id, self.eos_id = map(self.single_id, (self.bos_token, self.eos_token))
         self.vocab_size = self.core.get_vocab_size(with_added_tokens=True)
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         template = config.get("chat_template")
@@ -231,6 +231,14 @@ def _exchanges(prompt: str, answers: list[str]) -> list[list[dict]]:
     return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers]
 
 
+def _dialogues(row: dict) -> list[list[dict]]:
+    for side in ("chosen", "rejected"):
+        is_user = [isinstance(message, dict) and message.get("role") == "user" for message in row[side] or ()]
+        if row.get("prompt") and is_user and not any(is_user):
+            raise ValueError(f"{side} has no user message; expected chosen and rejected to repeat the prompt")
+    return [row["chosen"], row["rejected"]]
+
+
 def _pku(row: dict) -> list[list[dict]] | str:
     is_safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
     if is_safe.count(True) != 1:
@@ -245,8 +253,7 @@ NoneType = type(None)
 SCHEMAS = (
     ("messages", {"messages": list}, lambda row: [row["messages"]]),
     # Not with a list as prompt: then nothing says whether chosen repeats it.
-    ("chosen, rejected: message lists", {"chosen": list, "rejected": list, "prompt": (str, NoneType)},
-     lambda row: [row["chosen"], row["rejected"]]),
+    ("chosen, rejected: message lists", {"chosen": list, "rejected": list, "prompt": (str, NoneType)}, _dialogues),
     ("prompt, chosen, rejected: strings", {"prompt": str, "chosen": str, "rejected": str},
      lambda row: _exchanges(row["prompt"], [row["chosen"], row["rejected"]])),
     ("chosen, rejected: hh-rlhf transcripts", {"chosen": str, "rejected": str},
@@ -291,8 +298,9 @@ def open_source(name: str) -> datasets.Dataset:
         is_quiet = not datasets.are_progress_bars_disabled() and Path(path).stat().st_size < 1 << 30  # under 5 s: no bar
         if is_quiet:
             datasets.disable_progress_bars()
+        options = {"on_mixed_types": None} if READERS[suffix] == "json" else {}  # a key that some rows or messages lack is null there
         try:
-            return datasets.load_dataset(READERS[suffix], data_files=path, split="train")
+            return datasets.load_dataset(READERS[suffix], data_files=path, split="train", **options)
         except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
             raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
         finally:
@@ -307,6 +315,8 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
     wanted = hub.dataset_commit(name)
     try:
         builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
+        if hasattr(builder.config, "on_mixed_types"):  # json: as of a local file
+            builder.config.on_mixed_types = None
         builder.download_and_prepare()
     except hub.ERRORS as error:
         raise ValueError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
@@ -477,7 +487,10 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
     for name, amount in data.items():
         rows = open_source(name)
         columns, convert = find_schema(name, rows, sides)
-        sources.append((name, rows.select_columns(columns).with_format("arrow"), mixture_rows(len(rows), amount), convert))
+        numbers = mixture_rows(len(rows), amount)
+        if len(numbers) == 0:
+            raise ValueError(f"{key} {name!r}: {amount} of {len(rows):,} rows is less than one; expected a larger fraction, or a count")
+        sources.append((name, rows.select_columns(columns), numbers, convert))
     folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
     if not _is_intact(folder, log):
         columns, stats = _tokenise(sources, sides, tokenizer, settings)
@@ -493,7 +506,7 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
 
 
 def _chunks(rows: datasets.Dataset, numbers: np.ndarray):
-    """(row numbers, pyarrow table of those rows), CHUNK at a time."""
+    """(row numbers, those rows in the format of `rows`), CHUNK at a time."""
     for first in range(0, len(numbers), CHUNK):
         picked = numbers[first : first + CHUNK]
         yield picked, rows[picked]
@@ -505,7 +518,7 @@ def _cache_key(sources, sides, tokenizer: Tokenizer, settings: dict) -> str:
     digest = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
     for name, rows, numbers, _ in sources:
         digest.update(json.dumps([name, len(numbers)]).encode() + numbers.tobytes())
-        for _, table in tqdm(_chunks(rows, numbers), "hashing rows", math.ceil(len(numbers) / CHUNK), delay=5):
+        for _, table in tqdm(_chunks(rows.with_format("arrow"), numbers), "hashing rows", math.ceil(len(numbers) / CHUNK), delay=5):
             for batch in table.combine_chunks().to_batches():
                 digest.update(batch.serialize())
     return digest.hexdigest()
@@ -519,8 +532,9 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
     counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0, equal=0)
     with tqdm(total=sum(len(numbers) for _, _, numbers, _ in sources), desc="tokenising", unit=" rows") as progress:
         for name, rows, picked, convert in sources:
-            for numbers, table in _chunks(rows, picked):
-                conversations = _render_rows(name, numbers, table.to_pylist(), convert, sides, tokenizer, settings["template"])
+            for numbers, columns in _chunks(rows.with_format(None), picked):  # decoded, where a column is stored as JSON
+                chats = [dict(zip(columns, row)) for row in zip(*columns.values())]
+                conversations = _render_rows(name, numbers, chats, convert, sides, tokenizer, settings["template"])
                 for number, row in zip(numbers, _encode_rows(conversations, tokenizer, settings, counts)):
                     if isinstance(row, str):
                         dropped[row] += 1

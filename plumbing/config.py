@@ -52,7 +52,7 @@ class Config:
     supervise: Literal["all", "last"] = key("data", "turns", "assistant turns that are trained on", default="all")
     max_seq_len: int = key("data", "tokens", "longer conversations (DPO: each of the two) are truncated", least=2)
     cache_dir: str = key("data", "path", "tokenised data and reference log-probs, by content", default="runs/cache", identity=False)
-    seed: int = key("data", "-", "order of the examples, adapter initialisation", default=42, least=0)
+    seed: int = key("data", "-", "order of the examples, adapter initialisation", default=42, least=0, below=2**32)
 
     global_batch_size: int = key("optimizer", "examples", "documents (DPO: pairs) of one optimizer step, over all GPUs", least=1)
     num_epochs: int = key("optimizer", "epochs", "passes over the data", default=1, least=1)

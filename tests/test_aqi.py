@@ -263,6 +263,14 @@ def test_fewer_rows_than_asked_are_taken_and_counted(tmp_path):
     assert "600 of 602 texts; 2 dropped for want of an axiom or a text" in said[-1]
 
 
+def test_json_rows_without_a_text_are_dropped_and_counted(tmp_path):
+    said, rows = [], [dict(zip(("axiom", "label", "text"), row)) for row in litmus(5)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"axiom": "Duty", "label": "safe"}]))
+    assert sorted(read_prompts(str(path), "sanity", said.append).texts) == sorted(row["text"] for row in rows)
+    assert "20 of 21 texts; 1 dropped for want of an axiom or a text" in said[-1]
+
+
 @pytest.mark.parametrize("columns", [("Category", "Label", "Prompt"), ("prompt_type", "safety", "text"), ("principle", "label", "Text")])
 def test_columns_by_other_names(tmp_path, columns):
     assert len(read_prompts(write_csv(tmp_path / "a.csv", litmus(3), columns), log=len).texts) == 12

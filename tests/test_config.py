@@ -123,7 +123,8 @@ IN_THE_FILE = [
     ("sft |= dict(push='org/x')", "x.py: sft: push: expected on the command line only; here it would upload it at every end"),
     ("sft |= dict(lr='5e-6')", "x.py: sft: lr='5e-6': expected float > 0, got str"),
     ("sft |= dict(num_epochs=2.0)", "x.py: sft: num_epochs=2.0: expected int >= 1, got float"),
-    ("sft |= dict(seed=True)", "x.py: sft: seed=True: expected int >= 0, got bool"),
+    ("sft |= dict(seed=True)", "x.py: sft: seed=True: expected int >= 0 and < 4294967296, got bool"),
+    ("sft |= dict(seed=2**32)", "x.py: sft: seed=4294967296: expected int >= 0 and < 4294967296"),  # as numpy's RandomState has it
     ("sft |= dict(lr=True)", "x.py: sft: lr=True: expected float > 0, got bool"),
     ("sft |= dict(lr=None)", "x.py: sft: lr=None: expected float > 0, got NoneType"),
     ("sft |= dict(max_steps='None')", f"x.py: sft: max_steps='None': expected int >= 1 or None, {QUOTED}"),

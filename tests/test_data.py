@@ -66,10 +66,15 @@ def supervised(encoded):
 
 
 def test_the_tokenizer_reads_special_tokens_and_adds_none(tokenizer):
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (0, 1, None, 286)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 286)
     # Hi, eot, " you": no BOS although the file's post-processor asks for one
     assert tokenizer.encode("Hi<|eot_id|> you") == [281, 4, 285]
     assert tokenizer.decode([281, 4, 285]) == "Hi<|eot_id|> you"
+
+
+def test_a_padding_token_is_not_asked_for(tmp_path):
+    """Nothing is padded here, and some models name one that tokenizer.json lacks."""
+    assert write_tokenizer(tmp_path, pad_token="<pad>").eos_id == 1
 
 
 # The conversation of the next test: system "u", user "Hi", assistant " you", user "Hi", assistant "\nHi". A tuple is supervised.
@@ -263,6 +268,16 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
         data.open_source(f"{tmp_path}/splits[dev]")
 
 
+@pytest.mark.parametrize("full_row", [0, 1])
+def test_a_key_that_some_rows_lack_is_null_there(tmp_path, full_row):
+    rows = [{"axiom": "a", "label": "safe"}] * 2
+    rows[full_row] = rows[full_row] | {"text": "Hi"}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "b.json"):
+        assert data.open_source(str(tmp_path / name)).to_list() == [{"text": None} | row for row in rows]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.parquet", "d.csv"])
 def test_a_local_file_is_read_without_a_bar_and_what_comes_later_has_one(tmp_path, capfd, name):
     table = datasets.Dataset.from_list([{"prompt": "Hi", "chosen": "yo", "rejected": "no"}])
@@ -345,6 +360,31 @@ def test_pairs_share_their_rows_and_are_cut_each_by_itself(tokenizer, config):
     assert lines[-1].startswith("data: 2 rows: 2 train, 0 dropped;") and "1 conversations truncated" in lines[-1]
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_messages_may_have_keys_that_others_lack(tokenizer, config, at):
+    expected = contents(data.load_sft(config, tokenizer)[0])
+    rows = [json.loads(line) for line in config.path.read_text().splitlines()]
+    rows[at]["messages"][1] |= {"weight": 1, "tool_calls": None}
+    config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert contents(data.load_sft(config, tokenizer)[0]) == expected
+
+
+def test_messages_stored_as_json_are_decoded(tokenizer, config, tmp_path):
+    """As the datasets library stores lists of unlike structs."""
+    column = datasets.Features({"messages": datasets.List(datasets.Json())})
+    rows = [{"messages": chat("Hi", "yo")}, {"messages": [chat("Hi")[0], {"role": "assistant", "content": "no", "weight": 1}]}]
+    datasets.Dataset.from_list(rows, features=column).save_to_disk(tmp_path / "saved")
+    config.data = {str(tmp_path / "saved"): 1.0}
+    documents, _ = data.load_sft(config, tokenizer)
+    assert [ids for ids, _, _ in contents(documents)] == [encode_chat(messages, tokenizer, "tulu", 64)[0] for messages in PAIR]
+
+
+def test_a_row_that_lacks_a_column_is_named(tokenizer, config):
+    config.path.write_text(json.dumps(ROWS["strings"]) + "\n" + json.dumps({"prompt": "Hi", "chosen": "yo"}) + "\n")
+    with pytest.raises(ValueError, match="row 1: message 1: role='assistant', content=NoneType"):
+        data.load_preferences(config, tokenizer)
+
+
 def test_rows_without_supervised_tokens_are_dropped_and_counted_by_reason(tokenizer, config):
     rows = [chat("Hi", "\nyo"), chat("Hi"), chat("Hi" * 100, "yo"), chat("u" * 100, "yo")]
     config.path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
@@ -376,6 +416,21 @@ def test_a_bad_row_is_named_by_source_and_number(tokenizer, config):
     config.path.write_text(json.dumps({"prompt": "Hi", "response": ["a", "b", "c"]}) + "\n")
     with pytest.raises(ValueError, match="row 0: 3 answers; expected two"):
         data.load_preferences(config, tokenizer)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_prompt_that_an_answer_does_not_repeat_is_refused(tokenizer, config, side):
+    rows = [ROWS["message lists"], ROWS["message lists"] | {side: chat("Hi", "yo")[1:]}]
+    config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"row 1: {side} has no user message; expected chosen and rejected to repeat the prompt"):
+        data.load_preferences(config, tokenizer)
+
+
+def test_a_source_of_which_no_row_is_left_is_refused(tokenizer, config, tmp_path):
+    (tmp_path / "few.jsonl").write_text(json.dumps({"messages": PAIR[0]}) + "\n")
+    config.data |= {f"{tmp_path}/few.jsonl": 0.9}
+    with pytest.raises(ValueError, match="data '.*few.jsonl': 0.9 of 1 rows is less than one; expected a larger fraction, or a count"):
+        data.load_sft(config, tokenizer)
 
 
 def never(*_):

@@ -173,6 +173,11 @@ def test_data_is_read_at_its_commit(rows, world):
     assert hub.COMMITS == {"datasets/org/rows@v1": old, "datasets/org/rows": new, f"datasets/org/rows@{old}": old}
 
 
+def test_a_key_that_some_rows_of_the_hub_lack_is_null_there(server):
+    server.commit("datasets/org/gaps", {"train.jsonl": b'{"text": "Hi", "label": "safe"}\n{"label": "unsafe"}\n'})
+    assert data.open_source("org/gaps")[1] == {"text": None, "label": "unsafe"}
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
