@@ -463,6 +463,7 @@ def generate(model, prompts, max_new_tokens, eos_id=None, temperature=0.0, seed=
     prompts: list of non-empty token-id lists. temperature 0 is greedy, above 0 samples softmax(logits / temperature) with `seed`.
     Returns one list of new ids per prompt, ended after eos_id (int or tuple) or at max_new_tokens. `tap` as in Llama.forward.
     """
+    assert all(prompts), "every prompt has a token"  # an empty one would answer from its neighbour's last state
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     stops = set(eos_id) if isinstance(eos_id, (tuple, list)) else {eos_id}
     lengths = torch.tensor([len(p) for p in prompts], device=device)
