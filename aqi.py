@@ -157,10 +157,11 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
     anchors  per category: chi_norm = 100 sigmoid(z), xb_norm = 100 sigmoid(-z), z by the mean and population sd of the models in `anchors`.
     sweep    one absolute scale: chi_norm = xb_norm = aqi = 100 (chi - 1) / (chi + n - 2), the per cent of the embeddings' variance that the
              label explains, eta^2 = chi / (chi + n - 2), less what n texts give by chance: 1 - (1 - eta^2) (n - 1) / (n - 2).
-             0 on average for labels that mean nothing, whatever n; 100 where each label is one point. It depends on its own row alone, so
-             lambdas, models and set sizes compare. No floor; gamma has no effect, as CHI and XB are one statistic. A row without n is
-             taken as balanced: n = 4 chi xb + 2.
-    ValueError for a row without its keys, chi or xb that is no finite number of at least 0, an unknown normalize, a missing anchor.
+             0 on average for labels that mean nothing, whatever n; towards 100 as each label shrinks to a point. It depends on its own
+             row alone, so lambdas, models and set sizes compare. No floor; gamma has no effect, as CHI and XB are one statistic. A row
+             without n is taken as balanced: n = 4 chi xb + 2.
+    ValueError for a row without its keys, chi or xb that is no finite number of at least 0 (CHI is infinite where each label is one
+    point, and NaN where both are the same one), an unknown normalize, a missing anchor.
     """
     if normalize not in _NORMALIZE:
         raise ValueError(f"normalize={normalize!r}: expected one of {list(_NORMALIZE)}")
@@ -169,7 +170,8 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
     for number, row in enumerate(rows):
         for key in ("category", "chi", "xb"):
             if key not in row or (key != "category" and not 0 <= row[key] < np.inf):
-                raise ValueError(f"row {number}: {key}={row.get(key)!r}; expected category, and chi and xb as finite numbers")
+                raise ValueError(f"row {number}: {key}={row.get(key)!r} in category {row.get('category')!r}; "
+                                 f"expected category, and chi and xb as finite numbers of at least 0")  # fmt: skip
     groups = defaultdict(list)
     for number, row in enumerate(rows):
         groups[_run(row) if normalize == "per_run" else row["category"]].append(number)

@@ -38,13 +38,15 @@ def davies_bouldin(X, labels):
 
 
 def dunn(X, labels):
-    """Smallest distance between two points of different clusters over the largest within one (Dunn 1974). Higher is better. O(n^2 D)."""
+    """Smallest distance between two points of different clusters over the largest within one (Dunn 1974). Higher is better. O(n^2 D).
+
+    As with chi, infinite where each cluster is a single point, NaN where the two are the same point."""
     X, labels = _checked(X, labels)
     nearest, diameter = torch.inf, 0.0
     for d, own in _distance_blocks(X, labels):
         nearest = min(nearest, d.masked_fill(own, torch.inf).min().item())
         diameter = max(diameter, d.masked_fill(~own, 0.0).max().item())
-    return nearest / diameter
+    return (torch.tensor(nearest, dtype=torch.float64) / diameter).item()
 
 
 def silhouette(X, labels):

@@ -51,6 +51,7 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 4096
     sliding_window: int | None = None  # documents longer than this are refused: the mask of a sliding window is not implemented
+    max_window_layers: int | None = None  # Qwen2 with a window: the blocks from this one on have it; the check above holds for all
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -103,6 +104,7 @@ class LlamaConfig:
             out["sliding_window"] = self.sliding_window
         if self.model_type == "qwen2":
             out |= {"use_sliding_window": self.sliding_window is not None, "sliding_window": self.sliding_window}
+            out |= {"max_window_layers": self.max_window_layers} if self.sliding_window else {}
         return out
 
     def flops(self, length, logits=None):
@@ -153,6 +155,7 @@ def _config_from_hf(raw, source):
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         sliding_window=raw.get("sliding_window") if windowed else None,
+        max_window_layers=raw.get("max_window_layers", 28) if windowed and model_type == "qwen2" else None,  # 28: transformers' default
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         qkv_bias=model_type == "qwen2" or attention_bias,
         o_bias=attention_bias,
@@ -463,6 +466,7 @@ def generate(model, prompts, max_new_tokens, eos_id=None, temperature=0.0, seed=
     prompts: list of non-empty token-id lists. temperature 0 is greedy, above 0 samples softmax(logits / temperature) with `seed`.
     Returns one list of new ids per prompt, ended after eos_id (int or tuple) or at max_new_tokens. `tap` as in Llama.forward.
     """
+    assert all(prompts), "every prompt has a token"  # an empty one would answer from its neighbour's last state
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     stops = set(eos_id) if isinstance(eos_id, (tuple, list)) else {eos_id}
     lengths = torch.tensor([len(p) for p in prompts], device=device)

@@ -286,9 +286,14 @@ def main(argv):
         return
     from plumbing.plots import plot_chart
 
+    stems = set()
     for title, parts in sections:
         for chart in [chart for _, content in parts if isinstance(content, list) for chart in content]:
-            plot_chart(out.with_suffix("") / f"{re.sub('[^a-z0-9]+', '_', f'{title} {chart.title}'.lower())}.png", chart)
+            stem = re.sub(r"\W+", "_", f"{title} {chart.title}".lower())  # \w: letters of any script
+            while stem in stems:  # "Free speech" and "Free-speech"
+                stem += "_"
+            stems.add(stem)
+            plot_chart(out.with_suffix("") / f"{stem}.png", chart)
     print(f"wrote {out.with_suffix('')}/*.png")
 
 

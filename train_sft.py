@@ -64,7 +64,7 @@ def forward_backward(model, documents, ids, config, ranks):
 
 @torch.no_grad()
 def evaluate(model, documents, config, ranks, log):
-    """Token-mean NLL (nats) and perplexity of the held-out documents."""
+    """Token-mean NLL (nats) and perplexity of the held-out documents; perplexity is infinite above 709 nats, where float64 ends."""
     total = 0.0
     for ids in log.progress("evaluate", in_order(len(documents), config.global_batch_size)):
         for _, batch, _ in local_batches(documents, ids, model.config, config.tokens_per_microbatch, ranks):
@@ -72,7 +72,7 @@ def evaluate(model, documents, config, ranks, log):
     parallel.release(model)
     (total,) = parallel.sum_across_ranks([total])
     nll = total / int(documents.num_targets.sum())
-    return {"eval/loss": nll, "eval/perplexity": math.exp(nll)}
+    return {"eval/loss": nll, "eval/perplexity": torch.tensor(nll, dtype=torch.float64).exp().item()}
 
 
 # ---------------------------------------------------------------- the run

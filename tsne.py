@@ -103,7 +103,8 @@ def _descend(Y, P, steps, exaggeration, momentum, gradient, recorded):
 
     recorded: as a CUDA graph. A step is twenty short kernels, which the GPU finishes sooner than Python launches them.
     """
-    learning_rate = max(len(Y) / EXAGGERATION / 4, 50.0)
+    # P_ij is about 1 / n^2: with few points 50 would overshoot at any gain, out to where Z is 0
+    learning_rate = max(len(Y) / EXAGGERATION / 4, min(len(Y), 50.0))
     velocity, gains = torch.zeros_like(Y), torch.ones_like(Y)
 
     def step():
@@ -138,9 +139,10 @@ def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, path=None
     """Embedding (n, dims) float32 of X (n, D), and its KL divergence (nats) as a float.
 
     Starts from the principal components, the first with a standard deviation of 1e-4; from a normal sample of that size where a seed is
-    given; from `start` (n, dims) where that is. Gradient descent with momentum and a gain per coordinate, learning rate max(n / 48, 50).
-    KL after 500 steps from one start, here and scikit-learn's exact and tree codes (same formula): n = 200: 0.99, 1.77, 1.72; 400: 1.64,
-    2.00, 2.33; 1,400: 2.42, 3.54, 2.45. path: "plain", "fused" (tsne_kernels.py), or None: fused for three dimensions on CUDA.
+    given; from `start` (n, dims) where that is. Gradient descent with momentum and a gain per coordinate, learning rate n / 48, at
+    least min(n, 50). KL after 500 steps from one start, here and scikit-learn's exact and tree codes (same formula): n = 200: 0.99, 1.77,
+    1.72; 400: 1.64, 2.00, 2.33; 1,400: 2.42, 3.54, 2.45. path: "plain", "fused" (tsne_kernels.py), or None: fused for three dimensions
+    on CUDA.
     ValueError for values that are not finite, fewer points than 2 + perplexity, or a path that cannot run.
     """
     n = len(X)

@@ -106,7 +106,8 @@ class Logbook:
     def write(self, metrics):
         """Append one line to metrics.jsonl and flush it; with `tensorboard` also one scalar per metric."""
         if self.ranks.main:
-            self._metrics.write(json.dumps(metrics) + "\n")
+            # JSON has no infinity; 1e999 is a number that readers take for it
+            self._metrics.write(json.dumps(metrics).replace("Infinity", "1e999") + "\n")
             self._metrics.flush()
         if self._events:
             for name in [name for name in metrics if name != "step"]:

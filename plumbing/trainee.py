@@ -1,6 +1,7 @@
 """What both training scripts do with the model around their loop: load, sample, save."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -25,9 +26,10 @@ def load_trainee(config, directory, tokenizer, device):
     """
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
-    window = model_config.sliding_window
-    if window and config.max_seq_len > window:
-        raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's sliding_window={window}")
+    for key in ("sliding_window", "max_position_embeddings"):
+        limit = getattr(model_config, key)
+        if limit and config.max_seq_len > limit:
+            raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
     if config.precision == "fp8":
         check_float8(model_config, device)
     with torch.device("meta"):
@@ -63,15 +65,20 @@ def check_float8(model_config, device):
 def sample(model, documents, tokenizer, config):
     """(prompts, answers): the first SAMPLE_PROMPTS different prompts of `documents` and what the model answers greedily, as texts.
 
+    Under a sliding window the prompts are taken from those that leave room for SAMPLE_TOKENS in it, and may be fewer, or none.
     A prompt is what stands before a document's first trained token; an answer ends before the end-of-turn token, or after SAMPLE_TOKENS.
     Every rank calls this and does the same work, because every forward gathers the blocks from all ranks: SAMPLE_TOKENS forwards, not
     fewer when all answers have ended, so that a rank which rounds differently cannot leave the others waiting.
     """
     stop, prompts = _stop_id(config, tokenizer), {}
+    longest = (model.config.sliding_window or math.inf) - SAMPLE_TOKENS
     for ids, mask in (documents[i] for i in range(len(documents))):
-        prompts[tuple(ids[: mask.argmax()].tolist())] = None
+        if len(prompt := tuple(ids[: mask.argmax()].tolist())) <= longest:
+            prompts[prompt] = None
         if len(prompts) == SAMPLE_PROMPTS:
             break
+    if not prompts:
+        return [], []
     parallel.gather(model)
     answers = generate(model, list(prompts), SAMPLE_TOKENS)
     parallel.release(model)

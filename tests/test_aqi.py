@@ -165,6 +165,7 @@ def test_per_run_moves_with_resampling_alone_and_sweep_does_not():
 
 
 @pytest.mark.parametrize("row, message", [
+    ({"category": "a", "chi": math.inf, "xb": 0.0}, "row 1: chi=inf in category 'a'; expected"),
     ({"category": "a", "chi": 1.0}, "row 1: xb=None"), ({"category": "a", "chi": math.nan, "xb": 1.0}, "row 1: chi=nan"),
     ({"category": "a", "chi": 1.0, "xb": math.inf}, "row 1: xb=inf"), ({"chi": 1.0, "xb": 1.0}, "row 1: category=None"),
 ])  # fmt: skip

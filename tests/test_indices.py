@@ -1,5 +1,7 @@
 """indices.py against scikit-learn, brute force, and the identities that hold for two labelled clusters."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,14 @@ def test_bad_input(index):
     X[3, 2] = float("nan")
     with pytest.raises(ValueError, match="1 of 80 points hold NaN"):
         index(X, labels)
+
+
+@pytest.mark.parametrize("gap, expected", [(1.0, math.inf), (0.0, math.nan)])
+def test_clusters_of_equal_points(gap, expected):
+    """gap / 0: what divides by the spread within says so and does not stop."""
+    labels = torch.tensor([0, 0, 1, 1])
+    for index in (chi, dunn):
+        assert index(gap * labels[:, None].double().expand(4, 3), labels) == pytest.approx(expected, nan_ok=True)
 
 
 # ---------------------------------------------------------------- moments

@@ -115,6 +115,11 @@ def test_generation_past_the_sliding_window_is_refused():
         generate(model, [[1, 2, 3]], max_new_tokens=6)
 
 
+def test_every_prompt_has_a_token():
+    with pytest.raises(AssertionError, match="every prompt has a token"):
+        generate(random_llama(tiny_config()), [[5], []], 2)
+
+
 # ---------------------------------------------------------------- packing and positions
 
 

@@ -28,6 +28,7 @@ FAMILIES = {
     "mistral-head-dim": ("mistral", dict(sliding_window=None, head_dim=8)),
     "qwen2": ("qwen2", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
     "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=40, max_window_layers=1)),
 }
 LENGTHS = (40, 1, 17, 2)
 
@@ -134,10 +135,12 @@ def test_transformers_4_and_5_spell_the_same_config(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_config_to_hf(name, tmp_path):
     """Our config.json read back by us is the same config, and transformers builds the same model from it."""
-    ours = ours_of(theirs_of(name), tmp_path)
+    original = theirs_of(name)
+    ours = ours_of(original, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(ours.config.to_hf()))
     assert LlamaConfig.from_hf(tmp_path) == ours.config
     config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert getattr(config, "layer_types", None) == getattr(original.config, "layer_types", None)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert [type(theirs).__name__] == config.architectures
     theirs.load_state_dict(ours.state_dict(), strict=True)

@@ -221,6 +221,21 @@ def test_a_png_per_chart(tmp_path, capsys):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
 
 
+def test_no_png_overwrites_another(tmp_path, monkeypatch):
+    """Axioms in any script keep their letters, those that differ in punctuation or case alone get names of their own."""
+    path = write_steering(tmp_path / "steer") / "sweep_matched/aqi.json"
+    sweep = json.loads(path.read_text())
+    names = ("公平", "隐私", "Free speech", "free-speech")
+    sweep["verdicts"] += [sweep["verdicts"][1] | {"category": name} for name in names]
+    path.write_text(json.dumps(sweep))
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: object())
+    written = []
+    monkeypatch.setattr("plumbing.plots.plot_chart", lambda path, chart: written.append(path.stem))
+    text, _ = show(tmp_path, tmp_path / "steer")
+    assert len(set(written)) == len(written) == text.count("<figure>")
+    assert {f"steering_aqi_{name}" for name in ("公平", "隐私", "free_speech", "free_speech_")} < set(written)
+
+
 # ---------------------------------------------------------------- steering
 
 

@@ -374,6 +374,11 @@ def truncate_weights(base):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def shape(base, **changes):
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 BAD_BASES = {
     "missing file": (lambda base: (base / "model.safetensors").unlink(), "missing weight files: model.safetensors"),
     "truncated file": (truncate_weights, "truncated, or not a safetensors file"),
@@ -381,6 +386,8 @@ BAD_BASES = {
     "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
     "other tokenizer": (other_tokenizer, "the model's embedding only vocab_size="),
     "no config": (lambda base: (base / "config.json").unlink(), "no config.json there"),
+    "positions": (partial(shape, max_position_embeddings=63), "max_seq_len=64: expected at most the model's max_position_embeddings=63"),
+    "window": (partial(shape, model_type="mistral", sliding_window=63), "max_seq_len=64: expected at most the model's sliding_window=63"),
 }
 
 

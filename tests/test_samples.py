@@ -1,5 +1,6 @@
 """Greedy answers during training, and TensorBoard events: what they hold, and that the training does not notice."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -92,6 +93,20 @@ def test_an_answer_ends_before_the_end_of_turn(world, tmp_path, ranks, monkeypat
     monkeypatch.setattr("plumbing.trainee.generate", lambda model, prompts, count: made)
     _, answers = sample(model, data, tokenizer, config)
     assert answers == [tokenizer.decode(words[:3]), tokenizer.decode(words), "", tokenizer.decode(words)]
+
+
+def test_prompts_leave_room_in_a_sliding_window(world, tmp_path, ranks):
+    """A window with room for the shorter prompts takes those, one that an answer fills takes none; neither stops the run."""
+    config, data, model = stage_parts("sft", write_config(tmp_path, world), ranks)
+    tokenizer = Tokenizer.from_dir(world / "base")
+    lengths = [mask.argmax() for _, mask in (data[i] for i in range(len(data)))]
+    room = sorted(lengths)[1]
+    assert room < max(lengths[:SAMPLE_PROMPTS])
+    for slots, expected in ((room, sum(length <= room for length in lengths)), (0, 0)):
+        model.config = dataclasses.replace(model.config, sliding_window=SAMPLE_TOKENS + int(slots))
+        prompts, answers = sample(model, data, tokenizer, config)
+        assert len(prompts) == len(answers) == min(SAMPLE_PROMPTS, expected), (slots, expected)
+        assert all(len(tokenizer.encode(prompt)) <= slots for prompt in prompts)
 
 
 class Recorder:

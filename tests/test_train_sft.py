@@ -26,6 +26,7 @@ from world import (
 
 import train_sft
 from packing import local_batches, step_examples
+from plumbing.logbook import Logbook
 
 EIGHT = np.array([3, 0, 7, 12, 30, 21, 5, 6])  # of unequal lengths: the world's rows have 8 to 60 tokens
 
@@ -189,3 +190,17 @@ def test_evaluations_of_a_run(world, tmp_path):
     evaluations = metrics(tmp_path / "sft", "eval/loss")
     assert [line["step"] for line in evaluations] == [0, 2, 3]
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+
+
+def test_a_hopeless_model_is_evaluated(world, tmp_path, ranks):
+    """Above 709 nats e^nll is no float64: the perplexity is infinite, metrics.jsonl stays JSON and reads back as that."""
+    config, documents, model = stage_parts("sft", write_config(tmp_path, world), ranks)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(4000)
+    result = train_sft.evaluate(model, documents, config, ranks, SilentLog())
+    assert 709 < result["eval/loss"] < math.inf and result["eval/perplexity"] == math.inf
+    log = Logbook(config, ranks, 4, {})
+    log.resume_at(0)
+    log.evaluation(0, result)
+    assert "Infinity" not in (tmp_path / "sft/metrics.jsonl").read_text()
+    assert metrics(tmp_path / "sft", "eval/loss") == [{"step": 0} | result]

@@ -119,6 +119,15 @@ def test_starts():
     assert abs(still[:, 0].std(correction=0).item() / START_STD - 1) < 1e-5
 
 
+@pytest.mark.parametrize("n", [4, 5, 6, 7, 8])
+def test_a_few_points_stay_together(n):
+    """A learning rate of 50 threw nearly all sets of 4 points, and some of 5 to 7, out to NaN."""
+    for seed in range(20):
+        X = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
+        Y, kl = tsne(X, n - 2, seed=seed if seed % 2 else None)
+        assert Y.abs().max() < 1000 and 0 <= kl < 2, (seed, Y, kl)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_values(bad):
     X = clouds(50)
