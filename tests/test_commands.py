@@ -25,7 +25,7 @@ REPLACED = {  # what a document leaves to its reader, or what needs eight GPUs: 
     "PAIR...": "tulu10",
     "validate smol": "validate tulu10 --layers 2",
     "FILE": "pairs.jsonl",
-    "PAIRS": "pairs.jsonl",
+    "runs/smol/data/preferences.jsonl": "pairs.jsonl",
     "LABELLED": "labelled.csv --layers 2",
     "MODEL": "base",
 }
