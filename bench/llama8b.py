@@ -30,5 +30,6 @@ dpo = dict(
     lr=5e-7,
     warmup_ratio=0.1,
     beta=5.0,
-    max_steps=15,  # the reference pass covers these steps' pairs before the first one
+    num_epochs=2,
+    max_steps=40,  # of 32 in an epoch: a minute and more of steps after the reference pass
 )
