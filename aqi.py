@@ -185,7 +185,7 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
 
 
 def _run(row):
-    return row.get("model"), row.get("lambda"), row.get("layer"), row.get("seed")
+    return tuple(row.get(key) for key in ("model", "injection", "control", "tap", "lambda", "layer", "seed"))
 
 
 def _column(rows, key):
@@ -252,7 +252,7 @@ def warnings_for(rows):
     Read from the rows: normalize, chi_norm, xb_norm, aqi as `score` writes them, and where present model, lambda, space, seed, tap
     ("post_norm": read after the final norm), injection ("cumulative": v added at several layers), control (True: a random direction).
     """
-    runs = {_run(row)[:2] for row in rows}
+    runs = {(row.get("model"), row.get("lambda")) for row in rows}
     lambdas = {row["lambda"] for row in rows if row.get("lambda") not in (None, "")}
     kinds = {row.get("normalize") for row in rows}
     found = []
@@ -282,16 +282,17 @@ def warnings_for(rows):
 
 # ---------------------------------------------------------------- output
 
-COLUMNS_SHOWN = ("model", "lambda", "layer", "category", "n", "chi", "xb", "eta2", *EXTRA, "chi_norm", "xb_norm", "aqi", "low", "high")
+COLUMNS_SHOWN = ("model", "control", "lambda", "layer", "category", "n", "chi", "xb", "eta2", *EXTRA, "chi_norm", "xb_norm", "aqi", "low",
+                 "high")  # fmt: skip
 
 
 def table(rows):
     """Scored rows as aligned text, one line each; only the columns that some row has."""
-    shown = [name for name in COLUMNS_SHOWN if any(row.get(name) not in (None, "") for row in rows)]
+    shown = [name for name in COLUMNS_SHOWN if any(row.get(name) not in (None, "", False) for row in rows)]
     decimals = {"xb": 4, "eta2": 4, "n": 0}
 
     def cell(name, value):
-        is_number = isinstance(value, (int, float)) and name not in ("lambda", "layer")
+        is_number = isinstance(value, (int, float)) and name not in ("control", "lambda", "layer")
         return "" if value is None else f"{value:,.{decimals.get(name, 2)}f}" if is_number else str(value)
 
     lines = [shown, *([cell(name, row.get(name)) for name in shown] for row in rows)]
@@ -316,11 +317,16 @@ def write_report(folder, rows, **more):
 
 
 def read_rows(path):
-    """Rows of a csv with columns category, chi, xb (others are kept as text; n becomes a number). ValueError naming line and column."""
+    """Rows of a csv with columns category, chi, xb. ValueError naming line and column.
+
+    Of the others, n and the indices become numbers and control a bool; the rest stays text.
+    """
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for line, row in enumerate(rows, 2):
-        for name in {"chi", "xb"} | ({"n"} & row.keys()):
+        if "control" in row:
+            row["control"] = row["control"] == "True"
+        for name in {"chi", "xb"} | ({"n", "eta2", *EXTRA} & row.keys()):
             try:
                 row[name] = float(row[name])
             except (KeyError, TypeError, ValueError) as error:

@@ -220,7 +220,9 @@ def _transcript(text: str) -> list[dict]:
     """Messages of an hh-rlhf transcript: "\\n\\nHuman: ..\\n\\nAssistant: ..", contents stripped."""
     head, *turns = re.split(r"\n\n(Human|Assistant):", text or "")
     if head.strip() or not turns:
-        raise ValueError(f"transcript begins {text[:40] if text else text!r}; expected '\\n\\nHuman:'")
+        raise ValueError(
+            f"transcript begins {text[:40] if text else text!r}; expected '\\n\\nHuman:' (answers alone need a column prompt beside them)"
+        )
     role = {"Human": "user", "Assistant": "assistant"}
     return [{"role": role[who], "content": content.strip()} for who, content in zip(turns[::2], turns[1::2])]
 
@@ -490,6 +492,8 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
         numbers = mixture_rows(len(rows), amount)
         if len(numbers) == 0:
             raise ValueError(f"{key} {name!r}: {amount} of {len(rows):,} rows is less than one; expected a larger fraction, or a count")
+        if len(numbers) != len(rows):
+            log(f"{key}: {name}: {len(numbers):,} picked of {len(rows):,} rows ({amount})")
         sources.append((name, rows.select_columns(columns), numbers, convert))
     folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
     if not _is_intact(folder, log):

@@ -136,10 +136,10 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
             documents[side].append(tuple(np.asarray(column) for column in document))
         if len(documents["chosen"]) == count:
             break
-    left_out = f"{unanswered} pairs left out, without an answer in the first {max_seq_len} tokens"
-    if len(documents["chosen"]) < count:
-        found = f"{len(documents['chosen'])} usable pairs, {left_out}"
-        raise ValueError(f"texts {source!r}: {found}; expected {count} (--mode, or --count; --max-seq-len)")
+    left_out, usable = f"{unanswered} pairs left out, without an answer in the first {max_seq_len} tokens", len(documents["chosen"])
+    if usable < count:
+        needed = f"expected {count}, a fifth of them held out of the vector: --count={usable * 4 // 5} would do"
+        raise ValueError(f"texts {source!r}: {usable} usable pairs, {left_out}; {needed}")
     if unanswered:
         print(f"texts {source!r}: {left_out}")
     return documents
@@ -550,7 +550,7 @@ def _print_sweep(report):
         low, high = found["change_interval"]
         print(f"{found['category']:<24} {found['verdict']}{because}: change {found['change']:+.2f} [{low:+.2f}, {high:+.2f}], "
               f"P(monotone) {found['p_monotone']:.2f}")  # fmt: skip
-    print(f"verdict: {overall['verdict']} -> {DECISIONS[overall['verdict']]}")
+    print(f"verdict: {overall['verdict']}, by {overall['change']:+.2f} of 100 -> {DECISIONS[overall['verdict']]}")
 
 
 def _plot(folder, lambdas, verdicts, embeddings, prompts):
@@ -578,7 +578,9 @@ def validate(args):
     pairs = runpy.run_path(Path(__file__).parent / "configs/pairs.py")["PAIRS"]
     for name in args.pair:
         if name not in pairs:
-            raise ValueError(f"pair={name!r}: expected one of {', '.join(pairs)}")
+            raise ValueError(
+                f"pair={name!r}: expected one of {', '.join(pairs)}; other models go into configs/pairs.py, or to extract and sweep"
+            )
         if "not_representable" in pairs[name]:
             raise ValueError(f"pair={name!r}: {pairs[name]['not_representable']}")
     reports = {}

@@ -55,9 +55,10 @@ HEAD_ROWS = inspect.signature(token_logps).parameters["chunk"].default
 def find_gpu(name):
     """The GPU of that name. ValueError with a suggestion when there is none."""
     if name not in GPUS:
-        near = [gpu for gpu in GPUS if name and gpu.startswith(name)] or difflib.get_close_matches(str(name).lower(), GPUS, n=1)
+        lower = (name or "").lower()
+        near = [gpu for gpu in GPUS if lower and gpu.startswith(lower)] or difflib.get_close_matches(lower, GPUS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"gpu={name!r}: expected one of {', '.join(GPUS)}{hint}")
+        raise ValueError(f"gpu={name!r} (--gpu): expected one of {', '.join(GPUS)}{hint}")
     return GPUS[name]
 
 

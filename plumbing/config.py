@@ -195,7 +195,9 @@ def load(stage, argv):
         raise ValueError(f"{' '.join(plan_flags)}: expected together with --plan only")
     paths = [arg for arg in argv if not arg.startswith("-")]
     if len(paths) != 1:
-        raise ValueError(f"expected one config file, got {paths}: train_{stage}.py CONFIG.py [--key=value ...]; --help lists the keys")
+        hint = " (a value goes behind =, as in --lr=1e-4)" if len(paths) > 1 else ""
+        usage = f"train_{stage}.py CONFIG.py [--key=value ...]; --help lists the keys"
+        raise ValueError(f"expected one config file, got {paths}{hint}: {usage}")
     path = paths[0]
     sections, problems = _read_sections(path)
     overrides, unfit = _read_overrides(SECTIONS[stage], [arg for arg in argv if arg.startswith("-")])

@@ -110,6 +110,8 @@ def sync_folder(path):
 def resolve(path_or_repo):
     """The folder of a model, as find_folder gives it. ValueError for a LoRA adapter, which is no model without its base."""
     folder = find_folder(path_or_repo)
+    if (folder / "final/config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"model_path={str(path_or_repo)!r}: a run folder; expected a model, here {folder}/final")
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         problem = f"model_path={str(path_or_repo)!r}: a LoRA adapter ({ADAPTER_CONFIG}, no config.json)"
         raise ValueError(f"{problem}; expected a whole model: of a run its final/, where the adapter is merged, or the adapter's base")

@@ -350,3 +350,16 @@ def test_plots_are_written(tmp_path):
     plots.plot_heatmap(tmp_path / "heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]], "title")
     plots.plot_clusters(tmp_path / "clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]), "title")
     assert all((tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in ("curve", "axioms", "heat", "clusters"))
+
+
+def test_a_sweeps_own_csv_is_scored_as_the_sweep_did(tmp_path, capsys):
+    """Steered and control rows are runs of their own, and stay apart in the table."""
+    X, axiom, label = labelled()
+    rows = [{"model": "m", "lambda": 0.0, "control": c, **row} for c in (False, True) for row in measure(X + c, axiom, label, ["a", "b"])]
+    rows[0]["chi"] *= 3  # a largest CHI that is not the control's
+    scored = score(rows, "per_run")
+    write_report(tmp_path, scored)
+    again = score(read_rows(tmp_path / "aqi.csv"), "per_run")
+    assert [row["aqi"] for row in again] == pytest.approx([row["aqi"] for row in scored])
+    shown = table(again).splitlines()
+    assert "control" in shown[0] and [("True" in line) for line in shown[1:]] == [False] * 3 + [True] * 3
