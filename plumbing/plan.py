@@ -308,14 +308,15 @@ def describe(plan, origin, counted):
             lines.append(f"         nothing that this program has makes it fit on {plan.gpu_name}: take a larger GPU")
     seconds = plan.seconds
     spent = ", ".join(f"{part} {_duration(value)}" for part, value in seconds.items())
-    lines += [f"time     {'' if plan.fits else 'if it did fit: '}{spent}"]
+    unless = "" if plan.fits else "if it did fit: "
+    lines += [f"time     {unless}{spent}"]
     lines += [f"         {work.tokens / seconds['training']:,.0f} tokens/s in training; {_scaling(plan)}"]
     if config.precision == "fp32":
         lines.append("         precision='fp32' does not run on the bf16 matmul units: expect several times these hours")
     if config.precision == "fp8":
         lines.append("         precision='fp8' is planned as bf16: expect fewer hours on Hopper")
     assumed = " (assumed: see --usd-per-hour)" if plan.usd_per_hour[0] < plan.usd_per_hour[1] else ""
-    lines += [f"total    {_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"]
+    lines += [f"total    {unless}{_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"]
     lines += ["         not counted: loading, tokenising, checkpoints (in the background, after a copy to host memory), the final save,"]
     return "\n".join([*lines, "         and ranks that wait for the longest stream of a micro-batch"])
 
