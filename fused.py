@@ -121,6 +121,14 @@ def part_gradients(dy, dy8t, d_low, x, x8t, low, wanted, scale, weight, bias, lo
 # the attributes by which a weight says how it takes its gradient.
 
 
+def _by_linear(flat):
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]  # weight, bias, lora_A, lora_B
+
+
+def _scale_of(x8):
+    return None if x8 is None else x8.scale
+
+
 class _NormProject(torch.autograd.Function):
     """x -> x, and y_i = rms_norm(x) W_i^T of linears that share an input. x is handed through so that the gradient of the residual
     branch comes back here, to be added inside the norm's backward kernel."""
@@ -152,14 +160,6 @@ class _NormProject(torch.autograd.Function):
             d_flat += part_gradients(dy, dy8t, d_low, normed, x8t, low, wants, scale, *linear)
         dx, d_norm_weight = kernels.rms_norm_backward(d_normed, x, norm_weight, ctx.eps, d_residual)
         return dx, None, d_norm_weight.to(norm_weight.dtype) if ctx.needs_input_grad[2] else None, None, None, *d_flat
-
-
-def _by_linear(flat):
-    return [flat[i : i + 4] for i in range(0, len(flat), 4)]  # weight, bias, lora_A, lora_B
-
-
-def _scale_of(x8):
-    return None if x8 is None else x8.scale
 
 
 def norm_project(x, fp8, norm, *linears):

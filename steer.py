@@ -136,9 +136,10 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
             documents[side].append(tuple(np.asarray(column) for column in document))
         if len(documents["chosen"]) == count:
             break
-    left_out, usable = f"{unanswered} pairs left out, without an answer in the first {max_seq_len} tokens", len(documents["chosen"])
+    usable = len(documents["chosen"])
+    left_out = f"{unanswered} pairs left out, without an answer in the first {max_seq_len} tokens"
     if usable < count:
-        needed = f"expected {count}, a fifth of them held out of the vector: --count={usable * 4 // 5} would do"
+        needed = f"expected {count}, of which a fifth is held out of the vector (a --count of at most {usable * 4 // 5} here)"
         raise ValueError(f"texts {source!r}: {usable} usable pairs, {left_out}; {needed}")
     if unanswered:
         print(f"texts {source!r}: {left_out}")
