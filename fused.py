@@ -57,10 +57,10 @@ def parts(linear):
     return linear.scale, linear.weight, linear.bias, linear.lora_A, linear.lora_B
 
 
-def project(x, x8, scale, weight, bias, lora_A, lora_B, residual=None):
-    """x W^T + b + scale (x A^T) B^T, (T, in) -> (T, out), added to `residual` where that is given: in bf16, inside the matmul.
+def project(x, x8, low, scale, weight, bias, lora_A, lora_B, residual=None):
+    """x W^T + b + scale low B^T, (T, in) -> (T, out), added to `residual` where that is given: in bf16, inside the matmul. low: x A^T.
 
-    Returns it with what the backward pass needs: the scales of w8 (out,), or None, and x A^T (T, r), or None."""
+    The adapter comes last: one whose B is zero leaves the bits of the frozen model. Returns it with the scales of w8 (out,), or None."""
     w_scale = None
     if x8 is not None:
         w8 = kernels.quantize(weight)
@@ -72,10 +72,12 @@ def project(x, x8, scale, weight, bias, lora_A, lora_B, residual=None):
     else:
         y = torch.addmm(residual, x, weight.T)
         y = y if bias is None else y.add_(bias)
-    if lora_A is None:
-        return y, w_scale, None
-    low = x @ lora_A.to(x.dtype).T
-    return y.addmm_(low, lora_B.to(x.dtype).T, alpha=scale), w_scale, low
+    return y if low is None else y.addmm_(low, lora_B.to(x.dtype).T, alpha=scale), w_scale
+
+
+def reads_bf16(fp8, linears):
+    """Is the input of these linears needed in bf16? In float8 only adapters read it."""
+    return not fp8 or any(lora_A is not None for _, _, lora_A, _ in linears)
 
 
 def gradient_float8(dy, x_scale, w_scale, weight_wanted):
@@ -85,35 +87,63 @@ def gradient_float8(dy, x_scale, w_scale, weight_wanted):
     return kernels.quantize_gradient(dy, w_scale, x_scale) if weight_wanted else (kernels.quantize(dy, w_scale), None)
 
 
-def reads_bf16(fp8, linears):
-    """Is the input of these linears needed in bf16? In float8 only adapters read it."""
-    return not fp8 or any(lora_A is not None for _, _, lora_A, _ in linears)
+def input_gradient(dy, dy8, w_scale, weight, dx):
+    """dy W, (T, in), added to `dx` where that is given."""
+    if dy8 is None:
+        return dy @ weight if dx is None else dx.addmm_(dy, weight)
+    product = kernels.matmul_float8(dy8, kernels.quantize_transposed(weight, w_scale))
+    return product if dx is None else dx.add_(product)
 
 
-def low_gradient(dy, scale, lora_B):
-    """Gradient of x A^T, (T, r)."""
-    return None if lora_B is None else (dy @ lora_B.to(dy.dtype)).mul_(scale)
-
-
-def input_gradient(dy, dy8, w_scale, d_low, weight, lora_A, dx=None):
-    """Gradient of x, (T, in), added to `dx` where that is given."""
-    if dy8 is not None:
-        product = kernels.matmul_float8(dy8, kernels.quantize_transposed(weight, w_scale))
-        dx = product if dx is None else dx.add_(product)
-    else:
-        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-    return dx if d_low is None else dx.addmm_(d_low, lora_A.to(dy.dtype))
-
-
-def part_gradients(dy, dy8t, d_low, x, x8t, low, wanted, scale, weight, bias, lora_A, lora_B):
+def part_gradients(dy, dy8t, d_lora_A, x, x8t, low, wanted, scale, weight, bias, lora_A, lora_B):
     """Gradients of weight, bias, lora_A and lora_B; None where not wanted, or where the weight has taken its own already."""
     d_weight = None
     if wanted[0]:
         d_weight = kernels.weight_gradient_float8(weight, dy8t, x8t) if dy8t is not None else weight_gradient(weight, dy, x)
     d_bias = dy.sum(0) if wanted[1] else None
-    if d_low is None:
-        return d_weight, d_bias, None, None
-    return d_weight, d_bias, matmul(d_low.T, x, lora_A.dtype), matmul(dy.T, low, lora_B.dtype).mul_(scale)
+    return d_weight, d_bias, d_lora_A, None if low is None else matmul(dy.T, low, lora_B.dtype).mul_(scale)
+
+
+# ---------------------------------------------------------------- adapters of linears that share an input
+# Their A's lie one below the other, (R, in) with R the sum of ranks, so that q, k and v read x once, and their part of its gradient is
+# written once. It is written first, and the large matmuls add to it: a pass over (T, in) less than adding it to theirs.
+
+
+def stack_lora_A(linears):
+    """A of all adapters, (R, in); None without any."""
+    present = [lora_A for _, _, lora_A, _ in linears if lora_A is not None]
+    return torch.cat(present) if present else None
+
+
+def lower(x, linears):
+    """x A^T of all adapters, (T, R); None without any."""
+    lora_A = stack_lora_A(linears)
+    return None if lora_A is None else x @ lora_A.to(x.dtype).T
+
+
+def of_each(stacked, linears, dim):
+    """The part of each linear's adapter in a tensor with R along dim; None for a linear without, or without the tensor."""
+    ranks = [0 if lora_A is None else len(lora_A) for _, _, lora_A, _ in linears]
+    if stacked is None:
+        return [None] * len(linears)
+    return [part if rank else None for part, rank in zip(stacked.split(ranks, dim), ranks, strict=True)]
+
+
+def lower_backward(dys, scales, linears):
+    """Gradient of x A^T, (T, R), and what of x's gradient goes through it, (T, in); None, None without adapters."""
+    lora_A = stack_lora_A(linears)
+    if lora_A is None:
+        return None, None
+    d_low = dys[0].new_empty(len(dys[0]), len(lora_A))
+    for part, dy, scale, (_, _, _, lora_B) in zip(of_each(d_low, linears, 1), dys, scales, linears, strict=True):
+        if part is not None:
+            torch.addmm(part, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=part)
+    return d_low, d_low @ lora_A.to(d_low.dtype)
+
+
+def lora_A_gradients(d_low, x, linears):
+    """Gradient of each linear's A; None for a linear without."""
+    return of_each(None if d_low is None else matmul(d_low.T, x, torch.float32), linears, 0)
 
 
 # ---------------------------------------------------------------- the pieces of a block
@@ -138,26 +168,26 @@ class _NormProject(torch.autograd.Function):
         linears = _by_linear(flat)
         normed = kernels.rms_norm_forward(x, norm_weight, eps) if reads_bf16(fp8, linears) else None
         x8 = kernels.rms_norm_float8(x, norm_weight, eps) if fp8 else None
-        projected = [project(normed, x8, scale, *linear) for scale, linear in zip(scales, linears, strict=True)]
-        ys, w_scales, lows = zip(*projected, strict=True)
-        ctx.save_for_backward(x, norm_weight, _scale_of(x8), *w_scales, *lows)
+        low = lower(normed, linears)
+        each = zip(of_each(low, linears, 1), scales, linears, strict=True)
+        ys, w_scales = zip(*[project(normed, x8, part, scale, *linear) for part, scale, linear in each], strict=True)
+        ctx.save_for_backward(x, norm_weight, low, _scale_of(x8), *w_scales)
         ctx.eps, ctx.scales, ctx.linears = eps, scales, linears
         return x.view_as(x), *ys
 
     @staticmethod
     def backward(ctx, d_residual, *dys):
-        x, norm_weight, x_scale, *rest = ctx.saved_tensors
-        n, wanted = len(dys), _by_linear(ctx.needs_input_grad[5:])
-        w_scales, lows, linears = rest[:n], rest[n:], ctx.linears
+        x, norm_weight, low, x_scale, *w_scales = ctx.saved_tensors
+        scales, linears, wanted = ctx.scales, ctx.linears, _by_linear(ctx.needs_input_grad[5:])
         normed = kernels.rms_norm_forward(x, norm_weight, ctx.eps)
         x8t = kernels.quantize_transposed(normed, x_scale) if x_scale is not None and any(weight for weight, *_ in wanted) else None
-        d_normed, d_flat = None, []
-        for dy, scale, w_scale, low, linear, wants in zip(dys, ctx.scales, w_scales, lows, linears, wanted, strict=True):
-            weight, _, lora_A, lora_B = linear
+        d_low, d_normed = lower_backward(dys, scales, linears)
+        adapters = of_each(low, linears, 1), lora_A_gradients(d_low, normed, linears)
+        d_flat = []
+        for dy, w_scale, wants, scale, linear, part, d_lora_A in zip(dys, w_scales, wanted, scales, linears, *adapters, strict=True):
             dy8, dy8t = gradient_float8(dy, x_scale, w_scale, wants[0])
-            d_low = low_gradient(dy, scale, lora_B)
-            d_normed = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A, d_normed)
-            d_flat += part_gradients(dy, dy8t, d_low, normed, x8t, low, wants, scale, *linear)
+            d_normed = input_gradient(dy, dy8, w_scale, linear[0], d_normed)
+            d_flat += part_gradients(dy, dy8t, d_lora_A, normed, x8t, part, wants, scale, *linear)
         dx, d_norm_weight = kernels.rms_norm_backward(d_normed, x, norm_weight, ctx.eps, d_residual)
         return dx, None, d_norm_weight.to(norm_weight.dtype) if ctx.needs_input_grad[2] else None, None, None, *d_flat
 
@@ -192,7 +222,8 @@ class _ProjectAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, residual, fp8, scale, *linear):
         a8 = kernels.quantize(a) if fp8 else None
-        y, w_scale, low = project(a, a8, scale, *linear, residual=residual)
+        low = lower(a, [linear])
+        y, w_scale = project(a, a8, low, scale, *linear, residual=residual)
         ctx.save_for_backward(a, _scale_of(a8), w_scale, low)
         ctx.scale, ctx.linear = scale, linear
         return y
@@ -200,12 +231,13 @@ class _ProjectAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (a, a_scale, w_scale, low), linear = ctx.saved_tensors, ctx.linear
-        (weight, _, lora_A, lora_B), wanted = linear, ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[4:]
         dy8, dy8t = gradient_float8(dy, a_scale, w_scale, wanted[0])
-        d_low = low_gradient(dy, ctx.scale, lora_B)
-        da = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A)
+        d_low, da = lower_backward([dy], [ctx.scale], [linear])
+        da = input_gradient(dy, dy8, w_scale, linear[0], da)
+        (d_lora_A,) = lora_A_gradients(d_low, a, [linear])
         a8t = None if dy8t is None else kernels.quantize_transposed(a, a_scale)
-        return da, dy, None, None, *part_gradients(dy, dy8t, d_low, a, a8t, low, wanted, ctx.scale, *linear)
+        return da, dy, None, None, *part_gradients(dy, dy8t, d_lora_A, a, a8t, low, wanted, ctx.scale, *linear)
 
 
 class _SwiGLUProjectAdd(torch.autograd.Function):
@@ -215,7 +247,8 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
     def forward(ctx, gate, up, residual, fp8, scale, *linear):
         inner = kernels.swiglu(gate, up) if reads_bf16(fp8, [linear]) else None
         inner8 = kernels.swiglu_float8(gate, up) if fp8 else None
-        y, w_scale, low = project(inner, inner8, scale, *linear, residual=residual)
+        low = lower(inner, [linear])
+        y, w_scale = project(inner, inner8, low, scale, *linear, residual=residual)
         ctx.save_for_backward(gate, up, _scale_of(inner8), w_scale, low)
         ctx.scale, ctx.linear = scale, linear
         return y
@@ -223,16 +256,17 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (gate, up, inner_scale, w_scale, low), linear = ctx.saved_tensors, ctx.linear
-        (weight, _, lora_A, lora_B), wanted = linear, ctx.needs_input_grad[5:]
+        wanted = ctx.needs_input_grad[5:]
         dy8, dy8t = gradient_float8(dy, inner_scale, w_scale, wanted[0])
-        d_low = low_gradient(dy, ctx.scale, lora_B)
-        d_inner = input_gradient(dy, dy8, w_scale, d_low, weight, lora_A)
+        d_low, d_inner = lower_backward([dy], [ctx.scale], [linear])
+        d_inner = input_gradient(dy, dy8, w_scale, linear[0], d_inner)
         inner, inner8t = None, None  # the linear's input again: one of the two, for the weight's gradient
         if dy8t is None:
             d_gate, d_up, inner = kernels.swiglu_backward(d_inner, gate, up)
         else:
             d_gate, d_up, inner8t = kernels.swiglu_backward_float8(d_inner, gate, up, inner_scale)
-        return d_gate, d_up, dy, None, None, *part_gradients(dy, dy8t, d_low, inner, inner8t, low, wanted, ctx.scale, *linear)
+        (d_lora_A,) = lora_A_gradients(d_low, inner, [linear])
+        return d_gate, d_up, dy, None, None, *part_gradients(dy, dy8t, d_lora_A, inner, inner8t, low, wanted, ctx.scale, *linear)
 
 
 # ---------------------------------------------------------------- the block
