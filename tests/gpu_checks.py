@@ -7,6 +7,8 @@ import copy
 import functools
 import importlib.util
 import math
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -15,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when run without pytest
 
 import torch
+import torch.distributed as dist
+import world
 from tiny_models import gradients, nll_sum, random_documents, random_llama, stream, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,7 +36,7 @@ from kernels import (
     token_logps,
     token_logps_reference,
 )
-from model import adapters_disabled, apply_fused, apply_lora, apply_recompute, generate, init_lora
+from model import adapters_disabled, apply_fused, apply_lora, apply_recompute, generate, init_lora, read_config
 from plumbing import parallel
 from plumbing.checkpoint import Checkpointer
 
@@ -575,6 +579,84 @@ def check_sharded_lora():
         return {"loss": first.item()}
     finally:
         parallel.shutdown()
+
+
+# ---------------------------------------------------------------- whole runs of two ranks on this one GPU
+
+
+class ThroughHost:
+    """What two ranks exchange, for a GPU that both of them use, which NCCL refuses: copied to the host, exchanged by gloo, copied back."""
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(size, dtype=dtype, device=device)
+
+
+class AllGather(ThroughHost):
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        output_tensor.copy_(torch.cat(gather(input_tensor)))
+
+
+class ReduceScatter(ThroughHost):
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        assert op == dist.ReduceOp.AVG
+        mine = [whole.chunk(dist.get_world_size())[dist.get_rank()] for whole in gather(input_tensor)]
+        output_tensor.copy_(torch.stack(mine).mean(0))
+
+
+def gather(tensor):
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, tensor.cpu())
+    return parts
+
+
+def share_one_gpu():
+    """For world.launch: both ranks on the first GPU. All but the exchange is as on two: FSDP2's hooks, its streams, our kernels."""
+    os.environ["LOCAL_RANK"] = "0"
+    init, shard = dist.init_process_group, parallel.shard
+
+    def shard_through_host(model, precision):
+        shard(model, precision)
+        for module in (model, *model.model.layers):
+            module.set_custom_all_gather(AllGather())
+            module.set_custom_reduce_scatter(ReduceScatter())
+
+    dist.init_process_group = lambda backend, **options: init("gloo", **options)
+    parallel.shard = shard_through_host
+    world.train_sft.finish = world.train_dpo.finish = lambda *_: None  # an export exchanges by other ways
+
+
+def share_one_gpu_and_stop():
+    share_one_gpu()
+    world.signal_after(2, signal.SIGTERM)
+
+
+def check_runs_of_two_ranks():
+    """World size on the fast paths, in fused blocks: two ranks of FSDP2 beside one process without, and two that stop beside one that goes
+    on. DPO with shared prefixes and its own reference cache. Four steps each; losses and gradient norms, relative."""
+    lora, worst = {"lora_rank": 4, "lora_alpha": 8.0}, {}
+    cases = (("sft", "fp32", {}, 1e-5), ("dpo", "bf16", {}, 4e-2), ("dpo", "bf16", lora, 4e-2), ("sft", "fp8", {}, 4e-2))
+    with tempfile.TemporaryDirectory() as folder:
+        root = world.make_world(Path(folder) / "world")
+        shape = dict(vocab_size=read_config(root / "base")["vocab_size"], hidden_size=128, intermediate_size=256, head_dim=32)
+        world.write_model(root / "base", random_llama(tiny_config(**shape), std=0.06))
+        for stage, precision, keys, tolerance in cases:
+            case = " ".join([stage, precision, *keys])
+            config = world.write_config(Path(folder) / case, root, precision=precision, save_every=2, **{stage: {"lr": 1e-3}}, **keys)
+            runs = [Path(folder) / case / how for how in ("alone", "on two", "resumed")]
+
+            def launch(run, ranks, prepare=share_one_gpu):  # with a reference cache of its own: another packing rounds differently
+                return world.launch(stage, config, f"--out_dir={run}", f"--cache_dir={run}/cache", ranks=ranks, prepare=prepare)  # noqa: B023
+
+            launch(runs[0], 1).ok()
+            launch(runs[1], 2).ok()
+            assert launch(runs[2], 2, share_one_gpu_and_stop).codes == [128 + signal.SIGTERM] * 2
+            assert "goes on after step 2 of 4" in launch(runs[2], 1).ok().out[0]
+            expected, *others = (world.trace(run, "loss", "grad_norm") for run in runs)
+            worst[case] = max(((other - expected).abs() / expected).max().item() for other in others)
+            assert len(expected) == 4 and worst[case] < tolerance, worst
+            if stage == "dpo":  # policy = reference to the bit
+                assert all(abs(world.trace(run, "loss")[0].item() - math.log(2)) < 1e-7 for run in runs), case
+    return worst
 
 
 # ---------------------------------------------------------------- t-SNE (tsne_kernels needs Triton, so it is imported where it runs)
