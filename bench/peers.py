@@ -36,7 +36,7 @@ from model import LINEARS, LlamaConfig
 
 WARMUP = 3  # steps: the allocator, compilation, and the clocks under load
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SFT = dict(data="sft_fixed.jsonl", max_seq_len=4096, micro_batch=2, accumulate=4, recompute="full")
+SFT = dict(data="sft_fixed.jsonl", max_seq_len=4096, micro_batch=2, accumulate=6, recompute="full")
 DPO = dict(data="dpo_fixed.jsonl", max_seq_len=2048, micro_batch=16, accumulate=2, recompute="full")
 DEFAULTS = {"hf_sft": SFT, "hf_lora": SFT | {"recompute": "best"}, "trl_sft": SFT, "trl_dpo": DPO, "trl_dpo_lora": DPO}
 
