@@ -25,7 +25,7 @@ from packing import in_order, local_batches, step_examples, steps_per_epoch
 from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
-from plumbing.trainee import DTYPES, finish, load_trainee, sample
+from plumbing.trainee import DTYPES, finish, load_trainee, read_shape, sample
 
 # ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
 # Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.
@@ -258,8 +258,9 @@ def main(argv):
 
     directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
+    shape = parallel.main_first(ranks, lambda: read_shape(config, directory, tokenizer, ranks.device))
     pairs, held_out = parallel.main_first(ranks, lambda: load_preferences(config, tokenizer, ranks.say))
-    model = load_trainee(config, directory, tokenizer, ranks.device)
+    model = load_trainee(config, directory, shape, ranks.device)
 
     epoch_steps = steps_per_epoch(len(pairs), config.global_batch_size)
     total_steps = min(config.num_epochs * epoch_steps, config.max_steps or math.inf)

@@ -397,11 +397,13 @@ def drop_tensor(base, name):
 
 @pytest.mark.parametrize("case", BAD_BASES)
 def test_bad_model(world, tmp_path, case):
+    """All but missing and broken weights before the data are tokenised."""
     base = tmp_path / "base"
     shutil.copytree(world / "base", base)
     change, message = BAD_BASES[case]
     change(base)
     expect_message(launch("sft", write_config(tmp_path, world, model_path=str(base))), message)
+    assert case in ("missing file", "truncated file", "missing tensor") or not (tmp_path / "cache").exists()
 
 
 BAD_DATA = {
@@ -430,14 +432,16 @@ BAD_COMMANDS = {
     "ranks": (["--global_batch_size=1"], 2, "a batch that cannot be formed on 2 ranks"),
     "model": (["--model_path=nowhere"], 1, "no such folder"),
     "missing data": (["--max_seq_len=4000"], 1, "expected at least twice max_seq_len=4000"),
+    "float8": (["--precision=fp8"], 1, "multiples of 16, the model has (32, 56, 32, 16)"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_COMMANDS)
 def test_bad_command(world, tmp_path, case):
-    """CHECKS 3, 25."""
+    """CHECKS 3, 25. Before the data are tokenised."""
     args, count, message = BAD_COMMANDS[case]
     expect_message(launch("dpo", write_config(tmp_path, world), *args, ranks=count), message)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("where", ["data", "model"])
