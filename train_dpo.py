@@ -288,10 +288,7 @@ def main(argv):
     reference = reference_of(pairs, [batch_ids(step) for step in range(min(total_steps, epoch_steps))])
     held_out_reference = reference_of(held_out, in_order(len(held_out), config.global_batch_size)) if held_out else None
     first_step = checkpointer.load(latest, model, optimizer) if latest else 0
-    if latest:
-        left = "" if first_step < total_steps else "; nothing is left to train"
-        ranks.say(f"{latest}: goes on after step {first_step} of {total_steps}{left}")
-    log.resume_at(first_step)
+    log.resume_at(first_step, latest)
 
     stop = parallel.StopSignal()
     for step in range(first_step, total_steps):

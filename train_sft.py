@@ -104,10 +104,7 @@ def main(argv):
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **implicit(config)})
     ranks.say(f"SFT: {len(documents):,} documents, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
     first_step = checkpointer.load(latest, model, optimizer) if latest else 0
-    if latest:
-        left = "" if first_step < total_steps else "; nothing is left to train"
-        ranks.say(f"{latest}: goes on after step {first_step} of {total_steps}{left}")
-    log.resume_at(first_step)
+    log.resume_at(first_step, latest)
 
     stop = parallel.StopSignal()
     for step in range(first_step, total_steps):

@@ -38,7 +38,7 @@ class Logbook:
     def __init__(self, config, ranks, total_steps, implicit):
         """implicit: the values that no key states (reduction, eps, data fingerprints, ...); they go into the manifest."""
         self.ranks, self.total_steps, self.log_every = ranks, total_steps, config.log_every
-        self.folder = Path(config.out_dir)
+        self.folder, self.fresh = Path(config.out_dir), config.fresh
         self.peak = measured_matmul_peak(ranks.device)
         self.tensorboard = config.tensorboard
         self._metrics = self._events = None
@@ -51,8 +51,15 @@ class Logbook:
             write_json(self.folder / "manifest.json", about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit})
         self._start = time.perf_counter()
 
-    def resume_at(self, step):
-        """Forget the metrics of steps that are about to be trained again, and open the file for more."""
+    def resume_at(self, step, checkpoint=None):
+        """Say what is left after `step`, which `checkpoint` (None: the start) holds; forget the metrics of the steps that are about to be
+        trained again, and open the file for more."""
+        left, final = self.total_steps - step, self.folder / "final"
+        if checkpoint:
+            self.ranks.say(f"{checkpoint}: goes on after step {step} of {self.total_steps}{'' if left else '; nothing is left to train'}")
+        if left and final.is_dir() and not self.fresh:
+            self.ranks.say(f"{final}: of a finished run whose last step is in no checkpoint (save_every): {left} steps are trained again, "
+                           "then it is replaced")  # fmt: skip
         if self.ranks.main:
             for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                 *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line

@@ -211,22 +211,25 @@ def test_fresh_starts_over(world, tmp_path):
     config, run = write_config(tmp_path, world, save_every=2), tmp_path / "sft"
     launch("sft", config).ok()
     first = final_bytes(run)
-    assert "step 00001" not in launch("sft", config).ok().out[0]  # all 4 steps are done
+    again = launch("sft", config).ok().out[0]
+    assert "step 00001" not in again and "goes on after step 4 of 4; nothing is left to train" in again and "finished run" not in again
     assert "step 00001" in launch("sft", config, "--fresh").ok().out[0]
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert final_bytes(run) == first
 
 
 def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
-    """Without any checkpoint too; the same command trains again, and says nothing of what it replaces."""
+    """Without any checkpoint too; the same command trains again, and says so before it does."""
     config, run = write_config(tmp_path, world, max_steps=3, data_eval=None), tmp_path / "sft"
     launch("sft", config).ok()
     first = final_bytes(run)
     refused = launch("sft", config, "--lr=0.5", ranks=2)
     assert refused.codes == [1, 1] and "final was saved under another configuration: lr=" in refused.err[0]
     assert final_bytes(run) == first
-    assert "step 00001" in launch("sft", config).ok().out[0]
-    assert "step 00001" in launch("sft", config, "--lr=0.5", "--fresh").ok().out[0]
+    again = launch("sft", config).ok().out[0]
+    assert re.search(r"final: of a finished run .*: 3 steps are trained again, then it is replaced\n(.*\n)*step 00001", again)
+    fresh = launch("sft", config, "--lr=0.5", "--fresh").ok().out[0]
+    assert "step 00001" in fresh and "finished run" not in fresh
     assert final_bytes(run) != first
 
 
