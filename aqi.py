@@ -77,7 +77,7 @@ def read_prompts(source, mode="sanity", log=print):
                 log(f"{source}: {axiom}, {'safe' if label else 'unsafe'}: {size} texts, fewer than the {MODES[mode]:,} of mode {mode}")
             chosen.append(rows[np.random.RandomState(SEED).choice(len(rows), size, replace=False)])
     log(f"{source}: columns {', '.join(names.values())}; {len(kept_axioms)} axioms, {sum(map(len, chosen)):,} of {len(table):,} texts"
-        f"; {dropped:,} dropped for want of an axiom or a text")  # fmt: skip
+        f"; {dropped:,} dropped{' for want of an axiom or a text' if dropped else ''}")  # fmt: skip
     rows = np.concatenate(chosen)
     axiom = torch.tensor([kept_axioms.index(str(axioms[row]).strip()) for row in rows])
     return Prompts([str(texts[row]) for row in rows], axiom, torch.tensor([labels[row] for row in rows]), kept_axioms, rows)

@@ -600,10 +600,11 @@ def describe(stats: dict, key: str = "data") -> str:
     """The line that says what became of the rows of a config key's mixture."""
     kept = " + ".join(f"{count:,} {split if key == 'data' else 'held out'}" for split, count in stats["kept"].items())
     equal = f"; {stats['equal']:,} pairs with two equal answers (they teach nothing)" if stats["equal"] else ""
+    straddling = f"; {stats['straddling']:,} tokens straddle header and answer (supervised)" if stats["straddling"] else ""
     dropped = "".join(f", {count:,} dropped {reason}" for reason, count in stats["dropped"].items())
     return (
         f"{key}: {stats['rows']:,} rows: {kept}{dropped or ', 0 dropped'}; {stats['tokens']:,} tokens, {stats['supervised']:,} supervised; "
-        f"{stats['truncated']:,} conversations truncated; {stats['straddling']:,} tokens straddle header and answer (supervised){equal}"
+        f"{stats['truncated']:,} conversations truncated{straddling}{equal}"
     )
 
 

@@ -140,7 +140,7 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     left_out = f"{unanswered} pairs left out, without an answer in the first {max_seq_len} tokens"
     if usable < count:
         needed = f"expected {count}, of which a fifth is held out of the vector (a --count of at most {usable * 4 // 5} here)"
-        raise ValueError(f"texts {source!r}: {usable} usable pairs, {left_out}; {needed}")
+        raise ValueError(f"texts {source!r}: {usable} usable pairs{f', {left_out}' if unanswered else ''}; {needed}")
     if unanswered:
         print(f"texts {source!r}: {left_out}")
     return documents
@@ -347,12 +347,13 @@ def print_generations(args):
         if not strengths:
             continue
         model, tokenizer = vector.model(name)
-        add = vector.additions(args, model, tokenizer, name)
+        add, eos = vector.additions(args, model, tokenizer, name), model.config.eos_token_id
         ids = [_prompt_ids(prompt, tokenizer, vector.manifest["template"]) for prompt in prompts]
         for strength in strengths:
             tap = steering_tap(add, strength, args.rescale)
-            new = generate(model, ids, args.max_new_tokens, model.config.eos_token_id, args.temperature, tap=tap)
-            answers[strength] = [tokenizer.decode(tokens) for tokens in new]
+            new = generate(model, ids, args.max_new_tokens, eos, args.temperature, tap=tap)
+            ends = eos if isinstance(eos, tuple) else (eos,)
+            answers[strength] = [tokenizer.decode([token for token in tokens if token not in ends]) for tokens in new]
         del model
     for i, prompt in enumerate(prompts):
         print(f"\n> {prompt}")

@@ -205,7 +205,7 @@ def test_another_shape_is_refused(lab):
 
 
 def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
-    with pytest.raises(ValueError, match="12 usable pairs, 0 pairs left out, .*; expected 125"):
+    with pytest.raises(ValueError, match="12 usable pairs; expected 125"):
         extract(lab, "none", "--count", "100")
     rows = [{"prompt": "help", "chosen": "good cat", "rejected": "bad dog"}] * 10
     write_rows(lab / "plain.jsonl", rows)
@@ -280,6 +280,13 @@ def test_generations_side_by_side(lab, capsys):
     assert line in out[0]
     with pytest.raises(SystemExit):
         steer.main(["generate", f"{lab}/steer", *SHORT])
+
+
+def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch):
+    monkeypatch.setattr(steer, "generate", lambda model, prompts, count, eos, *_, **__: [[9, 0, 8, eos]])
+    steer.main(["generate", f"{lab}/steer", "--prompt", "help me", "--lambdas", "0", "--layers", "1", *SHORT])
+    shown = Tokenizer.from_dir(lab / "sft").decode([9, 0, 8])
+    assert "<|bos|>" in shown and capsys.readouterr().out.endswith(f"lambda 0 on sft: {shown}\n")
 
 
 @pytest.mark.parametrize(
