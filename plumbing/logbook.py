@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -113,8 +114,7 @@ class Logbook:
     def write(self, metrics):
         """Append one line to metrics.jsonl and flush it; with `tensorboard` also one scalar per metric."""
         if self.ranks.main:
-            # JSON has no infinity; 1e999 is a number that readers take for it
-            self._metrics.write(json.dumps(metrics).replace("Infinity", "1e999") + "\n")
+            self._metrics.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
             self._metrics.flush()
         if self._events:
             for name in [name for name in metrics if name != "step"]:
@@ -122,11 +122,20 @@ class Logbook:
             self._events.flush()
 
 
+def finite(value):
+    """`value` with None for NaN and infinity: JSON has neither, and a measurement of hours is not lost to one of its numbers."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
-    """Write atomically, and through to the disk: a reader, also after a power cut, sees the old file or the new one."""
+    """Write `finite(value)` atomically, and through to the disk: a reader, also after a power cut, sees the old file or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

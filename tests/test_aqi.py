@@ -326,6 +326,14 @@ def test_table_and_report(tmp_path):
         assert float(next(csv.DictReader(file))["aqi"]) == scored[0]["aqi"]
 
 
+def test_a_report_is_json_whatever_was_measured(tmp_path):
+    """Two labels at a point each have an infinite Dunn index, and a text beyond 709 nats per token an infinite perplexity."""
+    write_report(tmp_path, [{"category": "a", "dunn": math.inf}], behaviour=[{"perplexity_chosen": np.float64("nan"), "lambda": 0.5}])
+    report = json.loads((tmp_path / "aqi.json").read_text(), parse_constant=pytest.fail)  # called with NaN, Infinity
+    assert report["rows"] == [{"category": "a", "dunn": None}]
+    assert report["behaviour"] == [{"perplexity_chosen": None, "lambda": 0.5}]
+
+
 @pytest.mark.slow
 def test_score_command(tmp_path):
     command = [sys.executable, "aqi.py", "score", str(GOLDEN), "--normalize", "sweep", "--out", str(tmp_path)]
