@@ -25,13 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 import aqi
 from data import Tokenizer, encode_chat, find_schema, open_source
 from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, hub, parallel, registry
-from plumbing.logbook import write_json
+from plumbing.logbook import progress_bar, write_json
 from steering import (
     INJECTIONS,
     POOLINGS,
@@ -157,7 +156,7 @@ def hash_documents(documents):
 
 def bar(label):
     """A progress bar, with rate and ETA, around the batches of a pass."""
-    return lambda plan: tqdm(plan, desc=label, unit="batch", mininterval=0.5)
+    return lambda plan: progress_bar(plan, desc=label, unit="batch")
 
 
 # ---------------------------------------------------------------- extract

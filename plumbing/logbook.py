@@ -109,7 +109,7 @@ class Logbook:
 
     def progress(self, label, items):
         """Iterate over a list with a bar that shows rate and ETA on rank 0."""
-        return tqdm(items, desc=label, disable=not self.ranks.main, unit="batch", mininterval=0.5)
+        return progress_bar(items, desc=label, disable=not self.ranks.main, unit="batch")
 
     def write(self, metrics):
         """Append one line to metrics.jsonl and flush it; with `tensorboard` also one scalar per metric."""
@@ -120,6 +120,11 @@ class Logbook:
             for name in [name for name in metrics if name != "step"]:
                 self._events.add_scalar(name, metrics[name], metrics["step"])
             self._events.flush()
+
+
+def progress_bar(items=None, **options):
+    """tqdm, with rate and ETA: two refreshes a second on a terminal; where each stays, in a log file, one in ten seconds."""
+    return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
 
 
 def finite(value):
