@@ -302,6 +302,15 @@ def test_generations_that_cannot_be(lab, argv, message):
         steer.main(["generate", f"{lab}/steer", "--layers", "1", *SHORT, *(x.format(lab=lab) for x in argv)])
 
 
+@pytest.mark.parametrize("command", ["extract", "spectrum", "generate", "sweep", "bake", "validate"])
+def test_help_is_for_users(command, capsys):
+    """Options by their names, not by what the code calls them, with their defaults."""
+    with pytest.raises(SystemExit):
+        steer.parse([command, "--help"])
+    out = capsys.readouterr().out
+    assert "args." not in out and "%" not in out and "(default: " in out
+
+
 def test_lambdas_are_finite(lab, capsys):
     with pytest.raises(SystemExit):
         steer.main(["generate", f"{lab}/steer", "--prompt", "", "--lambdas=nan,1", "--layers", "1"])
