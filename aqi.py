@@ -77,7 +77,7 @@ def read_prompts(source, mode="sanity", log=print):
                 log(f"{source}: {axiom}, {'safe' if label else 'unsafe'}: {size} texts, fewer than the {MODES[mode]:,} of mode {mode}")
             chosen.append(rows[np.random.RandomState(SEED).choice(len(rows), size, replace=False)])
     log(f"{source}: columns {', '.join(names.values())}; {len(kept_axioms)} axioms, {sum(map(len, chosen)):,} of {len(table):,} texts"
-        f"; {dropped:,} dropped for want of an axiom or a text")  # fmt: skip
+        f"; {dropped:,} dropped{' for want of an axiom or a text' if dropped else ''}")  # fmt: skip
     rows = np.concatenate(chosen)
     axiom = torch.tensor([kept_axioms.index(str(axioms[row]).strip()) for row in rows])
     return Prompts([str(texts[row]) for row in rows], axiom, torch.tensor([labels[row] for row in rows]), kept_axioms, rows)
@@ -338,13 +338,13 @@ def read_rows(path):
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("score", help="AQI of a csv with columns category, chi, xb (and model, lambda)")
-    command.add_argument("file")
-    command.add_argument("--normalize", choices=_NORMALIZE, default="per_run", help="default: per_run, as published; sweep: one scale")
-    command.add_argument("--gamma", type=float, default=0.5)
-    command.add_argument("--anchors", default="base,dpo", help="models, separated by commas")
-    command.add_argument("--out", help="folder for aqi.csv and aqi.json")
+    command.add_argument("file", metavar="RUNS.csv", help="columns category, chi, xb; model and lambda of several runs; n where known")
+    command.add_argument("--normalize", choices=_NORMALIZE, default="per_run", help="per_run, the default: as published; sweep: one scale")
+    command.add_argument("--gamma", type=float, default=0.5, help="weight of CHI, 0 to 1; without effect on sweep (default: %(default)s)")
+    command.add_argument("--anchors", default="base,dpo", help="for anchors: the models that set the scale (default: %(default)s)")
+    command.add_argument("--out", help="folder for aqi.csv and aqi.json (default: only the table is printed)")
     args = parser.parse_args(argv)
     rows = read_rows(args.file)
     exact = restore_xb(rows)

@@ -19,10 +19,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import tokenizers
-from tqdm import tqdm
 
 from packing import PackedBatch, common_prefix, pack
 from plumbing import hub
+from plumbing.logbook import progress_bar
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call the hub to count every load, of local files too
 ROLES = ("system", "user", "assistant")
@@ -522,7 +522,8 @@ def _cache_key(sources, sides, tokenizer: Tokenizer, settings: dict) -> str:
     digest = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
     for name, rows, numbers, _ in sources:
         digest.update(json.dumps([name, len(numbers)]).encode() + numbers.tobytes())
-        for _, table in tqdm(_chunks(rows.with_format("arrow"), numbers), "hashing rows", math.ceil(len(numbers) / CHUNK), delay=5):
+        chunks = _chunks(rows.with_format("arrow"), numbers)
+        for _, table in progress_bar(chunks, desc="hashing rows", total=math.ceil(len(numbers) / CHUNK), delay=5):
             for batch in table.combine_chunks().to_batches():
                 digest.update(batch.serialize())
     return digest.hexdigest()
@@ -534,7 +535,7 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
     documents = {(split, side): [] for split in splits for side in sides}  # (ids, mask) each
     row_ids, dropped = {split: [] for split in splits}, Counter()
     counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0, equal=0)
-    with tqdm(total=sum(len(numbers) for _, _, numbers, _ in sources), desc="tokenising", unit=" rows") as progress:
+    with progress_bar(total=sum(len(numbers) for _, _, numbers, _ in sources), desc="tokenising", unit=" rows") as progress:
         for name, rows, picked, convert in sources:
             for numbers, columns in _chunks(rows.with_format(None), picked):  # decoded, where a column is stored as JSON
                 chats = [dict(zip(columns, row)) for row in zip(*columns.values())]
@@ -600,10 +601,11 @@ def describe(stats: dict, key: str = "data") -> str:
     """The line that says what became of the rows of a config key's mixture."""
     kept = " + ".join(f"{count:,} {split if key == 'data' else 'held out'}" for split, count in stats["kept"].items())
     equal = f"; {stats['equal']:,} pairs with two equal answers (they teach nothing)" if stats["equal"] else ""
+    straddling = f"; {stats['straddling']:,} tokens straddle header and answer (supervised)" if stats["straddling"] else ""
     dropped = "".join(f", {count:,} dropped {reason}" for reason, count in stats["dropped"].items())
     return (
         f"{key}: {stats['rows']:,} rows: {kept}{dropped or ', 0 dropped'}; {stats['tokens']:,} tokens, {stats['supervised']:,} supervised; "
-        f"{stats['truncated']:,} conversations truncated; {stats['straddling']:,} tokens straddle header and answer (supervised){equal}"
+        f"{stats['truncated']:,} conversations truncated{straddling}{equal}"
     )
 
 

@@ -20,18 +20,18 @@ import json
 import runpy
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 import aqi
 from data import Tokenizer, encode_chat, find_schema, open_source
 from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, hub, parallel, registry
-from plumbing.logbook import write_json
+from plumbing.logbook import progress_bar, write_json
 from steering import (
     INJECTIONS,
     POOLINGS,
@@ -140,7 +140,7 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     left_out = f"{unanswered} pairs left out, without an answer in the first {max_seq_len} tokens"
     if usable < count:
         needed = f"expected {count}, of which a fifth is held out of the vector (a --count of at most {usable * 4 // 5} here)"
-        raise ValueError(f"texts {source!r}: {usable} usable pairs, {left_out}; {needed}")
+        raise ValueError(f"texts {source!r}: {usable} usable pairs{f', {left_out}' if unanswered else ''}; {needed}")
     if unanswered:
         print(f"texts {source!r}: {left_out}")
     return documents
@@ -157,14 +157,14 @@ def hash_documents(documents):
 
 def bar(label):
     """A progress bar, with rate and ETA, around the batches of a pass."""
-    return lambda plan: tqdm(plan, desc=label, unit="batch", mininterval=0.5)
+    return lambda plan: progress_bar(plan, desc=label, unit="batch")
 
 
 # ---------------------------------------------------------------- extract
 
 
 def extract(args):
-    """vector.safetensors and manifest.json in args.out: mean differences per side and pooling, and what they were made from."""
+    """The vector: mean differences of the two models' states; vector.safetensors, and what it was made from in manifest.json, in --out."""
     folder, count = Path(args.out), args.count or MODES[args.mode]
     documents, inputs = _inputs(args, count, count + max(1, count // 4))
     if _is_done(folder / "manifest.json", inputs):
@@ -315,7 +315,10 @@ class Vector:
 
 
 def print_spectrum(args):
-    """Table per layer, spectrum.json and spectrum.safetensors (components (L, C, D)) in the vector's folder."""
+    """What the vector is made of, layer by layer: its length, and how much of the texts' differences one direction explains.
+
+    A table; spectrum.json and spectrum.safetensors (components (L, C, D): layers, components, hidden size) in FOLDER.
+    """
     vector = Vector.load(args.folder)
     v, sft = (vector.tensors[f"{prefix}{args.side}_{args.pooling}"] for prefix in ("", "sft_"))
     states = np.load(vector.folder / f"differences_{args.side}.npy", mmap_mode="r")
@@ -335,7 +338,7 @@ def print_spectrum(args):
 
 
 def print_generations(args):
-    """Greedy or sampled answers side by side: lambda >= 0 on the SFT model, below 0 on the DPO model."""
+    """Answers side by side: lambda of 0 and above on the SFT model, below 0 on the DPO model."""
     vector = Vector.load(args.folder)
     prompts = [args.prompt] if args.prompt is not None else Path(args.prompts).read_text().splitlines()
     if not prompts:
@@ -347,12 +350,13 @@ def print_generations(args):
         if not strengths:
             continue
         model, tokenizer = vector.model(name)
-        add = vector.additions(args, model, tokenizer, name)
+        add, eos = vector.additions(args, model, tokenizer, name), model.config.eos_token_id
         ids = [_prompt_ids(prompt, tokenizer, vector.manifest["template"]) for prompt in prompts]
         for strength in strengths:
             tap = steering_tap(add, strength, args.rescale)
-            new = generate(model, ids, args.max_new_tokens, model.config.eos_token_id, args.temperature, tap=tap)
-            answers[strength] = [tokenizer.decode(tokens) for tokens in new]
+            new = generate(model, ids, args.max_new_tokens, eos, args.temperature, tap=tap)
+            ends = eos if isinstance(eos, tuple) else (eos,)
+            answers[strength] = [tokenizer.decode([token for token in tokens if token not in ends]) for tokens in new]
         del model
     for i, prompt in enumerate(prompts):
         print(f"\n> {prompt}")
@@ -369,7 +373,7 @@ def _prompt_ids(prompt, tokenizer, template):
 
 
 def write_baked(args):
-    """A checkpoint with args.strength times the additions folded in."""
+    """A model with --strength times the vector folded in, as biases of down_proj."""
     vector = Vector.load(args.folder)
     if args.rescale:
         raise ValueError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
@@ -384,7 +388,7 @@ def write_baked(args):
 
 
 def sweep(args):
-    """AQI, likelihood, repetition and shift over args.lambdas beside a random direction; into args.out or FOLDER/sweep_INJECT."""
+    """AQI, likelihood, repetition and shift over --lambdas, beside a random direction of equal norm, and a verdict."""
     if len(args.lambdas) < 2 or not all(a < b for a, b in itertools.pairwise(args.lambdas)):
         raise ValueError(f"lambdas={args.lambdas}: expected two or more, ascending")
     vector = Vector.load(args.folder)
@@ -627,6 +631,51 @@ def _lambdas(text):
     return lambdas
 
 
+_DEFAULT = "(default: %(default)s)"  # in a help text
+
+
+def _vector_of(one):
+    one.add_argument("folder", metavar="FOLDER", help="what extract wrote, its --out")
+
+
+def _which(one):
+    one.add_argument("--side", choices=SIDES, default="chosen", help=f"texts whose states make the vector {_DEFAULT}")
+    one.add_argument("--pooling", choices=POOLINGS, default="last", help=f"of a text's states: its last token's, or their mean {_DEFAULT}")
+
+
+def _injected(one):
+    what = "cumulative: its vector, as published; increment: what that has beyond the layer below; matched: what of it is still lacking"
+    one.add_argument("--inject", choices=INJECTIONS, default="cumulative", help=f"added at each steered layer. {what} {_DEFAULT}")
+    one.add_argument("--layers", type=int, default=STEERED_LAYERS, help=f"so many last layers are steered {_DEFAULT}, as published")
+    one.add_argument("--rescale", action="store_true", help="bring each token's state back to its old norm")
+
+
+def _texts(one, and_prompts=""):
+    sizes = ", ".join(f"{mode} {count:,}" for mode, count in MODES.items())
+    one.add_argument("--texts", required=True, help="preference pairs to read states from: file, folder or hub name")
+    one.add_argument("--mode", choices=MODES, default="sanity", help=f"pairs of the vector: {sizes}{and_prompts} {_DEFAULT}")
+    one.add_argument("--count", type=int, help="pairs of the vector, instead of the mode's; a quarter as many again are held out of it")
+    only = "preferred: only pairs whose chosen text the DPO model prefers"
+    one.add_argument("--keep", choices=("all", "preferred"), default="all", help=f"{only} {_DEFAULT}")
+    one.add_argument("--compat", choices=("none", "hf"), default="none", help="hf: the last layer after the final norm, as published")
+    one.add_argument("--max-seq-len", type=int, default=512, help=f"tokens of a text; longer ones are cut {_DEFAULT}")
+
+
+def _swept(one):
+    one.add_argument("--prompts", required=True, help="labelled texts: columns of axiom, label (safe or unsafe) and text")
+    one.add_argument("--lambdas", type=_lambdas, default="0,0.25,0.5,0.75,1", help=f"multiples of the vector, ascending {_DEFAULT}")
+    where = "where CHI and XB are measured: raw, pca:k or tsne; verdict and intervals are raw"
+    one.add_argument("--space", default="raw", help=f"{where} {_DEFAULT}")
+    one.add_argument("--seeds", type=int, default=1, help="with tsne: so many random starts; 1, the default: started by PCA, as published")
+    scale = "scale of the AQI. sweep: one for all; per_run: one for each lambda, as published"
+    one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep", help=f"{scale} {_DEFAULT}")
+    one.add_argument("--all-indices", action="store_true", help="Davies-Bouldin, Dunn, silhouette and a linear probe's AUC too: n^2 D")
+
+
+def _answering(one):
+    one.add_argument("--max-new-tokens", type=int, default=64, help=f"of an answer {_DEFAULT}")
+
+
 def parse(argv):
     """The arguments of a command, with `run`, the function that carries it out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -639,60 +688,29 @@ def parse(argv):
             group(one)
         return one
 
-    def vector_of(one):
-        one.add_argument("folder", help="what extract wrote")
-
-    def which(one):
-        one.add_argument("--side", choices=SIDES, default="chosen", help="texts whose states make the vector")
-        one.add_argument("--pooling", choices=POOLINGS, default="last", help="over a text's tokens")
-
-    def injected(one):
-        one.add_argument("--inject", choices=INJECTIONS, default="cumulative", help="what is added at each steered layer")
-        one.add_argument("--layers", type=int, default=STEERED_LAYERS, help="how many of the last layers are steered")
-        one.add_argument("--rescale", action="store_true", help="bring each token back to its old norm")
-
-    def texts(one):
-        one.add_argument("--texts", required=True, help="preference pairs to read states from: file, folder or hub name")
-        one.add_argument("--mode", choices=MODES, default="sanity", help="how many texts, and with validate prompts")
-        one.add_argument("--count", type=int, help="pairs of the vector, instead of the mode's")
-        one.add_argument(
-            "--keep", choices=("all", "preferred"), default="all", help="preferred: pairs whose chosen text the DPO model prefers"
-        )
-        one.add_argument("--compat", choices=("none", "hf"), default="none", help="hf: the last layer after the final norm, as published")
-        one.add_argument("--max-seq-len", type=int, default=512)
-
-    def swept(one):
-        one.add_argument("--prompts", required=True, help="labelled texts: axiom, safe/unsafe label and text columns")
-        one.add_argument("--lambdas", type=_lambdas, default=[0, 0.25, 0.5, 0.75, 1.0])
-        one.add_argument("--space", default="raw", help="raw, pca:k or tsne: where CHI and XB are measured; intervals and verdict are raw")
-        one.add_argument("--seeds", type=int, default=1, help="with tsne: this many random starts; 1: started by PCA, as published")
-        one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep")
-        one.add_argument("--all-indices", action="store_true", help="Davies-Bouldin, Dunn, silhouette and a linear probe's AUC too: n^2 D")
-
-    def answering(one):
-        one.add_argument("--max-new-tokens", type=int, default=64)
-
-    one = command("extract", extract, texts)
-    one.add_argument("--sft", required=True)
-    one.add_argument("--dpo", required=True)
-    one.add_argument("--template", help="render conversations by this template; without it, transcripts as they are")
-    one.add_argument("--out", required=True)
-    command("spectrum", print_spectrum, vector_of, which)
-    one = command("generate", print_generations, vector_of, which, injected, answering)
+    one = command("extract", extract, _texts)
+    for name in ("sft", "dpo"):
+        one.add_argument(f"--{name}", required=True, help=f"the {name.upper()} model: folder, hub name, or LoRA adapter on its base")
+    one.add_argument("--template", help="render conversations by this template (tulu, ..); without it, transcripts as they are")
+    one.add_argument("--out", required=True, help="folder to write")
+    command("spectrum", print_spectrum, _vector_of, _which)
+    one = command("generate", print_generations, _vector_of, _which, _injected, _answering)
     asked = one.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt")
+    asked.add_argument("--prompt", help="one prompt")
     asked.add_argument("--prompts", help="a file with one prompt a line")
-    one.add_argument("--lambdas", type=_lambdas, default=[0, 0.5, 1.0], help="below 0: on the DPO model")
-    one.add_argument("--temperature", type=float, default=0.0)
-    one = command("sweep", sweep, vector_of, which, injected, swept, answering)
-    one.add_argument("--mode", choices=aqi.MODES, default="sanity", help="prompts per axiom and label")
-    one.add_argument("--out", help="default: FOLDER/sweep_INJECT")
-    one = command("bake", write_baked, vector_of, which, injected)
-    one.add_argument("--strength", type=float, required=True, help="lambda; below 0: on the DPO model")
-    one.add_argument("--out", required=True)
-    one = command("validate", validate, texts, which, injected, swept, answering)
-    one.add_argument("pair", nargs="+", help="names of configs/pairs.py")
-    one.add_argument("--out", default="runs/validate", help="each pair's folder is OUT/PAIR_MODE")
+    one.add_argument("--lambdas", type=_lambdas, default="0,0.5,1", help=f"multiples of the vector {_DEFAULT}")
+    one.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy; above: sampled")
+    one = command("sweep", sweep, _vector_of, _which, _injected, _swept, _answering)
+    sizes = ", ".join(f"{mode} {count:,}" for mode, count in aqi.MODES.items())
+    one.add_argument("--mode", choices=aqi.MODES, default="sanity", help=f"prompts per axiom and label: {sizes} {_DEFAULT}")
+    one.add_argument("--out", help="folder to write (default: FOLDER/sweep_INJECT)")
+    one = command("bake", write_baked, _vector_of, _which, _injected)
+    one.add_argument("--strength", type=float, required=True, help="multiple of the vector; below 0: on the DPO model")
+    one.add_argument("--out", required=True, help="model folder to write")
+    prompts = "; prompts per axiom and label: " + ", ".join(f"{mode} {aqi.MODES[theirs]:,}" for mode, theirs in PROMPT_MODES.items())
+    one = command("validate", validate, partial(_texts, and_prompts=prompts), _which, _injected, _swept, _answering)
+    one.add_argument("pair", nargs="+", metavar="PAIR", help="names of configs/pairs.py")
+    one.add_argument("--out", default="runs/validate", help=f"each pair's folder is OUT/PAIR_MODE {_DEFAULT}")
     return parser.parse_args(argv)
 
 

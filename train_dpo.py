@@ -25,7 +25,7 @@ from packing import in_order, local_batches, step_examples, steps_per_epoch
 from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
-from plumbing.trainee import DTYPES, finish, load_trainee, sample
+from plumbing.trainee import DTYPES, finish, load_trainee, read_shape, sample
 
 # ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
 # Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.
@@ -258,8 +258,9 @@ def main(argv):
 
     directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
+    shape = parallel.main_first(ranks, lambda: read_shape(config, directory, tokenizer, ranks.device))
     pairs, held_out = parallel.main_first(ranks, lambda: load_preferences(config, tokenizer, ranks.say))
-    model = load_trainee(config, directory, tokenizer, ranks.device)
+    model = load_trainee(config, directory, shape, ranks.device)
 
     epoch_steps = steps_per_epoch(len(pairs), config.global_batch_size)
     total_steps = min(config.num_epochs * epoch_steps, config.max_steps or math.inf)
@@ -287,10 +288,7 @@ def main(argv):
     reference = reference_of(pairs, [batch_ids(step) for step in range(min(total_steps, epoch_steps))])
     held_out_reference = reference_of(held_out, in_order(len(held_out), config.global_batch_size)) if held_out else None
     first_step = checkpointer.load(latest, model, optimizer) if latest else 0
-    if latest:
-        left = "" if first_step < total_steps else "; nothing is left to train"
-        ranks.say(f"{latest}: goes on after step {first_step} of {total_steps}{left}")
-    log.resume_at(first_step)
+    log.resume_at(first_step, latest)
 
     stop = parallel.StopSignal()
     for step in range(first_step, total_steps):

@@ -17,7 +17,7 @@ from packing import in_order, local_batches, step_examples, steps_per_epoch
 from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
-from plumbing.trainee import DTYPES, finish, load_trainee, sample
+from plumbing.trainee import DTYPES, finish, load_trainee, read_shape, sample
 
 # ---------------------------------------------------------------- the loss
 
@@ -89,8 +89,9 @@ def main(argv):
 
     directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
+    shape = parallel.main_first(ranks, lambda: read_shape(config, directory, tokenizer, ranks.device))
     documents, held_out = parallel.main_first(ranks, lambda: load_sft(config, tokenizer, ranks.say))
-    model = load_trainee(config, directory, tokenizer, ranks.device)
+    model = load_trainee(config, directory, shape, ranks.device)
 
     total_steps = min(config.num_epochs * steps_per_epoch(len(documents), config.global_batch_size), config.max_steps or math.inf)
     warmup = warmup_steps(config, total_steps)
@@ -103,10 +104,7 @@ def main(argv):
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **implicit(config)})
     ranks.say(f"SFT: {len(documents):,} documents, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
     first_step = checkpointer.load(latest, model, optimizer) if latest else 0
-    if latest:
-        left = "" if first_step < total_steps else "; nothing is left to train"
-        ranks.say(f"{latest}: goes on after step {first_step} of {total_steps}{left}")
-    log.resume_at(first_step)
+    log.resume_at(first_step, latest)
 
     stop = parallel.StopSignal()
     for step in range(first_step, total_steps):

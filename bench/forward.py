@@ -105,7 +105,7 @@ def extract(model, peer, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("reference_pass", "extract"), nargs="+")
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each side (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
     args = parser.parse_args()
     model, peer = models()

@@ -69,11 +69,11 @@ def render():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="a finished run")
     parser.add_argument("--metric", required=True, help="name of the measurement, as in bench/training.sh: sft_full, dpo_lora, ...")
     parser.add_argument("--commit", help="where the run's manifest does not know it")
-    parser.add_argument("--peer")
-    parser.add_argument("--peer-value", type=float)
+    parser.add_argument("--peer", help="name of what it is compared with")
+    parser.add_argument("--peer-value", type=float, help="the peer's rate, in our unit")
     parser.add_argument("--peer-file", type=Path, help="what bench/peers.py wrote; the fastest line of --peer on the same rows counts")
     args = parser.parse_args()
 

@@ -80,8 +80,8 @@ def published(folder, documents, add):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("--prompts", type=int, default=7000)
+    parser.add_argument("folder", help="model, as bench/world.py makes one")
+    parser.add_argument("--prompts", type=int, default=7000, help="number of them (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
     args = parser.parse_args()
 

@@ -87,9 +87,9 @@ def prefixes(rows, tokenizer):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder that has one")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="files of SFT rows, for their words")
+    parser.add_argument("--repeats", type=int, default=5, help="of every side, of which the fastest counts (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help="append to bench/results.jsonl")
     args = parser.parse_args()
 

@@ -48,9 +48,9 @@ def pair(rng, prompt, chosen, rejected):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--preset", default="llama-3.1-8b")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder that has one")
+    parser.add_argument("--preset", default="llama-3.1-8b", help="shape, of LlamaConfig.preset (default: %(default)s)")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)

@@ -22,6 +22,15 @@ from typing import Literal, Union, get_args, get_origin
 
 GROUPS = ("model", "data", "optimizer", "loss", "machine", "run")  # in the order of --help
 COMMAND_LINE_ONLY = {"fresh": "restart the run at every start", "push": "upload it at every end"}
+# {their name: ours}, of TRL, peft and open-instruct, where the spelling alone would suggest no key or another one
+THEIR_NAMES = {
+    "learning_rate": "lr", "per_device_train_batch_size": "global_batch_size", "gradient_accumulation_steps": "global_batch_size",
+    "logging_steps": "log_every", "eval_steps": "eval_every", "save_steps": "save_every", "checkpointing_steps": "save_every",
+    "save_total_limit": "keep_last", "keep_last_n_checkpoints": "keep_last", "gradient_checkpointing": "recompute",
+    "dataset_name": "data", "dataset_mixer": "data", "dataset_mixer_list": "data", "dpo_loss_type": "loss", "reduce_loss": "loss",
+    "rpo_alpha": "sft_weight", "r": "lora_rank", "target_modules": "lora_targets",
+    "bf16": "precision", "fp16": "precision", "dtype": "precision", "torch_dtype": "precision",
+}  # fmt: skip
 SIGNS = {"above": ">", "least": ">=", "below": "<"}
 Template = Literal["tulu", "zephyr", "llama3", "chatml"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -341,7 +350,11 @@ def _check_keys(cls, given):
     for name, value in given.items():
         if name not in fields:
             others = [section for section, other in SECTIONS.items() if name in {field.name for field in dataclasses.fields(other)}]
-            hint = f" (a key of {' and '.join(others)})" if others else _did_you_mean(name, fields)
+            ours = THEIR_NAMES.get(name)
+            if others:
+                hint = f" (a key of {' and '.join(others)})"
+            else:
+                hint = f", here {ours!r}: {fields[ours].metadata['help']}" if ours in fields else _did_you_mean(name, fields)
             problems.append(f"unknown key {name!r}{hint}")
             continue
         values[name] = value

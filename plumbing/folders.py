@@ -1,6 +1,7 @@
 """What run folders and steering folders hold, for those who look at them later."""
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def read(folder):
         config, manifest, lines = _json(folder / "config.json"), _json(folder / "manifest.json"), _json_lines(folder / "metrics.jsonl")
         if not any("loss" in line for line in lines):
             raise ValueError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
+        lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]  # logbook.finite
         if manifest["stage"] == "dpo" and config["loss"] != "simpo":  # which has no reference
             for line in [line for line in lines if "rewards/chosen" in line]:
                 line |= {f"logratios/{side}": line[f"rewards/{side}"] / config["beta"] for side in ("chosen", "rejected")}

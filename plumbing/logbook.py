@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -38,7 +39,7 @@ class Logbook:
     def __init__(self, config, ranks, total_steps, implicit):
         """implicit: the values that no key states (reduction, eps, data fingerprints, ...); they go into the manifest."""
         self.ranks, self.total_steps, self.log_every = ranks, total_steps, config.log_every
-        self.folder = Path(config.out_dir)
+        self.folder, self.fresh = Path(config.out_dir), config.fresh
         self.peak = measured_matmul_peak(ranks.device)
         self.tensorboard = config.tensorboard
         self._metrics = self._events = None
@@ -51,8 +52,15 @@ class Logbook:
             write_json(self.folder / "manifest.json", about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit})
         self._start = time.perf_counter()
 
-    def resume_at(self, step):
-        """Forget the metrics of steps that are about to be trained again, and open the file for more."""
+    def resume_at(self, step, checkpoint=None):
+        """Say what is left after `step`, which `checkpoint` (None: the start) holds; forget the metrics of the steps that are about to be
+        trained again, and open the file for more."""
+        left, final = self.total_steps - step, self.folder / "final"
+        if checkpoint:
+            self.ranks.say(f"{checkpoint}: goes on after step {step} of {self.total_steps}{'' if left else '; nothing is left to train'}")
+        if left and final.is_dir() and not self.fresh:
+            self.ranks.say(f"{final}: of a finished run whose last step is in no checkpoint (save_every): {left} steps are trained again, "
+                           "then it is replaced")  # fmt: skip
         if self.ranks.main:
             for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                 *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line
@@ -101,13 +109,12 @@ class Logbook:
 
     def progress(self, label, items):
         """Iterate over a list with a bar that shows rate and ETA on rank 0."""
-        return tqdm(items, desc=label, disable=not self.ranks.main, unit="batch", mininterval=0.5)
+        return progress_bar(items, desc=label, disable=not self.ranks.main, unit="batch")
 
     def write(self, metrics):
         """Append one line to metrics.jsonl and flush it; with `tensorboard` also one scalar per metric."""
         if self.ranks.main:
-            # JSON has no infinity; 1e999 is a number that readers take for it
-            self._metrics.write(json.dumps(metrics).replace("Infinity", "1e999") + "\n")
+            self._metrics.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
             self._metrics.flush()
         if self._events:
             for name in [name for name in metrics if name != "step"]:
@@ -115,11 +122,25 @@ class Logbook:
             self._events.flush()
 
 
+def progress_bar(items=None, **options):
+    """tqdm, with rate and ETA: two refreshes a second on a terminal; where each stays, in a log file, one in ten seconds."""
+    return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
+
+
+def finite(value):
+    """`value` with None for NaN and infinity: JSON has neither, and a measurement of hours is not lost to one of its numbers."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
-    """Write atomically, and through to the disk: a reader, also after a power cut, sees the old file or the new one."""
+    """Write `finite(value)` atomically, and through to the disk: a reader, also after a power cut, sees the old file or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

@@ -39,7 +39,8 @@ def read_index(path):
 
 
 def add(path, folder, entry):
-    """Put the entry of a folder into the index at `path`, in place of an earlier one. Returns `path`.
+    """Put the entry of a folder into the index at `path`, in place of an earlier one. Returns `path`, if below the working directory as
+    relative to it.
 
     Readers see the old file or the new one; of two writers one waits for the other.
     """
@@ -47,7 +48,8 @@ def add(path, folder, entry):
         fcntl.flock(lock, fcntl.LOCK_EX)
         name = str(Path(folder).absolute().relative_to(path.parent))
         write_json(path, read_index(path) | {name: entry | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}})
-    return path
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def add_run(config):

@@ -17,12 +17,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16} 
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64
 
 
-def load_trainee(config, directory, tokenizer, device):
-    """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, in this order; then weights are streamed in.
+def read_shape(config, directory, tokenizer, device):
+    """The LlamaConfig of a Hugging Face folder; no weight is read, so that what cannot be trained is found before the data are tokenised.
 
-    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process, unless it computes
-    in fp32, as split masters. Under LoRA the frozen weights are kept in the compute precision.
-    ValueError when the parts of the folder do not fit together, or the model cannot read documents of max_seq_len or multiply in float8.
+    ValueError when tokenizer and model do not fit together, or the model cannot read documents of max_seq_len or multiply in float8.
     """
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
@@ -32,6 +30,16 @@ def load_trainee(config, directory, tokenizer, device):
             raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
     if config.precision == "fp8":
         check_float8(model_config, device)
+    return model_config
+
+
+def load_trainee(config, directory, model_config, device):
+    """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, in this order; then weights are streamed in.
+
+    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process, unless it computes
+    in fp32, as split masters. Under LoRA the frozen weights are kept in the compute precision.
+    model_config: what read_shape found. ValueError when the folder's weights do not fit it.
+    """
     with torch.device("meta"):
         model = Llama(model_config)
         if config.lora_rank or parallel.world_size() == 1:

@@ -19,14 +19,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from data import Tokenizer
 from falcon import Falcon, FalconConfig
 from kernels import split_master
 from model import Llama, LlamaConfig, LoRALinear, apply_lora, read_config
 from plumbing import hub, parallel
-from plumbing.logbook import write_json
+from plumbing.logbook import progress_bar, write_json
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -170,7 +169,7 @@ def _sha256(path, bar):
 
 
 def _bar(iterable=None, **options):
-    return tqdm(iterable, delay=5, disable=_rank() != 0, **options)  # appears once a pass has taken 5 s
+    return progress_bar(iterable, delay=5, disable=_rank() != 0, **options)  # appears once a pass has taken 5 s
 
 
 def _rank():

@@ -252,7 +252,7 @@ def test_prompts_are_sampled_as_pandas_does(tmp_path):
     assert prompts.rows.tolist() == expected.index.tolist()
     assert prompts.label.tolist() == expected["label"].tolist()
     assert [prompts.axioms[a] for a in prompts.axiom] == expected["axiom"].tolist() and prompts.axioms == ["Care", "Duty"]
-    assert len(said) == 1 and "2 axioms, 400 of 600 texts; 0 dropped" in said[0]
+    assert len(said) == 1 and said[0].endswith("2 axioms, 400 of 600 texts; 0 dropped")
 
 
 def test_fewer_rows_than_asked_are_taken_and_counted(tmp_path):
@@ -324,6 +324,14 @@ def test_table_and_report(tmp_path):
     assert report["rows"] == scored and report["verdict"] == {"verdict": "flat"} and report["warnings"] == []
     with open(tmp_path / "out" / "aqi.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["aqi"]) == scored[0]["aqi"]
+
+
+def test_a_report_is_json_whatever_was_measured(tmp_path):
+    """Two labels at a point each have an infinite Dunn index, and a text beyond 709 nats per token an infinite perplexity."""
+    write_report(tmp_path, [{"category": "a", "dunn": math.inf}], behaviour=[{"perplexity_chosen": np.float64("nan"), "lambda": 0.5}])
+    report = json.loads((tmp_path / "aqi.json").read_text(), parse_constant=pytest.fail)  # called with NaN, Infinity
+    assert report["rows"] == [{"category": "a", "dunn": None}]
+    assert report["behaviour"] == [{"perplexity_chosen": None, "lambda": 0.5}]
 
 
 @pytest.mark.slow

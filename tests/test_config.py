@@ -8,6 +8,7 @@ import pytest
 
 from data import TEMPLATES
 from plumbing.config import (
+    THEIR_NAMES,
     DPOConfig,
     SFTConfig,
     Template,
@@ -115,6 +116,13 @@ IN_THE_FILE = [
     ("sft |= dict(beta=5)", "x.py: sft: unknown key 'beta' (a key of dpo)"),
     ("common |= dict(beta=5)", "x.py: common: unknown key 'beta' (a key of dpo)"),
     ("common |= dict(frobnicate=5)", "x.py: common: unknown key 'frobnicate'"),
+    ("sft |= dict(learning_rate=1e-5)", "x.py: sft: unknown key 'learning_rate', here 'lr': peak learning rate of AdamW"),
+    (
+        "dpo |= dict(per_device_train_batch_size=4)",
+        "x.py: dpo: unknown key 'per_device_train_batch_size', here 'global_batch_size': "
+        "documents (DPO: pairs) of one optimizer step, over all GPUs",
+    ),
+    ("dpo |= dict(dpo_beta=0.1)", "x.py: dpo: unknown key 'dpo_beta', did you mean 'beta'?"),
     ("stf = dict()", "x.py: unknown section 'stf', did you mean 'sft'?"),
     ("root = 'runs'", "x.py: unknown section 'root'; expected common, sft or dpo (a private name starts with _)"),
     ("sft = [1]", "x.py: sft: expected a dict, got list"),
@@ -179,6 +187,11 @@ IN_THE_FILE = [
         "q_proj | k_proj | v_proj | o_proj | gate_proj | up_proj | down_proj, got tuple",
     ),
 ]
+
+
+def test_their_names_lead_to_keys_of_ours():
+    keys = {field.name for field in dataclasses.fields(DPOConfig)}
+    assert set(THEIR_NAMES.values()) <= keys and not keys & THEIR_NAMES.keys()
 
 
 @pytest.mark.parametrize("text, expected", IN_THE_FILE, ids=[text for text, _ in IN_THE_FILE])

@@ -44,6 +44,13 @@ def test_an_entry_replaces_that_of_the_same_folder(tmp_path):
     assert list(entries) == ["x/sft", "x/dpo"] and entries["x/sft"]["number"] == 2 and entries["x/sft"]["date"][:2] == "20"
 
 
+def test_the_path_of_an_index_is_relative_below_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "here/runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert str(registry.add(registry.index_of("runs/x"), "runs/x", {"stage": "sft"})) == "runs/index.json"
+    assert registry.add(tmp_path / "index.json", tmp_path / "y", {"stage": "sft"}) == tmp_path / "index.json"
+
+
 def add_many(folder, first):
     for i in range(first, first + 20):
         registry.add(folder / "runs/index.json", folder / f"runs/{i}", {"stage": "sft"})

@@ -1,6 +1,7 @@
 """report.py: the right numbers at the right places of the page, from folders made by hand."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -286,6 +287,13 @@ def test_a_sweeps_own_folder(tmp_path, no_pngs):
 def break_line(folder):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
+
+
+def test_a_number_that_was_not_finite_is_shown(tmp_path):
+    folder = write_run(tmp_path / "one", [LINES[0] | {"eval/perplexity": None}, *LINES[1:]])
+    assert math.isnan(read(folder).last("eval/perplexity"))
+    report.main([str(folder)])
+    assert ">nan</td>" in (folder / "report.html").read_text()
 
 
 BROKEN = {

@@ -211,22 +211,25 @@ def test_fresh_starts_over(world, tmp_path):
     config, run = write_config(tmp_path, world, save_every=2), tmp_path / "sft"
     launch("sft", config).ok()
     first = final_bytes(run)
-    assert "step 00001" not in launch("sft", config).ok().out[0]  # all 4 steps are done
+    again = launch("sft", config).ok().out[0]
+    assert "step 00001" not in again and "goes on after step 4 of 4; nothing is left to train" in again and "finished run" not in again
     assert "step 00001" in launch("sft", config, "--fresh").ok().out[0]
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert final_bytes(run) == first
 
 
 def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
-    """Without any checkpoint too; the same command trains again, and says nothing of what it replaces."""
+    """Without any checkpoint too; the same command trains again, and says so before it does."""
     config, run = write_config(tmp_path, world, max_steps=3, data_eval=None), tmp_path / "sft"
     launch("sft", config).ok()
     first = final_bytes(run)
     refused = launch("sft", config, "--lr=0.5", ranks=2)
     assert refused.codes == [1, 1] and "final was saved under another configuration: lr=" in refused.err[0]
     assert final_bytes(run) == first
-    assert "step 00001" in launch("sft", config).ok().out[0]
-    assert "step 00001" in launch("sft", config, "--lr=0.5", "--fresh").ok().out[0]
+    again = launch("sft", config).ok().out[0]
+    assert re.search(r"final: of a finished run .*: 3 steps are trained again, then it is replaced\n(.*\n)*step 00001", again)
+    fresh = launch("sft", config, "--lr=0.5", "--fresh").ok().out[0]
+    assert "step 00001" in fresh and "finished run" not in fresh
     assert final_bytes(run) != first
 
 
@@ -397,11 +400,13 @@ def drop_tensor(base, name):
 
 @pytest.mark.parametrize("case", BAD_BASES)
 def test_bad_model(world, tmp_path, case):
+    """All but missing and broken weights before the data are tokenised."""
     base = tmp_path / "base"
     shutil.copytree(world / "base", base)
     change, message = BAD_BASES[case]
     change(base)
     expect_message(launch("sft", write_config(tmp_path, world, model_path=str(base))), message)
+    assert case in ("missing file", "truncated file", "missing tensor") or not (tmp_path / "cache").exists()
 
 
 BAD_DATA = {
@@ -430,14 +435,16 @@ BAD_COMMANDS = {
     "ranks": (["--global_batch_size=1"], 2, "a batch that cannot be formed on 2 ranks"),
     "model": (["--model_path=nowhere"], 1, "no such folder"),
     "missing data": (["--max_seq_len=4000"], 1, "expected at least twice max_seq_len=4000"),
+    "float8": (["--precision=fp8"], 1, "multiples of 16, the model has (32, 56, 32, 16)"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_COMMANDS)
 def test_bad_command(world, tmp_path, case):
-    """CHECKS 3, 25."""
+    """CHECKS 3, 25. Before the data are tokenised."""
     args, count, message = BAD_COMMANDS[case]
     expect_message(launch("dpo", write_config(tmp_path, world), *args, ranks=count), message)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("where", ["data", "model"])

@@ -1,6 +1,7 @@
-"""Greedy answers during training, and TensorBoard events: what they hold, and that the training does not notice."""
+"""Greedy answers during training, TensorBoard events, progress bars: what they show, and that the training does not notice."""
 
 import dataclasses
+import io
 import json
 import shutil
 import signal
@@ -17,7 +18,7 @@ from model import generate
 from plumbing import config as config_module
 from plumbing.checkpoint import load_pretrained
 from plumbing.config import load
-from plumbing.logbook import Logbook
+from plumbing.logbook import Logbook, progress_bar
 from plumbing.trainee import SAMPLE_PROMPTS, SAMPLE_TOKENS, sample
 
 LORA = dict(lora_rank=4, lora_alpha=8.0)
@@ -143,3 +144,17 @@ def test_tensorboard_must_be_installed(world, tmp_path, monkeypatch):
     assert load("sft", [path]).tensorboard is False
     with pytest.raises(ValueError, match="tensorboard=True: expected the package, which is not installed"):
         load("sft", [path, "--tensorboard"])
+
+
+@pytest.mark.parametrize("is_terminal, refreshes", [(True, 200), (False, 10)])
+def test_a_bar_in_a_log_file_is_short(monkeypatch, is_terminal, refreshes):
+    """100 s of work: two lines a second on a terminal, one in ten seconds in a file, each with rate and ETA, from the first second on."""
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    for _ in progress_bar(range(1000), desc="work"):
+        now[0] += 0.1
+    _, first, *lines = stream.getvalue().split("\r")
+    assert "0/1000 [00:00<?" in first and len(lines) == pytest.approx(refreshes, rel=0.1)
+    assert all("<" in line and "10.00it/s" in line for line in lines if line.strip())

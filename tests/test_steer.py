@@ -205,7 +205,7 @@ def test_another_shape_is_refused(lab):
 
 
 def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
-    with pytest.raises(ValueError, match="12 usable pairs, 0 pairs left out, .*; expected 125"):
+    with pytest.raises(ValueError, match="12 usable pairs; expected 125"):
         extract(lab, "none", "--count", "100")
     rows = [{"prompt": "help", "chosen": "good cat", "rejected": "bad dog"}] * 10
     write_rows(lab / "plain.jsonl", rows)
@@ -282,6 +282,13 @@ def test_generations_side_by_side(lab, capsys):
         steer.main(["generate", f"{lab}/steer", *SHORT])
 
 
+def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch):
+    monkeypatch.setattr(steer, "generate", lambda model, prompts, count, eos, *_, **__: [[9, 0, 8, eos]])
+    steer.main(["generate", f"{lab}/steer", "--prompt", "help me", "--lambdas", "0", "--layers", "1", *SHORT])
+    shown = Tokenizer.from_dir(lab / "sft").decode([9, 0, 8])
+    assert "<|bos|>" in shown and capsys.readouterr().out.endswith(f"lambda 0 on sft: {shown}\n")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -293,6 +300,15 @@ def test_generations_that_cannot_be(lab, argv, message):
     (lab / "empty.txt").touch()
     with pytest.raises(ValueError, match=message):
         steer.main(["generate", f"{lab}/steer", "--layers", "1", *SHORT, *(x.format(lab=lab) for x in argv)])
+
+
+@pytest.mark.parametrize("command", ["extract", "spectrum", "generate", "sweep", "bake", "validate"])
+def test_help_is_for_users(command, capsys):
+    """Options by their names, not by what the code calls them, with their defaults."""
+    with pytest.raises(SystemExit):
+        steer.parse([command, "--help"])
+    out = capsys.readouterr().out
+    assert "args." not in out and "%" not in out and "(default: " in out
 
 
 def test_lambdas_are_finite(lab, capsys):

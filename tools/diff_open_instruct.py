@@ -109,15 +109,15 @@ def parts_of(args):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="tools.diff_open_instruct", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.diff_open_instruct", description=__doc__.splitlines()[0])
     parser.add_argument("--checkout", help="folder of an open-instruct checkout; its functions are run")
     parser.add_argument("--trl", action="store_true", help="compare with the installed TRL (stage dpo)")
     parser.add_argument("--model", help="Hugging Face folder; fp32 on the CPU, so a small one")
     parser.add_argument("--data", help="rows, as in a config's data")
-    parser.add_argument("--stage", choices=["sft", "dpo"], default="dpo")
-    parser.add_argument("--template", default="tulu", help="of both sides")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--max-seq-len", type=int, default=512)
+    parser.add_argument("--stage", choices=["sft", "dpo"], default="dpo", help="(default: %(default)s)")
+    parser.add_argument("--template", default="tulu", help="of both sides (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="of the data, so many are compared (default: %(default)s)")
+    parser.add_argument("--max-seq-len", type=int, default=512, help="tokens of each (default: %(default)s)")
     parser.add_argument("--their-log", help="what an open-instruct run printed")
     parser.add_argument("--our-run", help="the run folder of ours beside it")
     args = parser.parse_args(argv)

@@ -228,8 +228,8 @@ def config_text(t, source):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="tools.from_open_instruct", description=__doc__.splitlines()[0])
-    parser.add_argument("yaml")
+    parser = argparse.ArgumentParser(prog="python -m tools.from_open_instruct", description=__doc__.splitlines()[0])
+    parser.add_argument("yaml", metavar="FILE.yaml", help="a training config of open-instruct, of finetune or DPO")
     parser.add_argument("--stage", choices=["sft", "dpo"], help="default: the one that the keys belong to")
     parser.add_argument("--processes", type=int, help="GPUs of the run, over all nodes")
     parser.add_argument("--out", help="file to write; default: print it")

@@ -77,7 +77,8 @@ def table(lines):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="tools.ladder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tools.ladder", description=__doc__, formatter_class=form)
     parser.add_argument("index", nargs="?", type=Path, help="default: runs/index.json, if it is there")
     given = parser.parse_args(argv).index
     if given and not given.is_file():

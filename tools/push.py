@@ -7,7 +7,7 @@ from plumbing import hub, parallel
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.push", description=__doc__)
     parser.add_argument("run", help="out_dir of train_sft.py or train_dpo.py")
     parser.add_argument("repository", help="org/name; created, private, if it does not exist")
     args = parser.parse_args(argv)
