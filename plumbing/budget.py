@@ -1,7 +1,7 @@
 """What a training step takes, by arithmetic: bytes on one GPU, term by term, and seconds. Pure functions; no GPU is touched.
 
 Calibrated on the 8B shape on one H200 with torch 2.11: tests/test_plan.py holds the measured peaks (met within 1.5 % on one GPU, 3 % on
-two) and seconds of a step (within 3 %). Other GPUs are scaled by their datasheets, several by what FSDP2 gathers and reduces: estimates.
+two) and seconds of a step (within 4.5 %). Other GPUs are scaled by their datasheets, several by what FSDP2 gathers and reduces: estimates.
 
 Letters as in model.py; sizes are bytes, rates per second. Reading order: the GPUs, a model's size, a pass over data, memory, time.
 """
