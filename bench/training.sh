@@ -1,5 +1,5 @@
 #!/bin/bash
-# The training measurements, ours and the peers', one after another on one GPU: bash bench/training.sh SECONDS NAME..
+# The training measurements, ours and the peers', one after another on one GPU (sft_full_2gpu: two): bash bench/training.sh SECONDS NAME..
 # Before: python bench/world.py runs/bench --tokenizer FOLDER. Afterwards: python bench/record.py runs/bench/NAME --metric NAME
 # --peer PEER --peer-file runs/bench/peers.jsonl. A run of ours is killed after SECONDS (most of which are steps); a peer measures as long.
 cd "$(dirname "$0")/.." || exit 1
@@ -15,7 +15,10 @@ ours() { # NAME SCRIPT [KEY..]: killed, because a run that ends would write 16 G
   rm -rf "runs/bench/$name"
   nvidia-smi --query-gpu=clocks.sm,power.draw --format=csv,noheader -lms 1000 > runs/bench/clocks.csv &
   sampler=$!
-  timeout -s KILL "$seconds" python3 "$script" "$config" --out_dir="runs/bench/$name" "$@" 2>&1 | grep -v "it/s\|batch/s\|^$" | tail -n 4
+  run=(python3)
+  [ "${gpus:-1}" = 1 ] || run+=(-m torch.distributed.run --nproc-per-node "$gpus")
+  timeout -s KILL "$seconds" "${run[@]}" "$script" "$config" --out_dir="runs/bench/$name" "$@" 2>&1 | grep -v "it/s\|batch/s\|^$" | tail -n 4
+  pkill -KILL -f "$script $config" # torchrun's workers outlive it
   kill $sampler
   tail -n 30 runs/bench/clocks.csv | sort -n | sed -n '15s/^/clock and power, median of the last 30 s: /p'
 }
@@ -33,6 +36,7 @@ for name in "$@"; do
     sft_full_plain) ours sft_full_plain train_sft.py --kernels=plain --recompute=full ;;
     sft_full_recompute) ours sft_full_recompute train_sft.py --recompute=full ;;
     sft_full_80gb) ours sft_full_80gb train_sft.py --gradients=bf16 --recompute=full --tokens_per_microbatch=4096 ;;
+    sft_full_2gpu) gpus=2 ours sft_full_2gpu train_sft.py --moments=fp32 --global_batch_size=24 ;;
     sft_lora) ours sft_lora train_sft.py "${lora[@]}" --lr=1e-4 ;;
     sft_lora_flash4) ours sft_lora_flash4 train_sft.py "${lora[@]}" --lr=1e-4 --attention=flash4 ;;
     dpo_full) ours dpo_full train_dpo.py --share_prefix=false --tokens_per_microbatch=8000 ;;
