@@ -7,6 +7,7 @@ Reading order: the losses on four (N,) tensors, log-probs of answers, one optimi
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from data import Tokenizer, load_preferences
 from kernels import attention_path, segment_sums, token_logps
@@ -26,6 +27,7 @@ from plumbing import checkpoint, hub, parallel, plan
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
 from plumbing.trainee import DTYPES, finish, load_trainee, sample
+from plumbing.weights import write_safetensors
 
 # ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
 # Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.
@@ -196,9 +198,7 @@ def reference_logps(model, pairs, steps, key, config, ranks, log):
     for done, ids in enumerate(log.progress(f"reference log-probs ({known.sum():,} of {len(pairs):,} pairs found)", missing), 1):
         table[ids] = _compute_reference(model, pairs, ids, config, ranks)
         if ranks.main and (done == len(missing) or time.monotonic() - saved > SAVE_SECONDS):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"logps": table}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            _write_table(path, table)
             saved = time.monotonic()
     parallel.release(model)
     return table
@@ -211,6 +211,13 @@ def _read_table(path, n):
         return load_file(path)["logps"]
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated, or no reference cache: {error}; delete it") from error
+
+
+def _write_table(path, table):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # not another run's, which may fill the same table
+    write_safetensors(temporary, {"logps": (torch.float32, table.shape)}, lambda _: torch.from_numpy(table))
+    temporary.rename(path)
 
 
 def _compute_reference(model, pairs, ids, config, ranks):

@@ -18,6 +18,8 @@ from kernels import join_master
 from plumbing import parallel
 from plumbing.logbook import write_json
 from plumbing.weights import (
+    ADAPTER_CONFIG,
+    check_replaceable,
     check_vocabulary,
     copy_rows,
     find_folder,
@@ -44,6 +46,7 @@ class Checkpointer:
 
     identity: the configuration values that decide the numbers; a checkpoint saved under others is refused. keep_last: how many finished
     checkpoints stay (a new one is finished before an old one goes). fresh=True deletes those of an earlier run.
+    ValueError, before anything is deleted, where the run's end could not write final/ or adapter/: other files are there.
     """
 
     def __init__(self, run_dir, keep_last, identity, fresh=False):
@@ -54,6 +57,8 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._pending = None  # the save that is being written
         self._finished_step = None
+        check_replaceable(self.run_dir / "final", "config.json")
+        check_replaceable(self.run_dir / "adapter", ADAPTER_CONFIG)
         if dist.get_rank() == 0:
             for path in self.folder.glob("*step_*"):
                 if fresh or not (path / "COMPLETED").exists():  # what a kill left behind

@@ -230,6 +230,18 @@ def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
     assert final_bytes(run) != first
 
 
+def test_an_export_that_could_not_be_written_is_refused_before_training(world, tmp_path):
+    """A file of someone else's in final/ would stop the export, after hours; nothing is deleted, not by --fresh either."""
+    config, run = write_config(tmp_path, world, max_steps=2, save_every=1, data_eval=None), tmp_path / "sft"
+    launch("sft", config).ok()
+    (run / "final/model-f16.gguf").touch()
+    before = sorted(path for path in run.rglob("*"))
+    for count in (1, 2):
+        refused = launch("sft", config, "--fresh", "--lr=0.5", ranks=count)
+        assert refused.codes == [1] * count and "holds model-f16.gguf, which no export wrote" in refused.err[0]
+        assert "step 00001" not in refused.out[0] and sorted(path for path in run.rglob("*")) == before
+
+
 # ---------------------------------------------------------------- the reference
 
 

@@ -1,7 +1,9 @@
 """DPO: every loss by hand, pairs in any cut, the reference cache, and ten whole steps against a plain transformers loop."""
 
+import errno
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -470,3 +472,29 @@ def test_torn_reference_cache_names_the_file(tmp_path):
     with pytest.raises(ValueError, match="table.safetensors.*delete it"):
         train_dpo._read_table(path, 3)
     assert np.isnan(train_dpo._read_table(tmp_path / "none.safetensors", 3)).all()
+
+
+def write_tables(path):
+    for value in range(200):
+        train_dpo._write_table(path, np.full((35, 2), value, dtype=np.float32))
+    return 0
+
+
+def test_runs_that_share_a_cache_do_not_disturb_each_other(tmp_path):
+    """Two write one table over and over: both succeed, and what is there is whole."""
+    path = tmp_path / "reference/k.safetensors"
+    spawn(partial(write_tables, path), tmp_path / "logs", ranks=2).ok()
+    assert [found.name for found in path.parent.iterdir()] == ["k.safetensors"]
+    assert (train_dpo._read_table(path, 35) == 199).all()
+
+
+def test_reference_on_a_full_disk(reference, monkeypatch):
+    """Named as the error that a user can mend, OSError, with the file; nothing torn stays."""
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: .* bytes needed.*reference/k"):
+        reference()
+    assert not list(Path(reference.path).parent.iterdir())
