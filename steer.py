@@ -17,7 +17,9 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import runpy
+import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -28,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 import aqi
-from data import Tokenizer, encode_chat, find_schema, open_source
+from data import Tokenizer, encode_chat, find_schema, open_source, resolve_template
 from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, hub, parallel, registry
 from plumbing.logbook import write_json
@@ -115,6 +117,8 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations rendered by it. Then a pair of
     which a side has no answer in its first max_seq_len tokens is left out, as in DPO.
     """
+    if template is not None:
+        resolve_template(template, tokenizer)  # an unknown one is refused
     rows = open_source(source)
     columns, convert = find_schema(source, rows, SIDES)
     documents, unanswered = {side: [] for side in SIDES}, 0
@@ -173,10 +177,13 @@ def extract(args):
     keep = np.arange(total) < count  # the rest is held out of the vector
     sums = defaultdict(float)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)  # written last: what a kill leaves behind is no vector
+    for stale in ("manifest.json", *(f"differences_{side}.npy" for side in SIDES)):
+        (folder / stale).unlink(missing_ok=True)  # the manifest is written last: what a kill leaves behind is no vector
     for name in ("sft", "dpo"):
         model, _ = load_model(inputs[f"{name}_path"])
         shape = (len(POOLINGS), total, model.config.num_hidden_layers, model.config.hidden_size)
+        if name == "sft":
+            _check_room(folder, len(SIDES) * 4 * math.prod(shape))
         if name == "dpo" and args.keep == "preferred":
             keep &= preferred(model, documents)
         for side in SIDES:
@@ -224,6 +231,12 @@ def _inputs(args, count, total):
             raise ValueError(f"dpo={args.dpo!r}: its tokenizer gives other ids than that of sft={args.sft!r}; expected the same")
         inputs |= {f"{name}_path": str(path), name: identity(path)}
     return documents, inputs
+
+
+def _check_room(folder, needed):
+    """OSError now; a memory-mapped file that finds no room when it is written to is a SIGBUS, which says nothing."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(f"{folder}: {needed:,} bytes needed for the states of all texts, {free:,} free; expected more room, or fewer texts")
 
 
 def _is_done(path, inputs):
@@ -340,7 +353,7 @@ def print_generations(args):
     prompts = [args.prompt] if args.prompt is not None else Path(args.prompts).read_text().splitlines()
     if not prompts:
         raise ValueError(f"prompts={args.prompts!r}: an empty file; expected one prompt a line")
-    if args.temperature < 0:
+    if not args.temperature >= 0:
         raise ValueError(f"temperature={args.temperature}: expected 0 (greedy) or more")
     answers = {}
     for name, strengths in (("sft", [x for x in args.lambdas if x >= 0]), ("dpo", [x for x in args.lambdas if x < 0])):
@@ -371,6 +384,8 @@ def _prompt_ids(prompt, tokenizer, template):
 def write_baked(args):
     """A checkpoint with args.strength times the additions folded in."""
     vector = Vector.load(args.folder)
+    if not np.isfinite(args.strength):
+        raise ValueError(f"strength={args.strength}: expected a finite number")
     if args.rescale:
         raise ValueError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
     name = "sft" if args.strength >= 0 else "dpo"
@@ -627,6 +642,12 @@ def _lambdas(text):
     return lambdas
 
 
+def _whole(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
 def parse(argv):
     """The arguments of a command, with `run`, the function that carries it out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -654,23 +675,23 @@ def parse(argv):
     def texts(one):
         one.add_argument("--texts", required=True, help="preference pairs to read states from: file, folder or hub name")
         one.add_argument("--mode", choices=MODES, default="sanity", help="how many texts, and with validate prompts")
-        one.add_argument("--count", type=int, help="pairs of the vector, instead of the mode's")
+        one.add_argument("--count", type=_whole, help="pairs of the vector, instead of the mode's")
         one.add_argument(
             "--keep", choices=("all", "preferred"), default="all", help="preferred: pairs whose chosen text the DPO model prefers"
         )
         one.add_argument("--compat", choices=("none", "hf"), default="none", help="hf: the last layer after the final norm, as published")
-        one.add_argument("--max-seq-len", type=int, default=512)
+        one.add_argument("--max-seq-len", type=_whole, default=512)
 
     def swept(one):
         one.add_argument("--prompts", required=True, help="labelled texts: axiom, safe/unsafe label and text columns")
         one.add_argument("--lambdas", type=_lambdas, default=[0, 0.25, 0.5, 0.75, 1.0])
         one.add_argument("--space", default="raw", help="raw, pca:k or tsne: where CHI and XB are measured; intervals and verdict are raw")
-        one.add_argument("--seeds", type=int, default=1, help="with tsne: this many random starts; 1: started by PCA, as published")
+        one.add_argument("--seeds", type=_whole, default=1, help="with tsne: this many random starts; 1: started by PCA, as published")
         one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep")
         one.add_argument("--all-indices", action="store_true", help="Davies-Bouldin, Dunn, silhouette and a linear probe's AUC too: n^2 D")
 
     def answering(one):
-        one.add_argument("--max-new-tokens", type=int, default=64)
+        one.add_argument("--max-new-tokens", type=_whole, default=64)
 
     one = command("extract", extract, texts)
     one.add_argument("--sft", required=True)
