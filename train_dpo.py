@@ -188,7 +188,8 @@ def reference_logps(model, pairs, steps, key, config, ranks, log):
     was loaded are computed again: ValueError when they differ.
     """
     path = Path(config.cache_dir) / "reference" / f"{key[:32]}.safetensors"
-    table = parallel.main_first(ranks, lambda: _read_table(path, len(pairs)))
+    table = parallel.main_first(ranks, lambda: _read_table(path, len(pairs)) if ranks.main else np.zeros((len(pairs), 2)))
+    table = _sum_of_tables(table)  # rank 0's: another run may write between two reads, and ranks of two minds would wait for ever
     known = ~np.isnan(table[:, 0])
     found = [ids[known[ids]] for ids in steps if known[ids].any()]
     if found:
@@ -229,6 +230,11 @@ def _compute_reference(model, pairs, ids, config, ranks):
             values[[position[pair] for pair in members.tolist()]] = logps.T.cpu().numpy()
     parallel.require_finite(values.sum(axis=1), [[pairs.row_ids[i]] for i in ids])
     # every pair was on one rank: a sum with zeros, exact
+    return _sum_of_tables(values)
+
+
+def _sum_of_tables(values):
+    """(n, 2) float32, on every rank, of one table (n, 2) per rank."""
     return np.array(parallel.sum_across_ranks(values.flatten().tolist()), dtype=np.float32).reshape(-1, 2)
 
 

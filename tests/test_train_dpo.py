@@ -488,6 +488,18 @@ def test_runs_that_share_a_cache_do_not_disturb_each_other(tmp_path):
     assert (train_dpo._read_table(path, 35) == 199).all()
 
 
+def other_run_writes_between():
+    """Rank 1 finds the table that another run has finished since rank 0 looked."""
+    read = train_dpo._read_table
+    train_dpo._read_table = lambda path, n: np.zeros((n, 2), np.float32) if os.environ["RANK"] == "1" else read(path, n)
+
+
+def test_ranks_agree_on_what_the_cache_holds(world, tmp_path):
+    """Else rank 0 computes what is missing and waits for rank 1, which verifies."""
+    config = write_config(tmp_path, world, max_steps=1)
+    assert "ln 2 = 0.693147" in launch("dpo", config, ranks=2, prepare=other_run_writes_between).ok().out[0]
+
+
 def test_reference_on_a_full_disk(reference, monkeypatch):
     """Named as the error that a user can mend, OSError, with the file; nothing torn stays."""
 
