@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import aqi
@@ -34,6 +34,7 @@ from data import Tokenizer, encode_chat, find_schema, open_source, resolve_templ
 from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, hub, parallel, registry
 from plumbing.logbook import write_json
+from plumbing.weights import open_safetensors
 from steering import (
     INJECTIONS,
     POOLINGS,
@@ -122,17 +123,13 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     rows = open_source(source)
     columns, convert = find_schema(source, rows, SIDES)
     documents, unanswered = {side: [] for side in SIDES}, 0
-    for row in rows.select_columns(columns):
-        conversations = convert(row)
-        if isinstance(conversations, str):  # the reason why this row is no pair
+    for number, row in enumerate(rows.select_columns(columns)):
+        try:
+            pair = _encoded_pair(row, convert, tokenizer, template, max_seq_len)
+        except ValueError as error:
+            raise ValueError(f"texts {source!r}, row {number}: {error}") from error
+        if pair is None:
             continue
-        if template is not None:
-            pair = [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
-        elif "prompt" not in row and all(isinstance(row.get(side), str) for side in SIDES):
-            pair = [plain_document(row[side], tokenizer, max_seq_len) for side in SIDES]
-        else:
-            how = "expected a template to render them with (extract: --template; validate: of the pair, in configs/pairs.py)"
-            raise ValueError(f"texts {source!r}: rows are no transcripts; {how}")
         if not all(any(mask) for _, mask in pair):
             unanswered += 1
             continue
@@ -148,6 +145,19 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     if unanswered:
         print(f"texts {source!r}: {left_out}")
     return documents
+
+
+def _encoded_pair(row, convert, tokenizer, template, max_seq_len):
+    """[(ids, mask) of chosen, of rejected] of a row as data.find_schema's `convert` reads it; None when it is no pair."""
+    conversations = convert(row)
+    if isinstance(conversations, str):  # the reason why
+        return None
+    if template is not None:
+        return [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
+    if "prompt" in row or not all(isinstance(row.get(side), str) for side in SIDES):
+        how = "expected a template to render it with (extract: --template; validate: of the pair, in configs/pairs.py)"
+        raise ValueError(f"no transcript; {how}")
+    return [plain_document(row[side], tokenizer, max_seq_len) for side in SIDES]
 
 
 def hash_documents(documents):
@@ -285,7 +295,8 @@ class Vector:
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
             raise ValueError(f"{folder}: no manifest.json; expected a folder that steer.py extract wrote")
-        tensors = {key: torch.from_numpy(value) for key, value in load_file(folder / "vector.safetensors").items()}
+        file = open_safetensors(folder / "vector.safetensors")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         keep = tensors.pop("keep").numpy().astype(bool)
         manifest = json.loads((folder / "manifest.json").read_text())
         return cls(folder, tensors, keep, manifest | manifest["inputs"])

@@ -219,7 +219,7 @@ def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
         extract(lab, "none", "--count", "100")
     rows = [{"prompt": "help", "chosen": "good cat", "rejected": "bad dog"}] * 10
     write_rows(lab / "plain.jsonl", rows)
-    with pytest.raises(ValueError, match="rows are no transcripts; expected a template"):
+    with pytest.raises(ValueError, match="plain.jsonl', row 0: no transcript; expected a template"):
         extract(lab, "none", texts="plain.jsonl")
     with pytest.raises(ValueError, match="template='llama-3': expected one of .*'llama3'"):
         extract(lab, "none", "--template", "llama-3", texts="plain.jsonl")
@@ -262,6 +262,19 @@ def test_a_vector_of_other_weights_is_refused(lab):
     ):
         sweep(lab, "none", folder="moved")
     assert vector.model("dpo")
+
+
+def test_what_is_wrong_with_a_text_or_a_vector_is_named(lab):
+    """A row that is no transcript; a vector that a copy left torn or behind."""
+    rows = [json.loads(line) for line in (lab / "texts.jsonl").read_text().splitlines()]
+    write_rows(lab / "odd.jsonl", [*rows[:3], {"chosen": "no turns", "rejected": "none"}, *rows[3:]])
+    with pytest.raises(ValueError, match="odd.jsonl', row 3: transcript begins 'no turns'"):
+        extract(lab, "none", texts="odd.jsonl")
+    shutil.copytree(lab / "steer", lab / "copied")
+    for damage, message in ((lambda path: path.write_bytes(path.read_bytes()[:100]), "truncated"), (Path.unlink, "missing file")):
+        damage(lab / "copied/vector.safetensors")
+        with pytest.raises(ValueError, match=f"copied/vector.safetensors: {message}"):
+            steer.main(["spectrum", f"{lab}/copied"])
 
 
 @pytest.mark.parametrize("layers", (0, 5, -1))
