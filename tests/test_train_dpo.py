@@ -375,6 +375,22 @@ def test_wrong_reference_is_refused(reference, change):
     assert load_file(reference.path)["logps"].tobytes() == table.tobytes()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("difference, is_fine", [(0.3, True), (0.8, False)])
+def test_bf16_rounding_is_no_wrong_reference(stage, reference, difference, is_fine):
+    """What SmolLM2 showed between two packings of the same weights, and between its SFT and DPO weights, per root of an answer's tokens."""
+    table, ids = reference(), EIGHT
+    counts = np.stack([side.num_targets for side in (stage.pairs.chosen, stage.pairs.rejected)], axis=1)
+    other = table + np.where(np.arange(len(table))[:, None] % 2, 1, -1) * difference * np.sqrt(counts)
+    config = SimpleNamespace(**vars(stage.config) | {"precision": "bf16"})
+    arguments = stage.model, stage.pairs, other, ids, reference.path, config, stage.ranks
+    if is_fine:
+        train_dpo._verify_reference(*arguments)
+    else:
+        with pytest.raises(ValueError, match="not this model's log-probs, expected at most 5e-01"):
+            train_dpo._verify_reference(*arguments)
+
+
 def test_reference_must_be_finite(stage, reference):
     """CHECKS 24: the pairs are named, nothing is stored."""
     stage.model.model.norm.weight.data.fill_(float("nan"))
@@ -383,7 +399,7 @@ def test_reference_must_be_finite(stage, reference):
     assert not list(Path(stage.config.cache_dir).glob("reference/*"))
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2), ("fp8", 5e-2)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 0.5), ("fp8", 1.0)])
 @pytest.mark.parametrize("share, is_fine", [(0.9, True), (2.0, False)])
 def test_check_first_step(ranks, capsys, precision, tolerance, share, is_fine):
     """CHECKS 5: the largest difference is printed, and more than rounding stops the run."""
