@@ -6,6 +6,7 @@ removes, and the checkpoints before it as they were. Frozen weights are not stor
 """
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ __all__ = ["Checkpointer", "check_vocabulary", "find_folder", "fingerprint", "lo
            "save_adapter", "save_pretrained"]  # fmt: skip
 
 
+OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+")  # a copy that someone called step_000100_good is theirs
+
+
 class Checkpointer:
     """The resumable checkpoints of one run. All ranks construct it, and call save, load and wait together, between init and shutdown.
 
@@ -60,7 +64,7 @@ class Checkpointer:
         check_replaceable(self.run_dir / "final", "config.json")
         check_replaceable(self.run_dir / "adapter", ADAPTER_CONFIG)
         if dist.get_rank() == 0:
-            for path in self.folder.glob("*step_*"):
+            for path in [path for path in self.folder.glob("*step_*") if OWN_NAME.fullmatch(path.name)]:
                 if fresh or not (path / "COMPLETED").exists():  # what a kill left behind
                     _delete(path)
         parallel.barrier()
@@ -77,7 +81,8 @@ class Checkpointer:
         return finished[-1] if finished else None
 
     def _finished(self):
-        return sorted((path.parent for path in self.folder.glob("step_*/COMPLETED")), key=lambda path: int(path.name.removeprefix("step_")))
+        finished = [path.parent for path in self.folder.glob("step_*/COMPLETED") if OWN_NAME.fullmatch(path.parent.name)]
+        return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))
 
     def save(self, step, model, optimizer):
         """Copy this rank's shards to host memory, then write them in the background.
