@@ -17,7 +17,9 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import runpy
+import shutil
 import sys
 from collections import defaultdict
 from functools import partial
@@ -25,13 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import aqi
-from data import Tokenizer, encode_chat, find_schema, open_source
+from data import Tokenizer, encode_chat, find_schema, open_source, resolve_template
 from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, hub, parallel, registry
 from plumbing.logbook import progress_bar, write_json
+from plumbing.weights import open_safetensors
 from steering import (
     INJECTIONS,
     POOLINGS,
@@ -115,20 +118,18 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations rendered by it. Then a pair of
     which a side has no answer in its first max_seq_len tokens is left out, as in DPO.
     """
+    if template is not None:
+        resolve_template(template, tokenizer)  # an unknown one is refused
     rows = open_source(source)
     columns, convert = find_schema(source, rows, SIDES)
     documents, unanswered = {side: [] for side in SIDES}, 0
-    for row in rows.select_columns(columns):
-        conversations = convert(row)
-        if isinstance(conversations, str):  # the reason why this row is no pair
+    for number, row in enumerate(rows.select_columns(columns)):
+        try:
+            pair = _encoded_pair(row, convert, tokenizer, template, max_seq_len)
+        except ValueError as error:
+            raise ValueError(f"texts {source!r}, row {number}: {error}") from error
+        if pair is None:
             continue
-        if template is not None:
-            pair = [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
-        elif "prompt" not in row and all(isinstance(row.get(side), str) for side in SIDES):
-            pair = [plain_document(row[side], tokenizer, max_seq_len) for side in SIDES]
-        else:
-            how = "expected a template to render them with (extract: --template; validate: of the pair, in configs/pairs.py)"
-            raise ValueError(f"texts {source!r}: rows are no transcripts; {how}")
         if not all(any(mask) for _, mask in pair):
             unanswered += 1
             continue
@@ -144,6 +145,19 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     if unanswered:
         print(f"texts {source!r}: {left_out}")
     return documents
+
+
+def _encoded_pair(row, convert, tokenizer, template, max_seq_len):
+    """[(ids, mask) of chosen, of rejected] of a row as data.find_schema's `convert` reads it; None when it is no pair."""
+    conversations = convert(row)
+    if isinstance(conversations, str):  # the reason why
+        return None
+    if template is not None:
+        return [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
+    if "prompt" in row or not all(isinstance(row.get(side), str) for side in SIDES):
+        how = "expected a template to render it with (extract: --template; validate: of the pair, in configs/pairs.py)"
+        raise ValueError(f"no transcript; {how}")
+    return [plain_document(row[side], tokenizer, max_seq_len) for side in SIDES]
 
 
 def hash_documents(documents):
@@ -173,10 +187,13 @@ def extract(args):
     keep = np.arange(total) < count  # the rest is held out of the vector
     sums = defaultdict(float)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)  # written last: what a kill leaves behind is no vector
+    for stale in ("manifest.json", *(f"differences_{side}.npy" for side in SIDES)):
+        (folder / stale).unlink(missing_ok=True)  # the manifest is written last: what a kill leaves behind is no vector
     for name in ("sft", "dpo"):
         model, _ = load_model(inputs[f"{name}_path"])
         shape = (len(POOLINGS), total, model.config.num_hidden_layers, model.config.hidden_size)
+        if name == "sft":
+            _check_room(folder, len(SIDES) * 4 * math.prod(shape))
         if name == "dpo" and args.keep == "preferred":
             keep &= preferred(model, documents)
         for side in SIDES:
@@ -226,6 +243,12 @@ def _inputs(args, count, total):
     return documents, inputs
 
 
+def _check_room(folder, needed):
+    """OSError now; a memory-mapped file that finds no room when it is written to is a SIGBUS, which says nothing."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(f"{folder}: {needed:,} bytes needed for the states of all texts, {free:,} free; expected more room, or fewer texts")
+
+
 def _is_done(path, inputs):
     """Whether `path`, which a command writes last, is there and of the same inputs; says so, or what differs."""
     if not path.is_file():
@@ -272,7 +295,8 @@ class Vector:
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
             raise ValueError(f"{folder}: no manifest.json; expected a folder that steer.py extract wrote")
-        tensors = {key: torch.from_numpy(value) for key, value in load_file(folder / "vector.safetensors").items()}
+        file = open_safetensors(folder / "vector.safetensors")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         keep = tensors.pop("keep").numpy().astype(bool)
         manifest = json.loads((folder / "manifest.json").read_text())
         return cls(folder, tensors, keep, manifest | manifest["inputs"])
@@ -343,7 +367,7 @@ def print_generations(args):
     prompts = [args.prompt] if args.prompt is not None else Path(args.prompts).read_text().splitlines()
     if not prompts:
         raise ValueError(f"prompts={args.prompts!r}: an empty file; expected one prompt a line")
-    if args.temperature < 0:
+    if not args.temperature >= 0:
         raise ValueError(f"temperature={args.temperature}: expected 0 (greedy) or more")
     answers = {}
     for name, strengths in (("sft", [x for x in args.lambdas if x >= 0]), ("dpo", [x for x in args.lambdas if x < 0])):
@@ -375,6 +399,8 @@ def _prompt_ids(prompt, tokenizer, template):
 def write_baked(args):
     """A model with --strength times the vector folded in, as biases of down_proj."""
     vector = Vector.load(args.folder)
+    if not np.isfinite(args.strength):
+        raise ValueError(f"strength={args.strength}: expected a finite number")
     if args.rescale:
         raise ValueError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
     name = "sft" if args.strength >= 0 else "dpo"
@@ -631,6 +657,12 @@ def _lambdas(text):
     return lambdas
 
 
+def _whole(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
 _DEFAULT = "(default: %(default)s)"  # in a help text
 
 
@@ -654,11 +686,11 @@ def _texts(one, and_prompts=""):
     sizes = ", ".join(f"{mode} {count:,}" for mode, count in MODES.items())
     one.add_argument("--texts", required=True, help="preference pairs to read states from: file, folder or hub name")
     one.add_argument("--mode", choices=MODES, default="sanity", help=f"pairs of the vector: {sizes}{and_prompts} {_DEFAULT}")
-    one.add_argument("--count", type=int, help="pairs of the vector, instead of the mode's; a quarter as many again are held out of it")
+    one.add_argument("--count", type=_whole, help="pairs of the vector, instead of the mode's; a quarter as many again are held out of it")
     only = "preferred: only pairs whose chosen text the DPO model prefers"
     one.add_argument("--keep", choices=("all", "preferred"), default="all", help=f"{only} {_DEFAULT}")
     one.add_argument("--compat", choices=("none", "hf"), default="none", help="hf: the last layer after the final norm, as published")
-    one.add_argument("--max-seq-len", type=int, default=512, help=f"tokens of a text; longer ones are cut {_DEFAULT}")
+    one.add_argument("--max-seq-len", type=_whole, default=512, help=f"tokens of a text; longer ones are cut {_DEFAULT}")
 
 
 def _swept(one):
@@ -666,14 +698,14 @@ def _swept(one):
     one.add_argument("--lambdas", type=_lambdas, default="0,0.25,0.5,0.75,1", help=f"multiples of the vector, ascending {_DEFAULT}")
     where = "where CHI and XB are measured: raw, pca:k or tsne; verdict and intervals are raw"
     one.add_argument("--space", default="raw", help=f"{where} {_DEFAULT}")
-    one.add_argument("--seeds", type=int, default=1, help="with tsne: so many random starts; 1, the default: started by PCA, as published")
+    one.add_argument("--seeds", type=_whole, default=1, help="with tsne: random starts; 1, the default: one started by PCA, as published")
     scale = "scale of the AQI. sweep: one for all; per_run: one for each lambda, as published"
     one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep", help=f"{scale} {_DEFAULT}")
     one.add_argument("--all-indices", action="store_true", help="Davies-Bouldin, Dunn, silhouette and a linear probe's AUC too: n^2 D")
 
 
 def _answering(one):
-    one.add_argument("--max-new-tokens", type=int, default=64, help=f"of an answer {_DEFAULT}")
+    one.add_argument("--max-new-tokens", type=_whole, default=64, help=f"of an answer {_DEFAULT}")
 
 
 def parse(argv):

@@ -35,8 +35,9 @@ def union(intervals):
 
 def shares(events):
     """{"compute", "exchange", "exposed"}: time in which each ran, of (name, start, end). Exposed: an exchange ran and no compute did."""
-    exchange = [(start, end) for name, start, end in events if "nccl" in name.lower() or name.startswith("gloo:")]
-    compute = [(start, end) for name, start, end in events if (start, end) not in set(exchange)]
+    exchange, compute = [], []
+    for name, start, end in events:
+        (exchange if "nccl" in name.lower() or name.startswith("gloo:") else compute).append((start, end))
     alone = union(compute)
     return {"compute": alone, "exchange": union(exchange), "exposed": union(compute + exchange) - alone}
 

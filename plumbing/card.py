@@ -16,7 +16,7 @@ SETUP = ("loss_reduction", "clipping", "parameter_dtype", "warmup_steps", "commi
 def write(run_dir):
     """Write the card of a run that has ended into its final/, in place of an earlier one. Returns its path."""
     path = Path(run_dir) / "final/README.md"
-    temporary = path.with_suffix(".tmp")
+    temporary = Path(run_dir) / ".tmp_README.md"  # not in final/: what a kill leaves there would be no file of an export, which is refused
     temporary.write_text(card(Path(run_dir)), encoding="utf-8")
     temporary.rename(path)
     return path

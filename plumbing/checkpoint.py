@@ -6,6 +6,7 @@ removes, and the checkpoints before it as they were. Frozen weights are not stor
 """
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from kernels import join_master
 from plumbing import parallel
 from plumbing.logbook import write_json
 from plumbing.weights import (
+    ADAPTER_CONFIG,
+    check_replaceable,
     check_vocabulary,
     copy_rows,
     find_folder,
@@ -39,11 +42,15 @@ __all__ = ["Checkpointer", "check_vocabulary", "find_folder", "fingerprint", "lo
            "save_adapter", "save_pretrained"]  # fmt: skip
 
 
+OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+")  # a copy that someone called step_000100_good is theirs
+
+
 class Checkpointer:
     """The resumable checkpoints of one run. All ranks construct it, and call save, load and wait together, between init and shutdown.
 
     identity: the configuration values that decide the numbers; a checkpoint saved under others is refused. keep_last: how many finished
     checkpoints stay (a new one is finished before an old one goes). fresh=True deletes those of an earlier run.
+    ValueError, before anything is deleted, where the run's end could not write final/ or adapter/: other files are there.
     """
 
     def __init__(self, run_dir, keep_last, identity, fresh=False):
@@ -54,8 +61,10 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._pending = None  # the save that is being written
         self._finished_step = None
+        check_replaceable(self.run_dir / "final", "config.json")
+        check_replaceable(self.run_dir / "adapter", ADAPTER_CONFIG)
         if dist.get_rank() == 0:
-            for path in self.folder.glob("*step_*"):
+            for path in [path for path in self.folder.glob("*step_*") if OWN_NAME.fullmatch(path.name)]:
                 if fresh or not (path / "COMPLETED").exists():  # what a kill left behind
                     _delete(path)
         parallel.barrier()
@@ -72,7 +81,8 @@ class Checkpointer:
         return finished[-1] if finished else None
 
     def _finished(self):
-        return sorted((path.parent for path in self.folder.glob("step_*/COMPLETED")), key=lambda path: int(path.name.removeprefix("step_")))
+        finished = [path.parent for path in self.folder.glob("step_*/COMPLETED") if OWN_NAME.fullmatch(path.parent.name)]
+        return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))
 
     def save(self, step, model, optimizer):
         """Copy this rank's shards to host memory, then write them in the background.

@@ -66,8 +66,9 @@ class Logbook:
                 *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line
                 # an evaluation, or a sample, at `step` is made again
                 kept = [line for line in lines if (was := json.loads(line))["step"] < step or (was["step"] == step and "loss" in was)]
-                if kept:
-                    path.write_text("".join(line + "\n" for line in kept))
+                if kept:  # by a rename: a kill here must not cost the steps that are not trained again
+                    path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+                    path.with_suffix(".tmp").rename(path)
                 else:
                     path.unlink(missing_ok=True)
             self._metrics = (self.folder / "metrics.jsonl").open("a")

@@ -299,13 +299,18 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
             _write_configs(folder, model.config, tokenizer, plan, chat_template)
 
 
-@contextmanager
-def _published(directory, config_name):
-    """A temporary folder that becomes `directory` when the block ends well; an earlier export there is replaced, other files are not."""
+def check_replaceable(directory, config_name):
+    """ValueError when `directory` holds anything but an earlier export, the only thing that a new one replaces."""
     contents = [path.name for path in directory.iterdir()] if directory.exists() else []
     foreign = [name for name in contents if not name.endswith((".safetensors", ".json", ".jinja", ".model")) and name != "README.md"]
     if contents and (foreign or config_name not in contents):
         raise ValueError(f"{directory}: holds {', '.join(sorted(foreign or contents)[:5])}, which no export wrote, so it is not replaced")
+
+
+@contextmanager
+def _published(directory, config_name):
+    """A temporary folder that becomes `directory` when the block ends well; an earlier export there is replaced, other files are not."""
+    check_replaceable(directory, config_name)
     folder = directory.with_name(f".tmp_{directory.name}")
     if _rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -283,6 +283,19 @@ def test_keep_last_and_fresh(run, tmp_path):
     assert Checkpointer(tmp_path / "run", 2, IDENTITY, fresh=True).latest() is None
 
 
+def test_copies_by_other_names_are_left_alone(run, tmp_path):
+    """`cp -r step_000001 step_000001_good` is no checkpoint to go on from, and no later save and no --fresh deletes it."""
+    checkpointer, model, optimizer, _ = run
+    for name in ("step_000001_good", "best_step_000001"):
+        shutil.copytree(checkpointer.latest(), checkpointer.folder / name)
+    assert checkpointer.latest().name == "step_000001"
+    for step in (2, 3, 4):
+        checkpointer.save(step, model, optimizer)
+    checkpointer.wait()
+    assert Checkpointer(tmp_path / "run", 2, IDENTITY, fresh=True).latest() is None
+    assert sorted(path.name for path in checkpointer.folder.iterdir()) == ["best_step_000001", "step_000001_good"]
+
+
 # ---------------------------------------------------------------- reading Hugging Face folders
 
 

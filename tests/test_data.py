@@ -471,7 +471,7 @@ def test_equal_rows_at_other_places_keep_their_own_row_ids(tokenizer, config):
         assert documents.row_ids.tolist() == [f"{config.path}#{i}" for i in np.random.RandomState(42).choice(n, 2, replace=False)]
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "missing", "no meta.json"])
+@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "missing", "no meta.json", "torn meta.json"])
 def test_a_damaged_cache_is_tokenised_again(tokenizer, config, damage):
     first = contents(data.load_sft(config, tokenizer)[0])
     (file,) = config.cache_dir.glob("*/train.messages.input_ids.npy")
@@ -481,12 +481,44 @@ def test_a_damaged_cache_is_tokenised_again(tokenizer, config, damage):
         file.write_bytes(content)
     elif damage == "truncated":
         file.write_bytes(content[:-5])
+    elif damage == "torn meta.json":
+        (file.parent / "meta.json").write_text('{"sha')
     else:
         (file if damage == "missing" else file.parent / "meta.json").unlink()
     lines = []
     assert contents(data.load_sft(config, tokenizer, lines.append)[0]) == first
-    assert damage == "no meta.json" or "train.messages.input_ids.npy missing or damaged; tokenising again" in lines[0]
+    named = "meta.json" if "meta" in damage else "train.messages.input_ids.npy"
+    assert f"{named} missing or damaged; tokenising again" in lines[0]
     assert contents(data.load_sft(config, tokenizer, lines.append)[0]) == first
+
+
+def test_a_run_that_shares_the_cache_may_be_faster(tokenizer, config, monkeypatch):
+    """While this one tokenises, another writes the same folder and maps it: that one stays, and both have the same documents."""
+    tokenise, other = data._tokenise, []
+
+    def slow(*args):
+        monkeypatch.setattr(data, "_tokenise", tokenise)
+        other.append(data.load_sft(config, tokenizer)[0])
+        (folder,) = config.cache_dir.glob("*/")
+        other.append((folder / "meta.json").stat().st_ino)
+        return tokenise(*args)
+
+    monkeypatch.setattr(data, "_tokenise", slow)
+    documents, _ = data.load_sft(config, tokenizer)
+    (folder,) = config.cache_dir.iterdir()
+    assert contents(documents) == contents(other[0]) and (folder / "meta.json").stat().st_ino == other[1]
+
+
+def test_a_full_disk_is_named(tokenizer, config, monkeypatch):
+    """numpy's own message, "1074 requested and 992 written", names neither file nor cause."""
+
+    def full(*args, **kwargs):
+        raise OSError("1074 requested and 992 written")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=rf"{config.cache_dir}/.*: not written, [\d,]+ bytes needed, [\d,]+ free: 1074 requested"):
+        data.load_sft(config, tokenizer)
+    assert not list(config.cache_dir.iterdir())
 
 
 def prompts(documents):

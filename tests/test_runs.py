@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,6 +232,37 @@ def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
     fresh = launch("sft", config, "--lr=0.5", "--fresh").ok().out[0]
     assert "step 00001" in fresh and "finished run" not in fresh
     assert final_bytes(run) != first
+
+
+def test_an_export_that_could_not_be_written_is_refused_before_training(world, tmp_path):
+    """A file of someone else's in final/ would stop the export, after hours; nothing is deleted, not by --fresh either."""
+    config, run = write_config(tmp_path, world, max_steps=2, save_every=1, data_eval=None), tmp_path / "sft"
+    launch("sft", config).ok()
+    (run / "final/model-f16.gguf").touch()
+    before = sorted(path for path in run.rglob("*"))
+    for count in (1, 2):
+        refused = launch("sft", config, "--fresh", "--lr=0.5", ranks=count)
+        assert refused.codes == [1] * count and "holds model-f16.gguf, which no export wrote" in refused.err[0]
+        assert "step 00001" not in refused.out[0] and sorted(path for path in run.rglob("*")) == before
+
+
+def killed_while_the_card_is_written():
+    rename = Path.rename
+
+    def killed(self, target):
+        if Path(target).name == "README.md":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+
+    Path.rename = killed
+
+
+def test_a_kill_while_the_card_is_written(world, tmp_path):
+    """What it leaves is not taken for someone else's file in final/, which would be refused from then on, by --fresh too."""
+    config = write_config(tmp_path, world, max_steps=1, data_eval=None)
+    assert launch("sft", config, prepare=killed_while_the_card_is_written).codes == [-signal.SIGKILL]
+    launch("sft", config).ok()
+    assert (tmp_path / "sft/final/README.md").is_file()
 
 
 # ---------------------------------------------------------------- the reference

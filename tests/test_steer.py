@@ -184,6 +184,16 @@ def test_a_failed_extraction_leaves_no_manifest_of_an_older_one(lab):
         steer.Vector.load(lab / "broken")
 
 
+def test_a_full_disk_is_named_before_any_state_is_read(lab, monkeypatch):
+    """2 sides x 2 poolings x 10 texts x 4 layers x 32 numbers x 4 bytes."""
+    usage = shutil.disk_usage(lab)
+    monkeypatch.setattr(steer.shutil, "disk_usage", lambda folder: usage._replace(free=20479))
+    with pytest.raises(OSError, match="none: 20,480 bytes needed for the states of all texts, 20,479 free"):
+        extract(lab, "none")
+    monkeypatch.setattr(steer.shutil, "disk_usage", lambda folder: usage._replace(free=20480))
+    assert extract(lab, "just_enough").manifest["count"] == COUNT
+
+
 def test_two_tokenizers_are_refused(lab):
     """CHECKS 32: before any weight is read."""
     other = make_world(lab / "other") / "base"  # trained on the same words, other merges
@@ -209,8 +219,10 @@ def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
         extract(lab, "none", "--count", "100")
     rows = [{"prompt": "help", "chosen": "good cat", "rejected": "bad dog"}] * 10
     write_rows(lab / "plain.jsonl", rows)
-    with pytest.raises(ValueError, match="rows are no transcripts; expected a template"):
+    with pytest.raises(ValueError, match="plain.jsonl', row 0: no transcript; expected a template"):
         extract(lab, "none", texts="plain.jsonl")
+    with pytest.raises(ValueError, match="template='llama-3': expected one of .*'llama3'"):
+        extract(lab, "none", "--template", "llama-3", texts="plain.jsonl")
     assert extract(lab, "chat", "--template", "tulu", texts="plain.jsonl").manifest["template"] == "tulu"
     steer.main(["generate", f"{lab}/chat", "--prompt", "help me", "--layers", "2", *SHORT])
 
@@ -250,6 +262,19 @@ def test_a_vector_of_other_weights_is_refused(lab):
     ):
         sweep(lab, "none", folder="moved")
     assert vector.model("dpo")
+
+
+def test_what_is_wrong_with_a_text_or_a_vector_is_named(lab):
+    """A row that is no transcript; a vector that a copy left torn or behind."""
+    rows = [json.loads(line) for line in (lab / "texts.jsonl").read_text().splitlines()]
+    write_rows(lab / "odd.jsonl", [*rows[:3], {"chosen": "no turns", "rejected": "none"}, *rows[3:]])
+    with pytest.raises(ValueError, match="odd.jsonl', row 3: transcript begins 'no turns'"):
+        extract(lab, "none", texts="odd.jsonl")
+    shutil.copytree(lab / "steer", lab / "copied")
+    for damage, message in ((lambda path: path.write_bytes(path.read_bytes()[:100]), "truncated"), (Path.unlink, "missing file")):
+        damage(lab / "copied/vector.safetensors")
+        with pytest.raises(ValueError, match=f"copied/vector.safetensors: {message}"):
+            steer.main(["spectrum", f"{lab}/copied"])
 
 
 @pytest.mark.parametrize("layers", (0, 5, -1))
@@ -294,6 +319,7 @@ def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch)
     [
         (("--prompts", "{lab}/empty.txt"), "prompts='.*empty.txt': an empty file; expected one prompt a line"),
         (("--prompt", "", "--temperature", "-1"), "temperature=-1.0: expected 0"),
+        (("--prompt", "", "--temperature", "nan"), "temperature=nan: expected 0"),
     ],
 )
 def test_generations_that_cannot_be(lab, argv, message):
@@ -315,6 +341,13 @@ def test_lambdas_are_finite(lab, capsys):
     with pytest.raises(SystemExit):
         steer.main(["generate", f"{lab}/steer", "--prompt", "", "--lambdas=nan,1", "--layers", "1"])
     assert "'nan,1': expected finite numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ("--count=-3", "--count=0", "--max-seq-len=-3", "--max-seq-len=many"))
+def test_sizes_are_whole_numbers(lab, capsys, option):
+    with pytest.raises(SystemExit):
+        extract(lab, "none", option)
+    assert f"'{option.partition('=')[2]}': expected a whole number, 1 or more" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- sweep
@@ -524,6 +557,9 @@ def test_a_bake_that_cannot_be_exact_is_refused(lab, capsys):
     with pytest.raises(ValueError, match="rescale: what it adds depends on the token"):
         steer.main(argv)
     assert parallel.run(steer.main, argv) == 1 and capsys.readouterr().err.startswith("error: rescale")
+    for strength in ("nan", "inf"):
+        with pytest.raises(ValueError, match=f"strength={strength}: expected a finite number"):
+            steer.main(["bake", f"{lab}/steer", "--strength", strength, "--out", f"{lab}/none"])
 
 
 # ---------------------------------------------------------------- validate

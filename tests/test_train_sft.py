@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from world import (
 
 import train_sft
 from packing import local_batches, step_examples
+from plumbing.config import load
 from plumbing.logbook import Logbook
 
 EIGHT = np.array([3, 0, 7, 12, 30, 21, 5, 6])  # of unequal lengths: the world's rows have 8 to 60 tokens
@@ -190,6 +192,24 @@ def test_evaluations_of_a_run(world, tmp_path):
     evaluations = metrics(tmp_path / "sft", "eval/loss")
     assert [line["step"] for line in evaluations] == [0, 2, 3]
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+
+
+def test_a_kill_while_metrics_are_cut_back_costs_none(world, tmp_path, ranks, monkeypatch):
+    """The next start has the lines of all steps that it does not train again, whatever the earlier one had written by then."""
+    log = Logbook(load("sft", [str(write_config(tmp_path, world))]), ranks, 4, {})
+    path = tmp_path / "sft/metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3)))
+    write_text = Path.write_text
+
+    def killed(self, text):
+        write_text(self, text[:30])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        log.resume_at(2)
+    log.resume_at(2)
+    assert [line["step"] for line in metrics(tmp_path / "sft")] == [1, 2]
 
 
 def test_a_hopeless_model_is_evaluated(world, tmp_path, ranks):
