@@ -169,7 +169,6 @@ def evaluate(model, pairs, reference, config, ranks, log):
 # (SmolLM2-135M, CPU): 0.11, and 0.30 for unlikely two-token answers; between its SFT and DPO weights 1.2 and 0.8 or more in any 8 pairs.
 # fp8 is not measured: what moves a bf16 number by its last bit can move a float8 one by a whole step.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp8": 1.0}
-VERIFIED_PAIRS = 8
 SAVE_SECONDS = 60
 
 
@@ -186,16 +185,16 @@ def reference_logps(model, pairs, steps, key, config, ranks, log):
     """Summed log-probs of the answers under `model`, which must still have its step-0 weights: (n, 2) float32, NaN for pairs in no step.
 
     steps: the id arrays (B,) that will be asked for. They are walked in the packing of the first epoch, so that step 1 compares bit for
-    bit. The table lives in cache_dir/reference/<key>.safetensors, is saved every minute and goes on from there; VERIFIED_PAIRS of what
-    was loaded are computed again: ValueError when they differ.
+    bit. The table lives in cache_dir/reference/<key>.safetensors, is saved every minute and goes on from there. One step of what was
+    loaded is computed again, in the packing that wrote it unless that has changed: ValueError when it differs by more than rounding.
     """
     path = Path(config.cache_dir) / "reference" / f"{key[:32]}.safetensors"
     table = parallel.main_first(ranks, lambda: _read_table(path, len(pairs)) if ranks.main else np.zeros((len(pairs), 2)))
     table = _sum_of_tables(table)  # rank 0's: another run may write between two reads, and ranks of two minds would wait for ever
     known = ~np.isnan(table[:, 0])
-    found = [ids[known[ids]] for ids in steps if known[ids].any()]
+    found = [ids for ids in steps if known[ids].all()] or [ids[known[ids]] for ids in steps if known[ids].any()]
     if found:
-        _verify_reference(model, pairs, table, found[0][: max(VERIFIED_PAIRS, ranks.world_size)], path, config, ranks)
+        _verify_reference(model, pairs, table, found[0], path, config, ranks)
     missing = [ids for ids in steps if not known[ids].all()]
     saved = time.monotonic()
     for done, ids in enumerate(log.progress(f"reference log-probs ({known.sum():,} of {len(pairs):,} pairs found)", missing), 1):

@@ -279,7 +279,9 @@ def test_reference_cache_of_a_run(world, tmp_path):
     assert "3/3" in first.err[0]
 
     second = launch("dpo", config, "--fresh", "--global_batch_size=10", ranks=2).ok()
-    assert "35 of 35 pairs found" in second.err[0] and "8 pairs computed again" in second.out[0]
+    assert "35 of 35 pairs found" in second.err[0] and "10 pairs computed again" in second.out[0]
+    again = launch("dpo", config, "--fresh").ok()
+    assert "16 pairs computed again, largest difference 0.0e+00" in again.out[0]
 
     change_weights(base, lambda weights: weights["model.norm.weight"].mul_(1.5))
     third = launch("dpo", config, "--fresh").ok()
@@ -287,8 +289,12 @@ def test_reference_cache_of_a_run(world, tmp_path):
     assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def unverified():
+    train_dpo._verify_reference = lambda *_: None
+
+
 def test_wrong_reference_stops_the_run(world, tmp_path):
-    """CHECKS 5, 6: wrong where the 8 verified pairs do not see it, step 1 does; no step is taken."""
+    """CHECKS 5, 6: one wrong pair, found when the file is, and, were it not, in step 1; no step is taken."""
     config = write_config(tmp_path, world, max_steps=3)
     launch("dpo", config).ok()
     (path,) = tmp_path.glob("cache/reference/*.safetensors")
@@ -296,10 +302,10 @@ def test_wrong_reference_stops_the_run(world, tmp_path):
     last_of_step_1 = train_dpo.step_examples(0, 35, 16, 42)[-1]
     table[last_of_step_1] += 0.1
     save_file({"logps": table}, path)
-    failed = launch("dpo", config, "--fresh")
-    assert failed.codes == [1] and "Traceback" not in failed.err[0]
-    assert "the reference is not of model_path" in failed.err[0]
-    assert not metrics(tmp_path / "dpo")
+    for prepare, message in ((None, "not this model's log-probs"), (unverified, "the reference is not of model_path")):
+        failed = launch("dpo", config, "--fresh", prepare=prepare)
+        assert failed.codes == [1] and "Traceback" not in failed.err[0]
+        assert message in failed.err[0] and "step 00001" not in failed.out[0]
 
 
 def count_models():
