@@ -404,6 +404,8 @@ def write_baked(args):
     if args.rescale:
         raise ValueError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
     name = "sft" if args.strength >= 0 else "dpo"
+    if Path(args.out).resolve() == locate(vector.manifest[f"{name}_path"])[0].resolve():
+        raise ValueError(f"out={args.out!r}: the {name} model itself, which a bake would replace; expected another folder")
     model, tokenizer = vector.model(name)
     baked = bake(model, vector.additions(args, model, tokenizer, name), args.strength)
     checkpoint.save_pretrained(baked, tokenizer, args.out)

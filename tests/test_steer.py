@@ -562,6 +562,13 @@ def test_a_bake_that_cannot_be_exact_is_refused(lab, capsys):
             steer.main(["bake", f"{lab}/steer", "--strength", strength, "--out", f"{lab}/none"])
 
 
+def test_a_bake_does_not_replace_its_model(lab):
+    before = (lab / "dpo/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="the dpo model itself, which a bake would replace"):
+        steer.main(["bake", f"{lab}/steer", "--strength=-1", "--layers", "1", "--out", f"{lab}/steer/../dpo"])
+    assert (lab / "dpo/model.safetensors").read_bytes() == before
+
+
 # ---------------------------------------------------------------- validate
 
 
