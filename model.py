@@ -259,8 +259,8 @@ class Block(nn.Module):
     def forward(self, hidden, *stream):
         run = fused.block if self.fused else Block.plain
         if self.recompute and torch.is_grad_enabled():
-            # no dropout anywhere, so there is no random state to bring back
-            return checkpoint(run, self, hidden, *stream, use_reentrant=False, preserve_rng_state=False)
+            # of all that a block does, only LoRA's dropout is random, and that is in the plain block only
+            return checkpoint(run, self, hidden, *stream, use_reentrant=False, preserve_rng_state=not self.fused)
         return run(self, hidden, *stream)
 
     def plain(self, hidden, *stream):

@@ -303,6 +303,22 @@ def test_lora_dropout_acts_in_training_only():
     assert torch.equal(logits_of(model, DOCUMENTS), logits_of(model, DOCUMENTS))
 
 
+def test_a_recomputed_block_drops_what_it_dropped():
+    grads = []
+    for mode in ("none", "full"):
+        model = random_llama(tiny_config())
+        apply_lora(model, rank=3, alpha=6.0, dropout=0.5)
+        init_lora(model, seed=4)
+        for name, param in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.constant_(param, 0.1)
+        apply_recompute(model, mode)
+        torch.manual_seed(0)
+        nll_sum(model, DOCUMENTS).backward()
+        grads.append(gradients(model))
+    assert all(torch.equal(*pair) and pair[0].any() for pair in zip(*(g.values() for g in grads), strict=True))
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_two_train_mode_forwards_are_bit_equal(lora):
     """CHECKS 8: no dropout while log-probs are compared."""
