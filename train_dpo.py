@@ -155,7 +155,8 @@ def evaluate(model, pairs, reference, config, ranks, log):
             values = pair_metrics(*preference_loss(config, policy, ref, counts), policy).double().cpu()
             sums += torch.stack([values.sum(dim=1), values.square().sum(dim=1)])
     parallel.release(model)
-    means, squares = torch.tensor(parallel.sum_across_ranks(sums.flatten().tolist())).view(2, -1) / len(pairs)
+    sums = torch.tensor(parallel.sum_across_ranks(sums.flatten().tolist()), dtype=torch.float64)
+    means, squares = sums.view(2, -1) / len(pairs)
     errors = 1.96 * ((squares - means.square()).clamp(min=0) / len(pairs)).sqrt()
     intervals = ("rewards/margins", "rewards/accuracies")
     metrics = {f"eval/{name}": mean.item() for name, mean in zip(METRICS, means, strict=True)}

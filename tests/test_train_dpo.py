@@ -269,7 +269,7 @@ def test_evaluation_by_hand(stage):
         "eval/rewards/margins_ci95": 1.96 * margins.std() / len(margins) ** 0.5,
         "eval/rewards/accuracies_ci95": 1.96 * (margins > 0).std() / len(margins) ** 0.5,
     }
-    assert result == pytest.approx(expected, rel=1e-4)
+    assert result == pytest.approx(expected, rel=2e-6)
 
 
 def test_pairs_that_teach_nothing_are_counted(world, tmp_path):
