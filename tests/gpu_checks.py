@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # when run without pytest
 
 import torch
 import torch.distributed as dist
-import world
 from tiny_models import gradients, nll_sum, random_documents, random_llama, stream, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -611,6 +610,9 @@ def gather(tensor):
 
 def share_one_gpu():
     """For world.launch: both ranks on the first GPU. All but the exchange is as on two: FSDP2's hooks, its streams, our kernels."""
+    import train_dpo
+    import train_sft
+
     os.environ["LOCAL_RANK"] = "0"
     init, shard = dist.init_process_group, parallel.shard
 
@@ -622,10 +624,12 @@ def share_one_gpu():
 
     dist.init_process_group = lambda backend, **options: init("gloo", **options)
     parallel.shard = shard_through_host
-    world.train_sft.finish = world.train_dpo.finish = lambda *_: None  # an export exchanges by other ways
+    train_sft.finish = train_dpo.finish = lambda *_: None  # an export exchanges by other ways
 
 
 def share_one_gpu_and_stop():
+    import world
+
     share_one_gpu()
     world.signal_after(2, signal.SIGTERM)
 
@@ -633,6 +637,8 @@ def share_one_gpu_and_stop():
 def check_runs_of_two_ranks():
     """World size on the fast paths, in fused blocks: two ranks of FSDP2 beside one process without, and two that stop beside one that goes
     on. DPO with shared prefixes and its own reference cache. Four steps each; losses and gradient norms, relative."""
+    import world  # it needs pytest and datasets, the other checks do not
+
     lora, worst = {"lora_rank": 4, "lora_alpha": 8.0}, {}
     cases = (("sft", "fp32", {}, 1e-5), ("dpo", "bf16", {}, 4e-2), ("dpo", "bf16", lora, 4e-2), ("sft", "fp8", {}, 4e-2))
     with tempfile.TemporaryDirectory() as folder:
