@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from plumbing import hub
 from plumbing.config import config_dict
 
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets")
+_PACKAGES = ("torch", "triton", "flash-attn-4", "numpy", "safetensors", "tokenizers", "datasets")
 # (metric, label, format) in the order of the step line; metrics that a stage does not have are left out
 _STEP_LINE = (
     ("loss", "loss", "{:.4f}"),
@@ -176,8 +177,10 @@ def _versions():
 
 
 def commit():
-    """The commit of this checkout, with "+changes" when files differ from it; where git knows none, what it says instead."""
+    """The commit of this checkout, with "+changes" when files differ from it; "unknown: .." and why where git knows none."""
     root = Path(__file__).parent.parent
+    if shutil.which("git") is None:
+        return "unknown: git is not installed"
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
     head, status = (subprocess.run(command, cwd=root, capture_output=True, text=True) for command in commands)
     if head.returncode or status.returncode:
