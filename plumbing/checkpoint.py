@@ -21,7 +21,6 @@ from plumbing.logbook import write_json
 from plumbing.weights import (
     ADAPTER_CONFIG,
     check_replaceable,
-    check_vocabulary,
     copy_rows,
     find_folder,
     fingerprint,
@@ -38,8 +37,8 @@ from plumbing.weights import (
     write_safetensors,
 )
 
-__all__ = ["Checkpointer", "check_vocabulary", "find_folder", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve",
-           "save_adapter", "save_pretrained"]  # fmt: skip
+__all__ = ["Checkpointer", "find_folder", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve", "save_adapter",
+           "save_pretrained"]  # fmt: skip
 
 
 OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+")  # a copy that someone called step_000100_good is theirs

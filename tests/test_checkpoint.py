@@ -19,7 +19,7 @@ from tiny_models import random_documents, random_llama, stream, tiny_config
 
 from data import Tokenizer
 from model import apply_lora
-from plumbing import checkpoint, parallel, weights
+from plumbing import checkpoint, weights
 from plumbing.checkpoint import (
     Checkpointer,
     fingerprint,
@@ -33,12 +33,6 @@ from plumbing.checkpoint import (
 
 DOCUMENTS = random_documents(97, (21, 1, 9))
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield parallel.init()
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -455,8 +449,7 @@ def test_writer_holds_one_tensor_at_a_time(tmp_path):
         alive.add(tensor)
         return tensor
 
-    size = weights.write_safetensors(tmp_path / "x.safetensors", {str(i): (torch.float32, (3, 5)) for i in range(4)}, read)
-    assert size == (tmp_path / "x.safetensors").stat().st_size
+    weights.write_safetensors(tmp_path / "x.safetensors", {str(i): (torch.float32, (3, 5)) for i in range(4)}, read)
     assert_equal(load_file(tmp_path / "x.safetensors"), {str(i): torch.full((3, 5), float(i)) for i in range(4)})
 
 
