@@ -155,10 +155,11 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def measured_matmul_peak(device, size=8192, repeats=10):
-    """FLOP/s of a bf16 size^3 product of random numbers on this GPU, what mfu is a share of; None on a CPU, where mfu is not reported."""
+def measured_matmul_peak(device):
+    """FLOP/s of a bf16 8192^3 product of random numbers on this GPU, what mfu is a share of; None on a CPU, where mfu is not reported."""
     if device.type != "cuda":
         return None
+    size, repeats = 8192, 10
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         a @ b

@@ -229,7 +229,7 @@ def test_gguf_becomes_the_same_model(tmp_path):
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
 
 
-SMOL = run.ROOT.parent / "smol/base"
+SMOL = smol.ROOT / "base"
 
 
 @pytest.mark.slow
