@@ -5,6 +5,7 @@ Letters: T tokens of a conversation, n documents of a dataset, B of its ids.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -244,7 +245,7 @@ def _dialogues(row: dict) -> list[list[dict]]:
 
 def _pku(row: dict) -> list[list[dict]] | str:
     is_safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
-    if is_safe.count(True) != 1:
+    if set(is_safe) != {True, False}:  # one that has no label is neither
         return "for not exactly one safe response"
     first, second = row["response_0"], row["response_1"]
     return _exchanges(row["prompt"], [first, second] if is_safe[0] else [second, first])
@@ -302,7 +303,7 @@ def open_source(name: str) -> datasets.Dataset:
             datasets.disable_progress_bars()
         options = {"on_mixed_types": None} if READERS[suffix] == "json" else {}  # a key that some rows or messages lack is null there
         try:
-            return datasets.load_dataset(READERS[suffix], data_files=path, split="train", **options)
+            return datasets.load_dataset(READERS[suffix], data_files=glob.escape(path), split="train", **options)
         except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
             raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
         finally:

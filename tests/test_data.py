@@ -227,10 +227,10 @@ def test_messages_come_first_for_sft_and_are_no_pair():
         converted({"messages": chat("a", "b")}, ("chosen", "rejected"))
 
 
-@pytest.mark.parametrize("safe", [(True, True), (False, False)])
+@pytest.mark.parametrize("safe", [(True, True), (False, False), (None, True), (True, None)])
 def test_pku_rows_without_exactly_one_safe_response_are_dropped(safe):
     row = PKU | {"is_response_0_safe": safe[0], "is_response_1_safe": safe[1]}
-    assert converted(row, ("chosen", "rejected")) == "for not exactly one safe response"
+    assert data._pku(row) == "for not exactly one safe response"
 
 
 def test_a_transcript_of_several_turns():
@@ -287,6 +287,14 @@ def test_a_local_file_is_read_without_a_bar_and_what_comes_later_has_one(tmp_pat
     data.open_source(str(tmp_path / name))
     assert capfd.readouterr() == ("", "")
     assert not datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize("name", ["a*b.jsonl", "a[1]/b.jsonl"])
+def test_a_path_is_no_pattern(tmp_path, name):
+    for i, path in enumerate((tmp_path / name, tmp_path / "aXb.jsonl")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"prompt": f"Hi {i}"}) + "\n")
+    assert data.open_source(str(tmp_path / name)).to_list() == [{"prompt": "Hi 0"}]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "/no/such/folder", "nowhere"])
