@@ -64,14 +64,7 @@ class Logbook:
                            "then it is replaced")  # fmt: skip
         if self.ranks.main:
             for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-                *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line
-                # an evaluation, or a sample, at `step` is made again
-                kept = [line for line in lines if (was := json.loads(line))["step"] < step or (was["step"] == step and "loss" in was)]
-                if kept:  # by a rename: a kill here must not cost the steps that are not trained again
-                    path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
-                    path.with_suffix(".tmp").rename(path)
-                else:
-                    path.unlink(missing_ok=True)
+                _forget_after(step, path)
             self._metrics = (self.folder / "metrics.jsonl").open("a")
             if self.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
@@ -122,6 +115,22 @@ class Logbook:
             for name in [name for name in metrics if name != "step"]:
                 self._events.add_scalar(name, metrics[name], metrics["step"])
             self._events.flush()
+
+
+def _forget_after(step, path):
+    """Drop the lines of a .jsonl file that will be written again: those after `step`, an evaluation or a sample at it, a torn last one."""
+
+    def is_kept(line):
+        entry = json.loads(line)
+        return entry["step"] < step or (entry["step"] == step and "loss" in entry)
+
+    *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]
+    if kept := [line for line in lines if is_kept(line)]:  # by a rename: a kill here must not cost the steps that are not trained again
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.rename(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def progress_bar(items=None, **options):
