@@ -133,7 +133,8 @@ def test_lora_checkpoint_holds_only_what_is_trained(root, ranks, tmp_path):
     checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
     checkpointer.save(1, *build("lora", root / "base"))
     checkpointer.wait()
-    assert all(".lora_" in key for key in load_file(checkpointer.latest() / "rank_00000.safetensors"))
+    stored = load_file(checkpointer.latest() / "rank_00000.safetensors")
+    assert stored and all(".lora_" in key for key in stored)
 
 
 @pytest.fixture
@@ -366,19 +367,10 @@ def test_fingerprint_sees_a_single_bit(base):
     assert fingerprint(base) != before
 
 
-def test_resolve(base, monkeypatch):
+def test_resolve(base):
     assert resolve(str(base)) == base
     with pytest.raises(ValueError, match="model_path='/no/such/folder': no such folder, and not a hub name"):
         resolve("/no/such/folder")
-    monkeypatch.setattr(weights, "snapshot_download", lambda name, **_: str(base))
-    assert resolve("org/name") == base
-
-    def offline(name, **_):
-        raise FileNotFoundError("offline")
-
-    monkeypatch.setattr(weights, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="model_path='org/name': no such folder, and no such download from the hub: offline"):
-        resolve("org/name")
 
 
 def test_an_adapter_is_no_model(base, tmp_path):
