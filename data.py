@@ -294,7 +294,11 @@ def open_source(name: str) -> datasets.Dataset:
     suffix = Path(path.removesuffix(".gz")).suffix
     if Path(path).is_dir():
         saved = datasets.load_from_disk(path)
-        return _split(name, saved, split or "train") if isinstance(saved, datasets.DatasetDict) else saved
+        if isinstance(saved, datasets.DatasetDict):
+            return _split(name, saved, split or "train")
+        if split:
+            raise ValueError(f"data {name!r}: the folder has no splits; expected no [split]")
+        return saved
     if Path(path).is_file():
         if suffix not in READERS or split:
             raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or .gz of one), and no [split]")

@@ -267,6 +267,8 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
     assert data.open_source(f"{tmp_path}/splits[test]").to_list() == rows[2:]
     with pytest.raises(ValueError, match=r"splits\[dev\]': no split 'dev'; expected \[split\] to be one of train, test"):
         data.open_source(f"{tmp_path}/splits[dev]")
+    with pytest.raises(ValueError, match=r"saved\[test\]': the folder has no splits; expected no \[split\]"):
+        data.open_source(f"{tmp_path}/saved[test]")
 
 
 @pytest.mark.parametrize("full_row", [0, 1])
