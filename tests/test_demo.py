@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -142,6 +143,23 @@ def test_a_number_out_of_range_is_named(capsys):
     name = "safe greedy answers, after"
     assert run.report(inside | {name: (run.EXPECTED[name][0] - 0.01, 0.0, 1.0)}) == [name]
     assert capsys.readouterr().out.count("OUT OF RANGE") == 1
+
+
+def test_half_a_copy_of_smols_weights_is_not_taken_for_the_whole(tmp_path, monkeypatch):
+    """Ctrl-C during the copy, twice: what is there after the first is not in the way of the second."""
+
+    def interrupted(source, target):
+        target.mkdir(parents=True)
+        (target / "config.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smol, "ROOT", tmp_path / "smol")
+    monkeypatch.setattr(smol, "resolve", Path)
+    monkeypatch.setattr(smol.shutil, "copytree", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            smol.prepare_weights("hub")
+        assert not (tmp_path / "smol/base").exists()
 
 
 def test_smol_data_shares_no_prompt(tmp_path, monkeypatch, capsys):
