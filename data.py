@@ -5,6 +5,7 @@ Letters: T tokens of a conversation, n documents of a dataset, B of its ids.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import NoneType
 
 import datasets
 import numpy as np
@@ -227,9 +229,9 @@ def _transcript(text: str) -> list[dict]:
     return [{"role": role[who], "content": content.strip()} for who, content in zip(turns[::2], turns[1::2])]
 
 
-def _exchanges(prompt: str, answers: list[str]) -> list[list[dict]]:
-    if len(answers) != 2:
-        raise ValueError(f"{len(answers)} answers; expected two")
+def _exchanges(prompt: str, answers: list[str] | None) -> list[list[dict]]:
+    if len(answers or ()) != 2:
+        raise ValueError(f"{len(answers or ())} answers; expected two")
     return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers]
 
 
@@ -243,13 +245,12 @@ def _dialogues(row: dict) -> list[list[dict]]:
 
 def _pku(row: dict) -> list[list[dict]] | str:
     is_safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
-    if is_safe.count(True) != 1:
+    if set(is_safe) != {True, False}:  # one that has no label is neither
         return "for not exactly one safe response"
     first, second = row["response_0"], row["response_1"]
     return _exchanges(row["prompt"], [first, second] if is_safe[0] else [second, first])
 
 
-NoneType = type(None)
 # What it is; its columns and their types in the first row; row -> [messages], or [chosen, rejected], or the reason to drop it.
 # The first that fits is used; for SFT, preference rows give their chosen side.
 SCHEMAS = (
@@ -293,7 +294,11 @@ def open_source(name: str) -> datasets.Dataset:
     suffix = Path(path.removesuffix(".gz")).suffix
     if Path(path).is_dir():
         saved = datasets.load_from_disk(path)
-        return _split(name, saved, split or "train") if isinstance(saved, datasets.DatasetDict) else saved
+        if isinstance(saved, datasets.DatasetDict):
+            return _split(name, saved, split or "train")
+        if split:
+            raise ValueError(f"data {name!r}: the folder has no splits; expected no [split]")
+        return saved
     if Path(path).is_file():
         if suffix not in READERS or split:
             raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or .gz of one), and no [split]")
@@ -302,7 +307,7 @@ def open_source(name: str) -> datasets.Dataset:
             datasets.disable_progress_bars()
         options = {"on_mixed_types": None} if READERS[suffix] == "json" else {}  # a key that some rows or messages lack is null there
         try:
-            return datasets.load_dataset(READERS[suffix], data_files=path, split="train", **options)
+            return datasets.load_dataset(READERS[suffix], data_files=glob.escape(path), split="train", **options)
         except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
             raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
         finally:
@@ -465,15 +470,12 @@ def load_preferences(config, tokenizer: Tokenizer, log=print) -> tuple[Pairs, Pa
 
 
 def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[list[Documents], list[Documents] | None]:
-    is_share = isinstance(config.data_eval, float)
-    if is_share and not 0 < config.data_eval < 1:
-        raise ValueError(f"data_eval={config.data_eval}: expected a fraction between 0 and 1, a mixture, or None")
     template = resolve_template(config.template, tokenizer)
     end_of_turn(template, tokenizer)  # a template that this tokenizer cannot write is refused before anything is read
     settings = {"template": template, "max_seq_len": config.max_seq_len, "supervise": config.supervise}
-    settings["held_out"] = config.data_eval if is_share else 0.0
+    settings["held_out"] = config.data_eval if isinstance(config.data_eval, float) else 0.0
     splits = _load_mixture("data", config.data, sides, tokenizer, settings, Path(config.cache_dir), log)
-    if config.data_eval and not is_share:
+    if isinstance(config.data_eval, dict):
         splits["eval"] = _load_mixture("data_eval", config.data_eval, sides, tokenizer, settings, Path(config.cache_dir), log)["train"]
     return splits["train"], splits.get("eval")
 
@@ -501,12 +503,12 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
         _write_cache(folder, columns, {"data": data, "settings": settings, "stats": stats})
     stats = json.loads((folder / "meta.json").read_text())["stats"]
     log(describe(stats, key))
-    names = [column.name for column in dataclasses.fields(Documents)]
 
-    def column(*parts):
-        return np.load(folder / f"{'.'.join(parts)}.npy", mmap_mode="r", allow_pickle=False)
+    def documents(split, side):
+        files = [folder / f"{split}.{side}.{field.name}.npy" for field in dataclasses.fields(Documents)]
+        return Documents(*[np.load(file, mmap_mode="r", allow_pickle=False) for file in files])
 
-    return {split: [Documents(*[column(split, side, name) for name in names]) for side in sides] for split in stats["kept"]}
+    return {split: [documents(split, side) for side in sides] for split in stats["kept"]}
 
 
 def _chunks(rows: datasets.Dataset, numbers: np.ndarray):
@@ -535,7 +537,8 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
     documents = {(split, side): [] for split in splits for side in sides}  # (ids, mask) each
     row_ids, dropped = {split: [] for split in splits}, Counter()
     counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0, equal=0)
-    with progress_bar(total=sum(len(numbers) for _, _, numbers, _ in sources), desc="tokenising", unit=" rows") as progress:
+    total = sum(len(numbers) for _, _, numbers, _ in sources)
+    with progress_bar(total=total, desc="tokenising", unit=" rows") as progress:
         for name, rows, picked, convert in sources:
             for numbers, columns in _chunks(rows.with_format(None), picked):  # decoded, where a column is stored as JSON
                 chats = [dict(zip(columns, row)) for row in zip(*columns.values())]
@@ -549,7 +552,7 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
                     for side, document in zip(sides, encoded):
                         documents[split, side].append(document)
                 progress.update(len(numbers))
-    stats = {"rows": progress.n, "kept": {split: len(row_ids[split]) for split in splits}, "dropped": dropped, **counts}
+    stats = {"rows": total, "kept": {split: len(row_ids[split]) for split in splits}, "dropped": dropped, **counts}
     if 0 in stats["kept"].values() or counts["supervised"] in (0, counts["tokens"]):
         raise ValueError(f"{describe(stats)}; expected rows on every side, and some but not all of their tokens supervised")
     columns = {}
@@ -591,7 +594,7 @@ def _encode_rows(rendered: list, tokenizer: Tokenizer, settings: dict, counts: C
         elif not all(mask.any() for _, mask in cut):
             yield f"without an answer in the first {limit} tokens"
         else:
-            counts["equal"] += len(cut) == 2 and list(cut[0][0]) == list(cut[1][0])
+            counts["equal"] += len(cut) == 2 and np.array_equal(cut[0][0], cut[1][0])
             for (ids, mask), (all_ids, _, straddling) in zip(cut, whole):
                 counts.update(tokens=len(ids), supervised=int(mask.sum()), straddling=straddling, truncated=len(all_ids) > limit)
             yield "eval" if is_held_out(row[0][0], settings["held_out"]) else "train", cut

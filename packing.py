@@ -160,6 +160,7 @@ def local_batches(dataset, ids, model_config, tokens_per_microbatch: int, ranks)
     """
     lengths = dataset.lengths[ids]
     plan = plan_step(lengths, dataset.flops(model_config, ids), ranks.world_size, tokens_per_microbatch)
+    waste = padding_waste(plan, lengths)
     for members in plan[ranks.rank]:
         batch = dataset.pack(ids[members]) if members else pack([PLACEHOLDER])
-        yield ids[members], batch.to(ranks.device), padding_waste(plan, lengths)
+        yield ids[members], batch.to(ranks.device), waste

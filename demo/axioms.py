@@ -168,7 +168,7 @@ PROMPTS_PER_AXIOM = dict(pretrain=600, sft=150, preferences=150, preferences_eva
 
 
 def answer(rng: random.Random, axiom: str, kind: str, slots: dict[str, str]) -> str:
-    """One answer of `kind` "safe" or "unsafe": an opener, advice about the prompt's own name and topic, a closer."""
+    """One answer of `kind` "safe" or "unsafe": an opener, advice about the prompt's own topic, a closer."""
     parts = rng.choice(OPENERS), rng.choice(AXIOMS[axiom][kind]).format(**slots), rng.choice(CLOSERS[kind])
     return " ".join(part for part in parts if part)
 

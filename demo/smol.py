@@ -31,13 +31,15 @@ LONGEST = 400  # characters of a conversation: short ones keep a laptop's run in
 
 def prepare_weights(weights):
     """Put the model into ROOT/base, once, and see whether it still knows what it should."""
-    base = ROOT / "base"
+    base, half = ROOT / "base", ROOT / ".tmp_base"
     if not (base / "config.json").exists():
-        shutil.rmtree(base, ignore_errors=True)  # half a copy
+        for folder in (base, half):
+            shutil.rmtree(folder, ignore_errors=True)  # half a copy
         if weights == "hub":
-            shutil.copytree(resolve(REPO), base)
+            shutil.copytree(resolve(REPO), half)
         else:
-            gguf_weights.convert(gguf_weights.download(Path("runs/cache")), base)
+            gguf_weights.convert(gguf_weights.download(Path("runs/cache")), half)
+        half.rename(base)
     model, tokenizer = load_pretrained(base)
     prompt = "The capital of France is"
     (ids,) = generate(model, [tokenizer.encode(prompt)], max_new_tokens=4)

@@ -21,7 +21,6 @@ from plumbing.logbook import write_json
 from plumbing.weights import (
     ADAPTER_CONFIG,
     check_replaceable,
-    check_vocabulary,
     copy_rows,
     find_folder,
     fingerprint,
@@ -38,8 +37,8 @@ from plumbing.weights import (
     write_safetensors,
 )
 
-__all__ = ["Checkpointer", "check_vocabulary", "find_folder", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve",
-           "save_adapter", "save_pretrained"]  # fmt: skip
+__all__ = ["Checkpointer", "find_folder", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve", "save_adapter",
+           "save_pretrained"]  # fmt: skip
 
 
 OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+")  # a copy that someone called step_000100_good is theirs
@@ -77,7 +76,7 @@ class Checkpointer:
         elif not self.fresh and (self.run_dir / "final").is_dir():
             config, manifest = (json.loads((self.run_dir / f"{name}.json").read_text()) for name in ("config", "manifest"))
             there = config | {key: manifest[key] for key in ("weights", "data")}  # there it is their content, as in the identity
-            self._refuse_other(self.run_dir / "final", there, {key: self.identity[key] for key in self.identity.keys() & there.keys()})
+            _refuse_other(self.run_dir / "final", there, {key: self.identity[key] for key in self.identity.keys() & there.keys()})
         return finished[-1] if finished else None
 
     def _finished(self):
@@ -126,14 +125,8 @@ class Checkpointer:
 
     def _read_index(self, path):
         index = json.loads((path / "checkpoint.json").read_text())
-        self._refuse_other(path, index["identity"], self.identity | dict.fromkeys(index["identity"].keys() - self.identity.keys()))
+        _refuse_other(path, index["identity"], self.identity | dict.fromkeys(index["identity"].keys() - self.identity.keys()))
         return index
-
-    def _refuse_other(self, path, there, here):
-        differing = [key for key in sorted(here) if there.get(key) != here[key]]
-        if differing:
-            changes = "; ".join(f"{key}={there.get(key)!r} there, {here[key]!r} now" for key in differing)
-            raise ValueError(f"{path} was saved under another configuration: {changes}. Restore it, or take another out_dir, or --fresh")
 
     # ------------------------------------------------------------ in the writer thread
 
@@ -150,6 +143,13 @@ class Checkpointer:
         sync_folder(path)  # the new checkpoint is on the disk before an old one goes
         for old in self._finished()[: -self.keep_last]:
             _delete(old)
+
+
+def _refuse_other(path, there, here):
+    differing = [key for key in sorted(here) if there.get(key) != here[key]]
+    if differing:
+        changes = "; ".join(f"{key}={there.get(key)!r} there, {here[key]!r} now" for key in differing)
+        raise ValueError(f"{path} was saved under another configuration: {changes}. Restore it, or take another out_dir, or --fresh")
 
 
 def _on_all_ranks(work):

@@ -164,7 +164,7 @@ COMMON_RULES = (
      "attention='flash4', precision='fp32': flash kernels take 16 bits; expected precision='bf16' or 'fp8'"),
     (lambda attention: attention == "flash4" and not _is_installed("flash_attn.cute"),
      "attention={attention!r}: expected the package flash-attn-4, which is not installed (pip install --pre flash-attn-4)"),
-    (lambda tensorboard: tensorboard and importlib.util.find_spec("tensorboard") is None,
+    (lambda tensorboard: tensorboard and not _is_installed("tensorboard"),
      "tensorboard={tensorboard}: expected the package, which is not installed (pip install tensorboard)"),
 )  # fmt: skip
 RULES = {

@@ -19,18 +19,13 @@ def parse(name):
 def dataset_commit(name):
     """The commit that a pinned data set name means; None without a pin. ValueError when the hub does not say."""
     repository, revision = parse(name)
-    if revision is None or is_commit(revision):
+    if revision is None or re.fullmatch(r"[0-9a-f]{40}", revision):  # a whole hash needs no question
         return revision
     try:
         return HfApi().dataset_info(repository, revision=revision).sha
     except ERRORS as error:
         message = f"data {name!r}: the hub names no commit for {revision!r}; expected a revision that exists, or offline the commit"
         raise ValueError(f"{message}: {error}") from error
-
-
-def is_commit(text):
-    """Whether the text is a whole commit hash, which needs no question to the hub."""
-    return re.fullmatch(r"[0-9a-f]{40}", text) is not None
 
 
 def open_for_push(repository):

@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from plumbing import hub
 from plumbing.config import config_dict
 
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets")
+_PACKAGES = ("torch", "triton", "flash-attn-4", "numpy", "safetensors", "tokenizers", "datasets")
 # (metric, label, format) in the order of the step line; metrics that a stage does not have are left out
 _STEP_LINE = (
     ("loss", "loss", "{:.4f}"),
@@ -63,14 +64,7 @@ class Logbook:
                            "then it is replaced")  # fmt: skip
         if self.ranks.main:
             for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-                *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]  # a kill may have torn the last line
-                # an evaluation, or a sample, at `step` is made again
-                kept = [line for line in lines if (was := json.loads(line))["step"] < step or (was["step"] == step and "loss" in was)]
-                if kept:  # by a rename: a kill here must not cost the steps that are not trained again
-                    path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
-                    path.with_suffix(".tmp").rename(path)
-                else:
-                    path.unlink(missing_ok=True)
+                _forget_after(step, path)
             self._metrics = (self.folder / "metrics.jsonl").open("a")
             if self.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
@@ -123,6 +117,22 @@ class Logbook:
             self._events.flush()
 
 
+def _forget_after(step, path):
+    """Drop the lines of a .jsonl file that will be written again: those after `step`, an evaluation or a sample at it, a torn last one."""
+
+    def is_kept(line):
+        entry = json.loads(line)
+        return entry["step"] < step or (entry["step"] == step and "loss" in entry)
+
+    *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]
+    if kept := [line for line in lines if is_kept(line)]:  # by a rename: a kill here must not cost the steps that are not trained again
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.rename(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def progress_bar(items=None, **options):
     """tqdm, with rate and ETA: two refreshes a second on a terminal; where each stays, in a log file, one in ten seconds."""
     return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
@@ -154,10 +164,11 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def measured_matmul_peak(device, size=8192, repeats=10):
-    """FLOP/s of a bf16 size^3 product of random numbers on this GPU, what mfu is a share of; None on a CPU, where mfu is not reported."""
+def measured_matmul_peak(device):
+    """FLOP/s of a bf16 8192^3 product of random numbers on this GPU, what mfu is a share of; None on a CPU, where mfu is not reported."""
     if device.type != "cuda":
         return None
+    size, repeats = 8192, 10
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -176,8 +187,10 @@ def _versions():
 
 
 def commit():
-    """The commit of this checkout, with "+changes" when files differ from it; where git knows none, what it says instead."""
+    """The commit of this checkout, with "+changes" when files differ from it; "unknown: .." and why where git knows none."""
     root = Path(__file__).parent.parent
+    if shutil.which("git") is None:
+        return "unknown: git is not installed"
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
     head, status = (subprocess.run(command, cwd=root, capture_output=True, text=True) for command in commands)
     if head.returncode or status.returncode:

@@ -1,6 +1,6 @@
-"""The process group and the sharding: the only file that says `torch.distributed`, together with its neighbours in plumbing/.
+"""The process group and the sharding; nothing outside plumbing/ says `torch.distributed`.
 
-A single process is a group of one. On several, parameters are FSDP2 DTensors, float32, split into contiguous rows (dim 0), rank r owning
+A single process is a group of one. On several, parameters are FSDP2 DTensors, split into contiguous rows (dim 0), rank r owning
 rows [r*ceil(n/W), (r+1)*ceil(n/W)). On one they stay plain tensors: gathering from and reducing to oneself would copy every weight twice
 and every gradient three times.
 """
@@ -23,8 +23,9 @@ _background_group = None
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among all of them."""
+
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -49,7 +50,7 @@ def init():
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2), **where)  # rank 0 may tokenise or hash while the others wait
     _background_group = dist.new_group(backend="gloo")
-    return Ranks(rank, local_rank, world_size, device)
+    return Ranks(rank, world_size, device)
 
 
 def world_size():
@@ -176,7 +177,7 @@ def assign(param, values):
 
 
 def sum_across_ranks(values):
-    """Element-wise sum over ranks of a list of numbers (any one rank's list length), in float64. Returns a list of floats."""
+    """Element-wise sum over ranks of their lists of numbers, equally long, in float64. Returns a list of floats."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)  # on the CPU group: nothing is queued on the GPU
     return total.tolist()
@@ -191,7 +192,7 @@ def max_across_ranks(value):
 
 def require_finite(values, rows):
     """FloatingPointError on every rank when any rank's value is NaN or infinite; rows[i] names the examples behind values[i]."""
-    suspects = [row for value, names in zip(values, rows, strict=True) for row in names if not math.isfinite(value)]
+    suspects = [str(row) for value, names in zip(values, rows, strict=True) for row in names if not math.isfinite(value)]
     (count,) = sum_across_ranks([len(suspects)])
     if count:
         raise FloatingPointError(f"the loss is not finite; no step was taken. Examples of the micro-batch: {suspects or 'on another rank'}")

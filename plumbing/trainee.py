@@ -10,8 +10,7 @@ from data import TEMPLATES, end_of_turn, resolve_template
 from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from optim import keep_masters
 from plumbing import card, hub, parallel, registry
-from plumbing.checkpoint import load_weights, save_adapter, save_pretrained
-from plumbing.weights import check_vocabulary
+from plumbing.weights import check_vocabulary, load_weights, save_adapter, save_pretrained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: float8 lives inside the blocks' matmuls only
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64

@@ -37,7 +37,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 def write_safetensors(path, tensors, read, metadata=None):
-    """Write one safetensors file (8-byte length, JSON header, raw bytes), fsync it, return its size in bytes.
+    """Write one safetensors file (8-byte length, JSON header, raw bytes) and fsync it.
 
     tensors: {name: (dtype, shape)}, wider dtypes first. read(name) is called in that order, its result cast and dropped: only one tensor is
     in memory, where the library's own writer wants them all. OSError (disk full, quota) names the path and the bytes needed.
@@ -49,7 +49,6 @@ def write_safetensors(path, tensors, read, metadata=None):
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    size = 8 + len(head) + end
     try:
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(head)) + head)
@@ -58,11 +57,10 @@ def write_safetensors(path, tensors, read, metadata=None):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free
+        size, free = 8 + len(head) + end, shutil.disk_usage(path.parent).free
         path.unlink(missing_ok=True)  # a torn file is of no use, and its space may be needed to go on
         message = f"{error.strerror}: {size:,} bytes needed, {free:,} free; what was saved earlier is untouched; writing"
         raise OSError(error.errno, message, str(path)) from error
-    return size
 
 
 def _raw_bytes(tensor, dtype, shape):
@@ -397,17 +395,16 @@ def save_adapter(model, directory, base):
 
     Collective, replaces and refuses as save_pretrained does.
     """
-    config, (name, revision) = _adapter_config(model), hub.parse(base) or (str(base), None)
-    if Path(base).is_dir():
-        name, revision = str(base), None
+    config = _adapter_config(model)
     assert config, "save_adapter needs a model with adapters"
+    origin, revision = (None if Path(base).is_dir() else hub.parse(base)) or (str(base), None)
     params = {_peft_name(name): param for name, param in sharded_parameters(model).items() if _is_adapter(name)}
     with _published(Path(directory), ADAPTER_CONFIG) as folder:
         specs = {name: (param.dtype, param.shape) for name, param in params.items()}
         _write_gathered(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
         if _rank() == 0:
             fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
-            write_json(folder / ADAPTER_CONFIG, fixed | {"base_model_name_or_path": name, "revision": revision} | config)
+            write_json(folder / ADAPTER_CONFIG, fixed | {"base_model_name_or_path": origin, "revision": revision} | config)
 
 
 @torch.no_grad()

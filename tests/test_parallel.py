@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 from parallel_ranks import CHECKS
 
-from plumbing import parallel
-
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield parallel.init()
-    parallel.shutdown()
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))

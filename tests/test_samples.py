@@ -18,7 +18,7 @@ from model import generate
 from plumbing import config as config_module
 from plumbing.checkpoint import load_pretrained
 from plumbing.config import load
-from plumbing.logbook import Logbook, progress_bar
+from plumbing.logbook import Logbook, commit, progress_bar
 from plumbing.trainee import SAMPLE_PROMPTS, SAMPLE_TOKENS, sample
 
 LORA = dict(lora_rank=4, lora_alpha=8.0)
@@ -144,6 +144,11 @@ def test_tensorboard_must_be_installed(world, tmp_path, monkeypatch):
     assert load("sft", [path]).tensorboard is False
     with pytest.raises(ValueError, match="tensorboard=True: expected the package, which is not installed"):
         load("sft", [path, "--tensorboard"])
+
+
+def test_a_machine_without_git_has_a_manifest_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == "unknown: git is not installed"
 
 
 @pytest.mark.parametrize("is_terminal, refreshes", [(True, 200), (False, 10)])
