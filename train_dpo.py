@@ -286,6 +286,7 @@ def main(argv):
     provenance = {"weights": weights, "data": pairs.fingerprint}
     checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
+    parallel.require_same(ranks, data=pairs.fingerprint, data_eval=held_out and held_out.fingerprint, checkpoint=str(latest))
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **implicit(config)})
     computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
     sharing = f"; prefix sharing computes {computed:.1%} of the tokens" if pairs.share_prefix else ""

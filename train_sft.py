@@ -101,6 +101,7 @@ def main(argv):
     provenance = {"weights": weights, "data": documents.fingerprint}
     checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
+    parallel.require_same(ranks, data=documents.fingerprint, data_eval=held_out and held_out.fingerprint, checkpoint=str(latest))
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **implicit(config)})
     ranks.say(f"SFT: {len(documents):,} documents, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
     first_step = checkpointer.load(latest, model, optimizer) if latest else 0

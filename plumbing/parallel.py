@@ -5,6 +5,7 @@ rows [r*ceil(n/W), (r+1)*ceil(n/W)). On one they stay plain tensors: gathering f
 and every gradient three times.
 """
 
+import json
 import math
 import os
 import signal
@@ -48,8 +49,9 @@ def init():
         torch.cuda.set_device(device)
     where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2), **where)  # rank 0 may tokenise or hash while the others wait
-    _background_group = dist.new_group(backend="gloo")
+    patience = timedelta(hours=2)  # rank 0 may tokenise or hash, or write to a slow disk, while the others wait
+    dist.init_process_group(backend, timeout=patience, **where)
+    _background_group = dist.new_group(backend="gloo", timeout=patience)
     return Ranks(rank, world_size, device)
 
 
@@ -188,6 +190,14 @@ def max_across_ranks(value):
     largest = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()
+
+
+def require_same(ranks, **found):
+    """ValueError on every rank, naming the keys, where a rank's text is not rank 0's: each reads data and folders by itself."""
+    wanted = json.loads(from_main(ranks, lambda: json.dumps(found)))
+    counts = sum_across_ranks([found[key] != wanted[key] for key in found])
+    if differing := [key for key, count in zip(found, counts, strict=True) if count]:
+        raise ValueError(f"{', '.join(differing)}: not the same on all ranks; expected files that do not change while a run starts")
 
 
 def require_finite(values, rows):

@@ -220,6 +220,17 @@ def check_sums(ranks):
     assert parallel.main_first(ranks, lambda: rank) == rank
 
 
+def check_same(ranks):
+    """Texts that one rank has otherwise stop all of them, by name."""
+    parallel.require_same(ranks, data="a", data_eval=None)
+    try:
+        parallel.require_same(ranks, data="a", data_eval=f"déjà {min(ranks.rank, 1)}")
+    except ValueError as error:
+        assert str(error).startswith("data_eval: not the same on all ranks") and ranks.world_size > 1
+    else:
+        assert ranks.world_size == 1
+
+
 def check_finite(ranks):
     """CHECKS 24: NaN on one rank stops all of them; the rank that has it names the examples."""
     rows = [["a"], list(np.array(["b", "c"]))]  # as Documents.row_ids has them
