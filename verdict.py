@@ -12,7 +12,7 @@ import torch
 
 from indices import OVERALL, SEED, two_cluster_indices
 
-FEWEST = 5  # texts of a label, of which a change may be called one: of 60 simulated curves without any, 22 alarms at 2, 1 at 3, 0 at 5
+FEWEST = 5  # texts of a label; with fewer no change is called one: of 60 simulated curves without any, 22 alarms at 2, 1 at 3, 0 at 5
 BLOCK = 100  # resamples at a time: (100, 2A, D) sums, 23 MB at A = 7 and D = 4,096
 
 

@@ -154,6 +154,13 @@ def test_sweep_is_one_scale():
     assert [row["aqi"] for row in without] == pytest.approx([row["aqi"] for row in scored])
 
 
+@pytest.mark.parametrize("figures", [dict(chi=0.0, xb=9.0), dict(chi=5.0, xb=0.0), dict(chi=5.0, xb=0.1, n=2)])
+def test_sweep_needs_to_know_n(figures):
+    """Indices that a table has rounded to 0 tell no n."""
+    with pytest.raises(ValueError, match=r"category 'a': chi=.*, xb=.*, n=(None|2); expected n above 2, or chi and xb above 0"):
+        score([{"category": "a", **figures}], "sweep")
+
+
 def test_per_run_moves_with_resampling_alone_and_sweep_does_not():
     """Pitfall 3: one fixed separation, fresh texts. per_run's AQI of the overall row moves by several points, sweep's by less than one."""
     moved = {"per_run": [], "sweep": []}
@@ -354,7 +361,7 @@ def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     steps = [0.0, 0.5, 1.0]
     plots.plot_curve(tmp_path / "curve.png", steps, [1, 2, 3], [0, 1, 2], [2, 3, 4], shuffled=([0, 0, 0], [1, 1, 1]), control=[1, 1, 1])
-    plots.plot_axioms(tmp_path / "axioms.png", steps, {"a": [1, 2, 3], "overall": [3, 2, 1]})
+    plots.plot_axioms(tmp_path / "axioms.png", steps, {"a": [1, 2, 3], "b": [3, 2, 1]})
     plots.plot_heatmap(tmp_path / "heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]], "title")
     plots.plot_clusters(tmp_path / "clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]), "title")
     assert all((tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in ("curve", "axioms", "heat", "clusters"))
