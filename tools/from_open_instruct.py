@@ -240,9 +240,11 @@ def main(argv):
     except (ValueError, OSError) as error:
         print("".join(f"error: {args.yaml}: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr)
         return 1
-    (Path(args.out).write_text if args.out else sys.stdout.write)(text)
-    if args.out:
-        print(f"wrote {args.out}; the comments at its top say what differs and which keys have no equivalent")
+    if not args.out:
+        print(text, end="")
+        return 0
+    Path(args.out).write_text(text)
+    print(f"wrote {args.out}; the comments at its top say what differs and which keys have no equivalent")
     return 0
 
 
