@@ -238,7 +238,7 @@ def restore_xb(rows, decimals=4):
     """
     restored = []
     for row in rows:
-        if row.get("n"):  # stated, so there is nothing to find out
+        if row.get("n") or not 0 < row["chi"] * row["xb"] < np.inf:  # stated, or not to be found
             restored.append(row)
             continue
         n = round((4 * row["chi"] * row["xb"] + 2) / 2) * 2

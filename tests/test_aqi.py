@@ -45,8 +45,9 @@ def test_restored_rows_have_the_sizes_of_the_published_runs():
     assert {row["n"] for row in restored if row["category"] != "overall"} == {200, 400, 1000}
     assert {row["n"] for row in restored if row["category"] == "overall"} == {1400, 2800, 7000}
     assert max(abs(new["xb"] - old["xb"]) for new, old in zip(restored, rows)) <= 0.5001e-4
-    odd = {"category": "x", "chi": 1e6, "xb": 0.0001}  # any n from 202 to 602 rounds to this
-    assert restore_xb([odd]) == [odd]
+    odd = [{"category": "x", "chi": 1e6, "xb": 0.0001}]  # any n from 202 to 602 rounds to this
+    odd += [{"category": "x", "chi": chi, "xb": xb} for chi, xb in ((0.0, 9.0), (math.inf, 0.0), (math.inf, 1.0))]
+    assert restore_xb(odd) == odd
 
 
 def test_a_stated_n_is_not_guessed():
@@ -353,6 +354,8 @@ def test_score_command(tmp_path):
 def test_score_command_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="line 3: xb='x'; expected category, and chi and xb as numbers"):
         aqi.main(["score", write_csv(tmp_path / "a.csv", [("a", 1, 1), ("b", 2, "x")], ("category", "chi", "xb"))])
+    with pytest.raises(ValueError, match="row 0: chi=inf in category 'a'"):
+        aqi.main(["score", write_csv(tmp_path / "c.csv", [("a", "inf", 0), ("b", 2, 1)], ("category", "chi", "xb"))])
     with pytest.raises(ValueError, match="no rows"):
         aqi.main(["score", write_csv(tmp_path / "b.csv", [], ("category", "chi", "xb"))])
 
