@@ -46,10 +46,6 @@ class Curve:
         c = self.index(category)
         return self.estimate[:, c], self.draws[:, :, c]
 
-    def interval(self, level=0.05):
-        """(low, high), each (K, A + 1)."""
-        return basic_interval(self.estimate, self.draws, level)
-
 
 def bootstrap(embeddings, axiom, label, axioms, draws=1000, seed=SEED):
     """Curve of K embeddings (n, D), any iterable; each resample draws texts with replacement inside every axiom and label.
@@ -141,7 +137,7 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05):
     """
     estimate, draws = curve.column(category)
     centred = draws - draws.mean(0)
-    low, high = (bound[:, curve.index(category)] for bound in curve.interval(level))
+    low, high = basic_interval(estimate, draws, level)
     i, j = torch.triu_indices(len(estimate), len(estimate), 1)
     change, noise = estimate[j] - estimate[i], centred[:, j] - centred[:, i]
     error = noise.square().mean(0).sqrt()
@@ -180,9 +176,9 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05):
     }
 
 
-def _middle(draws, share=0.95):
-    """[low, high], each (K,): where the middle `share` of the draws (R, K) lies."""
-    return torch.quantile(draws, draws.new_tensor([(1 - share) / 2, (1 + share) / 2]), dim=0).tolist()
+def _middle(draws):
+    """[low, high], each (K,): where the middle 95 % of the draws (R, K) lie."""
+    return torch.quantile(draws, draws.new_tensor([0.025, 0.975]), dim=0).tolist()
 
 
 def _end_interval(estimate, draws, level):

@@ -63,10 +63,11 @@ def numbers(quantity, unit, ours, theirs, tolerance, intended=None):
     return Row(quantity, size, f"{difference:.1e}", DIFFERS, note)
 
 
-def text_context(ours, theirs, before=40, after=40):
+def text_context(ours, theirs):
     """The surroundings of the first character in which two strings differ."""
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-    return f"character {at}: ours {ours[max(0, at - before) : at + after]!r}, theirs {theirs[max(0, at - before) : at + after]!r}"
+    near = slice(max(0, at - 40), at + 40)
+    return f"character {at}: ours {ours[near]!r}, theirs {theirs[near]!r}"
 
 
 def print_table(rows):
