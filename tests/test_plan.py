@@ -229,6 +229,17 @@ def test_counts_of_the_tulu_mixtures_are_marked_as_estimates():
     assert apart.train.tokens == 27_140 * (1018 + 250) and apart.hours > planned.hours
 
 
+def test_pinned_names_are_planned_as_those_without_a_revision(tmp_path):
+    hours = []
+    for pin in ("", "@v1"):
+        keys = dict(model_path=f"meta-llama/Llama-3.1-8B{pin}", data={f"allenai/tulu-3-sft-mixture{pin}": 0.1})
+        (tmp_path / "x.py").write_text(f"sft = {VALUES | keys!r}")
+        planned, origin, counted = plan.make("sft", str(tmp_path / "x.py"), [], "h200", 8)
+        assert origin.startswith(f"meta-llama/Llama-3.1-8B{pin} ") and f"allenai/tulu-3-sft-mixture{pin}: " in counted
+        hours.append(planned.hours)
+    assert hours[0] == hours[1]
+
+
 def test_what_is_not_known_here_is_refused(tmp_path):
     def problem(**keys):
         path = tmp_path / "x.py"
