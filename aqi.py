@@ -156,10 +156,10 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
              xb_norm = max(10, 100 (1 - sigmoid((xb - median) / IQR))).
     anchors  per category: chi_norm = 100 sigmoid(z), xb_norm = 100 sigmoid(-z), z by the mean and population sd of the models in `anchors`.
     sweep    one absolute scale: chi_norm = xb_norm = aqi = 100 (chi - 1) / (chi + n - 2), the per cent of the embeddings' variance that the
-             label explains, eta^2 = chi / (chi + n - 2), less what n texts give by chance: 1 - (1 - eta^2) (n - 1) / (n - 2).
-             0 on average for labels that mean nothing, whatever n; towards 100 as each label shrinks to a point. It depends on its own
-             row alone, so lambdas, models and set sizes compare. No floor; gamma has no effect, as CHI and XB are one statistic. A row
-             without n is taken as balanced: n = 4 chi xb + 2.
+             label explains, eta^2 = chi / (chi + n - 2), less what n texts give by chance: 1 - (1 - eta^2) (n - 1) / (n - 2),
+             Kelley's epsilon^2 (1935), the adjusted R^2 of one predictor. 0 on average for labels that mean nothing, whatever n; towards
+             100 as each label shrinks to a point. It depends on its own row alone, so lambdas, models and set sizes compare. No floor;
+             gamma has no effect, as CHI and XB are one statistic. A row without n is taken as balanced: n = 4 chi xb + 2.
     ValueError for a row without its keys, chi or xb that is no finite number of at least 0 (CHI is infinite where each label is one
     point, and NaN where both are the same one), an n of at most 2 (sweep), an unknown normalize, a missing anchor.
     """
