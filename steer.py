@@ -18,6 +18,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -665,6 +666,12 @@ def _whole(text):
     return int(text)
 
 
+def _space(text):
+    if not re.fullmatch(r"raw|tsne|pca:[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected raw, pca:k or tsne")
+    return text
+
+
 _DEFAULT = "(default: %(default)s)"  # in a help text
 
 
@@ -699,7 +706,7 @@ def _swept(one):
     one.add_argument("--prompts", required=True, help="labelled texts: columns of axiom, label (safe or unsafe) and text")
     one.add_argument("--lambdas", type=_lambdas, default="0,0.25,0.5,0.75,1", help=f"multiples of the vector, ascending {_DEFAULT}")
     where = "where CHI and XB are measured: raw, pca:k or tsne; verdict and intervals are raw"
-    one.add_argument("--space", default="raw", help=f"{where} {_DEFAULT}")
+    one.add_argument("--space", type=_space, default="raw", help=f"{where} {_DEFAULT}")
     one.add_argument("--seeds", type=_whole, default=1, help="with tsne: random starts; 1, the default: one started by PCA, as published")
     scale = "scale of the AQI. sweep: one for all; per_run: one for each lambda, as published"
     one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep", help=f"{scale} {_DEFAULT}")

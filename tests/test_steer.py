@@ -343,6 +343,13 @@ def test_lambdas_are_finite(lab, capsys):
     assert "'nan,1': expected finite numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("space", ("umap", "pca", "pca:0", "tsne:2"))
+def test_a_space_that_does_not_exist_is_refused_before_anything_is_read(lab, capsys, space):
+    with pytest.raises(SystemExit):
+        sweep(lab, "none", "--space", space)
+    assert f"'{space}': expected raw, pca:k or tsne" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ("--count=-3", "--count=0", "--max-seq-len=-3", "--max-seq-len=many"))
 def test_sizes_are_whole_numbers(lab, capsys, option):
     with pytest.raises(SystemExit):
