@@ -577,7 +577,7 @@ def _print_sweep(report):
         print(f"  {injection:<12}{error['calibration']:.4f} / {error['held_out']:.4f}")
     profile = [row for row in report["profile"] if row["category"] == aqi.OVERALL]
     for strength in dict.fromkeys(row["lambda"] for row in profile):
-        values = " ".join(f"{row['aqi']:.1f}" for row in profile if row["lambda"] == strength)
+        values = " ".join(f"{row['aqi']:.2f}" for row in profile if row["lambda"] == strength)
         print(f"separation after each block, lambda {strength:g}: {values}")
     for found in report["verdicts"]:
         because = f" ({'; '.join(found['because'])})" if found["because"] else ""
