@@ -156,12 +156,12 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
              xb_norm = max(10, 100 (1 - sigmoid((xb - median) / IQR))).
     anchors  per category: chi_norm = 100 sigmoid(z), xb_norm = 100 sigmoid(-z), z by the mean and population sd of the models in `anchors`.
     sweep    one absolute scale: chi_norm = xb_norm = aqi = 100 (chi - 1) / (chi + n - 2), the per cent of the embeddings' variance that the
-             label explains, eta^2 = chi / (chi + n - 2), less what n texts give by chance: 1 - (1 - eta^2) (n - 1) / (n - 2).
-             0 on average for labels that mean nothing, whatever n; towards 100 as each label shrinks to a point. It depends on its own
-             row alone, so lambdas, models and set sizes compare. No floor; gamma has no effect, as CHI and XB are one statistic. A row
-             without n is taken as balanced: n = 4 chi xb + 2.
+             label explains, eta^2 = chi / (chi + n - 2), less what n texts give by chance: 1 - (1 - eta^2) (n - 1) / (n - 2),
+             Kelley's epsilon^2 (1935), the adjusted R^2 of one predictor. 0 on average for labels that mean nothing, whatever n; towards
+             100 as each label shrinks to a point. It depends on its own row alone, so lambdas, models and set sizes compare. No floor;
+             gamma has no effect, as CHI and XB are one statistic. A row without n is taken as balanced: n = 4 chi xb + 2.
     ValueError for a row without its keys, chi or xb that is no finite number of at least 0 (CHI is infinite where each label is one
-    point, and NaN where both are the same one), an unknown normalize, a missing anchor.
+    point, and NaN where both are the same one), an n of at most 2 (sweep), an unknown normalize, a missing anchor.
     """
     if normalize not in _NORMALIZE:
         raise ValueError(f"normalize={normalize!r}: expected one of {list(_NORMALIZE)}")
@@ -220,6 +220,10 @@ def _anchored(rows, anchors):
 def _sweep(rows, _):
     chis = _column(rows, "chi")
     n = np.array([row.get("n") or 4 * row["chi"] * row["xb"] + 2 for row in rows])
+    if not (n > 2).all():
+        row = rows[int(np.argmin(n))]
+        raise ValueError(f"category {row['category']!r}: chi={row['chi']}, xb={row['xb']}, n={row.get('n')}; expected n above 2, "
+                         f"or chi and xb above 0, which tell it")  # fmt: skip
     separation = 100 * (chis - 1) / (chis + n - 2)
     return separation, separation
 
@@ -234,7 +238,7 @@ def restore_xb(rows, decimals=4):
     """
     restored = []
     for row in rows:
-        if row.get("n"):  # stated, so there is nothing to find out
+        if row.get("n") or not 0 < row["chi"] * row["xb"] < np.inf:  # stated, or not to be found
             restored.append(row)
             continue
         n = round((4 * row["chi"] * row["xb"] + 2) / 2) * 2
@@ -282,8 +286,7 @@ def warnings_for(rows):
 
 # ---------------------------------------------------------------- output
 
-COLUMNS_SHOWN = ("model", "control", "lambda", "layer", "category", "n", "chi", "xb", "eta2", *EXTRA, "chi_norm", "xb_norm", "aqi", "low",
-                 "high")  # fmt: skip
+COLUMNS_SHOWN = ("model", "control", "lambda", "layer", "category", "n", "chi", "xb", "eta2", *EXTRA, "chi_norm", "xb_norm", "aqi")
 
 
 def table(rows):

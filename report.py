@@ -69,9 +69,8 @@ def training_charts(names, runs):
             _metric_line(f"{name} {label}".strip(), colour, run, metric, noisy)
             for colour, (name, run) in enumerate(zip(names, runs))
             for metric, label in metrics.items()
-            if run.last(metric) is not None
         ]
-        if lines:
+        if lines := [line for line in lines if line.x]:
             unit = unit or " or ".join(sorted(units[title]))
             windows = {line.smooth for line in lines} - {1}
             unit += f"; mean of the last {' or '.join(map(str, sorted(windows)))} steps" if windows else ""
@@ -81,12 +80,17 @@ def training_charts(names, runs):
 
 
 def _metric_line(name, colour, run, metric, noisy):
+    """A Line of the finite values; its note counts the others. No points where the run has none of the metric."""
     steps, values = run.points(metric)
-    _, halves = run.points(f"{metric}_ci95")
-    low, high = [v - half for v, half in zip(values, halves)], [v + half for v, half in zip(values, halves)]
-    note = f"clipped in {run.clipped():,} of {len(steps):,} steps" if metric == "grad_norm" else ""
-    smooth = max(1, len(steps) // SMOOTHING) if noisy else 1
-    return Line(name, colour, steps, values, low, high, dashed=name.endswith(" rejected"), smooth=smooth, note=note)
+    halves = run.points(f"{metric}_ci95")[1]
+    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
+    x, y = [steps[i] for i in finite], [values[i] for i in finite]
+    low, high = ([values[i] + sign * halves[i] for i in finite if halves] for sign in (-1, 1))
+    note = f"{len(values) - len(finite):,} not finite" if len(finite) < len(values) else ""
+    if metric == "grad_norm":
+        note = f"clipped in {run.clipped():,} of {len(steps):,} steps"
+    smooth = max(1, len(x) // SMOOTHING) if noisy else 1
+    return Line(name, colour, x, y, low, high, dashed=name.endswith(" rejected"), smooth=smooth, note=note)
 
 
 def outcomes(names, runs):
@@ -112,7 +116,7 @@ def spread(lines, metric):
     if not found or f"{metric}_ci95" not in found[-1]:
         return found[-1][metric] if found else None
     value, half = found[-1][metric], found[-1][f"{metric}_ci95"]
-    digits = min(6, max(0, 1 - math.floor(math.log10(half)))) if half else 3  # two of the half-width's
+    digits = min(6, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 3  # two of the half-width's
     return f"{value:.{digits}f} ± {half:.{digits}f}"
 
 

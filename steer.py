@@ -18,10 +18,11 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -62,8 +63,8 @@ SWEEP_SETTINGS = ("mode", "side", "pooling", "inject", "layers", "rescale", "lam
 DECISIONS = {
     "rising": "go on to the next rung of the ladder: a full run",
     "falling": "not the published effect: check that sft and dpo were not swapped, and the sign of lambda",
-    "flat": "no more change than the nulls show: more data, a higher rate or more steps of DPO; compare the reward margins of the run",
-    "erratic": "no trend beyond noise: more prompts (--mode full), then other hyper-parameters",
+    "flat": "no change beyond chance and the nulls: more data, a higher rate or more steps of DPO; compare the reward margins of the run",
+    "erratic": "changes beyond chance, but no one trend: more prompts (--mode full), then other hyper-parameters",
 }
 
 # ---------------------------------------------------------------- models and texts
@@ -116,44 +117,43 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     """{"chosen": documents, "rejected": documents} of the first `count` usable rows of a preference source.
 
     template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations rendered by it. Then a pair of
-    which a side has no answer in its first max_seq_len tokens is left out, as in DPO.
+    which a side has no answer in its first max_seq_len tokens is left out, as in DPO. What is left out is counted and printed.
     """
     if template is not None:
         resolve_template(template, tokenizer)  # an unknown one is refused
     rows = open_source(source)
     columns, convert = find_schema(source, rows, SIDES)
-    documents, unanswered = {side: [] for side in SIDES}, 0
+    documents, left_out = {side: [] for side in SIDES}, Counter()
     for number, row in enumerate(rows.select_columns(columns)):
         try:
             pair = _encoded_pair(row, convert, tokenizer, template, max_seq_len)
         except ValueError as error:
             raise ValueError(f"texts {source!r}, row {number}: {error}") from error
-        if pair is None:
-            continue
-        if not all(any(mask) for _, mask in pair):
-            unanswered += 1
+        if isinstance(pair, str):
+            left_out[pair] += 1
             continue
         for side, document in zip(SIDES, pair, strict=True):
             documents[side].append(tuple(np.asarray(column) for column in document))
         if len(documents["chosen"]) == count:
             break
     usable = len(documents["chosen"])
-    left_out = f"{unanswered} pairs left out, without an answer in the first {max_seq_len} tokens"
+    said = "".join(f", {times:,} left out {reason}" for reason, times in left_out.items())
     if usable < count:
         needed = f"expected {count}, of which a fifth is held out of the vector (a --count of at most {usable * 4 // 5} here)"
-        raise ValueError(f"texts {source!r}: {usable} usable pairs{f', {left_out}' if unanswered else ''}; {needed}")
-    if unanswered:
-        print(f"texts {source!r}: {left_out}")
+        raise ValueError(f"texts {source!r}: {usable} usable pairs{said}; {needed}")
+    if left_out:
+        print(f"texts {source!r}: {usable:,} pairs{said}")
     return documents
 
 
 def _encoded_pair(row, convert, tokenizer, template, max_seq_len):
-    """[(ids, mask) of chosen, of rejected] of a row as data.find_schema's `convert` reads it; None when it is no pair."""
+    """[(ids, mask) of chosen, of rejected] of a row as data.find_schema's `convert` reads it, or the reason to leave it out."""
     conversations = convert(row)
-    if isinstance(conversations, str):  # the reason why
-        return None
+    if isinstance(conversations, str):
+        return conversations
     if template is not None:
-        return [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
+        pair = [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
+        return pair if all(any(mask) for _, mask in pair) else f"without an answer in the first {max_seq_len} tokens"
     if "prompt" in row or not all(isinstance(row.get(side), str) for side in SIDES):
         how = "expected a template to render it with (extract: --template; validate: of the pair, in configs/pairs.py)"
         raise ValueError(f"no transcript; {how}")
@@ -423,6 +423,7 @@ def sweep(args):
     folder = Path(args.out or vector.folder / f"sweep_{args.inject}")
     prompts = aqi.read_prompts(args.prompts, args.mode)
     inputs = {key: getattr(args, key) for key in SWEEP_SETTINGS} | {
+        "max_seq_len": vector.manifest["max_seq_len"],  # cuts the prompts too; the vector's bytes need not show it
         "vector": hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest(),
         "texts": hashlib.sha256(repr((prompts.texts, prompts.axiom.tolist(), prompts.label.tolist())).encode()).hexdigest(),
     }
@@ -576,7 +577,7 @@ def _print_sweep(report):
         print(f"  {injection:<12}{error['calibration']:.4f} / {error['held_out']:.4f}")
     profile = [row for row in report["profile"] if row["category"] == aqi.OVERALL]
     for strength in dict.fromkeys(row["lambda"] for row in profile):
-        values = " ".join(f"{row['aqi']:.1f}" for row in profile if row["lambda"] == strength)
+        values = " ".join(f"{row['aqi']:.2f}" for row in profile if row["lambda"] == strength)
         print(f"separation after each block, lambda {strength:g}: {values}")
     for found in report["verdicts"]:
         because = f" ({'; '.join(found['because'])})" if found["because"] else ""
@@ -665,6 +666,12 @@ def _whole(text):
     return int(text)
 
 
+def _space(text):
+    if not re.fullmatch(r"raw|tsne|pca:[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected raw, pca:k or tsne")
+    return text
+
+
 _DEFAULT = "(default: %(default)s)"  # in a help text
 
 
@@ -699,7 +706,7 @@ def _swept(one):
     one.add_argument("--prompts", required=True, help="labelled texts: columns of axiom, label (safe or unsafe) and text")
     one.add_argument("--lambdas", type=_lambdas, default="0,0.25,0.5,0.75,1", help=f"multiples of the vector, ascending {_DEFAULT}")
     where = "where CHI and XB are measured: raw, pca:k or tsne; verdict and intervals are raw"
-    one.add_argument("--space", default="raw", help=f"{where} {_DEFAULT}")
+    one.add_argument("--space", type=_space, default="raw", help=f"{where} {_DEFAULT}")
     one.add_argument("--seeds", type=_whole, default=1, help="with tsne: random starts; 1, the default: one started by PCA, as published")
     scale = "scale of the AQI. sweep: one for all; per_run: one for each lambda, as published"
     one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep", help=f"{scale} {_DEFAULT}")

@@ -72,7 +72,8 @@ def spectrum(differences, components=5):
     """What the differences (n, D) of one layer are made of, beside their mean: dict of numbers and `components` (C, D).
 
     explained: share of sum |x|^2 in each of the first components, of the raw differences; explained_centred: of their deviations from
-    the mean; effective_rank: exp of the entropy of the raw shares (Roy & Vetterli 2007); rank_one: the first raw share, D-STEER's claim.
+    the mean; effective_rank: exp of the entropy of the raw shares (of squared singular values; Roy & Vetterli 2007
+    take the values themselves); rank_one: the first raw share, D-STEER's claim.
     A full decomposition, so no seed, through the Gram matrix of the smaller side in float64; a component's sign is the one that agrees with
     the mean, its norm the mean's. Differences that are all zero have no share to give: zeros, and an effective rank of 1.
     """

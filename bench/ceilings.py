@@ -25,11 +25,11 @@ MATMULS = {"q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336)
 HEADS, GROUPS, SIZE = 32, 8, 128
 
 
-def sustained(work, flops, seconds=None):
-    """FLOP/s of work() repeated for `seconds`, after as long to warm up."""
+def sustained(work, flops):
+    """FLOP/s of work() repeated for SECONDS, after as long to warm up."""
     for _ in range(2):
         count, start = 0, time.perf_counter()
-        while count < 3 or time.perf_counter() - start < (seconds or SECONDS):
+        while count < 3 or time.perf_counter() - start < SECONDS:
             work()
             count += 1
             if count % 8 == 0 and DEVICE.type == "cuda":

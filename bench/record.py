@@ -22,13 +22,13 @@ COLUMNS = ("metric", "value", "unit", "peer", "peer_value", "ratio", "hardware",
 
 
 def measure(folder):
-    """What a run folder says of its steady state: {tokens_per_s, pairs_per_s (DPO), mfu, peak_mem_gib, padding_waste}, per GPU."""
+    """({tokens_per_s, pairs_per_s (DPO), mfu, peak_mem_gib} of a run's steady state, per GPU, and the names of its data; its manifest)."""
     config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", "manifest.json"))
     steps = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "step_s" in line][SKIP:]
     if not steps:
         raise ValueError(f"{folder}: fewer than {SKIP + 1} steps; expected a run long enough to have a steady state")
     gpus = manifest["world_size"]
-    values = {key: statistics.median(line[key] for line in steps) for key in ("tokens_per_s", "mfu", "padding_waste", "step_s")}
+    values = {key: statistics.median(line[key] for line in steps) for key in ("tokens_per_s", "mfu", "step_s")}
     values["tokens_per_s"] /= gpus
     if manifest["stage"] == "dpo":
         values["pairs_per_s"] = config["global_batch_size"] / values["step_s"] / gpus

@@ -36,7 +36,7 @@ TULU = (
 )
 
 
-def chats(files, seed=0):
+def chats(files):
     """One-turn chats of real words, 30 % prompt and 70 % answer, as long as tulu_like_lengths says."""
     words = []
     for name in map(str, files):
@@ -44,7 +44,7 @@ def chats(files, seed=0):
         _, convert = find_schema(name, rows, ("messages",))
         dialogues = [messages for messages, *_ in map(convert, rows)]
         words += " ".join(message["content"] for messages in dialogues for message in messages).split(" ")
-    lengths = tulu_like_lengths(np.random.default_rng(seed), len(words) // 300)
+    lengths = tulu_like_lengths(np.random.default_rng(0), len(words) // 300)
     ends = np.cumsum(lengths)
     out = []
     for end, n in zip(ends[ends <= len(words)], lengths):

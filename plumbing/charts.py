@@ -47,7 +47,7 @@ def number(value):
     """A value as a table shows it: 12,103, 14.22, 0.6931, 4.00e-05; a dash for None."""
     if value is None:
         return "–"
-    if isinstance(value, int) or value == 0 or abs(value) >= 1000:
+    if isinstance(value, int) or value == 0 or abs(value) >= 999.95:
         return f"{value:,.0f}"
     if abs(value) < 1e-3:
         return f"{value:.2e}"

@@ -64,7 +64,7 @@ def plot_axioms(path, lambdas, curves):
 
     def draw(_, ax):
         for axiom, values in curves.items():
-            ax.plot(lambdas, values, "o-", label=axiom, linewidth=3 if axiom == "overall" else 1.2)
+            ax.plot(lambdas, values, "o-", label=axiom, linewidth=1.2)
         ax.set(xlabel="lambda", ylabel="AQI (sweep)", xticks=lambdas)
         ax.legend(fontsize="small")
 
@@ -72,7 +72,7 @@ def plot_axioms(path, lambdas, curves):
 
 
 def plot_heatmap(path, rows, columns, values, title):
-    """values[r][c] as coloured, labelled cells: axioms over models, or over lambdas."""
+    """values[r][c] as coloured, labelled cells."""
 
     def draw(figure, ax):
         image = ax.imshow(values, cmap="viridis", aspect="auto")

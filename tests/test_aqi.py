@@ -45,8 +45,9 @@ def test_restored_rows_have_the_sizes_of_the_published_runs():
     assert {row["n"] for row in restored if row["category"] != "overall"} == {200, 400, 1000}
     assert {row["n"] for row in restored if row["category"] == "overall"} == {1400, 2800, 7000}
     assert max(abs(new["xb"] - old["xb"]) for new, old in zip(restored, rows)) <= 0.5001e-4
-    odd = {"category": "x", "chi": 1e6, "xb": 0.0001}  # any n from 202 to 602 rounds to this
-    assert restore_xb([odd]) == [odd]
+    odd = [{"category": "x", "chi": 1e6, "xb": 0.0001}]  # any n from 202 to 602 rounds to this
+    odd += [{"category": "x", "chi": chi, "xb": xb} for chi, xb in ((0.0, 9.0), (math.inf, 0.0), (math.inf, 1.0))]
+    assert restore_xb(odd) == odd
 
 
 def test_a_stated_n_is_not_guessed():
@@ -152,6 +153,13 @@ def test_sweep_is_one_scale():
     assert [row["aqi"] for row in scored[:3]] == sorted(row["aqi"] for row in scored[:3])
     without = score([{name: value for name, value in row.items() if name != "n"} for row in rows], "sweep")
     assert [row["aqi"] for row in without] == pytest.approx([row["aqi"] for row in scored])
+
+
+@pytest.mark.parametrize("figures", [dict(chi=0.0, xb=9.0), dict(chi=5.0, xb=0.0), dict(chi=5.0, xb=0.1, n=2)])
+def test_sweep_needs_to_know_n(figures):
+    """Indices that a table has rounded to 0 tell no n."""
+    with pytest.raises(ValueError, match=r"category 'a': chi=.*, xb=.*, n=(None|2); expected n above 2, or chi and xb above 0"):
+        score([{"category": "a", **figures}], "sweep")
 
 
 def test_per_run_moves_with_resampling_alone_and_sweep_does_not():
@@ -346,6 +354,8 @@ def test_score_command(tmp_path):
 def test_score_command_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="line 3: xb='x'; expected category, and chi and xb as numbers"):
         aqi.main(["score", write_csv(tmp_path / "a.csv", [("a", 1, 1), ("b", 2, "x")], ("category", "chi", "xb"))])
+    with pytest.raises(ValueError, match="row 0: chi=inf in category 'a'"):
+        aqi.main(["score", write_csv(tmp_path / "c.csv", [("a", "inf", 0), ("b", 2, 1)], ("category", "chi", "xb"))])
     with pytest.raises(ValueError, match="no rows"):
         aqi.main(["score", write_csv(tmp_path / "b.csv", [], ("category", "chi", "xb"))])
 
@@ -354,7 +364,7 @@ def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     steps = [0.0, 0.5, 1.0]
     plots.plot_curve(tmp_path / "curve.png", steps, [1, 2, 3], [0, 1, 2], [2, 3, 4], shuffled=([0, 0, 0], [1, 1, 1]), control=[1, 1, 1])
-    plots.plot_axioms(tmp_path / "axioms.png", steps, {"a": [1, 2, 3], "overall": [3, 2, 1]})
+    plots.plot_axioms(tmp_path / "axioms.png", steps, {"a": [1, 2, 3], "b": [3, 2, 1]})
     plots.plot_heatmap(tmp_path / "heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]], "title")
     plots.plot_clusters(tmp_path / "clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]), "title")
     assert all((tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in ("curve", "axioms", "heat", "clusters"))

@@ -135,7 +135,8 @@ def test_numbers():
     assert numbers("x", "step", [0.0], [math.nan], 0.1).verdict == DIFFERS
 
 
-@pytest.mark.parametrize("args", [[], ["--trl"], ["--their-log", "x"], ["--checkout", "nowhere"], ["--checkout", ".", "--model", "x"]])
+@pytest.mark.parametrize("args", [[], ["--trl"], ["--their-log", "x"], ["--checkout", "nowhere"], ["--checkout", ".", "--model", "x"],
+                                  ["--their-log", "nowhere", "--our-run", "nowhere"]])  # fmt: skip
 def test_refused_arguments(args, capsys):
     assert main(args) == 1 and capsys.readouterr().err.startswith("error: ")
 

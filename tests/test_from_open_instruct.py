@@ -116,6 +116,8 @@ def test_written_to_a_file(translated, tmp_path):
         (SFT + "sequence_parallel_size: 3\n", "the batch: 1 * 2 * 8 / 3: expected whole numbers"),
         (SFT + "warmup_ration: 0.1\n", "warmup_ration: no key of stage 'sft' that this tool knows, did you mean 'warmup_ratio'"),
         (SFT.replace("max_seq_length: 4096", ""), "max_seq_length: not in the YAML"),
+        (SFT.replace("4096", "4096.0"), "max_seq_length=4096.0: cannot be represented: expected a whole number"),
+        (SFT.replace("model_name_or_path: meta-llama/Llama-3.1-8B", ""), "model_name_or_path: not in the YAML; expected a model"),
         (SFT.replace("num_train_epochs: 2", "num_train_epochs: 0"), "as a config of ours: num_epochs=0: expected int >= 1"),
         (DPO.replace("loss_type: dpo_norm", ""), "loss_type: not in the YAML, and open-instruct's default changed"),
         (DPO.replace("dpo_norm", "slic"), "loss_type='slic': cannot be represented"),

@@ -78,12 +78,12 @@ def test_a_file_that_is_no_index_is_left_alone(tmp_path, text):
 
 
 def test_runs_and_validations_are_joined_by_their_weights():
-    """DPO model d of SFT model s was validated; d2 was trained after that, from the same s; t has no DPO yet; one rung was not run."""
+    """DPO model d of SFT model s was validated; d2 was trained after that from s, and diverged; t has no DPO yet; one rung was not run."""
     accuracy = {"first": 0.0, "last": 0.9, "ci95": 0.05}
     entries = {
         "tiny/sft": run_entry("sft", "base", "s", **{"loss": {"first": 2.0, "last": 1.0}, "eval/loss": {"first": 2.0, "last": 1.25}}),
         "tiny/dpo": run_entry("dpo", "s", "d", **{"eval/rewards/accuracies": accuracy}),
-        "again/dpo": run_entry("dpo", "s", "d2", loss={"first": 0.7, "last": 0.5}),
+        "again/dpo": run_entry("dpo", "s", "d2", **{"eval/rewards/accuracies": {"first": 0.0, "last": None, "ci95": None}}),
         "other/sft": run_entry("sft", "base", "t", loss={"first": 2.0, "last": 1.0}),
         "validate/tiny": validation("s", "d"),
         "validate/hub": validation("elsewhere", "elsewhere too"),
@@ -94,7 +94,7 @@ def test_runs_and_validations_are_joined_by_their_weights():
     assert ladder.rows(entries, own) == [
         ["tiny (matched)", "1.250", "0.900 ± 0.050", "-", *curve],
         ["tiny (matched)", "-", "-", "-", *curve],
-        ["again/dpo", "1.250", "-", "-", *[""] * 6, "not validated"],
+        ["again/dpo", "1.250", "not finite", "-", *[""] * 6, "not validated"],
         ["other/sft", "1.000 (train)", "-", "-", *[""] * 6, "no DPO yet"],
         ["new", *[""] * 9, "not run"],
     ]

@@ -139,7 +139,7 @@ def test_sizes_and_flops_of_8b():
     assert training_flops(lora, work.flops, work.tokens) / 4096 / 1e9 == pytest.approx(33.17, abs=0.005)
 
 
-def test_a_pass_over_a_tenth_of_a_million_documents_does_not_overflow():
+def test_a_pass_over_a_million_documents_does_not_overflow():
     """One document of 750 tokens takes 11 TF, so a million take more than int64 counts (9.2e18)."""
     one, many = (Pass.of(SHAPE, [(np.full(n, 750), np.full(n, 560))]) for n in (1, 1_000_000))
     assert many.flops == pytest.approx(1e6 * one.flops) and many.flops > 2**63
@@ -211,7 +211,7 @@ def test_counts_of_data_that_is_here_are_exact(world, tmp_path):
         assert counted.startswith("exact") and planned.steps == 4 and work.examples == len(dataset)
         assert work.tokens == dataset.lengths.sum()
         assert work.flops == pytest.approx(dataset.flops(shape, ids).sum())
-        assert (planned.held_out.examples if held_out else None) == (len(held_out) if held_out else None)
+        assert (planned.held_out and planned.held_out.examples) == (held_out and len(held_out))
         assert ("evaluation" in planned.seconds, "reference log-probs" in planned.seconds) == (stage == "sft", stage == "dpo")
     assert planned.trained.examples == pytest.approx(51)
     assert work.keys - work.tokens == dataset.prefixes.sum() > 0
@@ -227,6 +227,17 @@ def test_counts_of_the_tulu_mixtures_are_marked_as_estimates():
     assert planned.shape == SHAPE and "to come from meta-llama/Llama-3.1-8B" in origin
     apart, _, _ = plan.make("dpo", str(CONFIGS / "tulu10.py"), ["--share_prefix=false"], "a100-80", 8)
     assert apart.train.tokens == 27_140 * (1018 + 250) and apart.hours > planned.hours
+
+
+def test_pinned_names_are_planned_as_those_without_a_revision(tmp_path):
+    hours = []
+    for pin in ("", "@v1"):
+        keys = dict(model_path=f"meta-llama/Llama-3.1-8B{pin}", data={f"allenai/tulu-3-sft-mixture{pin}": 0.1})
+        (tmp_path / "x.py").write_text(f"sft = {VALUES | keys!r}")
+        planned, origin, counted = plan.make("sft", str(tmp_path / "x.py"), [], "h200", 8)
+        assert origin.startswith(f"meta-llama/Llama-3.1-8B{pin} ") and f"allenai/tulu-3-sft-mixture{pin}: " in counted
+        hours.append(planned.hours)
+    assert hours[0] == hours[1]
 
 
 def test_what_is_not_known_here_is_refused(tmp_path):

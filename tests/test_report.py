@@ -296,6 +296,19 @@ def test_a_number_that_was_not_finite_is_shown(tmp_path):
     assert ">nan</td>" in (folder / "report.html").read_text()
 
 
+def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path, no_pngs):
+    """The last update broke the model: its evaluation has no number, which the legend says."""
+    last = evaluation(3, 0.0, 0.0) | dict.fromkeys(("eval/loss", "eval/rewards/margins", "eval/rewards/margins_ci95"))
+    _, page = show(tmp_path, write_run(tmp_path / "one", [*LINES[:-1], last]))
+    assert page.figures["DPO", "Held-out loss"] == {"one 1 not finite": "0.6000"}
+    assert page.figures["DPO", "Held-out reward margin"] == {"one 1 not finite": "2.000"}
+    head, row = page.tables["DPO", "Outcome"]
+    assert (row[head.index("held-out loss")], row[head.index("held-out margin")]) == ("nan", "nan ± nan")
+    never = [line | {"eval/loss": None} if "eval/loss" in line else line for line in LINES]
+    _, page = show(tmp_path, write_run(tmp_path / "never", never))
+    assert ("DPO", "Held-out loss") not in page.figures
+
+
 BROKEN = {
     "torn": (break_line, "metrics.jsonl: line 6 is torn"),
     "no steps": (lambda folder: (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n"), "no step yet"),
@@ -392,6 +405,7 @@ def test_ticks_are_round(low, high, whole, expected):
         (0.0, "0"),
         (12103, "12,103"),
         (12103.4, "12,103"),
+        (999.96, "1,000"),
         (-14.218, "-14.22"),
         (0.693147, "0.6931"),
         (5e-7, "5.00e-07"),

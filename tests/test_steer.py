@@ -343,6 +343,13 @@ def test_lambdas_are_finite(lab, capsys):
     assert "'nan,1': expected finite numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("space", ("umap", "pca", "pca:0", "tsne:2"))
+def test_a_space_that_does_not_exist_is_refused_before_anything_is_read(lab, capsys, space):
+    with pytest.raises(SystemExit):
+        sweep(lab, "none", "--space", space)
+    assert f"'{space}': expected raw, pca:k or tsne" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ("--count=-3", "--count=0", "--max-seq-len=-3", "--max-seq-len=many"))
 def test_sizes_are_whole_numbers(lab, capsys, option):
     with pytest.raises(SystemExit):
@@ -422,6 +429,17 @@ def test_a_sweep_is_not_done_twice(lab, swept, capsys):
     assert "other rescale: done again" in capsys.readouterr().out
 
 
+def test_prompts_that_are_cut_elsewhere_are_another_sweep(lab, capsys):
+    """All texts fit either length, so the vector is the same to the bit; a prompt of 100 words does not."""
+    rows = (lab / "prompts.csv").read_text().splitlines()
+    (lab / "long.csv").write_text("\n".join([*rows, "calm,safe," + "good " * 100]) + "\n")
+    for length in (512, 64):
+        vector = extract(lab, "cut", "--max-seq-len", str(length))
+        sweep(lab, "sweep_cut", "--prompts", f"{lab}/long.csv", "--lambdas", "0,1", folder="cut")
+    assert all(len(ids) < 64 for side in steer.SIDES for ids, _ in documents(lab, side)) and vector.manifest["max_seq_len"] == 64
+    assert "sweep_cut/aqi.json: made from other max_seq_len: done again" in capsys.readouterr().out
+
+
 def test_lambdas_without_zero(lab, swept):
     """The shift is still measured from the unsteered model, and the profile still begins there."""
     report = sweep(lab, "no_zero", "--lambdas", "0.5,1")
@@ -467,15 +485,25 @@ def test_changed_texts_are_refused(lab):
         sweep(lab, "none", folder="edited")
 
 
+def test_rows_that_are_no_pair_are_left_out_and_counted(lab, capsys):
+    """As in DPO: PKU rows with two safe responses or none say nothing about which one to prefer."""
+    rows = [{"prompt": "help", "response_0": "yes", "response_1": "no", "is_response_0_safe": safe, "is_response_1_safe": True}
+            for safe in (True, False, True, False)]  # fmt: skip
+    write_rows(lab / "pku.jsonl", rows)
+    found = steer.text_pairs(f"{lab}/pku.jsonl", 2, Tokenizer.from_dir(lab / "sft"), "tulu", 64)
+    assert [len(found[side]) for side in steer.SIDES] == [2, 2]
+    assert "pku.jsonl': 2 pairs, 2 left out for not exactly one safe response" in capsys.readouterr().out
+
+
 def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
     """As in DPO: under a template, a side that is cut before its answer leaves nothing to read."""
     tokenizer = Tokenizer.from_dir(lab / "sft")
     rows = [{"prompt": "good " * length, "chosen": "yes", "rejected": "no"} for length in (1, 200, 2, 3)]
     write_rows(lab / "long.jsonl", rows)
     found = steer.text_pairs(f"{lab}/long.jsonl", 3, tokenizer, "tulu", 64)
-    assert "long.jsonl': 1 pairs left out, without an answer in the first 64 tokens" in capsys.readouterr().out
+    assert "long.jsonl': 3 pairs, 1 left out without an answer in the first 64 tokens" in capsys.readouterr().out
     assert [len(found[side]) for side in steer.SIDES] == [3, 3] and all(mask.any() for side in steer.SIDES for _, mask in found[side])
-    with pytest.raises(ValueError, match="3 usable pairs, 1 pairs left out, .*; expected 4"):
+    with pytest.raises(ValueError, match="3 usable pairs, 1 left out without .*; expected 4"):
         steer.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
 
 

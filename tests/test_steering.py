@@ -1,7 +1,6 @@
 """steering.py: reading states, the vector's spectrum, what is added where, many lambdas in one pass, folding it into the weights."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from tiny_models import random_documents, random_llama, relative_error, stream, 
 from falcon import Falcon, FalconConfig
 from model import generate
 from steering import (
-    INJECTIONS,
     additions,
     bake,
     document_logps,
@@ -85,8 +83,7 @@ def test_states_are_transformers_hidden_states(sft):
     """Every layer but the last is an entry of output_hidden_states; the last is read before the final norm, with compat_hf after it."""
     import transformers
 
-    config = dataclasses.replace(CONFIG, num_hidden_layers=4)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf())).eval()
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG.to_hf())).eval()
     theirs.load_state_dict(sft.state_dict())
     (ids, mask) = documents()[0]
     with torch.no_grad():
@@ -351,7 +348,3 @@ def test_what_cannot_be_baked_is_refused(vector):
     for model in (qwen, falcon):
         with pytest.raises(ValueError, match=f"model_type='{model.config.model_type}'.*expected a Llama or Mistral"):
             bake(model, additions("cumulative", vector, LAYERS), 1.0)
-
-
-def test_injections_are_the_documented_ones():
-    assert INJECTIONS == ("cumulative", "increment", "matched")

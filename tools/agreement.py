@@ -53,20 +53,21 @@ def numbers(quantity, unit, ours, theirs, tolerance, intended=None):
     def gap(values):
         return np.abs(np.asarray(values, dtype=np.float64) - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float64).tiny)
 
-    size = f"{ours.size:,} {unit}{'s' * (ours.size != 1)}"
-    if gap(ours) <= tolerance:
-        return Row(quantity, size, f"{gap(ours):.1e}", EQUAL)
+    size, difference = f"{ours.size:,} {unit}{'s' * (ours.size != 1)}", gap(ours)
+    if difference <= tolerance:
+        return Row(quantity, size, f"{difference:.1e}", EQUAL)
     if intended is not None and (rest := gap(intended[0])) <= tolerance:
-        return Row(quantity, size, f"{gap(ours):.1e}", INTENDED, f"{intended[1]} (computed that way, ours differs by {rest:.1e})")
+        return Row(quantity, size, f"{difference:.1e}", INTENDED, f"{intended[1]} (computed that way, ours differs by {rest:.1e})")
     first = np.argmax(np.abs(ours - theirs).ravel() > tolerance * np.abs(theirs).max())
     note = f"number {first}: ours {ours.ravel()[first]:.8g}, theirs {theirs.ravel()[first]:.8g}"
-    return Row(quantity, size, f"{gap(ours):.1e}", DIFFERS, note)
+    return Row(quantity, size, f"{difference:.1e}", DIFFERS, note)
 
 
-def text_context(ours, theirs, before=40, after=40):
+def text_context(ours, theirs):
     """The surroundings of the first character in which two strings differ."""
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-    return f"character {at}: ours {ours[max(0, at - before) : at + after]!r}, theirs {theirs[max(0, at - before) : at + after]!r}"
+    near = slice(max(0, at - 40), at + 40)
+    return f"character {at}: ours {ours[near]!r}, theirs {theirs[near]!r}"
 
 
 def print_table(rows):

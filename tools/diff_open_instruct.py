@@ -125,7 +125,7 @@ def main(argv):
         parts, about = parts_of(args)
         print(f"{about}\n")
         return print_table(compare(parts))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -80,6 +80,8 @@ def translate(given, stage, processes):
 
 def _model(t):
     t.values["model_path"] = model = t.take("model_name_or_path")
+    if model is None:
+        t.problems.append("model_name_or_path: not in the YAML; expected a model")
     tokenizer = t.take("tokenizer_name", "tokenizer_name_or_path")
     if tokenizer not in (None, model):
         t.refuse("tokenizer_name", tokenizer, f"the tokenizer is that of model_path={model!r}")
@@ -202,7 +204,9 @@ def _run(t):
     t.values |= {"max_seq_len": (length := t.take("max_seq_length")), "out_dir": t.take("output_dir"), "log_every": t.take("logging_steps")}
     if length is None:
         t.problems.append("max_seq_length: not in the YAML (open-instruct then cuts nothing); expected a number of tokens")
-    elif type(length) is int:
+    elif type(length) is not int:
+        t.refuse("max_seq_length", length, "expected a whole number of tokens")
+    else:
         t.values["tokens_per_microbatch"] = 2 * length  # sets memory, not results
     every, kept = t.take("checkpointing_steps"), t.take("keep_last_n_checkpoints")
     if every is not None and str(every).isdecimal():
@@ -240,9 +244,11 @@ def main(argv):
     except (ValueError, OSError) as error:
         print("".join(f"error: {args.yaml}: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr)
         return 1
-    (Path(args.out).write_text if args.out else sys.stdout.write)(text)
-    if args.out:
-        print(f"wrote {args.out}; the comments at its top say what differs and which keys have no equivalent")
+    if not args.out:
+        print(text, end="")
+        return 0
+    Path(args.out).write_text(text)
+    print(f"wrote {args.out}; the comments at its top say what differs and which keys have no equivalent")
     return 0
 
 

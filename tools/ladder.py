@@ -51,10 +51,14 @@ def _training(sft, dpo):
 def _last(entry, held_out, training):
     if entry is None:
         return "-"
-    if held_out in entry["metrics"]:
-        found = entry["metrics"][held_out]
-        return f"{found['last']:.3f}" + (f" ± {found['ci95']:.3f}" if "ci95" in found else "")
-    return f"{entry['metrics'][training]['last']:.3f} (train)" if training in entry["metrics"] else "-"
+    name = held_out if held_out in entry["metrics"] else training
+    if name not in entry["metrics"]:
+        return "-"
+    found = entry["metrics"][name]
+    if found["last"] is None:  # the index has no NaN
+        return "not finite"
+    half = f" ± {found['ci95']:.3f}" if "ci95" in found else ""
+    return f"{found['last']:.3f}{half}{'' if name == held_out else ' (train)'}"
 
 
 def _steering(entry):

@@ -126,14 +126,14 @@ def vocabulary(case):
     yield Row("vocabulary", f"{rows:,} rows", f"{-(-tokens // 8) * 8 - rows} added", INTENDED, f"{tokens:,} tokens: {MORE_ROWS}")
 
 
-def their_pairs(case, loss, reference):
-    """(losses per pair, gradient of their mean) of theirs, two pairs at a time, by their collator. reference (2, N): summed log-probs."""
+def their_pairs(case, loss):
+    """(losses per pair, gradient of their mean) of theirs, two pairs at a time, by their collator."""
     find, mean = case.checkout.find, loss != "dpo"
     forward, collate = find(["concatenated_forward"], ["dpo_utils"]), find(["DataCollatorForSeq2SeqDPO"], ["dpo_utils"])
     function = find([{"simpo": "simpo_loss"}.get(loss, "dpo_loss")], ["dpo_utils"])
     case.their_model.zero_grad(set_to_none=True)  # what a failed comparison left
     losses, counts = [], case.packed(case.kept).supervised_offsets.diff().view(2, -1)
-    reference = reference / counts if mean else reference
+    reference = case.reference / counts if mean else case.reference
     for start in range(0, len(case.kept), 2):
         rows = case.kept[start : start + 2]
         batch = call(
@@ -150,11 +150,11 @@ def their_pairs(case, loss, reference):
     return losses, gradient(case.their_model)
 
 
-def our_pairs(case, loss, reference):
+def our_pairs(case, loss):
     """The same of ours, in one packed batch."""
     config = SimpleNamespace(loss=loss, beta=LOSSES[loss], label_smoothing=0.0, gamma_beta_ratio=GAMMA_BETA_RATIO)
     policy, counts = answer_logps(case.model, case.packed(case.kept), len(case.kept))
-    losses, *_ = preference_loss(config, policy, reference, counts)
+    losses, *_ = preference_loss(config, policy, case.reference, counts)
     losses.mean().backward()
     return losses.tolist(), gradient(case.model)
 
@@ -162,7 +162,7 @@ def our_pairs(case, loss, reference):
 def preference_losses(case):
     """Per loss: every pair's loss and the gradient of their mean, with a reference unlike the policy."""
     for loss in LOSSES:
-        ours, theirs = our_pairs(case, loss, case.reference), their_pairs(case, loss, case.reference)
+        ours, theirs = our_pairs(case, loss), their_pairs(case, loss)
         yield numbers(f"{loss} losses", "pair", ours[0], theirs[0], TOLERANCE["pair losses"])
         yield gradients(f"{loss} gradient", ours[1], theirs[1])
 
