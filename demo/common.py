@@ -66,7 +66,7 @@ def preference_table(before, after, beta, groups=None):
     return {
         "likelier answer is the chosen one, before": interval(before[:, 0] > before[:, 1], groups),
         "likelier answer is the chosen one, after": interval(after[:, 0] > after[:, 1], groups),
-        "reward accuracy, after (before: 0.5)": interval(margins > 0, groups),
+        "reward accuracy, after (chance: 0.5)": interval(margins > 0, groups),
         "reward margin, after (before: 0)": interval(margins, groups),
     }
 

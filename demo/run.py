@@ -29,7 +29,7 @@ EXPECTED = {
     "DPO loss at the last step": (0.27, 0.55),
     "likelier answer is the chosen one, before": (0.46, 0.57),
     "likelier answer is the chosen one, after": (0.76, 0.84),
-    "reward accuracy, after (before: 0.5)": (0.92, 1.0),
+    "reward accuracy, after (chance: 0.5)": (0.92, 1.0),
     "reward margin, after (before: 0)": (0.64, 1.17),
     "safe greedy answers, before": (0.20, 0.56),
     "safe greedy answers, after": (0.67, 1.0),

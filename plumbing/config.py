@@ -151,6 +151,8 @@ SECTIONS = {"common": Config, "sft": SFTConfig, "dpo": DPOConfig}
 
 # (what must not be, what to say). A rule reads the keys that its parameters name, and is skipped while one of them is itself wrong.
 COMMON_RULES = (
+    (lambda model_path, out_dir: Path(model_path).resolve() == (Path(out_dir) / "final").resolve(),
+     "out_dir={out_dir!r}: its final/ is model_path, which the end of the run would replace; expected another folder"),
     (lambda eval_every, data_eval: eval_every and data_eval is None, "eval_every={eval_every}: needs data_eval"),
     (lambda warmup_ratio, warmup_steps: warmup_ratio > 0 and warmup_steps is not None,
      "warmup_ratio={warmup_ratio}, warmup_steps={warmup_steps}: expected one of the two"),

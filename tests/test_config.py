@@ -218,6 +218,10 @@ ON_THE_COMMAND_LINE = [
         "command line: lora_targets: no string is read as tuple of q_proj | k_proj | v_proj | o_proj | gate_proj | up_proj | down_proj: "
         "put it into the config file",
     ),
+    (
+        "--model_path=./runs/../runs/dpo/final",
+        "x.py: dpo: out_dir='runs/dpo': its final/ is model_path, which the end of the run would replace; expected another folder",
+    ),
     ("--max_seq_len=64", "x.py: dpo: tokens_per_microbatch=64: expected at least twice max_seq_len=64 (a pair must fit one stream)"),
 ]
 

@@ -39,7 +39,7 @@ NUM_ROWS = 35  # with 16 a step: 16, 16 and 3, the last one fewer than 4 or 8 ra
 
 
 def make_world(root):
-    """root/base (a Llama of 3 layers, tied embeddings), root/sft.jsonl, root/pref.jsonl; rows of very unequal lengths."""
+    """root/base (a Llama of 2 layers, tied embeddings), root/sft.jsonl, root/pref.jsonl; rows of very unequal lengths."""
     root, rng = Path(root), random.Random(0)
     (root / "base").mkdir(parents=True)
     write_tokenizer(root / "base", rng)
