@@ -17,9 +17,10 @@ ours() { # NAME SCRIPT [KEY..]: killed, because a run that ends would write 16 G
   sampler=$!
   run=(python3)
   [ "${gpus:-1}" = 1 ] || run+=(-m torch.distributed.run --nproc-per-node "$gpus")
-  timeout -s KILL "$seconds" "${run[@]}" "$script" "$config" --out_dir="runs/bench/$name" "$@" 2>&1 | grep -v "it/s\|batch/s\|^$" | tail -n 4
-  pkill -KILL -f "$script $config" # torchrun's workers outlive it
-  kill $sampler
+  (sleep "$seconds"; pkill -KILL -f "$script $config") > /dev/null 2>&1 & # torchrun's workers too, which are no children of its group
+  killer=$!
+  "${run[@]}" "$script" "$config" --out_dir="runs/bench/$name" "$@" 2>&1 | grep "^step \|rror:" | tail -n 4
+  kill $killer $sampler
   tail -n 30 runs/bench/clocks.csv | sort -n | sed -n '15s/^/clock and power, median of the last 30 s: /p'
 }
 
