@@ -204,6 +204,29 @@ def test_bf16_moments_follow_float32_ones():
     assert join_master(weight, low_bits).mean().item() == pytest.approx(-1e-3 * steps, rel=1e-2)  # each step moves by lr
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_and_moments_are_kept_as_asked_for(dtype):
+    model = build(True, dtype=torch.bfloat16)
+    keep_masters(model, dtype)
+    optimizer = adamw(model, 0.1, dtype)
+    nll_sum(model, DOCUMENTS).backward()
+    assert {p.grad.dtype for p in model.parameters() if p.ndim == 2} == {dtype}
+    apply_gradients(optimizer, 1e-3, None)
+    assert {state[key].dtype for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")} == {dtype}
+
+
+def test_every_tensor_and_step_draws_bits_of_its_own(monkeypatch):
+    """With those of the step before, a moment would be rounded the same way every time, and drift."""
+    split, _, optimizer, _ = split_and_whole(torch.bfloat16)
+    seeds = []
+    monkeypatch.setattr(kernels, "adamw", lambda *numbers, seed: seeds.append(seed))
+    for p in split.parameters():
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+    for _ in range(3):
+        optimizer.step()
+    assert len(set(seeds)) == len(seeds) == 3 * len(list(split.parameters()))
+
+
 def test_random_bits_are_uniform_and_new_every_step():
     first, second = (kernels.random_bits(100_000, seed, "cpu") for seed in (1 << 12, 2 << 12))
     for bits in (first & 0xFFFF, first >> 16, (first ^ second) & 0xFFFF):
