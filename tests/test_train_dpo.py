@@ -293,6 +293,21 @@ def test_evaluation_by_hand(stage):
     assert result == pytest.approx(expected, rel=2e-6)
 
 
+def dpo_evaluation(config_path, _, ranks):
+    config, pairs, model = stage_parts("dpo", config_path, ranks)
+    result = train_dpo.evaluate(model, pairs, fake_reference(pairs), config, ranks, SilentLog())
+    return result["eval/loss"], {name: torch.tensor(value, dtype=torch.float64) for name, value in result.items()}
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_as_one(world, tmp_path, ranks):
+    config_path = write_config(tmp_path, world)
+    _, expected = dpo_evaluation(config_path, None, ranks)
+    spawn(partial(save_gradients, dpo_evaluation, config_path, None, tmp_path / "e.safetensors"), tmp_path / "logs", ranks=2).ok()
+    actual = load_tensors(tmp_path / "e.safetensors")
+    assert {name: actual[name].item() for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+
+
 def test_pairs_that_teach_nothing_are_counted(world, tmp_path):
     """One pair of three has equal answers; the held-out file's line says that it is held out."""
     rows = [{"prompt": "the cat", "chosen": answer, "rejected": "a dog"} for answer in ("a dog", "fast", "slow")]

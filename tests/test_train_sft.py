@@ -187,6 +187,19 @@ def test_evaluation_is_the_token_mean(world, tmp_path, ranks):
     assert result == pytest.approx({"eval/loss": expected, "eval/perplexity": math.exp(expected)}, rel=1e-6)
 
 
+def sft_evaluation(config_path, _, ranks):
+    config, documents, model = stage_parts("sft", config_path, ranks)
+    return train_sft.evaluate(model, documents, config, ranks, SilentLog())["eval/loss"], {}
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_as_one(world, tmp_path, ranks):
+    config_path = write_config(tmp_path, world)
+    loss, _ = sft_evaluation(config_path, None, ranks)
+    spawn(partial(save_gradients, sft_evaluation, config_path, None, tmp_path / "e.safetensors"), tmp_path / "logs", ranks=2).ok()
+    assert load_file(tmp_path / "e.safetensors")["loss"].item() == pytest.approx(loss, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_evaluations_of_a_run(world, tmp_path):
     """Before the first step, every eval_every steps, at the end; the held-out prompts are in no training step."""
