@@ -5,6 +5,7 @@ torchrun --nproc-per-node 3 tests/parallel_ranks.py   (every rank runs every che
 
 import copy
 import itertools
+import math
 import os
 import signal
 import sys
@@ -214,7 +215,7 @@ def check_release(ranks):
 
 def check_sums(ranks):
     world, rank = ranks.world_size, ranks.rank
-    assert parallel.sum_across_ranks([1.0, rank, 2**-40]) == [world, world * (world - 1) / 2, world * 2**-40]
+    assert parallel.sum_across_ranks([1.0, rank, 1 + 2**-40]) == [world, world * (world - 1) / 2, world * (1 + 2**-40)]
     assert parallel.max_across_ranks(-rank) == 0 and parallel.max_across_ranks(rank) == world - 1
     assert parallel.from_main(ranks, lambda: f"déjà {rank}") == "déjà 0"
     assert parallel.main_first(ranks, lambda: rank) == rank
@@ -232,16 +233,17 @@ def check_same(ranks):
 
 
 def check_finite(ranks):
-    """CHECKS 24: NaN on one rank stops all of them; the rank that has it names the examples."""
+    """CHECKS 24: NaN or infinity on one rank stops all of them; the rank that has it names the examples."""
     rows = [["a"], list(np.array(["b", "c"]))]  # as Documents.row_ids has them
     parallel.require_finite([1.0, 2.0], rows)
     last = ranks.rank == ranks.world_size - 1
-    try:
-        parallel.require_finite([1.0, float("nan") if last else 2.0], rows)
-    except FloatingPointError as error:
-        assert ("['b', 'c']" if last else "on another rank") in str(error) and "'a'" not in str(error)
-    else:
-        raise AssertionError("not raised")
+    for bad in (math.nan, math.inf, -math.inf):
+        try:
+            parallel.require_finite([1.0, bad if last else 2.0], rows)
+        except FloatingPointError as error:
+            assert ("['b', 'c']" if last else "on another rank") in str(error) and "'a'" not in str(error)
+        else:
+            raise AssertionError("not raised")
 
 
 def check_stop_signal(ranks):

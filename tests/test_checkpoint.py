@@ -260,6 +260,9 @@ def test_another_configuration_is_refused_by_its_keys(run, tmp_path):
     other = Checkpointer(tmp_path / "run", 1, IDENTITY | {"lr": 0.02, "beta": 5.0})
     with pytest.raises(ValueError, match=r"beta=None there, 5\.0 now; lr=0\.01 there, 0\.02 now"):
         other.latest()
+    older = Checkpointer(tmp_path / "run", 1, {key: value for key, value in IDENTITY.items() if key != "lr"})
+    with pytest.raises(ValueError, match=r"lr=0\.01 there, None now"):
+        older.latest()
 
 
 def test_another_model_is_refused_by_its_tensors(run, root):

@@ -406,6 +406,29 @@ def test_rows_without_supervised_tokens_are_dropped_and_counted_by_reason(tokeni
     assert lines[-1].endswith("1 tokens straddle header and answer (supervised)")
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_pair_of_which_one_side_has_no_answer_left_is_dropped(tokenizer, config, side):
+    rows = [ROWS["message lists"], ROWS["message lists"] | {side: chat("u" * 100, "yo")}]
+    config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = []
+    pairs, _ = data.load_preferences(config, tokenizer, lines.append)
+    assert len(pairs) == 1 and "2 rows: 1 train, 1 dropped without an answer in the first 64 tokens;" in lines[-1]
+
+
+@pytest.mark.parametrize("less, count", [(0, 0), (1, 1)])
+def test_a_conversation_that_just_fits_is_not_truncated(tokenizer, config, less, count):
+    config.path.write_text(json.dumps({"messages": PAIR[0]}) + "\n")
+    config.max_seq_len, lines = len(encode_chat(PAIR[0], tokenizer, "tulu", 64)[0]) - less, []
+    data.load_sft(config, tokenizer, lines.append)
+    assert f"; {count} conversations truncated" in lines[-1]
+
+
+def test_a_first_token_is_no_target():
+    """5 6 7 and 8 9, all but 5 supervised: 6, 7 and 9 are predicted, 8 is first."""
+    mask = np.array([False, True, True, True, True])
+    assert Documents(np.arange(5, 10), mask, np.array([0, 3, 5]), np.array(["a", "b"])).num_targets.tolist() == [2, 1]
+
+
 def test_nothing_or_everything_supervised_is_refused(tokenizer, config, monkeypatch):
     config.write(chat("Hi"))
     config.data = {str(config.path): 1.0}
@@ -468,20 +491,47 @@ def test_the_second_load_reads_the_cache(tokenizer, config, monkeypatch):
     assert len(lines) == 1 and lines[0].startswith("data: 40 rows: 40 train, 0 dropped")
 
 
-@pytest.mark.parametrize("changed", ["content", "template", "max_seq_len", "supervise", "amount", "data_eval", "tokenizer"])
+TOKENIZERS = {
+    "eos": dict(eos_token="<|eot_id|>"),  # the same tokenizer.json, another end of turn
+    "bos": dict(bos_token="<|im_start|>"),
+    "tokenizer.json": dict(special=[*SPECIAL, "<|more|>"]),
+}
+CHANGES = ("content", "template", "max_seq_len", "supervise", "amount", "data_eval", *TOKENIZERS, "tokenizers' version", "code")
+
+
+@pytest.mark.parametrize("changed", CHANGES)
 def test_whatever_changes_the_tokens_misses_the_cache(tokenizer, config, monkeypatch, tmp_path, changed):
     data.load_sft(config, tokenizer)
     if changed == "content":
         config.write(chat("Hi 19", "you 40"))
     elif changed == "amount":
         config.data = {str(config.path): 39}
-    elif changed == "tokenizer":
-        tokenizer = write_tokenizer(tmp_path, eos_token="<|eot_id|>")  # the same tokenizer.json, another end of turn
+    elif changed in TOKENIZERS:
+        tokenizer = write_tokenizer(tmp_path, **TOKENIZERS[changed])
+    elif changed == "tokenizers' version":
+        monkeypatch.setattr(tokenizers, "__version__", "another")
+    elif changed == "code":
+        monkeypatch.setattr(data, "__file__", __file__)
     else:
         setattr(config, changed, {"template": "zephyr", "max_seq_len": 63, "supervise": "last", "data_eval": 0.5}[changed])
     monkeypatch.setattr(data, "_tokenise", never)
     with pytest.raises(AssertionError, match="tokenised"):
         data.load_sft(config, tokenizer)
+
+
+def test_the_same_pairs_are_cached_for_sft_and_for_dpo(tokenizer, config):
+    config.path.write_text(json.dumps(ROWS["strings"]) + "\n")
+    documents, _ = data.load_sft(config, tokenizer)
+    pairs, _ = data.load_preferences(config, tokenizer)
+    assert contents(pairs.chosen) == contents(documents) != contents(pairs.rejected)
+
+
+def test_chunks_lose_and_repeat_no_row(tokenizer, config, monkeypatch):
+    """40 rows as one chunk, and as 16, 16 and 8."""
+    whole, _ = data.load_sft(config, tokenizer)
+    monkeypatch.setattr(data, "CHUNK", 16)
+    config.cache_dir = config.cache_dir / "another"
+    assert contents(data.load_sft(config, tokenizer)[0]) == contents(whole)
 
 
 def test_equal_rows_at_other_places_keep_their_own_row_ids(tokenizer, config):
@@ -574,4 +624,5 @@ def test_a_fingerprint_is_of_ids_masks_and_boundaries():
     ]
     assert len({documents.fingerprint, *(other.fingerprint for other in others)}) == 4
     assert dataclasses.replace(documents, row_ids=np.array(["b#0", "b#1"])).fingerprint == documents.fingerprint
-    assert Pairs(documents, others[0]).fingerprint != Pairs(others[0], documents).fingerprint
+    sides = ((documents, documents), (documents, others[0]), (others[0], documents))
+    assert len({Pairs(*pair).fingerprint for pair in sides}) == 3

@@ -70,6 +70,25 @@ def test_fused_in_bf16():
     assert loss == pytest.approx(expected_loss, rel=5e-3) and error(grads) < max(0.08, 1.2 * error(expected))
 
 
+def test_swiglu_is_rounded_once():
+    gate, up = (torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    assert (kernels.swiglu(gate, up) == exact.bfloat16()).float().mean() > 0.999  # with silu rounded too, three in four
+
+
+def test_a_wide_sum_of_narrow_factors_is_never_rounded():
+    """257 ones are 256 in bf16, whose next number is 258; then once more, on top of it."""
+    ones = torch.ones(1, 257, dtype=torch.bfloat16)
+    total = kernels.matmul(ones, ones.T, torch.float32)
+    assert total.item() == 257 and kernels.matmul(ones, ones.T, torch.float32, into=total).item() == 514
+
+
+def test_adapters_of_a_bf16_model_take_gradients_that_are_no_bf16_numbers():
+    model = build(True, ("q_proj", "o_proj", "down_proj"), dtype=torch.bfloat16)
+    _, grads = loss_and_gradients(model)
+    assert len(grads) == 2 * 3 * 3 and not any(torch.equal(grad, grad.bfloat16().float()) for grad in grads.values())
+
+
 def test_fused_without_adapters_is_the_base():
     model, base = build(True, ("q_proj", "gate_proj")), build(True)
     with adapters_disabled(model):
@@ -202,6 +221,39 @@ def test_bf16_moments_follow_float32_ones():
         nearest = (0.999 * nearest.float() + 0.001).bfloat16()
     assert nearest.item() < 0.999 * (1 - 0.999**steps) or nearest.item() > 1.001 * (1 - 0.999**steps)
     assert join_master(weight, low_bits).mean().item() == pytest.approx(-1e-3 * steps, rel=1e-2)  # each step moves by lr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_and_moments_are_kept_as_asked_for(dtype):
+    model = build(True, dtype=torch.bfloat16)
+    keep_masters(model, dtype)
+    optimizer = adamw(model, 0.1, dtype)
+    nll_sum(model, DOCUMENTS).backward()
+    assert {p.grad.dtype for p in model.parameters() if p.ndim == 2} == {dtype}
+    apply_gradients(optimizer, 1e-3, None)
+    assert {state[key].dtype for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")} == {dtype}
+
+
+def test_every_tensor_and_step_draws_bits_of_its_own(monkeypatch):
+    """With those of the step before, a moment would be rounded the same way every time, and drift."""
+    split, _, optimizer, _ = split_and_whole(torch.bfloat16)
+    seeds = []
+    monkeypatch.setattr(kernels, "adamw", lambda *numbers, seed: seeds.append(seed))
+    for p in split.parameters():
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+    for _ in range(3):
+        optimizer.step()
+    assert len(set(seeds)) == len(seeds) == 3 * len(list(split.parameters()))
+
+
+def test_both_moments_of_a_weight_are_rounded_independently():
+    """One step from zero with the gradient 1.5: of m = 0.15 60 % round up, of v = 0.00225 46 %, and not the same ones."""
+    weight, low_bits = split_master(torch.zeros(10_000))
+    m, v = (torch.zeros(10_000, dtype=torch.bfloat16) for _ in range(2))
+    kernels.adamw(weight, low_bits, m, v, torch.full((10_000,), 1.5), 1.0, 1e-3, 0.0, 0.9, 0.999, 1e-8, 1, seed=1 << 12)
+    ups = torch.stack([m.float() > 0.15, v.float() > 0.00225]).double()
+    assert ups.mean(dim=1).tolist() == pytest.approx([0.60, 0.456], abs=0.02)
+    assert torch.corrcoef(ups)[0, 1].abs() < 0.05
 
 
 def test_random_bits_are_uniform_and_new_every_step():

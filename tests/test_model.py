@@ -239,10 +239,21 @@ def lora_model(targets=LINEARS, b_std=0.1, **config):
     return model
 
 
+def test_lora_starts_from_its_seed():
+    first, again, other = (random_llama(tiny_config()) for _ in range(3))
+    for model, seed in ((first, 4), (again, 4), (other, 5)):
+        apply_lora(model, rank=3, alpha=6.0)
+        init_lora(model, seed)
+    parts = zip(*(model.named_parameters() for model in (first, again, other)), strict=True)
+    for (name, a), (_, b), (_, c) in parts:
+        assert torch.equal(a, b) and torch.equal(a, c) == (not name.endswith("lora_A")), name
+
+
 def test_lora_starts_as_the_identity():
     model, base = lora_model(b_std=0.0), random_llama(tiny_config())
     assert torch.equal(logits_of(model, DOCUMENTS), logits_of(base, DOCUMENTS))
-    assert all(p.any() for name, p in model.named_parameters() if name.endswith("lora_A"))
+    for p in (p for name, p in model.named_parameters() if name.endswith("lora_A")):  # uniform in +-1/sqrt(in), 3 x in numbers
+        assert 0.9 < p.abs().max() * p.shape[1] ** 0.5 <= 1
 
 
 def test_adapters_disabled_is_the_base_bit_for_bit():

@@ -71,6 +71,15 @@ def test_adamw_by_hand():
         assert model.matrix.grad is None and model.bias.grad is None
 
 
+def test_eps_by_hand():
+    """A first gradient as large as eps, 1e-8, is 1e-8 / (1e-8 + 1e-8) = half a step of lr 0.1."""
+    model = two_parameters()
+    optimizer = adamw(model, weight_decay=0.0)
+    model.matrix.grad, model.bias.grad = torch.tensor([[1e-8]]), torch.tensor([-1e-8])
+    apply_gradients(optimizer, lr=0.1, max_grad_norm=None)
+    assert (model.matrix.item(), model.bias.item()) == pytest.approx((0.95, 1.05), abs=1e-6)
+
+
 @pytest.mark.parametrize("max_norm, scale", [(1.0, 0.2), (5.0, 1.0), (None, 1.0)])
 def test_clipping_reaches_the_update(max_norm, scale):
     """CHECKS 18: gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8), and AdamW's first moment a tenth of that."""

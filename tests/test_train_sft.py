@@ -17,6 +17,7 @@ from world import (
     largest_difference,
     launch,
     metrics,
+    plain_adamw,
     save_gradients,
     spawn,
     stage_parts,
@@ -132,7 +133,7 @@ def transformers_sft(world, documents, ids_of_step, lrs, loss):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = plain_adamw(model, 0.1)
     steps = []
     for lr, ids in zip(lrs, ids_of_step, strict=True):
         tokens = sum(int(documents[i][1][1:].sum()) for i in ids)
@@ -157,12 +158,14 @@ def transformers_sft(world, documents, ids_of_step, lrs, loss):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["token_mean", "tulu3_release"])
 def test_ten_steps_equal_a_plain_transformers_loop(world, tmp_path, ranks, loss):
-    """CHECKS 1, 2, 4, 18: losses to 1e-5, norms, final weights. Steps of 16, 16 and 3 rows; 3 steps of warm-up, linear to 0."""
-    config_path = write_config(tmp_path, world, sft=dict(loss=loss, lr=3e-3, warmup_steps=3), max_steps=10, num_epochs=4)
+    """CHECKS 1, 2, 4, 18: losses to 1e-5, norms, final weights. Steps of 16, 16 and 3 rows; 3 steps of warm-up, linear to 0; another
+    seed and decay than the defaults."""
+    keys = dict(loss=loss, lr=3e-3, warmup_steps=3, weight_decay=0.1, seed=7)
+    config_path = write_config(tmp_path, world, sft=keys, max_steps=10, num_epochs=4)
     launch("sft", config_path).ok()
     config, documents, _ = stage_parts("sft", config_path, ranks)
     lrs = [3e-3 * factor for factor in (0, 1 / 3, 2 / 3, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7)]
-    ids_of_step = [step_examples(step, len(documents), 16, config.seed) for step in range(10)]
+    ids_of_step = [step_examples(step, len(documents), 16, seed=7) for step in range(10)]
     expected, weights = transformers_sft(world, documents, ids_of_step, lrs, loss)
     actual = trace(tmp_path / "sft", "loss", "grad_norm", "lr")
     assert actual[:, 2].tolist() == pytest.approx(lrs, rel=1e-12)
@@ -182,6 +185,19 @@ def test_evaluation_is_the_token_mean(world, tmp_path, ranks):
     with torch.no_grad():
         expected = plain_loss(model, documents, range(len(documents)), "token_mean").item()
     assert result == pytest.approx({"eval/loss": expected, "eval/perplexity": math.exp(expected)}, rel=1e-6)
+
+
+def sft_evaluation(config_path, _, ranks):
+    config, documents, model = stage_parts("sft", config_path, ranks)
+    return train_sft.evaluate(model, documents, config, ranks, SilentLog())["eval/loss"], {}
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_as_one(world, tmp_path, ranks):
+    config_path = write_config(tmp_path, world)
+    loss, _ = sft_evaluation(config_path, None, ranks)
+    spawn(partial(save_gradients, sft_evaluation, config_path, None, tmp_path / "e.safetensors"), tmp_path / "logs", ranks=2).ok()
+    assert load_file(tmp_path / "e.safetensors")["loss"].item() == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.slow

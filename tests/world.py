@@ -105,6 +105,15 @@ def write_config(folder, world, **changes):
     return path
 
 
+def plain_adamw(model, weight_decay):
+    """torch's AdamW, every number said, with decay on matrices only."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+
+
 # ---------------------------------------------------------------- runs
 
 
