@@ -407,7 +407,7 @@ def test_what_a_sweep_measures(lab, swept):
 
 @pytest.mark.parametrize("rescale", (False, True))
 def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale):
-    """Shift, strength and error of the last tokens' states, log-probs of held-out texts and repetition, from full forwards."""
+    """Shift, strength and error of the last tokens' states, log-probs of held-out texts, from full forwards."""
     report = sweep(lab, "rescaled", "--rescale") if rescale else swept
     model, tokenizer = checkpoint.load_pretrained(lab / "sft")
     vector = steer.Vector.load(lab / "steer")
@@ -435,9 +435,16 @@ def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale
             logits = [(model(*stream([x]), tap=half) @ model.lm_head.weight.T)[:-1] for x in ids]
         logp = -torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat([x[1:] for x in ids])).item()
         assert report["behaviour"][2][f"logp_{side}"] == pytest.approx(logp, rel=1e-4)
-    begun = [ids[: len(ids) // 2].tolist() for ids, _ in held_out]
-    repeated = [steer.repetition(steer.generate(model, begun, 6, 1, tap=tap)) for tap in (None, half, full)]
-    assert [entry["repeated_4grams"] for entry in report["behaviour"][::2]] == repeated
+
+
+def test_continuations_are_steered_by_their_lambda(lab, monkeypatch):
+    """Of the first halves of held-out chosen texts."""
+    given = []
+    monkeypatch.setattr(steer, "generate", lambda model, prompts, *_, tap: given.append((prompts, tap)) or [])
+    sweep(lab, "continued", "--lambdas", "0,0.5,2")
+    v = steer.Vector.load(lab / "steer").tensors["chosen_last"]
+    assert [tap and tap(3, torch.zeros(1, D))[0].tolist() for _, tap in given] == [None, (0.5 * v[3]).tolist(), (2 * v[3]).tolist()]
+    assert all(prompts == [ids[: len(ids) // 2].tolist() for ids, _ in documents(lab)[COUNT:]] for prompts, _ in given)
 
 
 def test_verdicts_compare_with_the_control_and_shuffled_labels(lab, monkeypatch):

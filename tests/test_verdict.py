@@ -70,17 +70,17 @@ def test_every_permutation_keeps_how_many_texts_of_an_axiom_are_safe():
 def test_resamples_are_paired_over_lambdas_and_follow_the_seed():
     states, *rest = steered((1.0,))
     for resample in (bootstrap, permute):
-        curve = resample([states[0], states[0] + 5.0], *rest, draws=150)  # 150: more than one block
+        curve = resample([states[0], states[0] + 5.0], *rest, draws=200)  # 200: more than one block
         torch.testing.assert_close(curve.draws[:, 0], curve.draws[:, 1], rtol=1e-3, atol=1e-3)
-        assert curve.draws.shape == (150, 2, 4) and curve.draws.std(0).min() > 0
-        assert not torch.equal(curve.draws[:50], curve.draws[100:])  # the second block's are its own
-        assert torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=150).draws)
-        assert not torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=150, seed=1).draws)
+        assert curve.draws.shape == (200, 2, 4) and curve.draws.std(0).min() > 0
+        assert not torch.equal(curve.draws[:100], curve.draws[100:])  # the second block's are its own
+        assert torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=200).draws)
+        assert not torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=200, seed=1).draws)
 
 
 def test_shuffled_labels_separate_nothing_on_average():
     """E[sweep] = 0 exactly under permutation, because eta^2 averages 1 / (n - 1): that is what the scale takes off."""
-    curve = permute(*steered((0.0, 3.0)), draws=1500)
+    curve = permute(*steered((0.0, 3.0)), draws=2000)
     error = curve.draws.std(0) / 1500**0.5
     assert (curve.draws.mean(0).abs() < 4 * error).all()
 
