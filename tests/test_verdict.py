@@ -144,6 +144,17 @@ def test_a_control_is_compared_resample_by_resample():
     curve, control = (curve_of([1.0, end], np.array([1.0, end]) + noise) for end in (11.0, 9.0))
     assert judge(curve, control)["verdict"] == "rising"
     assert judge(control, curve)["because"] == ["a random direction of equal norm changes as much"]
+    apart = curve_of([1.0, 9.0], np.array([1.0, 9.0]) + noise[::-1])  # 2 +- 2.8
+    assert judge(curve, apart)["because"] == ["a random direction of equal norm changes as much"]
+
+
+@pytest.mark.parametrize("sign", (1, -1))
+def test_a_move_that_the_ends_do_not_share_is_erratic(sign):
+    """Differences of 3, -1.5 and, between the ends, 1.5, each +- 0.85; the critical |t| is 2.4."""
+    estimate = sign * np.array([0.0, 3.0, 1.5])
+    found = judge(curve_of(estimate, estimate + np.random.default_rng(0).normal(size=(1000, 3), scale=0.6)))
+    assert found["verdict"] == "erratic" and found["change_interval"][0] < 0 < found["change_interval"][1]
+    assert 2.2 < found["critical_t"] < 2.5
 
 
 @pytest.mark.parametrize("ends, verdict", [((1.0, 11.0), "rising"), ((11.0, 1.0), "falling")])
