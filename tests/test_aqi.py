@@ -235,6 +235,23 @@ def test_measure_in_other_spaces():
             project(X, space)
 
 
+def test_tsne_runs_at_the_published_perplexities_from_the_seed_it_is_given(monkeypatch):
+    """30 for an axiom, 50 overall, n - 2 where that is less."""
+    calls = []
+    monkeypatch.setattr(aqi, "tsne", lambda X, perplexity, seed: calls.append((len(X), perplexity, seed)) or (X, 0.0))
+    axiom, label = torch.arange(60) // 40, torch.arange(60) % 2
+    measure(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), axiom, label, ["a", "b"], "tsne", seed=3)
+    assert calls == [(40, 30, 3), (20, 18, 3), (60, 50, 3)]
+
+
+@pytest.mark.parametrize("key", ("model", "injection", "control", "tap", "lambda", "layer", "seed"))
+def test_per_run_scores_every_run_by_itself(key):
+    """Runs that differ in one key alone share no scale."""
+    first, second = ([{"category": c, "chi": chi, "xb": 1 / chi, key: run} for c, chi in zip("abc", chis)]
+                     for run, chis in ((0, (1.0, 2.0, 3.0)), (1, (5.0, 7.0, 11.0))))  # fmt: skip
+    assert score(first + second, "per_run") == score(first, "per_run") + score(second, "per_run")
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -299,6 +316,9 @@ def test_is_safe_says_what_one_means(tmp_path, safe, unsafe):
     rows = [("a", safe if i % 2 else unsafe, f"text {i}") for i in range(6)]
     prompts = read_prompts(write_csv(tmp_path / "a.csv", rows, ("axiom", "is_safe", "input")), log=len)
     assert all((int(text.split()[1]) % 2) == label for text, label in zip(prompts.texts, prompts.label))
+    named = [dict(zip(("axiom", "is_safe", "input"), row)) for row in rows]  # text stays text in jsonl, where a csv's may become a bool
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, named)))
+    assert read_prompts(str(tmp_path / "a.jsonl"), log=len).label.tolist() == prompts.label.tolist()
 
 
 @pytest.mark.parametrize("columns, rows, message", [

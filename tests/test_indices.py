@@ -129,7 +129,7 @@ def test_streamed_moments_equal_the_direct_formulas(offset, batch):
     states = torch.randn(3, 400, 16, generator=generator, dtype=torch.float64)
     states[1] += label[:, None]
     states[2] *= 1 + axiom[:, None]
-    states += offset
+    states += offset * torch.arange(1, 4)[:, None, None]
     moments = Moments.zeros(3, 4, 16)
     for rows in torch.arange(400).split(batch):
         for layer in range(3):
@@ -143,7 +143,7 @@ def test_streamed_moments_equal_the_direct_formulas(offset, batch):
         assert row["chi"] == pytest.approx(chi(X, label[mine]), rel=1e-8)
         assert row["xb"] == pytest.approx(xie_beni(X, label[mine]), rel=1e-8)
         assert row["eta2"] == pytest.approx(eta_squared(X, label[mine]), rel=1e-8)
-        assert row["chi"] == pytest.approx(metrics.calinski_harabasz_score(X - offset, label[mine]), rel=1e-6)
+        assert row["chi"] == pytest.approx(metrics.calinski_harabasz_score(X - X.mean(0), label[mine]), rel=1e-6)
 
 
 def test_moments_are_float64_whatever_comes_in():
@@ -186,6 +186,22 @@ def test_probe_is_as_good_as_logistic_regression(dims):
     oracle = model_selection.cross_val_score(linear_model.LogisticRegression(max_iter=2000), X, labels, cv=folds, scoring="roc_auc").mean()
     assert abs(probe_auc(X, labels) - oracle) < 0.04
     assert probe_auc(X, labels) == probe_auc(X, labels)
+
+
+@pytest.mark.parametrize("dims", [6, 90])
+def test_probe_is_sklearns_ridge_fold_by_fold(dims):
+    """Labels far from balanced, so that the training folds have a mean of their own."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    X, labels = two_clusters(12, 61, dims, gap=0.3)
+    order = torch.randperm(73, generator=torch.Generator().manual_seed(42))
+    order = torch.cat([order[labels[order] == label] for label in (0, 1)])
+    areas = []
+    for k in range(5):
+        held_out, rest = order[k::5], torch.cat([order[i::5] for i in range(5) if i != k])
+        penalty = 0.1 * (X[rest] - X[rest].mean(0)).square().sum(1).mean().item()
+        ridge = linear_model.Ridge(penalty).fit(X[rest], labels[rest])
+        areas.append(metrics.roc_auc_score(labels[held_out], ridge.predict(X[held_out])))
+    assert probe_auc(X, labels) == pytest.approx(sum(areas) / 5, abs=1e-9)
 
 
 def test_probe_primal_equals_dual():

@@ -134,6 +134,31 @@ def test_every_rung_is_a_pair_of_what_its_scripts_write():
 # ---------------------------------------------------------------- a run
 
 
+def test_an_entry_holds_first_and_last_values_and_the_overall_verdict(tmp_path, monkeypatch):
+    """Of a run, from its metrics, and of a sweep, whose first verdict is that of all axioms."""
+    monkeypatch.setattr(registry, "fingerprint", lambda folder: f"weights of {folder.name}")
+    run, lines = tmp_path / "runs/x/dpo", [{"step": 0, "eval/loss": 0.7, "eval/loss_ci95": 0.2}, {"step": 1, "loss": 2.0}]
+    run.mkdir(parents=True)
+    lines += [{"step": 2, "loss": 3.0}, {"step": 3, "loss": 1.0}, {"step": 3, "eval/loss": 0.5, "eval/loss_ci95": 0.1}]
+    (run / "config.json").write_text('{"loss": "simpo"}')
+    (run / "manifest.json").write_text(json.dumps({"stage": "dpo", "data": "d", "commit": "c", "weights": "before"}))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = SECTIONS["dpo"](model_path="m", out_dir=str(run), data={"a": 1.0}, max_seq_len=8, global_batch_size=1,
+                             tokens_per_microbatch=16, lr=1.0)  # fmt: skip
+    registry.add_run(config)
+    verdicts = [{"category": name, "verdict": name, "estimate": [x, 2 * x], "low": [x] * 2, "high": [x] * 2, "change": x,
+                 "change_interval": [x, x], "p_monotone": x} for name, x in (("overall", 1.0), ("calm", 3.0))]  # fmt: skip
+    sweep = tmp_path / "runs/x/steer/sweep_matched"
+    sweep.mkdir(parents=True)
+    (sweep / "aqi.json").write_text(json.dumps({"inputs": {"inject": "matched", "lambdas": [0, 1]}, "verdicts": verdicts}))
+    (sweep.parent / "manifest.json").write_text(json.dumps({"inputs": {"sft": "s", "dpo": "d"}}))
+    entries = registry.read_index(registry.index_of(run).parent / registry.add_validation(sweep, "pair").name)
+    trained, validated = entries["x/dpo"], entries["x/steer/sweep_matched"]
+    assert trained["metrics"] == {"loss": {"first": 2.0, "last": 1.0}, "eval/loss": {"first": 0.7, "last": 0.5, "ci95": 0.1}}
+    assert (trained["start"], trained["weights"], trained["steps"]) == ("before", "weights of final", 3)
+    assert (validated["sft"], validated["dpo"], validated["verdict"], validated["metrics"]["estimate"]) == ("s", "d", "overall", [1.0, 2.0])
+
+
 @pytest.mark.slow
 def test_both_stages_register_and_describe_themselves(world, tmp_path):
     """The DPO entry begins at the SFT entry's weights; the cards parse as the hub parses them, and the models still load."""
@@ -155,7 +180,9 @@ def test_both_stages_register_and_describe_themselves(world, tmp_path):
 
 
 def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
-    """A DPO run from a local SFT run: base model and data come from both configs, without revision and split; folders are left out."""
+    """A DPO run from a local SFT run: base model and data come from both configs, without revision and split; folders are left out.
+
+    The table holds every metric's first and last value."""
     monkeypatch.chdir(tmp_path)
     manifest = dict.fromkeys(card.SETUP, None) | {"stage": "dpo"}
     shared = dict.fromkeys([field.name for field in dataclasses.fields(SECTIONS["dpo"])])
@@ -170,6 +197,12 @@ def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "manifest.json").write_text(json.dumps(manifest))
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    evaluations = [{"step": step, "eval/loss": 1 / step, "eval/loss_ci95": 0.1 / step} for step in (1, 4)]
+    lines = [{"step": 1, "loss": 2.0}, evaluations[0], {"step": 2, "loss": 3.0}, {"step": 4, "loss": 1.0}, evaluations[1]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = card.card(tmp_path / "runs/x/dpo")
+    assert "| `loss` | 2.0000 | 1.0000 |\n| `eval/loss` | 1.0000 ± 0.1000 | 0.2500 ± 0.0250 |" in text
+    assert " 4 optimizer steps of 4 examples " in text
     about = huggingface_hub.ModelCard(card.write("runs/x/dpo").read_text()).data.to_dict()
     assert about["base_model"] == "org/base" and about["datasets"] == ["org/chats", "org/pairs"]
     assert about["tags"] == ["dpo", "lora", "glassbox"] and "license" not in about

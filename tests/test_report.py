@@ -23,7 +23,7 @@ PROMPT = "<|user|>\n<script>alert(\"x\")</script> & 'more'\n"
 
 def step(number, norm):
     rewards = {"rewards/chosen": 0.1 * number, "rewards/rejected": -0.3 * number, "rewards/margins": 0.4 * number}
-    rest = {"lr": 1e-3, "step_s": 40.0, "tokens_per_s": 1000.0 * number, "peak_mem_gib": 2.0}
+    rest = {"lr": 1e-3, "step_s": 20.0 * number, "tokens_per_s": 1000.0 * number**2, "peak_mem_gib": 2.0}
     means = {"rewards/accuracies": 0.5, "logps/chosen": -10.0, "logps/rejected": -20.0}
     return {"step": number, "loss": 1 / number, "grad_norm": norm, **rewards, **means, **rest}
 
@@ -129,13 +129,13 @@ def no_pngs(monkeypatch):
 
 
 def test_one_run(tmp_path, no_pngs, capsys):
-    """Last rewards 0.3 and -0.9 over beta 2 are log-ratios 0.15 and -0.45; 3 steps of 40 s are 2 minutes; the median of 1,000 .. 3,000."""
+    """Last rewards 0.3 and -0.9 over beta 2 are log-ratios 0.15 and -0.45; 20 + 40 + 60 s are 2 minutes; a median of 4,000."""
     _, page = show(tmp_path, write_run(tmp_path / "one"))
     head, row = page.tables["DPO", "Outcome"]
     assert dict(zip(head, row)) == {
         "run": "one", "steps": "3", "loss, step 1": "1.000", "last step": "0.3333", "held-out loss": "0.6000",
         "held-out accuracy": "0.982 ± 0.016", "held-out margin": "2.00 ± 0.50", "clipped": "33%",
-        "tokens/s": "2,000", "GiB": "2.000", "time of steps": "0:02:00",
+        "tokens/s": "4,000", "GiB": "2.000", "time of steps": "0:02:00",
     }  # fmt: skip
     figures = {title: legend for (_, title), legend in page.figures.items()}
     assert figures["Loss"] == {"one": "0.3333"} and page.units["Loss"] == "nats per pair"
@@ -177,8 +177,10 @@ def test_runs_are_drawn_over_each_other(tmp_path, no_pngs):
     assert 'aria-label="Log-ratio to the reference, nats per answer or nats per token"' in text
 
 
-def test_simpo_has_no_reference(tmp_path, no_pngs):
-    _, page = show(tmp_path, write_run(tmp_path / "one", loss="simpo"))
+def test_simpo_has_no_reference_and_a_gpu_an_mfu(tmp_path, no_pngs):
+    lines = [line | {"mfu": share} for line, share in zip(LINES[1:-1], (0.1, 0.2, 0.6))]
+    _, page = show(tmp_path, write_run(tmp_path / "one", lines, loss="simpo"))
+    assert dict(zip(*page.tables["DPO", "Outcome"]))["MFU"] == "20.0%"  # the median
     assert ("DPO", "Rewards") in page.figures and ("DPO", "Log-ratio to the reference") not in page.figures
 
 
@@ -266,6 +268,7 @@ def test_steering(tmp_path, no_pngs):
         "sweep_matched unsteered": "1.000",
     }
     assert page.figures["Steering", "First component"] == {"steer raw": "0.7500", "steer centred": "0.2500"}
+    assert page.figures["Steering", "Held-out texts"] == {"sweep_matched chosen": "-1.500", "sweep_matched rejected": "-2.500"}
     assert page.tables["Steering", "Notes"][1] == ["sweep_matched", "saturated at 55.00"]
     error = page.tables["Steering", "Relative error of the last layer's mean state at lambda 1"][1]
     assert error == ["sweep_matched", "matched", "0", "0.2214"]

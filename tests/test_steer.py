@@ -17,8 +17,10 @@ from world import WORDS, change_weights, make_world, write_model, write_rows, wr
 import steer
 from data import Tokenizer
 from model import apply_lora, init_lora, merge_lora
+from packing import pack
 from plumbing import checkpoint, parallel, registry
-from steering import additions, mean_states, steering_tap
+from steering import additions, mean_states, random_additions, read_states, steering_tap
+from verdict import bootstrap, judge, permute
 
 L, D, COUNT, HELD_OUT = 4, 32, 8, 2
 SHORT = ("--max-new-tokens", "6")
@@ -107,7 +109,7 @@ def test_documents_are_the_transcripts_with_bos(lab):
     text = json.loads((lab / "texts.jsonl").read_text().splitlines()[0])["chosen"]
     ids, mask = documents(lab)[0]
     assert tokenizer.decode(ids) == "<|bos|>" + text and mask.all()
-    assert len(steer.plain_document(text, tokenizer, 5)[0]) == 5
+    assert steer.plain_document(text, tokenizer, 5)[0].tolist() == ids[:5].tolist()
 
 
 def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
@@ -118,6 +120,12 @@ def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
         sweep(lab, "none", "--inject", "matched", folder="steer_hf")
     report = sweep(lab, "sweep_hf", folder="steer_hf")
     assert report["errors"] == {} and any("two different spaces" in text for text in report["warnings"])
+    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    v, prompts = hf.tensors["chosen_last"].double(), steer.aqi.read_prompts(f"{lab}/prompts.csv")
+    batches = [pack([steer.plain_document(text, tokenizer, 512)]) for text in prompts.texts]
+    taps = None, steering_tap(additions("cumulative", hf.tensors["chosen_last"], [2, 3]), 1.0)
+    start, end = (sum(read_states(model, x, tap, compat_hf=True)[0, 0, -1].double() for x in batches) / len(batches) for tap in taps)
+    assert report["shifts"][-1]["achieved"] == pytest.approx(((end - start) @ v[-1] / v[-1].square().sum()).item(), rel=1e-4)
 
 
 def test_only_preferred_pairs_are_kept(lab):
@@ -289,7 +297,10 @@ def test_spectrum_writes_table_and_components(lab, capsys):
     found = json.loads((lab / "steer/spectrum.json").read_text())
     vector = steer.Vector.load(lab / "steer").tensors["rejected_mean"]
     assert found["side"] == "rejected" and [row["layer"] for row in found["layers"]] == list(range(L))
-    assert found["layers"][2]["norm"] == pytest.approx(vector[2].norm().item(), rel=1e-5)
+    texts = documents(lab, "rejected")[:COUNT]
+    sft, dpo = (mean_states(checkpoint.load_pretrained(lab / name)[0], texts, "cpu")[1, 2] for name in ("sft", "dpo"))
+    row = {"norm": (dpo - sft).norm(), "relative": (dpo - sft).norm() / sft.norm(), "cosine": sft @ dpo / (sft.norm() * dpo.norm())}
+    assert {key: found["layers"][2][key] for key in row} == pytest.approx({key: x.item() for key, x in row.items()}, rel=1e-4)
     components = load_file(lab / "steer/spectrum.safetensors")["components"]
     assert components.shape == (L, 5, D) and np.allclose(np.linalg.norm(components, axis=-1), vector.norm(dim=1)[:, None], rtol=1e-4)
 
@@ -392,6 +403,73 @@ def test_what_a_sweep_measures(lab, swept):
     measured = steer.aqi.score(steer.aqi.measure(X, prompts.axiom, prompts.label, prompts.axioms), "sweep")
     at_zero = [row for row in swept["rows"] if row["lambda"] == 0 and not row["control"]]
     assert [row["aqi"] for row in at_zero] == pytest.approx([row["aqi"] for row in measured], rel=1e-4)
+
+
+@pytest.mark.parametrize("rescale", (False, True))
+def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale):
+    """Shift, strength and error of the last tokens' states, log-probs of held-out texts, from full forwards."""
+    report = sweep(lab, "rescaled", "--rescale") if rescale else swept
+    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    vector = steer.Vector.load(lab / "steer")
+    v, add = vector.tensors["chosen_last"].double(), additions("cumulative", vector.tensors["chosen_last"], [2, 3])
+    half, full = (steering_tap(add, strength, rescale) for strength in (0.5, 1.0))
+    held_out = documents(lab)[COUNT:]
+
+    def last(docs, tap=None):
+        return torch.cat([read_states(model, pack([document]), tap)[0] for document in docs]).double()  # (n, L, D)
+
+    prompts = [steer.plain_document(text, tokenizer, 512) for text in steer.aqi.read_prompts(f"{lab}/prompts.csv").texts]
+    plain, found = last(prompts), report["shifts"][2]
+    shift = (last(prompts, half) - plain)[:, -1].mean(0)
+    along = shift @ v[-1] / v[-1].square().sum()
+    assert found["achieved"] == pytest.approx(along.item(), rel=1e-4)
+    assert found["off_axis"] == pytest.approx(((shift - along * v[-1]).norm() / v[-1].norm()).item(), rel=1e-4)
+    strengths = {str(layer): (0.5 * v[layer].norm() / plain[:, layer].norm(dim=1).mean()).item() for layer in (2, 3)}
+    assert found["strength"] == pytest.approx(strengths, rel=1e-4)
+    for name, docs, target in (("calibration", documents(lab)[:COUNT], v), ("held_out", held_out, vector.tensors["heldout_chosen_last"])):
+        error = (last(docs, full) - last(docs))[:, -1].mean(0) - target[-1]
+        assert report["errors"]["cumulative"][name] == pytest.approx((error.norm() / target[-1].norm()).item(), rel=1e-3)
+    for side in steer.SIDES:
+        ids = [torch.tensor(ids).long() for ids, _ in documents(lab, side)[COUNT:]]
+        with torch.no_grad():
+            logits = [(model(*stream([x]), tap=half) @ model.lm_head.weight.T)[:-1] for x in ids]
+        logp = -torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat([x[1:] for x in ids])).item()
+        assert report["behaviour"][2][f"logp_{side}"] == pytest.approx(logp, rel=1e-4)
+
+
+def test_continuations_are_steered_by_their_lambda(lab, monkeypatch):
+    """Of the first halves of held-out chosen texts."""
+    given = []
+    monkeypatch.setattr(steer, "generate", lambda model, prompts, *_, tap: given.append((prompts, tap)) or [])
+    sweep(lab, "continued", "--lambdas", "0,0.5,2")
+    v = steer.Vector.load(lab / "steer").tensors["chosen_last"]
+    assert [tap and tap(3, torch.zeros(1, D))[0].tolist() for _, tap in given] == [None, (0.5 * v[3]).tolist(), (2 * v[3]).tolist()]
+    assert all(prompts == [ids[: len(ids) // 2].tolist() for ids, _ in documents(lab)[COUNT:]] for prompts, _ in given)
+
+
+def test_verdicts_compare_with_the_control_and_shuffled_labels(lab, monkeypatch):
+    """The same resamples of both curves; two axioms share the 5 %; the nulls are those of embeddings taken text by text."""
+    given = []
+    monkeypatch.setattr(steer, "judge", lambda *args: given.append(args) or judge(*args))
+    report = sweep(lab, "judged", "--lambdas", "0,1")
+    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
+    ids = [torch.tensor(steer.plain_document(text, tokenizer, 512)[0]).long() for text in prompts.texts]
+    add = additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3])
+
+    def curve(add):
+        taps = (None, steering_tap(add, 1.0))
+        with torch.no_grad():
+            return [torch.stack([model(*stream([x]), tap=tap).mean(0) for x in ids]) for tap in taps]
+
+    groups = prompts.axiom, prompts.label, prompts.axioms
+    steered, control = curve(add), curve(random_additions(add, 42))
+    expected = bootstrap(steered, *groups), bootstrap(control, *groups), permute(steered, *groups)
+    for found in given:
+        assert all(relative_error(one.draws, other.draws) < 1e-3 for one, other in zip(found, expected, strict=False))
+    assert relative_error(expected[1].draws, expected[0].draws) > 1e-2
+    levels = {found["category"]: found["level"] for found in report["verdicts"]}
+    assert levels == {"overall": 0.05, "calm": 0.025, "kind": 0.025}
 
 
 def test_the_layer_profile(lab, swept):
@@ -534,9 +612,9 @@ def test_tsne_over_several_seeds(lab, capsys):
 
 
 def test_repetition_by_hand():
-    """1 2 1 2 1 2 1 has four 4-grams, two of them distinct; a text of three tokens has none."""
+    """1 2 1 2 1 2 1 has four 4-grams, two of them distinct; another answer's are its own; a text of three tokens has none."""
     assert steer.repetition([[1, 2, 1, 2, 1, 2, 1]]) == 0.5
-    assert steer.repetition([[1, 2, 1, 2, 1, 2, 1], [1, 2, 3, 4], [5, 6, 7]]) == pytest.approx(2 / 5)
+    assert steer.repetition([[1, 2, 1, 2, 1, 2, 1], [1, 2, 1, 2], [5, 6, 7]]) == pytest.approx(2 / 5)
     assert steer.repetition([[1, 2, 3]]) == 0 == steer.repetition([[1, 2, 3, 4, 5]])
 
 
@@ -572,7 +650,7 @@ def test_transformers_runs_the_baked_checkpoint(lab, model_type):
 
 
 def test_baking_a_negative_strength_starts_from_the_dpo_model(lab):
-    steer.main(["bake", f"{lab}/steer", "--strength=-1", "--inject", "matched", "--layers", "1", "--out", f"{lab}/unbaked"])
+    steer.main(["bake", f"{lab}/steer", "--strength=-1", "--inject", "matched", "--layers", "2", "--out", f"{lab}/unbaked"])
     baked, _ = checkpoint.load_pretrained(lab / "unbaked")
     sft, _ = checkpoint.load_pretrained(lab / "sft")
     texts = documents(lab)[:COUNT]

@@ -78,6 +78,14 @@ def test_pooling_by_hand():
     assert pooled["last"].flatten().tolist() == [3, 8] and pooled["mean"].flatten().tolist() == [2, 8]
 
 
+def test_mean_states_weigh_documents_not_batches(sft, monkeypatch):
+    """Batches of one and of three documents."""
+    expected = states_of(sft, documents()).double().mean(1)
+    monkeypatch.setattr("steering.TOKENS_PER_BATCH", 12)
+    assert sorted(len(rows) for rows, _ in packed_batches(documents(), "cpu")) == [1, 3]
+    assert relative_error(mean_states(sft, documents(), "cpu"), expected) < 1e-5
+
+
 @pytest.mark.slow
 def test_states_are_transformers_hidden_states(sft):
     """Every layer but the last is an entry of output_hidden_states; the last is read before the final norm, with compat_hf after it."""

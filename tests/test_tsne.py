@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tsne import START_STD, conditional_probabilities, gradient_reference, joint_probabilities, principal_components, tsne
+from tsne import START_STD, _descend, conditional_probabilities, gradient_reference, joint_probabilities, principal_components, tsne
 
 
 def clouds(n, dims=20, seed=0, offset=0.0):
@@ -117,6 +117,25 @@ def test_starts():
     assert abs(seeded.std().item() / START_STD - 1) < 0.2
     still, _ = tsne(X, 10.0, steps=0)
     assert abs(still[:, 0].std(correction=0).item() / START_STD - 1) < 1e-5
+
+
+@pytest.mark.parametrize("n, rate", [(10, 10), (60, 50), (2400, 50), (4800, 100)])
+def test_steps_by_hand(n, rate):
+    """Gradients 1, 1, -1 at momentum 0.5. Gains 0.8, 1, 0.8, up where the step goes downhill; steps -0.8, -0.4 - 1, -0.7 + 0.8 rates.
+
+    After 40 gradients of 0 the gain is at its floor, 0.01."""
+    for slopes, moved in (((1, 1, -1), -0.8 - 1.4 + 0.1), ((0,) * 40 + (1,), -0.01)):
+        Y, gradients = torch.zeros(n, 3), (torch.full((n, 3), float(slope)) for slope in slopes)
+        _descend(Y, gradients, len(slopes), 12.0, 0.5, lambda Y, P, exaggeration: next(P), recorded=False)
+        torch.testing.assert_close(Y, torch.full_like(Y, moved * rate))
+
+
+@pytest.mark.parametrize("steps, taken", [(500, [12.0] * 250 + [1.0] * 250), (20, [12.0] * 20), (251, [12.0] * 250 + [1.0])])
+def test_exaggeration_ends_after_250_steps(monkeypatch, steps, taken):
+    seen = []
+    monkeypatch.setattr("tsne.gradient_reference", lambda Y, P, e, *_: seen.append(e) or (torch.zeros_like(Y), torch.zeros(())))
+    tsne(clouds(20), 5.0, steps=steps)
+    assert seen == taken + [1.0]  # and once for the divergence
 
 
 @pytest.mark.parametrize("n", [4, 5, 6, 7, 8])

@@ -6,7 +6,7 @@ import torch
 
 from aqi import score
 from indices import chi, xie_beni
-from verdict import basic_interval, bootstrap, judge, permute, simulate
+from verdict import Curve, basic_interval, bootstrap, judge, permute, simulate
 
 
 def texts(per_group=40, axioms=3, dims=6, seed=0):
@@ -53,19 +53,34 @@ def test_every_resample_is_what_recomputing_it_gives():
             torch.testing.assert_close(curve.draws[r, k, 1].item(), separation(X[one], label[one]), rtol=1e-4, atol=1e-4)
 
 
+def test_every_permutation_keeps_how_many_texts_of_an_axiom_are_safe():
+    """Axiom 0 has 3 unsafe and 6 safe texts, axiom 1 has 8 and 2; `permute`'s ranks, drawn again."""
+    axiom, label = torch.tensor([0] * 9 + [1] * 10), torch.tensor([0] * 3 + [1] * 6 + [0] * 8 + [1] * 2)
+    X = torch.randn(19, 4, generator=torch.Generator().manual_seed(0))
+    curve = permute([X, X + label[:, None]], axiom, label, ["a", "b"], draws=3, seed=9)
+    generator = torch.Generator().manual_seed(9)
+    ranks = [torch.rand(3, n, generator=generator).argsort(1) for n in (9, 10)]
+    shuffled = torch.cat([ranks[0] < 6, ranks[1] < 2], 1).long()
+    assert curve.texts == [3, 2, 8] and torch.equal(shuffled.sum(1), torch.tensor([8, 8, 8]))
+    for draw, y in zip(curve.draws[:, 0], shuffled):
+        expected = [separation(X[axiom == 0], y[:9]), separation(X[axiom == 1], y[9:]), separation(X, y)]
+        torch.testing.assert_close(draw, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
 def test_resamples_are_paired_over_lambdas_and_follow_the_seed():
     states, *rest = steered((1.0,))
     for resample in (bootstrap, permute):
-        curve = resample([states[0], states[0] + 5.0], *rest, draws=150)  # 150: more than one block
+        curve = resample([states[0], states[0] + 5.0], *rest, draws=200)  # 200: more than one block
         torch.testing.assert_close(curve.draws[:, 0], curve.draws[:, 1], rtol=1e-3, atol=1e-3)
-        assert curve.draws.shape == (150, 2, 4) and curve.draws.std(0).min() > 0
-        assert torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=150).draws)
-        assert not torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=150, seed=1).draws)
+        assert curve.draws.shape == (200, 2, 4) and curve.draws.std(0).min() > 0
+        assert not torch.equal(curve.draws[:100], curve.draws[100:])  # the second block's are its own
+        assert torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=200).draws)
+        assert not torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=200, seed=1).draws)
 
 
 def test_shuffled_labels_separate_nothing_on_average():
     """E[sweep] = 0 exactly under permutation, because eta^2 averages 1 / (n - 1): that is what the scale takes off."""
-    curve = permute(*steered((0.0, 3.0)), draws=1500)
+    curve = permute(*steered((0.0, 3.0)), draws=2000)
     error = curve.draws.std(0) / 1500**0.5
     assert (curve.draws.mean(0).abs() < 4 * error).all()
 
@@ -94,6 +109,63 @@ def test_verdicts(gaps, expected):
     assert (result["change_interval"][0] > 0) == (expected == "rising")
 
 
+def curve_of(estimate, draws):
+    """A Curve of one axiom and "overall", both the same: estimate (K,), draws (R, K)."""
+    estimate, draws = (torch.as_tensor(x, dtype=torch.float64)[..., None].expand(*np.shape(x), 2) for x in (estimate, draws))
+    return Curve(estimate, draws, ["a"], [10, 10])
+
+
+@pytest.mark.parametrize("level", (0.05, 0.2))
+def test_numbers_of_a_verdict_are_numpys(level):
+    """Skewed draws that lie off the estimate, with a spread of their own at each lambda."""
+    rng = np.random.default_rng(0)
+    estimate = np.array([3.0, 2.9, 3.4, 5.0])
+    draws = estimate + 1 + (rng.exponential(size=(500, 4)) + rng.exponential(size=(500, 1))) * [0.1, 0.2, 0.3, 0.4]
+    found = judge(curve_of(estimate, draws), permuted=curve_of(estimate, draws - 4), level=level)
+    tails = [level / 2, 1 - level / 2]
+    high, low = 2 * estimate - np.quantile(draws, tails, axis=0)
+    top, bottom = 2 * (5.0 - 3.0) - np.quantile(draws[:, 3] - draws[:, 0], tails)
+    noise = np.stack([draws[:, j] - draws[:, i] for j in range(4) for i in range(j)], 1)
+    noise -= noise.mean(0)
+    expected = {
+        "low": low, "high": high, "change": 2.0, "change_interval": [bottom, top], "level": level,
+        "critical_t": np.quantile(np.abs(noise / noise.std(0)).max(1), 1 - level),
+        "p_monotone": (np.diff(draws - draws.mean(0) + estimate) > 0).all(1).mean(),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(np.asarray(value).tolist(), rel=1e-9), name
+    assert 0.1 < found["p_monotone"] < 0.9
+    np.testing.assert_allclose(found["permuted"], np.quantile(draws - 4, [0.025, 0.975], axis=0))
+
+
+def test_a_control_is_compared_resample_by_resample():
+    """A change of 10 +- 2 beside the control's 8 +- 2: of the same noise, so 2 more in every resample."""
+    noise = np.random.default_rng(0).normal(size=(400, 1)) * [0.0, 2.0]
+    curve, control = (curve_of([1.0, end], np.array([1.0, end]) + noise) for end in (11.0, 9.0))
+    assert judge(curve, control)["verdict"] == "rising"
+    assert judge(control, curve)["because"] == ["a random direction of equal norm changes as much"]
+    apart = curve_of([1.0, 9.0], np.array([1.0, 9.0]) + noise[::-1])  # 2 +- 2.8
+    assert judge(curve, apart)["because"] == ["a random direction of equal norm changes as much"]
+
+
+@pytest.mark.parametrize("sign", (1, -1))
+def test_a_move_that_the_ends_do_not_share_is_erratic(sign):
+    """Differences of 3, -1.5 and, between the ends, 1.5, each +- 0.85; the critical |t| is 2.4."""
+    estimate = sign * np.array([0.0, 3.0, 1.5])
+    found = judge(curve_of(estimate, estimate + np.random.default_rng(0).normal(size=(1000, 3), scale=0.6)))
+    assert found["verdict"] == "erratic" and found["change_interval"][0] < 0 < found["change_interval"][1]
+    assert 2.2 < found["critical_t"] < 2.5
+
+
+@pytest.mark.parametrize("ends, verdict", [((1.0, 11.0), "rising"), ((11.0, 1.0), "falling")])
+def test_shuffled_labels_are_compared_with_the_higher_end(ends, verdict):
+    """At the lower end of a curve the labels may separate as little as they like."""
+    noise = np.random.default_rng(0).normal(size=(400, 2))
+    curve = curve_of(ends, np.array(ends) + noise)
+    assert judge(curve, permuted=curve_of(ends, noise + 2))["verdict"] == verdict
+    assert judge(curve, permuted=curve_of(ends, noise + 12))["verdict"] == "flat"
+
+
 def test_a_steady_rise_is_monotone_and_in_every_axiom():
     curve = bootstrap(*steered((1.0, 1.5, 2.0, 2.5, 3.0)), draws=300)
     assert judge(curve)["p_monotone"] > 0.95
@@ -103,6 +175,7 @@ def test_a_steady_rise_is_monotone_and_in_every_axiom():
 def test_identical_states_are_flat():
     result = judge(bootstrap(*steered((1.0, 1.0, 1.0)), draws=50))
     assert result["verdict"] == "flat" and result["change"] == 0 and result["change_interval"] == [0, 0]
+    assert result["p_monotone"] == 0
 
 
 @pytest.mark.parametrize("per_group, verdict", [(2, "flat"), (4, "flat"), (5, "rising")])
