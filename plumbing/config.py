@@ -232,14 +232,6 @@ def load(stage, argv):
     return SECTIONS[stage](**resolved[stage])
 
 
-def check_max_seq_len(config, shape):
-    """ValueError if a model of this LlamaConfig does not read documents of max_seq_len."""
-    for name in ("sliding_window", "max_position_embeddings"):
-        limit = getattr(shape, name)
-        if limit and config.max_seq_len > limit:
-            raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's {name}={limit}")
-
-
 def check_world_size(config, world_size):
     """ValueError if the optimizer step cannot give every one of `world_size` ranks an example, or a key is for one rank only."""
     if config.global_batch_size < world_size:

@@ -34,7 +34,7 @@ from plumbing.budget import (
     training_seconds,
     with_communication,
 )
-from plumbing.config import SECTIONS, check_max_seq_len, check_world_size, load, sections_of
+from plumbing.config import SECTIONS, check_world_size, load, sections_of
 
 GIB = 2**30
 CONTEXT_GIB = 0.6  # CUDA context and libraries, beside what the allocator counts
@@ -283,7 +283,6 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     card, config = find_gpu(gpu), load(stage, [path, *overrides])
     check_world_size(config, count)
     shape, folder, origin = find_model(stage, config, path)
-    check_max_seq_len(config, shape)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
     prices = tuple(price * count for price in card.usd_per_hour) if usd_per_hour is None else (usd_per_hour, usd_per_hour)
     return Plan(stage, config, gpu, count, prices, shape, train, held_out), origin, counted

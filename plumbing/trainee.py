@@ -10,7 +10,6 @@ from data import TEMPLATES, end_of_turn, resolve_template
 from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from optim import keep_masters
 from plumbing import card, hub, parallel, registry
-from plumbing.config import check_max_seq_len
 from plumbing.weights import check_vocabulary, load_weights, save_adapter, save_pretrained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: float8 lives inside the blocks' matmuls only
@@ -24,7 +23,10 @@ def read_shape(config, directory, tokenizer, device):
     """
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
-    check_max_seq_len(config, model_config)
+    for key in ("sliding_window", "max_position_embeddings"):
+        limit = getattr(model_config, key)
+        if limit and config.max_seq_len > limit:
+            raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
     if config.precision == "fp8":
         check_float8(model_config, device)
     return model_config
