@@ -183,7 +183,7 @@ class Plan:
         """The Pass over all examples of all steps."""
         n, batch = self.train.examples, self.config.global_batch_size
         epochs, steps = divmod(self.steps, steps_per_epoch(n, batch))
-        return self.train.times(epochs + min(steps * batch, n) / n)
+        return self.train.times(epochs + steps * batch / n)
 
     @property
     def microbatches(self):
