@@ -18,6 +18,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.clocks import Clocks
 from bench.record import append
 from data import Documents, Pairs
 from model import Llama, LlamaConfig, apply_fused
@@ -45,15 +46,16 @@ def models():
 
 
 def rate(work, amount, seconds):
-    """amount / median time of work(), after two calls to warm up."""
+    """(amount / median time of work(), after two calls to warm up; clocks)."""
     times, end = [], time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return amount / statistics.median(times[2:])
+    with Clocks() as clocks:
+        while len(times) < 5 or time.perf_counter() < end:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return amount / statistics.median(times[2:]), clocks.median()
 
 
 def random_pairs(rng, n):
@@ -69,7 +71,7 @@ def random_pairs(rng, n):
 
 
 def reference_pass(model, peer, seconds):
-    """(our pairs/s, the peer's, largest difference in nats per token)."""
+    """((our pairs/s, clocks), (the peer's, clocks), largest difference in nats per token)."""
     pairs = random_pairs(np.random.default_rng(0), PAIRS)
     batch = pairs.pack(np.arange(PAIRS)).to("cuda")
     ids = torch.from_numpy(np.stack([side[i][0] for side in (pairs.chosen, pairs.rejected) for i in range(PAIRS)]).astype(np.int64)).cuda()
@@ -83,7 +85,7 @@ def reference_pass(model, peer, seconds):
 
 
 def extract(model, peer, seconds):
-    """(our tokens/s, the peer's, largest relative difference of a pooled state)."""
+    """((our tokens/s, clocks), (the peer's, clocks), largest relative difference of a pooled state)."""
     rng = np.random.default_rng(0)
     documents = [(rng.integers(1000, 100_000, LENGTH).astype(np.int32), np.ones(LENGTH, bool)) for _ in range(DOCUMENTS)]
     batch = pack(documents).to("cuda")
@@ -111,11 +113,12 @@ def main():
     model, peer = models()
     for name in args.name:
         measure, unit = {"reference_pass": (reference_pass, "pairs/s"), "extract": (extract, "tokens/s")}[name]
-        ours, theirs, gap = measure(model, peer, args.seconds)
+        (ours, our_clocks), (theirs, their_clocks), gap = measure(model, peer, args.seconds)
         print(f"{name}: {ours:,.1f} {unit}, transformers {theirs:,.1f} ({ours / theirs:.2f}x); largest difference {gap:.4f}")
         assert gap < 0.1, gap
         peer_of = (f"transformers {transformers.__version__}", theirs, ours / theirs)
-        append(name, ours, unit, peer_of, torch.cuda.get_device_name(), 1, torch.__version__, f"bench/forward.py {name}", path=args.out)
+        about = (torch.cuda.get_device_name(), 1, torch.__version__, f"bench/forward.py {name}", f"{our_clocks}; {their_clocks}")
+        append(name, ours, unit, peer_of, *about, path=args.out)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ import gc
 import importlib.metadata
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,6 +29,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.clocks import Clocks
 from data import Tokenizer, encode_chat
 from model import LINEARS, LlamaConfig
 
@@ -45,7 +44,7 @@ class Stopwatch:
     """tick() ends an optimizer step and says whether `seconds` have been measured after the warm-up."""
 
     def __init__(self, seconds):
-        self.seconds, self.ticks, self.readings, self.done = seconds, [], [], threading.Event()
+        self.seconds, self.ticks, self.clocks, self.done = seconds, [], Clocks(), False
 
     def tick(self):
         if DEVICE.type == "cuda":
@@ -53,22 +52,17 @@ class Stopwatch:
         self.ticks.append(time.perf_counter())
         if len(self.ticks) == WARMUP and DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            threading.Thread(target=self._read_clocks, daemon=True).start()
-        if len(self.ticks) > WARMUP and self.ticks[-1] - self.ticks[WARMUP - 1] >= self.seconds:
-            self.done.set()
-        return self.done.is_set()
-
-    def _read_clocks(self):
-        """Every 5 s, from a thread: the GPU is busy while it is asked."""
-        command = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,temperature.gpu,power.draw", "--format=csv,noheader,nounits"]
-        while not self.done.wait(5):
-            self.readings.append([float(value) for value in subprocess.check_output(command, text=True).split(",")])
+            self.clocks.start()
+        self.done = len(self.ticks) > WARMUP and self.ticks[-1] - self.ticks[WARMUP - 1] >= self.seconds
+        if self.done:
+            self.clocks.stop()
+        return self.done
 
     def result(self):
         steps = np.diff(self.ticks[WARMUP - 1 :]).tolist()
         result = {"step_s": statistics.median(steps), "mean_step_s": statistics.mean(steps), "steps": len(steps)}
         result["peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
-        return result | {"clocks": dict(zip(("sm_mhz", "celsius", "watts"), np.median(self.readings, axis=0))) if self.readings else None}
+        return result | {"clocks": self.clocks.median()}
 
 
 # ---------------------------------------------------------------- the model and the rows
@@ -143,7 +137,7 @@ def run_hf(args, documents, recompute, micro_batch):
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=DEVICE.type == "cuda")
     rng, examples = np.random.default_rng(0), args.micro_batch * args.accumulate
-    while not watch.done.is_set():
+    while not watch.done:
         for ids in np.split(rng.choice(len(documents), examples, replace=False), examples // micro_batch):
             with precision:
                 loss = model(**collate([documents[i] for i in ids])).loss * micro_batch / examples

@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.clocks import LAST, median_clocks
 from plumbing import logbook
 
 HERE = Path(__file__).parent
 SKIP = 3  # the allocator, compilation, and the clocks under load
-COLUMNS = ("metric", "value", "unit", "peer", "peer_value", "ratio", "hardware", "gpus", "torch", "commit", "date", "command")
+COLUMNS = ("metric", "value", "unit", "peer", "peer_value", "ratio", "hardware", "gpus", "torch", "commit", "date", "command", "clocks")
 
 
 def measure(folder):
@@ -40,10 +41,11 @@ def round_4(value):
     return float(f"{value:.4g}")
 
 
-def append(metric, value, unit, peer, hardware, gpus, torch, command, commit=None, date=None, path=None):
-    """Add a measurement to `path`, or to results.jsonl, which is then rendered. peer: (name, value, ratio), or None."""
+def append(metric, value, unit, peer, hardware, gpus, torch, command, clocks=None, commit=None, date=None, path=None):
+    """Add a measurement to `path`, or to results.jsonl, which is then rendered. peer: (name, value, ratio), or None. clocks: the GPU's, and
+    behind a semicolon the peer's, as of bench/clocks.py; None of a CPU."""
     rounded = (peer[0], *map(round_4, peer[1:])) if peer else (None, None, None)
-    about = (hardware, gpus, torch.partition("+")[0], commit or logbook.commit(), date or time.strftime("%Y-%m-%d"), command)
+    about = (hardware, gpus, torch.partition("+")[0], commit or logbook.commit(), date or time.strftime("%Y-%m-%d"), command, clocks)
     with (path or HERE / "results.jsonl").open("a") as file:
         file.write(json.dumps(dict(zip(COLUMNS, (metric, round_4(value), unit, *rounded, *about), strict=True))) + "\n")
     if path is None:
@@ -62,8 +64,13 @@ def render():
     """bench/RESULTS.md from bench/results.jsonl."""
     rows = [json.loads(line) for line in (HERE / "results.jsonl").read_text().splitlines()]
     table = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    table += ["| " + " | ".join("" if row[key] is None else str(row[key]) for key in COLUMNS) + " |" for row in rows]
-    head = "# Measurements\n\nRendered from results.jsonl by bench/record.py. Rates are per GPU, medians over the steady state.\n\n"
+    table += ["| " + " | ".join("" if row.get(key) is None else str(row[key]) for key in COLUMNS) + " |" for row in rows]
+    head = """# Measurements
+
+Rendered from results.jsonl by bench/record.py. Rates are per GPU, medians over the steady state. Clocks are medians of the last
+minute: ours; the peer's. Lines without them are older than the column (bench/NOTES.md has some), or of a CPU.
+
+"""
     (HERE / "RESULTS.md").write_text(head + "\n".join(table) + "\n")
 
 
@@ -79,19 +86,24 @@ def main():
 
     values, manifest = measure(args.folder)
     key, unit = ("pairs_per_s", "pairs/s") if "pairs_per_s" in values else ("tokens_per_s", "tokens/s")
-    peer, peer_value, peer_memory = args.peer, args.peer_value, None
+    peer, peer_value, peer_memory, clocks = args.peer, args.peer_value, None, []
+    samples = args.folder.with_name(f"{args.folder.name}.clocks.csv")
+    if samples.exists():
+        clocks.append(median_clocks(samples.read_text().splitlines()[-LAST:]))
     if args.peer_file:
         line = fastest_peer(args.peer_file, args.peer, values["data"], key)
         options = [name for name in ("compile", "liger") if line["settings"][name]]
         about = [f"{name} {version}" for name, version in line["versions"].items() if name != "torch"]
         peer = ", ".join([args.peer, *options, f"recompute {line['recompute']}", *about])
         peer_value, peer_memory = line[key], line["peak_mem_gib"]
+        clocks.append(line["clocks"])
     rows = {args.metric: (values[key], unit, peer_value, 1), f"mfu_{args.metric}": (values["mfu"], "of matmul peak", None, 1)}
     rows[f"mem_{args.metric}"] = (values["peak_mem_gib"], "GiB", peer_memory, -1)
     for metric, (value, unit, theirs, sign) in rows.items():
         beside = (peer, theirs, (value / theirs) ** sign) if theirs else None
         about = (manifest["hardware"], manifest["world_size"], manifest["versions"]["torch"], manifest["command"])
-        append(metric, value, unit, beside, *about, commit=args.commit or manifest["commit"], date=manifest["started"][:10])
+        about += ("; ".join(filter(None, clocks)) or None, args.commit or manifest["commit"], manifest["started"][:10])
+        append(metric, value, unit, beside, *about)
 
 
 if __name__ == "__main__":

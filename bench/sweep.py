@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.clocks import Clocks
 from bench.record import append
 from bench.world import tulu_like_lengths, words
 from model import apply_fused
@@ -97,11 +98,13 @@ def main():
     axiom = torch.arange(args.prompts) // 2 % AXIOMS
 
     list(steered_runs(model, documents[:256], add, LAMBDAS, "cuda"))  # warm-up
-    mine, embed_s, verdict_s = ours(model, documents, add, label, axiom)
+    with Clocks() as our_clocks:
+        mine, embed_s, verdict_s = ours(model, documents, add, label, axiom)
     tokens, peak = sum(len(ids) for ids, _ in documents), torch.cuda.max_memory_allocated() / 2**30
     del model
     torch.cuda.empty_cache()
-    theirs, peer_s = published(args.folder, documents, add)
+    with Clocks() as their_clocks:
+        theirs, peer_s = published(args.folder, documents, add)
     gap = ((mine - theirs).norm() / theirs.norm()).item()
     print(f"{args.prompts:,} prompts, {tokens:,} tokens, {len(LAMBDAS)} lambdas: ours {embed_s:.1f} s + verdict {verdict_s:.1f} s, "
           f"peak {peak:.1f} GiB; published way {peer_s:.1f} s; relative difference of the embeddings {gap:.4f}")  # fmt: skip
@@ -112,7 +115,8 @@ def main():
     peer = f"transformers {transformers.__version__}, embedding only"
     metric = "aqi_sweep" if args.prompts == 7000 else f"aqi_sweep_{args.prompts}"
     command = f"bench/sweep.py {args.folder} --prompts {args.prompts}"
-    append(metric, value, "s", (peer, peer_s, peer_s / value), torch.cuda.get_device_name(), 1, torch.__version__, command, path=args.out)
+    about = (torch.cuda.get_device_name(), 1, torch.__version__, command, f"{our_clocks.median()}; {their_clocks.median()}")
+    append(metric, value, "s", (peer, peer_s, peer_s / value), *about, path=args.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ ours() { # NAME SCRIPT [KEY..]: killed, because a run that ends would write 16 G
   shift 2
   echo "== $name: $script $config $*"
   rm -rf "runs/bench/$name"
-  nvidia-smi --query-gpu=clocks.sm,power.draw --format=csv,noheader -lms 1000 > runs/bench/clocks.csv &
+  nvidia-smi -i 0 --query-gpu=clocks.sm,power.draw --format=csv,noheader,nounits -lms 1000 > "runs/bench/$name.clocks.csv" &
   sampler=$!
   run=(python3)
   [ "${gpus:-1}" = 1 ] || run+=(-m torch.distributed.run --nproc-per-node "$gpus")
@@ -21,7 +21,6 @@ ours() { # NAME SCRIPT [KEY..]: killed, because a run that ends would write 16 G
   killer=$!
   "${run[@]}" "$script" "$config" --out_dir="runs/bench/$name" "$@" 2>&1 | grep "^step \|rror:" | tail -n 4
   kill $killer $sampler
-  tail -n 30 runs/bench/clocks.csv | sort -n | sed -n '15s/^/clock and power, median of the last 30 s: /p'
 }
 
 peer() { # NAME [OPTION..]

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder: both have a tsne.py
 
 import torch
+from clocks import Clocks
 from record import append
 
 import tsne_kernels
@@ -94,7 +95,8 @@ def main():
 
     for n, perplexity in SIZES.items():
         X = mixture(n)
-        seconds, runs, kl, peak = ours(X, perplexity, "fused", repeats=3)
+        with Clocks() as clocks:
+            seconds, runs, kl, peak = ours(X, perplexity, "fused", repeats=3)
         show(n, "fused", seconds, kl, f"{', '.join(f'{s:.4f}' for s in runs)}; peak {peak:.2f} GiB")
         print(f"{'':8}{parts(X, perplexity)}", flush=True)
         if n <= PLAIN_UP_TO:
@@ -108,7 +110,7 @@ def main():
         if has_peer and n == min(SIZES):
             s, peer_kl = peer(X, perplexity, "exact")
             show(n, f"scikit-learn exact ({CORES} cores)", s, peer_kl, f"{s / seconds:.0f} times fused")
-        about = (torch.cuda.get_device_name(), 1, torch.__version__, "bench/tsne.py")
+        about = (torch.cuda.get_device_name(), 1, torch.__version__, "bench/tsne.py", clocks.median())
         append(f"tsne_{n}", seconds, "s", theirs, *about, commit=args.commit, path=args.out)
 
 

@@ -1,0 +1,41 @@
+"""Clock and power of GPU 0 beside a measurement, since a card at its power limit (700 W for an H200) lowers the one to keep the other."""
+
+import statistics
+import subprocess
+import threading
+
+COMMAND = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]  # bench/training.sh asks the same
+LAST = 60  # readings, a second apart
+
+
+def median_clocks(lines):
+    """ "1605 MHz, 692 W", the medians of `lines` of "MHz, W" as nvidia-smi prints them; None of none."""
+    readings = [[float(value) for value in line.split(",")] for line in lines]
+    return "{:.0f} MHz, {:.0f} W".format(*map(statistics.median, zip(*readings))) if readings else None
+
+
+class Clocks:
+    """start(), work, stop(), or `with Clocks() as clocks:`, then median(): one reading a second, from a thread beside the work."""
+
+    def __init__(self):
+        self.lines, self.done, self.thread = [], threading.Event(), threading.Thread(target=self._read, daemon=True)
+
+    def _read(self):
+        while not self.done.wait(1):
+            self.lines.append(subprocess.check_output(COMMAND, text=True))
+
+    def start(self):
+        self.thread.start()
+
+    def stop(self):
+        self.done.set()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def median(self):
+        return median_clocks(self.lines[-LAST:])
