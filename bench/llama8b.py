@@ -31,5 +31,5 @@ dpo = dict(
     warmup_ratio=0.1,
     beta=5.0,
     num_epochs=2,
-    max_steps=40,  # of 32 in an epoch: a minute and more of steps after the reference pass
+    max_steps=60,  # of 64 in two epochs: a minute and more of steps after the reference pass
 )
