@@ -9,8 +9,7 @@ from plumbing.config import SECTIONS
 from plumbing.folders import read
 
 WHAT = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimisation"}
-SETUP = ("loss_reduction", "clipping", "parameter_dtype", "warmup_steps", "commit", "hardware", "world_size", "weights", "data", "hub",
-         "versions")  # fmt: skip
+SETUP = ("loss_reduction", "clipping", "parameter_dtype", "warmup_steps", "processes", "weights", "data", "hub", "versions")
 
 
 def write(run_dir):

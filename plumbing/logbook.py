@@ -50,12 +50,14 @@ class Logbook:
             gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
             about = {"command": shlex.join(sys.argv), "commit": commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             machine = {"hardware": gpu or platform.machine(), "world_size": ranks.world_size, "matmul_peak_flops": self.peak}
-            write_json(self.folder / "manifest.json", about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit})
+            self._manifest = about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit}
+            self._manifest["processes"] = _processes(self.folder)
+            write_json(self.folder / "manifest.json", self._manifest)
         self._start = time.perf_counter()
 
     def resume_at(self, step, checkpoint=None):
         """Say what is left after `step`, which `checkpoint` (None: the start) holds; forget the metrics of the steps that are about to be
-        trained again, and open the file for more."""
+        trained again, and open the file for more. The manifest's `processes` say who trained which steps: an entry those after its step."""
         left, final = self.total_steps - step, self.folder / "final"
         if checkpoint:
             self.ranks.say(f"{checkpoint}: goes on after step {step} of {self.total_steps}{'' if left else '; nothing is left to train'}")
@@ -63,6 +65,11 @@ class Logbook:
             self.ranks.say(f"{final}: of a finished run whose last step is in no checkpoint (save_every): {left} steps are trained again, "
                            "then it is replaced")  # fmt: skip
         if self.ranks.main:
+            if left:  # those whose steps are trained again are forgotten
+                earlier = [process for process in self._manifest["processes"] if process["after_step"] < step]
+                this = {key: self._manifest[key] for key in ("started", "commit", "hardware", "world_size")}
+                self._manifest["processes"] = [*earlier, {"after_step": step, **this}]
+                write_json(self.folder / "manifest.json", self._manifest)
             for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                 _forget_after(step, path)
             self._metrics = (self.folder / "metrics.jsonl").open("a")
@@ -115,6 +122,12 @@ class Logbook:
             for name in [name for name in metrics if name != "step"]:
                 self._events.add_scalar(name, metrics[name], metrics["step"])
             self._events.flush()
+
+
+def _processes(folder):
+    """The processes that have trained the run in `folder`, of its manifest; none without one."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text()).get("processes", []) if path.exists() else []
 
 
 def _forget_after(step, path):

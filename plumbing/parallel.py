@@ -10,8 +10,10 @@ import math
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+ROOT = Path(__file__).parent.parent
 _background_group = None
 
 
@@ -107,10 +110,17 @@ def from_main(ranks, work):
 
 
 def run(main, argv):
-    """main(argv) with the process group closed behind it. Returns the exit code; what a user can mend is a message, not a traceback."""
+    """main(argv) with the process group closed behind it. Returns the exit code; what a user can mend is a message, not a traceback.
+
+    A ValueError that a library raised has both: our own name key, value and expectation, a library's may mean a mistake of ours.
+    """
     try:
         return main(argv)
     except (ValueError, FloatingPointError, OSError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        is_library = "site-packages" in last.filename or not Path(last.filename).is_relative_to(ROOT)  # .venv is below ROOT
+        if isinstance(error, ValueError) and (is_library or not last.line.startswith("raise ")):  # compiled code has no frame of its own
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:

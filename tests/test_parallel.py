@@ -1,12 +1,17 @@
 """Sharding, sums and clipping: the checks of parallel_ranks.py in this process, a group of one, and on 2 and 3 processes."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from parallel_ranks import CHECKS
+
+from plumbing import parallel
+from plumbing.weights import resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,6 +20,17 @@ ROOT = Path(__file__).parent.parent
 def test_one_process(check, ranks):
     assert ranks.world_size == 1 and ranks.main
     check(ranks)
+
+
+def test_who_raised_decides_what_is_shown(capsys):
+    """Our ValueErrors are messages; a library's come with the traceback, since they may be a mistake of ours."""
+    assert parallel.run(lambda argv: resolve("nowhere"), []) == 1
+    ours = capsys.readouterr().err
+    assert ours.startswith("error: ") and "nowhere" in ours
+    assert parallel.run(lambda argv: np.array([1.0, 2.0]).reshape(3), []) == 1
+    assert parallel.run(lambda argv: json.loads("{"), []) == 1
+    theirs = capsys.readouterr().err
+    assert theirs.count("Traceback") == 2 and theirs.splitlines()[-1].startswith("error: Expecting property name"), theirs
 
 
 @pytest.mark.slow

@@ -151,6 +151,9 @@ def test_resume_on_other_ranks(world, tmp_path, baseline, case):
     shutil.rmtree(tmp_path / "cache")
     assert first_step(launch(stage, config)) == 5
     assert_same_run(run, baseline(case))
+    launch(stage, config).ok()  # trains nothing
+    processes = json.loads((run / "manifest.json").read_text())["processes"]
+    assert [(process["after_step"], process["world_size"]) for process in processes] == [(0, 2), (4, 1)]
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
@@ -503,6 +506,8 @@ def test_checkpoint_of_another_config(world, tmp_path):
     expect_message(launch("dpo", config, "--beta=0.3"), "beta=5.0 there, 0.3 now")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     launch("dpo", config, "--tokens_per_microbatch=256", "--log_every=2").ok()
+    launch("dpo", config, "--beta=0.3", "--fresh").ok()
+    assert [process["after_step"] for process in json.loads((run / "manifest.json").read_text())["processes"]] == [0]
 
 
 def test_another_model_under_the_same_path(world, tmp_path):
