@@ -37,10 +37,10 @@ def show(effect, settings, trials):
     return counts
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=400, help="data sets of each setting without an effect; with one, 3/8 of them")
-    trials = parser.parse_args().trials
+    trials = parser.parse_args(argv).trials
     alarms = [trials - show(0.0, settings, trials)["flat"] for settings in NULL]
     print(f"false alarms: {', '.join(map(str, alarms))}; at most {max(alarms) / trials:.2%} of {trials}")
     for effect in EFFECTS:
@@ -48,4 +48,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
