@@ -80,7 +80,7 @@ def plot_heatmap(path, rows, columns, values, title):
         ax.set_yticks(range(len(rows)), rows)
         for r, line in enumerate(values):
             for c, value in enumerate(line):
-                colour = "white" if image.norm(value) < 0.7 else "black"  # viridis ends in yellow
+                colour = "white" if image.norm(value) < 0.6 else "black"  # viridis ends in yellow
                 ax.text(c, r, f"{value:.1f}", ha="center", va="center", color=colour, fontsize="small")
         ax.set_title(title)
         figure.colorbar(image, ax=ax)
