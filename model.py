@@ -154,8 +154,8 @@ def _config_from_hf(raw, source):
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        sliding_window=raw.get("sliding_window") if windowed else None,
-        max_window_layers=raw.get("max_window_layers", 28) if windowed and model_type == "qwen2" else None,  # 28: transformers' default
+        sliding_window=raw.get("sliding_window", 4096) if windowed else None,  # 4096 and 28: transformers' defaults
+        max_window_layers=raw.get("max_window_layers", 28) if windowed and model_type == "qwen2" else None,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         qkv_bias=model_type == "qwen2" or attention_bias,
         o_bias=attention_bias,
