@@ -55,7 +55,7 @@ class Tokenizer:
         self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
         self.bos_token, self.eos_token = (_text(config.get(key)) for key in ("bos_token", "eos_token"))
         self.bos_id, self.eos_id = map(self.single_id, (self.bos_token, self.eos_token))
-        self.vocab_size = self.core.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(self.core.get_vocab(with_added_tokens=True).values()) + 1  # of which some ids may be no token's
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates

@@ -271,8 +271,9 @@ def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
 
 def check_vocabulary(config, tokenizer):
     """ValueError when the tokenizer makes ids that the embedding has no row for (fewer ids than rows is common padding)."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only vocab_size={config.vocab_size} rows")
+    last, rows = tokenizer.vocab_size - 1, config.vocab_size
+    if last >= rows:
+        raise ValueError(f"the tokenizer's ids go up to {last}, the model's embedding only has vocab_size={rows} rows")
 
 
 # ---------------------------------------------------------------- writing

@@ -343,9 +343,19 @@ def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, mon
 
 def test_tokenizer_larger_than_the_embedding(tokenizer, tmp_path):
     model = random_llama(tiny_config(vocab_size=91))
-    with pytest.raises(ValueError, match="tokenizer has 92 tokens, the model's embedding only vocab_size=91 rows"):
+    with pytest.raises(ValueError, match="tokenizer's ids go up to 91, the model's embedding only has vocab_size=91 rows"):
         save_pretrained(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_with_a_gap_in_its_ids(tmp_path):
+    """Three tokens, but one of them is row 97 of an embedding that ends at row 96."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 97}, unk_token="a"))
+    sparse = Tokenizer({"tokenizer.json": core.to_str().encode(), "tokenizer_config.json": b"{}"}, "sparse")
+    with pytest.raises(ValueError, match="tokenizer's ids go up to 97, the model's embedding only has vocab_size=97 rows"):
+        save_pretrained(random_llama(tiny_config()), sparse, tmp_path / "out")
+    save_pretrained(random_llama(tiny_config(vocab_size=98)), sparse, tmp_path / "out")
+    assert load_pretrained(tmp_path / "out")[1].encode("c") == [97]
 
 
 def test_tied_weights_stored_twice_must_agree_and_rope_tables_are_recomputed(tokenizer, tmp_path):
