@@ -144,14 +144,18 @@ def _config_from_hf(raw, source):
     if missing := [key for key in required if raw.get(key) is None]:
         raise ValueError(f"{source}: {', '.join(missing)}: missing; expected in every {raw['model_type']} config")
     heads, model_type = raw["num_attention_heads"], raw["model_type"]
+    kv_heads, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(f"{source}: num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple "
+                         f"of the key/value heads, and an even head size (RoPE turns pairs)")  # fmt: skip
     attention_bias = model_type == "llama" and raw.get("attention_bias", False)
     rope_theta, rope_scaling = rope_from_hf(raw, source)
     windowed = model_type == "mistral" or (model_type == "qwen2" and raw.get("use_sliding_window", False))
     eos = raw.get("eos_token_id")
     return LlamaConfig(
         **{key: raw[key] for key in required},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         sliding_window=raw.get("sliding_window", 4096) if windowed else None,  # 4096 and 28: transformers' defaults
@@ -416,7 +420,7 @@ def merge_lora(model):
 @contextmanager
 def adapters_disabled(model):
     """Within the context the model is the frozen base: the DPO reference, at no memory cost."""
-    adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    adapters = [m for m in model.modules() if isinstance(m, LoRALinear) and m.enabled]
     for adapter in adapters:
         adapter.enabled = False
     try:
