@@ -114,8 +114,12 @@ class LlamaConfig:
         """
         D, HK, GK = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         per_layer = 2 * D * HK + 2 * D * GK + 3 * D * self.intermediate_size  # weights of q and o, k and v, gate and up and down
-        blocks = self.num_hidden_layers * (2 * length * per_layer + 2 * HK * length * (length + 1))  # scores and mix: 4 HK per visible pair
-        return blocks + 2 * D * self.vocab_size * (length if logits is None else logits)
+        head = 2 * D * self.vocab_size * (length if logits is None else logits)
+        return self.num_hidden_layers * 2 * length * per_layer + self.attention_flops(length) + head
+
+    def attention_flops(self, length):
+        """Those of scores and mix, over all layers: 4 H K for each of length (length + 1) / 2 visible pairs."""
+        return self.num_hidden_layers * 2 * self.num_attention_heads * self.head_dim * length * (length + 1)
 
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}

@@ -65,7 +65,7 @@ def _front_matter(base, sources, tags):
 def _repository(name):
     """org/name of a hub name, its [split] and @revision left out; None for a file or folder."""
     name = name.partition("[")[0]
-    return hub.parse(name)[0] if hub.parse(name) and not Path(name).exists() else None
+    return None if Path(name).exists() else hub.repository(name)
 
 
 def _metrics(run):
