@@ -322,14 +322,14 @@ def write_report(folder, rows, **more):
 def read_rows(path):
     """Rows of a csv with columns category, chi, xb. ValueError naming line and column.
 
-    Of the others, n and the indices become numbers and control a bool; the rest stays text.
+    Of the others, n and the indices become numbers, where a row has them, and control a bool; the rest stays text.
     """
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for line, row in enumerate(rows, 2):
         if "control" in row:
             row["control"] = row["control"] == "True"
-        for name in {"chi", "xb"} | ({"n", "eta2", *EXTRA} & row.keys()):
+        for name in ["chi", "xb", *[name for name in ("n", "eta2", *EXTRA) if row.get(name)]]:
             try:
                 row[name] = float(row[name])
             except (KeyError, TypeError, ValueError) as error:

@@ -380,6 +380,13 @@ def test_score_command_names_what_is_wrong(tmp_path):
         aqi.main(["score", write_csv(tmp_path / "b.csv", [], ("category", "chi", "xb"))])
 
 
+def test_rows_that_know_their_n_beside_rows_that_do_not(tmp_path):
+    """n where known: a cell left empty is no n. Row b is then taken as balanced, n = 4 * 12 * 2 + 2 = 98: 100 * 11 / (12 + 96) = 10.185."""
+    rows = read_rows(write_csv(tmp_path / "a.csv", [("a", 10, 3.5, 1400), ("b", 12, 2, "")], ("category", "chi", "xb", "n")))
+    assert rows[0]["n"] == 1400 and not rows[1]["n"]
+    assert [row["aqi"] for row in score(rows, "sweep")] == pytest.approx([100 * 9 / (10 + 1398), 100 * 11 / 108])
+
+
 def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     steps = [0.0, 0.5, 1.0]
