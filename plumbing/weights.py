@@ -412,8 +412,8 @@ def save_adapter(model, directory, base):
 def load_adapter(model, directory):
     """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none (a sharded model must have them already).
 
-    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer) and for another rank,
-    alpha or choice of layers than the model's.
+    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer), for an initialisation that
+    took something off the base's weights (PiSSA, OLoRA, ..), and for another rank, alpha or choice of layers than the model's.
     """
     directory = Path(directory)
     raw = json.loads((directory / ADAPTER_CONFIG).read_text())
@@ -421,6 +421,8 @@ def load_adapter(model, directory):
     off = ("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "rank_pattern", "alpha_pattern")
     problems = [f"{key}={raw[key]!r}, expected {value!r}" for key, value in plain.items() if raw.get(key, value) != value]
     problems += [f"{key}={raw[key]!r}, expected it off" for key in off if raw.get(key)]
+    if (init := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva"):
+        problems.append(f"init_lora_weights={init!r}: made for a base with other weights; expected it converted to a plain LoRA (see peft)")
     targets = raw["target_modules"]
     if not isinstance(targets, list):
         problems.append(f"target_modules={targets!r}, expected a list of layer names")

@@ -513,6 +513,7 @@ def test_merge_into_bfloat16_rounds_once(base, tokenizer, tmp_path):
     [
         (dict(use_rslora=True), "use_rslora=True, expected it off"),
         (dict(bias="all"), "bias='all', expected 'none'"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4': made for a base with other weights"),
         (dict(target_modules="all-linear"), "target_modules='all-linear', expected a list"),
         (dict(r=4), "r=4, the model has 3"),
         (dict(lora_alpha=8), "lora_alpha=8, the model has 7"),
