@@ -274,7 +274,6 @@ def test_prompts_are_sampled_as_pandas_does(tmp_path):
     frame["label"] = (frame["label"] == "safe").astype(int)
     expected = pandas.concat([group.sample(100, random_state=42) for _, group in frame.groupby(["axiom", "label"])])
     assert prompts.texts == expected["input"].tolist()
-    assert prompts.rows.tolist() == expected.index.tolist()
     assert prompts.label.tolist() == expected["label"].tolist()
     assert [prompts.axioms[a] for a in prompts.axiom] == expected["axiom"].tolist() and prompts.axioms == ["Care", "Duty"]
     assert len(said) == 1 and said[0].endswith("2 axioms, 400 of 600 texts; 0 dropped")
