@@ -48,8 +48,11 @@ class Tokenizer:
 
     def __init__(self, files: dict[str, bytes], origin: str):
         self.files, self.origin = files, origin
-        config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
-        self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        try:
+            config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
+            self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # the library has nothing narrower
+            raise ValueError(f"tokenizer {origin}: a file of it is torn, or of a version that is not known here: {error}") from error
         self.core.no_truncation()
         self.core.no_padding()
         self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from

@@ -5,7 +5,6 @@ Module names are Hugging Face's, so their weights load strictly with no key map.
 """
 
 import functools
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 from kernels import attention, rms_norm, rotate_reference
+from plumbing.folders import read_json
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear of a block
 
@@ -126,11 +126,11 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", 
 
 
 def read_config(directory):
-    """config.json of a model folder, as a dict. ValueError when there is none."""
+    """config.json of a model folder, as a dict. ValueError when there is none, or a torn one."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory}: no config.json there; expected a Hugging Face model folder")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _config_from_hf(raw, source):

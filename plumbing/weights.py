@@ -25,6 +25,7 @@ from falcon import Falcon, FalconConfig
 from kernels import split_master
 from model import Llama, LlamaConfig, LoRALinear, apply_lora, read_config
 from plumbing import hub, parallel
+from plumbing.folders import read_json
 from plumbing.logbook import progress_bar, write_json
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,7 +140,7 @@ def find_folder(path_or_repo):
 def weight_files(directory):
     """The safetensors files of a model folder, by its index. ValueError when one is missing."""
     index = directory / WEIGHTS_INDEX
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         pickles = sorted(path.name for path in directory.glob("*.bin"))
@@ -416,7 +417,7 @@ def load_adapter(model, directory):
     took something off the base's weights (PiSSA, OLoRA, ..), and for another rank, alpha or choice of layers than the model's.
     """
     directory = Path(directory)
-    raw = json.loads((directory / ADAPTER_CONFIG).read_text())
+    raw = read_json(directory / ADAPTER_CONFIG)
     plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
     off = ("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "rank_pattern", "alpha_pattern")
     problems = [f"{key}={raw[key]!r}, expected {value!r}" for key, value in plain.items() if raw.get(key, value) != value]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -327,6 +328,15 @@ def test_truncated_weights_are_named(base, size):
     file = base / "model.safetensors"
     os.truncate(file, size % file.stat().st_size)
     with pytest.raises(ValueError, match="model.safetensors: truncated, or not a safetensors file"):
+        load_pretrained(base)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b'{"a": ', b"\xff"])
+def test_torn_files_beside_the_weights_are_named(base, name, content):
+    (base / name).write_bytes(content)
+    named = f"tokenizer {base}: a file of it is torn" if name.startswith("tokenizer") else f"{base / name}: missing or torn"
+    with pytest.raises(ValueError, match=re.escape(named)):
         load_pretrained(base)
 
 
