@@ -422,7 +422,7 @@ def load_adapter(model, directory):
     off = ("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "rank_pattern", "alpha_pattern")
     problems = [f"{key}={raw[key]!r}, expected {value!r}" for key, value in plain.items() if raw.get(key, value) != value]
     problems += [f"{key}={raw[key]!r}, expected it off" for key in off if raw.get(key)]
-    if (init := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva"):
+    if (init := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva", "mica"):
         problems.append(f"init_lora_weights={init!r}: made for a base with other weights; expected it converted to a plain LoRA (see peft)")
     targets = raw["target_modules"]
     if not isinstance(targets, list):

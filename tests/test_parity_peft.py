@@ -60,7 +60,9 @@ def test_logits_and_adapter_gradients(targets):
     assert max(relative_error(grads[name], expected[name]) for name in grads) < 1e-4
 
 
-@pytest.mark.parametrize("init, fits", [(True, True), ("gaussian", True), ("orthogonal", True), ("pissa", False), ("olora", False)])
+@pytest.mark.parametrize(
+    "init, fits", [(True, True), ("gaussian", True), ("orthogonal", True), ("mica", True), ("pissa", False), ("olora", False)]
+)
 @torch.no_grad()
 def test_adapters_of_every_initialisation(init, fits, tmp_path):
     """PiSSA and OLoRA take B A off the base's weights before training: on the weights of the file their adapters are another model."""
@@ -68,7 +70,7 @@ def test_adapters_of_every_initialisation(init, fits, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**ours.config.to_hf()))
     theirs.load_state_dict(ours.state_dict(), strict=True)
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=init))
-    for param in (param for name, param in theirs.named_parameters() if "lora_B" in name):
+    for param in (param for name, param in theirs.named_parameters() if "lora_" in name):
         param.add_(0.1)  # as if trained
     theirs.save_pretrained(tmp_path)
     if not fits:
