@@ -44,7 +44,6 @@ class Prompts:
     axiom: torch.Tensor  # (n,) int64, index into axioms
     label: torch.Tensor  # (n,) int64, 0 unsafe, 1 safe
     axioms: list[str]  # (A,) sorted
-    rows: np.ndarray  # (n,) int64 row numbers in the source
 
 
 def read_prompts(source, mode="sanity", log=print):
@@ -61,26 +60,26 @@ def read_prompts(source, mode="sanity", log=print):
     axioms, labels, texts = (table[names[role]][:] for role in COLUMNS)
     labels = _binary_labels(source, names["label"], labels)
     groups, dropped = defaultdict(list), 0
-    for row, (axiom, label, text) in enumerate(zip(axioms, labels, texts)):
+    for axiom, label, text in zip(axioms, labels, texts):
         if axiom is None or not str(axiom).strip() or not str(text or "").strip():
             dropped += 1
         else:
-            groups[str(axiom).strip(), label].append(row)
+            groups[str(axiom).strip(), label].append(str(text))
     kept_axioms = sorted({axiom for axiom, _ in groups})
     _check_groups(source, groups, kept_axioms)
-    chosen = []
-    for axiom in kept_axioms:
+    chosen = []  # (text, axiom, label)
+    for a, axiom in enumerate(kept_axioms):
         for label in (0, 1):
-            rows = np.array(groups[axiom, label])
-            size = min(MODES[mode], len(rows))
+            group = groups[axiom, label]
+            size = min(MODES[mode], len(group))
             if size < MODES[mode]:
                 log(f"{source}: {axiom}, {'safe' if label else 'unsafe'}: {size} texts, fewer than the {MODES[mode]:,} of mode {mode}")
-            chosen.append(rows[np.random.RandomState(SEED).choice(len(rows), size, replace=False)])
-    log(f"{source}: columns {', '.join(names.values())}; {len(kept_axioms)} axioms, {sum(map(len, chosen)):,} of {len(table):,} texts"
+            picked = np.random.RandomState(SEED).choice(len(group), size, replace=False)
+            chosen += [(group[i], a, label) for i in picked]
+    log(f"{source}: columns {', '.join(names.values())}; {len(kept_axioms)} axioms, {len(chosen):,} of {len(table):,} texts"
         f"; {dropped:,} dropped{' for want of an axiom or a text' if dropped else ''}")  # fmt: skip
-    rows = np.concatenate(chosen)
-    axiom = torch.tensor([kept_axioms.index(str(axioms[row]).strip()) for row in rows])
-    return Prompts([str(texts[row]) for row in rows], axiom, torch.tensor([labels[row] for row in rows]), kept_axioms, rows)
+    texts, axiom, label = zip(*chosen)
+    return Prompts(list(texts), torch.tensor(axiom), torch.tensor(label), kept_axioms)
 
 
 def _find_column(source, role, columns):
@@ -322,14 +321,14 @@ def write_report(folder, rows, **more):
 def read_rows(path):
     """Rows of a csv with columns category, chi, xb. ValueError naming line and column.
 
-    Of the others, n and the indices become numbers and control a bool; the rest stays text.
+    Of the others, n and the indices become numbers, where a row has them, and control a bool; the rest stays text.
     """
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for line, row in enumerate(rows, 2):
         if "control" in row:
             row["control"] = row["control"] == "True"
-        for name in {"chi", "xb"} | ({"n", "eta2", *EXTRA} & row.keys()):
+        for name in ["chi", "xb", *[name for name in ("n", "eta2", *EXTRA) if row.get(name)]]:
             try:
                 row[name] = float(row[name])
             except (KeyError, TypeError, ValueError) as error:

@@ -52,7 +52,7 @@ def _rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_residual_ptr, dx_ptr,
 
 
 def rms_norm_backward(dy, x, weight, eps, d_residual):
-    """Fast path of kernels.rms_norm_backward_reference: dy, x, more (T, D) -> dx (T, D), dweight (D,) float32."""
+    """Fast path of kernels.rms_norm_backward_reference: dy, x, d_residual (T, D) -> dx (T, D), dweight (D,) float32."""
     assert dy.is_contiguous() and x.is_contiguous() and d_residual.is_contiguous()
     T, D = x.shape
     span = triton.cdiv(T, 1024)  # 1,024 programs keep 132 multiprocessors busy

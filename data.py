@@ -48,14 +48,17 @@ class Tokenizer:
 
     def __init__(self, files: dict[str, bytes], origin: str):
         self.files, self.origin = files, origin
-        config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
-        self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        try:
+            config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
+            self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # the library has nothing narrower
+            raise ValueError(f"tokenizer {origin}: a file of it is torn, or of a version that is not known here: {error}") from error
         self.core.no_truncation()
         self.core.no_padding()
         self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
         self.bos_token, self.eos_token = (_text(config.get(key)) for key in ("bos_token", "eos_token"))
         self.bos_id, self.eos_id = map(self.single_id, (self.bos_token, self.eos_token))
-        self.vocab_size = self.core.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(self.core.get_vocab(with_added_tokens=True).values()) + 1  # of which some ids may be no token's
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates
@@ -386,8 +389,8 @@ class Documents:
     @cached_property
     def num_targets(self) -> np.ndarray:
         """(n,) int64 positions that predict a supervised token; a document's first token is predicted by nothing."""
-        supervised = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])[self.offsets]
-        return np.diff(supervised) - self.loss_mask[self.offsets[:-1]]
+        first = self.offsets[:-1]
+        return np.add.reduceat(self.loss_mask, first, dtype=np.int64) - self.loss_mask[first]  # no document is empty
 
     def flops(self, config, ids) -> np.ndarray:
         """(B,) forward FLOPs of documents `ids`; the vocabulary matmul runs on supervised positions only."""

@@ -5,7 +5,6 @@ Module names are Hugging Face's, so their weights load strictly with no key map.
 """
 
 import functools
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 from kernels import attention, rms_norm, rotate_reference
+from plumbing.folders import read_json
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear of a block
 
@@ -114,19 +114,23 @@ class LlamaConfig:
         """
         D, HK, GK = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         per_layer = 2 * D * HK + 2 * D * GK + 3 * D * self.intermediate_size  # weights of q and o, k and v, gate and up and down
-        blocks = self.num_hidden_layers * (2 * length * per_layer + 2 * HK * length * (length + 1))  # scores and mix: 4 HK per visible pair
-        return blocks + 2 * D * self.vocab_size * (length if logits is None else logits)
+        head = 2 * D * self.vocab_size * (length if logits is None else logits)
+        return self.num_hidden_layers * 2 * length * per_layer + self.attention_flops(length) + head
+
+    def attention_flops(self, length):
+        """Those of scores and mix, over all layers: 4 H K for each of length (length + 1) / 2 visible pairs."""
+        return self.num_hidden_layers * 2 * self.num_attention_heads * self.head_dim * length * (length + 1)
 
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 def read_config(directory):
-    """config.json of a model folder, as a dict. ValueError when there is none."""
+    """config.json of a model folder, as a dict. ValueError when there is none, or a torn one."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory}: no config.json there; expected a Hugging Face model folder")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _config_from_hf(raw, source):
@@ -144,18 +148,22 @@ def _config_from_hf(raw, source):
     if missing := [key for key in required if raw.get(key) is None]:
         raise ValueError(f"{source}: {', '.join(missing)}: missing; expected in every {raw['model_type']} config")
     heads, model_type = raw["num_attention_heads"], raw["model_type"]
+    kv_heads, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(f"{source}: num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple "
+                         f"of the key/value heads, and an even head size (RoPE turns pairs)")  # fmt: skip
     attention_bias = model_type == "llama" and raw.get("attention_bias", False)
     rope_theta, rope_scaling = rope_from_hf(raw, source)
     windowed = model_type == "mistral" or (model_type == "qwen2" and raw.get("use_sliding_window", False))
     eos = raw.get("eos_token_id")
     return LlamaConfig(
         **{key: raw[key] for key in required},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        sliding_window=raw.get("sliding_window") if windowed else None,
-        max_window_layers=raw.get("max_window_layers", 28) if windowed and model_type == "qwen2" else None,  # 28: transformers' default
+        sliding_window=raw.get("sliding_window", 4096) if windowed else None,  # 4096 and 28: transformers' defaults
+        max_window_layers=raw.get("max_window_layers", 28) if windowed and model_type == "qwen2" else None,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         qkv_bias=model_type == "qwen2" or attention_bias,
         o_bias=attention_bias,
@@ -416,7 +424,7 @@ def merge_lora(model):
 @contextmanager
 def adapters_disabled(model):
     """Within the context the model is the frozen base: the DPO reference, at no memory cost."""
-    adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    adapters = [m for m in model.modules() if isinstance(m, LoRALinear) and m.enabled]
     for adapter in adapters:
         adapter.enabled = False
     try:

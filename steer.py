@@ -34,6 +34,7 @@ import aqi
 from data import Tokenizer, encode_chat, find_schema, open_source, resolve_template
 from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, hub, parallel, registry
+from plumbing.folders import read_json
 from plumbing.logbook import progress_bar, write_json
 from plumbing.weights import open_safetensors
 from steering import (
@@ -75,7 +76,7 @@ def locate(path):
     folder = checkpoint.find_folder(path)
     if not (folder / "adapter_config.json").is_file():
         return folder, None
-    raw = json.loads((folder / "adapter_config.json").read_text())
+    raw = read_json(folder / "adapter_config.json")
     base, revision = raw["base_model_name_or_path"], raw.get("revision")  # the revision is the base model's
     return checkpoint.resolve(f"{base}@{revision}" if revision and not Path(base).is_dir() else base), folder
 

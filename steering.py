@@ -75,7 +75,8 @@ def spectrum(differences, components=5):
     the mean; effective_rank: exp of the entropy of the raw shares (of squared singular values; Roy & Vetterli 2007
     take the values themselves); rank_one: the first raw share, D-STEER's claim.
     A full decomposition, so no seed, through the Gram matrix of the smaller side in float64; a component's sign is the one that agrees with
-    the mean, its norm the mean's. Differences that are all zero have no share to give: zeros, and an effective rank of 1.
+    the mean, its norm the mean's; one with less than 1e-12 of the first's share is rounding, and zero. Differences that are all zero have
+    no share to give: zeros, and an effective rank of 1.
     """
     X = differences.double()
     mean = X.mean(0)
@@ -84,12 +85,13 @@ def spectrum(differences, components=5):
         """Shares, descending, and the directions (D, min(n, D)) they belong to, of any length."""
         is_wide = len(X) < X.shape[1]
         values, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        values, vectors = values.flip(0), vectors.flip(1)
+        values = torch.where(values > 1e-12 * values[0], values, 0.0)
         return values / values.sum().clamp(min=1e-300), X.T @ vectors if is_wide else vectors
 
     shares, directions = decompose(X)
     centred, _ = decompose(X - mean)
-    directions = directions[:, :components]
+    directions = directions[:, :components] * (shares[:components] > 0)
     directions = directions / directions.norm(dim=0).clamp(min=1e-30) * mean.norm()
     directions = directions * torch.where(mean @ directions < 0, -1.0, 1.0)
     entropy = -(shares * shares.clamp(min=1e-300).log()).sum()

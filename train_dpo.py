@@ -160,6 +160,8 @@ def evaluate(model, pairs, reference, config, ranks, log):
     errors = 1.96 * ((squares - means.square()).clamp(min=0) / len(pairs)).sqrt()
     intervals = ("rewards/margins", "rewards/accuracies")
     metrics = {f"eval/{name}": mean.item() for name, mean in zip(METRICS, means, strict=True)}
+    if config.sft_weight:  # as in training
+        metrics["eval/loss"] -= config.sft_weight * len(pairs) * metrics["eval/logps/chosen"] / int(pairs.chosen.num_targets.sum())
     return metrics | {f"eval/{name}_ci95": errors[METRICS.index(name)].item() for name in intervals}
 
 

@@ -143,13 +143,16 @@ def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, path=None
     least min(n, 50). KL after 500 steps from one start, here and scikit-learn's exact and tree codes (same formula): n = 200: 0.99, 1.77,
     1.72; 400: 1.64, 2.00, 2.33; 1,400: 2.42, 3.54, 2.45. path: "plain", "fused" (tsne_kernels.py), or None: fused for three dimensions
     on CUDA.
-    ValueError for values that are not finite, fewer points than 2 + perplexity, or a path that cannot run.
+    ValueError for values that are not finite, fewer points than 2 + perplexity, points that are all the same (they have no principal
+    component to start from), or a path that cannot run.
     """
     n = len(X)
     if not torch.isfinite(X).all():
         raise ValueError(f"tsne: X has {int((~torch.isfinite(X)).sum())} values that are NaN or infinite; expected none")
     if n < perplexity + 2:
         raise ValueError(f"tsne: {n} points at perplexity {perplexity:g}; expected at least {math.ceil(perplexity) + 2} points")
+    if (X == X[0]).all():
+        raise ValueError(f"tsne: all {n} points are the same; expected two that differ")
     path = path or ("fused" if X.is_cuda and dims == 3 else "plain")
     conditional, gradient = _path(X, dims, path)
     P = joint_probabilities(X, perplexity, conditional=conditional)

@@ -94,11 +94,6 @@ class Sizes:
 # ---------------------------------------------------------------- a pass over data
 
 
-def attention_flops(shape, length):
-    """Forward FLOPs of scores and mix of one document, over all layers; `length` may be an int64 array."""
-    return shape.num_hidden_layers * 2 * shape.num_attention_heads * shape.head_dim * length * (length + 1)
-
-
 @dataclass(frozen=True)
 class Pass:
     """What one forward pass over a dataset computes."""
@@ -120,9 +115,9 @@ class Pass:
 
         keys, targets = (int(sum(side[i].sum() for side in documents)) for i in (0, 1))
         flops = total(lambda length: shape.flops(length, logits=0)) + shape.flops(0, logits=targets)
-        slow = total(lambda length: attention_flops(shape, length) / np.maximum(length, 1) * (length + ATTENTION_HALF))
+        slow = total(lambda length: shape.attention_flops(length) / np.maximum(length, 1) * (length + ATTENTION_HALF))
         tokens = keys - int(np.sum(prefixes))
-        return cls(len(documents[0][0]), tokens, keys, targets, flops, total(lambda n: attention_flops(shape, n)), slow)
+        return cls(len(documents[0][0]), tokens, keys, targets, flops, total(shape.attention_flops), slow)
 
     def times(self, factor):
         """The pass made `factor` times."""
@@ -210,8 +205,7 @@ def training_seconds(work, model, config, gpu):
     rate, matmuls = gpu.tflops * 1e12 * MATMUL, work.flops - work.attention
     matmuls_trained = training_flops(model, matmuls, work.tokens) / (rate * (LORA if config.lora_rank else FULL))
     attention = 3.5 * work.slow_attention / (rate * ATTENTION)  # backward: five products to forward's two, under LoRA too
-    head = 2 * model.config.hidden_size * model.config.vocab_size * work.targets
-    again = dataclasses.replace(work, flops=work.flops - head)
+    again = dataclasses.replace(work, flops=work.flops - model.config.flops(0, logits=work.targets))  # all but lm_head
     return matmuls_trained + attention + {"none": 0, "half": 0.5, "full": 1}[config.recompute] * forward_seconds(again, gpu)
 
 

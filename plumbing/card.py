@@ -25,14 +25,12 @@ def card(run_dir):
     """The card's text: YAML front matter as the hub reads it, then what was trained, how it went, every value that decides the numbers."""
     run = read(run_dir)
     stage = run.manifest["stage"]
-    configs = _lineage(run.config)
-    base = configs[-1]["model_path"]
-    sources = [name for config in reversed(configs) for name in config["data"]]
+    lineage = _lineage(Path(run_dir))
     decisive = {field.name: run.config[field.name] for field in dataclasses.fields(SECTIONS[stage]) if field.metadata["identity"]}
     name = "/".join(Path(run_dir).absolute().parts[-2:])
     steps = run.points("loss")[0][-1]
     parts = [
-        _front_matter(base, sources, [stage, *(["lora"] if run.config["lora_rank"] else []), "glassbox"]),
+        _front_matter(lineage, [stage, *(["lora"] if run.config["lora_rank"] else []), "glassbox"]),
         f"# {name}\n\n{WHAT[stage]} of `{run.config['model_path']}` on {', '.join(f'`{source}`' for source in run.config['data'])}, "
         f"{steps:,} optimizer steps of {run.config['global_batch_size']:,} examples with Glassbox. The chat template is the tokenizer's.",
         f"## Metrics\n\nOf the training steps and, `eval/`, of held-out data; ± is half of a 95 % interval.\n\n{_metrics(run)}",
@@ -43,28 +41,25 @@ def card(run_dir):
     return "\n\n".join(parts) + "\n"
 
 
-def _lineage(config):
-    """This run's config, that of the run whose final/ it started from, and so on."""
-    before = Path(config["model_path"]).parent / "config.json"
-    if Path(config["model_path"]).name != "final" or not before.is_file():
-        return [config]
-    return [config, *_lineage(json.loads(before.read_text()))]
+def _lineage(run_dir):
+    """[(config, manifest)] of this run, of the run whose final/ it started from, and so on."""
+    config, manifest = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("config", "manifest"))
+    before = Path(config["model_path"]).parent
+    if Path(config["model_path"]).name != "final" or not (before / "config.json").is_file():
+        return [(config, manifest)]
+    return [(config, manifest), *_lineage(before)]
 
 
-def _front_matter(base, sources, tags):
-    """Only what the hub can look up is named: a folder of this machine is in the configuration below. JSON is YAML."""
-    on_hub = [repository for repository in map(_repository, sources) if repository]
+def _front_matter(lineage, tags):
+    """Only what came from the hub is named, as org/name: a folder of this machine is in the configuration below. JSON is YAML."""
+    sources = [(name.partition("[")[0], manifest["hub"]) for config, manifest in reversed(lineage) for name in config["data"]]
+    datasets = dict.fromkeys(hub.repository(name) for name, commits in sources if f"datasets/{name}" in commits)
+    base, commits = lineage[-1][0]["model_path"], lineage[-1][1]["hub"]
     lines = ["---", "# license: yours to state; the terms of the base model and of the data apply", "library_name: transformers"]
     lines += ["pipeline_tag: text-generation"]
-    lines += [f"base_model: {json.dumps(_repository(base))}"] if _repository(base) else []
-    lines += [f"datasets: {json.dumps(list(dict.fromkeys(on_hub)))}"] if on_hub else []
+    lines += [f"base_model: {json.dumps(hub.repository(base))}"] if base in commits else []
+    lines += [f"datasets: {json.dumps(list(datasets))}"] if datasets else []
     return "\n".join([*lines, f"tags: {json.dumps(tags)}", "---"])
-
-
-def _repository(name):
-    """org/name of a hub name, its [split] and @revision left out; None for a file or folder."""
-    name = name.partition("[")[0]
-    return hub.parse(name)[0] if hub.parse(name) and not Path(name).exists() else None
 
 
 def _metrics(run):

@@ -44,7 +44,8 @@ class Steering:
 def read(folder):
     """The Run or the Steering of a folder. ValueError, naming folder or file, when it is neither, or a file of it is torn."""
     if (folder / "metrics.jsonl").is_file():
-        config, manifest, lines = _json(folder / "config.json"), _json(folder / "manifest.json"), _json_lines(folder / "metrics.jsonl")
+        config, manifest = (read_json(folder / f"{name}.json") for name in ("config", "manifest"))
+        lines = _json_lines(folder / "metrics.jsonl")
         if not any("loss" in line for line in lines):
             raise ValueError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
         lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]  # logbook.finite
@@ -54,21 +55,22 @@ def read(folder):
         samples = folder / "samples.jsonl"
         return Run(folder, config, manifest, lines, _json_lines(samples) if samples.is_file() else [])
     if (folder / "vector.safetensors").is_file():
-        layers = _json(folder / "spectrum.json")["layers"] if (folder / "spectrum.json").is_file() else []
+        layers = read_json(folder / "spectrum.json")["layers"] if (folder / "spectrum.json").is_file() else []
         spectrum = [layer | {"centred": layer["explained_centred"][0]} for layer in layers]
-        sweeps = {path.parent: _json(path) for path in sorted(folder.glob("*/aqi.json"))}
+        sweeps = {path.parent: read_json(path) for path in sorted(folder.glob("*/aqi.json"))}
         if not sweeps and not spectrum:
             raise ValueError(f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run")
-        return Steering(folder, _json(folder / "manifest.json"), spectrum, sweeps)
+        return Steering(folder, read_json(folder / "manifest.json"), spectrum, sweeps)
     if (folder / "aqi.json").is_file():
-        return Steering(folder, {}, [], {folder: _json(folder / "aqi.json")})
+        return Steering(folder, {}, [], {folder: read_json(folder / "aqi.json")})
     raise ValueError(f"{folder}: expected a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)")
 
 
-def _json(path):
+def read_json(path):
+    """What a JSON file holds. ValueError naming the file when it is missing or torn."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+    except (FileNotFoundError, ValueError) as error:  # the latter: no JSON, or no text
         raise ValueError(f"{path}: missing or torn ({error})") from error
 
 

@@ -16,6 +16,11 @@ def parse(name):
     return match and match.groups()
 
 
+def repository(name):
+    """org/name of a hub name, its revision left out; None for anything else."""
+    return (parse(name) or [None])[0]
+
+
 def dataset_commit(name):
     """The commit that a pinned data set name means; None without a pin. ValueError when the hub does not say."""
     repository, revision = parse(name)

@@ -81,7 +81,7 @@ def find_model(stage, config, path):
             return shape, folder, f"{config.model_path}, to come from {origin}"
     if folder is not None:
         return LlamaConfig.from_hf(folder), folder, config.model_path
-    name = _unpinned(config.model_path)
+    name = hub.repository(config.model_path)
     if name not in SHAPES:
         known = f"a folder (its config.json is enough), or one of {', '.join(SHAPES)}"
         raise ValueError(f"model_path={config.model_path!r}: not on this machine; expected {known}")
@@ -94,11 +94,6 @@ def _folder(model_path):
     name = hub.parse(model_path)
     cached = try_to_load_from_cache(name[0], "config.json", revision=name[1]) if name else None
     return Path(cached).parent if isinstance(cached, str) else None
-
-
-def _unpinned(name):
-    """A hub name without its revision, anything else as it is."""
-    return (hub.parse(name) or [name])[0]
 
 
 def count_data(stage, config, shape, folder, log=print):
@@ -116,7 +111,7 @@ def count_data(stage, config, shape, folder, log=print):
     held_out = _estimated_pass(stage, config, config.data, share, shape) if share else None
     if isinstance(config.data_eval, dict):
         held_out = _estimated_pass(stage, config, config.data_eval, 1.0, shape)
-    sourced = "; ".join(f"{name}: {ESTIMATES[_unpinned(name)].source}" for name in sources)
+    sourced = "; ".join(f"{name}: {ESTIMATES[hub.repository(name)].source}" for name in sources)
     return train, held_out, f"estimate, every example at the mean; {sourced}"
 
 
@@ -129,10 +124,9 @@ def _estimated_pass(stage, config, data, share, shape):
     """Every example of `data` at the mean length, cut at max_seq_len."""
     lengths, targets, prefixes = [], [], []
     for name, amount in data.items():
-        if _unpinned(name) not in ESTIMATES:
+        if (known := ESTIMATES.get(hub.repository(name))) is None:
             hint = f"a local file (with a model folder, for its tokenizer), or one of {', '.join(ESTIMATES)}"
             raise ValueError(f"data {name!r}: cannot be counted here; expected {hint}")
-        known = ESTIMATES[_unpinned(name)]
         rows = int(share * (amount * known.rows if isinstance(amount, float) else amount))
         prompt, length = (min(tokens, config.max_seq_len) for tokens in (known.prompt, known.prompt + known.answer))
         for column, value in ((lengths, length), (targets, length - prompt), (prefixes, prompt)):

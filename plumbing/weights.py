@@ -25,6 +25,7 @@ from falcon import Falcon, FalconConfig
 from kernels import split_master
 from model import Llama, LlamaConfig, LoRALinear, apply_lora, read_config
 from plumbing import hub, parallel
+from plumbing.folders import read_json
 from plumbing.logbook import progress_bar, write_json
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,7 +140,7 @@ def find_folder(path_or_repo):
 def weight_files(directory):
     """The safetensors files of a model folder, by its index. ValueError when one is missing."""
     index = directory / WEIGHTS_INDEX
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         pickles = sorted(path.name for path in directory.glob("*.bin"))
@@ -271,8 +272,9 @@ def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
 
 def check_vocabulary(config, tokenizer):
     """ValueError when the tokenizer makes ids that the embedding has no row for (fewer ids than rows is common padding)."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only vocab_size={config.vocab_size} rows")
+    last, rows = tokenizer.vocab_size - 1, config.vocab_size
+    if last >= rows:
+        raise ValueError(f"the tokenizer's ids go up to {last}, the model's embedding only has vocab_size={rows} rows")
 
 
 # ---------------------------------------------------------------- writing
@@ -411,15 +413,17 @@ def save_adapter(model, directory, base):
 def load_adapter(model, directory):
     """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none (a sharded model must have them already).
 
-    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer) and for another rank,
-    alpha or choice of layers than the model's.
+    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer), for an initialisation that
+    took something off the base's weights (PiSSA, OLoRA, ..), and for another rank, alpha or choice of layers than the model's.
     """
     directory = Path(directory)
-    raw = json.loads((directory / ADAPTER_CONFIG).read_text())
+    raw = read_json(directory / ADAPTER_CONFIG)
     plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
     off = ("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "rank_pattern", "alpha_pattern")
     problems = [f"{key}={raw[key]!r}, expected {value!r}" for key, value in plain.items() if raw.get(key, value) != value]
     problems += [f"{key}={raw[key]!r}, expected it off" for key in off if raw.get(key)]
+    if (init := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva", "mica"):
+        problems.append(f"init_lora_weights={init!r}: made for a base with other weights; expected it converted to a plain LoRA (see peft)")
     targets = raw["target_modules"]
     if not isinstance(targets, list):
         problems.append(f"target_modules={targets!r}, expected a list of layer names")

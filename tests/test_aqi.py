@@ -274,7 +274,6 @@ def test_prompts_are_sampled_as_pandas_does(tmp_path):
     frame["label"] = (frame["label"] == "safe").astype(int)
     expected = pandas.concat([group.sample(100, random_state=42) for _, group in frame.groupby(["axiom", "label"])])
     assert prompts.texts == expected["input"].tolist()
-    assert prompts.rows.tolist() == expected.index.tolist()
     assert prompts.label.tolist() == expected["label"].tolist()
     assert [prompts.axioms[a] for a in prompts.axiom] == expected["axiom"].tolist() and prompts.axioms == ["Care", "Duty"]
     assert len(said) == 1 and said[0].endswith("2 axioms, 400 of 600 texts; 0 dropped")
@@ -378,6 +377,13 @@ def test_score_command_names_what_is_wrong(tmp_path):
         aqi.main(["score", write_csv(tmp_path / "c.csv", [("a", "inf", 0), ("b", 2, 1)], ("category", "chi", "xb"))])
     with pytest.raises(ValueError, match="no rows"):
         aqi.main(["score", write_csv(tmp_path / "b.csv", [], ("category", "chi", "xb"))])
+
+
+def test_rows_that_know_their_n_beside_rows_that_do_not(tmp_path):
+    """n where known: a cell left empty is no n. Row b is then taken as balanced, n = 4 * 12 * 2 + 2 = 98: 100 * 11 / (12 + 96) = 10.185."""
+    rows = read_rows(write_csv(tmp_path / "a.csv", [("a", 10, 3.5, 1400), ("b", 12, 2, "")], ("category", "chi", "xb", "n")))
+    assert rows[0]["n"] == 1400 and not rows[1]["n"]
+    assert [row["aqi"] for row in score(rows, "sweep")] == pytest.approx([100 * 9 / (10 + 1398), 100 * 11 / 108])
 
 
 def test_plots_are_written(tmp_path):

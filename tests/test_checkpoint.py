@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -330,6 +331,15 @@ def test_truncated_weights_are_named(base, size):
         load_pretrained(base)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b'{"a": ', b"\xff"])
+def test_torn_files_beside_the_weights_are_named(base, name, content):
+    (base / name).write_bytes(content)
+    named = f"tokenizer {base}: a file of it is torn" if name.startswith("tokenizer") else f"{base / name}: missing or torn"
+    with pytest.raises(ValueError, match=re.escape(named)):
+        load_pretrained(base)
+
+
 def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, monkeypatch):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(ValueError, match="missing weight files: model.safetensors; pytorch_model.bin is a pickle"):
@@ -343,9 +353,19 @@ def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, mon
 
 def test_tokenizer_larger_than_the_embedding(tokenizer, tmp_path):
     model = random_llama(tiny_config(vocab_size=91))
-    with pytest.raises(ValueError, match="tokenizer has 92 tokens, the model's embedding only vocab_size=91 rows"):
+    with pytest.raises(ValueError, match="tokenizer's ids go up to 91, the model's embedding only has vocab_size=91 rows"):
         save_pretrained(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_with_a_gap_in_its_ids(tmp_path):
+    """Three tokens, but one of them is row 97 of an embedding that ends at row 96."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 97}, unk_token="a"))
+    sparse = Tokenizer({"tokenizer.json": core.to_str().encode(), "tokenizer_config.json": b"{}"}, "sparse")
+    with pytest.raises(ValueError, match="tokenizer's ids go up to 97, the model's embedding only has vocab_size=97 rows"):
+        save_pretrained(random_llama(tiny_config()), sparse, tmp_path / "out")
+    save_pretrained(random_llama(tiny_config(vocab_size=98)), sparse, tmp_path / "out")
+    assert load_pretrained(tmp_path / "out")[1].encode("c") == [97]
 
 
 def test_tied_weights_stored_twice_must_agree_and_rope_tables_are_recomputed(tokenizer, tmp_path):
@@ -503,6 +523,7 @@ def test_merge_into_bfloat16_rounds_once(base, tokenizer, tmp_path):
     [
         (dict(use_rslora=True), "use_rslora=True, expected it off"),
         (dict(bias="all"), "bias='all', expected 'none'"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4': made for a base with other weights"),
         (dict(target_modules="all-linear"), "target_modules='all-linear', expected a list"),
         (dict(r=4), "r=4, the model has 3"),
         (dict(lora_alpha=8), "lora_alpha=8, the model has 7"),

@@ -180,7 +180,8 @@ def test_both_stages_register_and_describe_themselves(world, tmp_path):
 
 
 def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
-    """A DPO run from a local SFT run: base model and data come from both configs, without revision and split; folders are left out.
+    """A DPO run from a local SFT run: base model and data come from both configs, without revision and split; local
+    files are left out, also one that is spelled like a hub name and is no longer there.
 
     The table holds every metric's first and last value."""
     monkeypatch.chdir(tmp_path)
@@ -188,14 +189,15 @@ def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
     shared = dict.fromkeys([field.name for field in dataclasses.fields(SECTIONS["dpo"])])
     shared |= dict(lora_rank=8, global_batch_size=4, loss="simpo")
     configs = {
-        "sft": shared | dict(model_path="org/base@v1", data={"org/chats@main": 1.0, "local.jsonl": 1.0}),
+        "sft": shared | dict(model_path="org/base@v1", data={"org/chats@main": 1.0, "data/gone.jsonl": 1.0}),
         "dpo": shared | dict(model_path="runs/x/sft/final", data={"org/pairs[test]": 100}),
     }
+    commits = {"sft": {"org/base@v1": "c", "datasets/org/chats@main": "c"}, "dpo": {"datasets/org/pairs": "c"}}
     for stage, config in configs.items():
         folder = tmp_path / "runs/x" / stage
         (folder / "final").mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(config))
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"hub": commits[stage]}))
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     evaluations = [{"step": step, "eval/loss": 1 / step, "eval/loss_ci95": 0.1 / step} for step in (1, 4)]
     lines = [{"step": 1, "loss": 2.0}, evaluations[0], {"step": 2, "loss": 3.0}, {"step": 4, "loss": 1.0}, evaluations[1]]

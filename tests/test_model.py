@@ -83,6 +83,13 @@ def test_config_refuses_partial_rotation_inside_rope_parameters(tmp_path):
     assert "partial_rotary_factor=0.5: expected 1" in config_error(tmp_path, rope_parameters=rope)
 
 
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 4, 12), (6, 4, 12), (4, 2, 5)])
+def test_config_refuses_heads_that_do_not_fit(heads, kv_heads, head_dim, tmp_path):
+    """Two query heads on four key/value heads would run, and mean nothing: no head is repeated zero times."""
+    message = config_error(tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
+    assert f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple" in message
+
+
 def test_config_names_missing_keys(tmp_path):
     assert "vocab_size" in config_error(tmp_path, remove=["vocab_size"])
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
@@ -260,6 +267,9 @@ def test_adapters_disabled_is_the_base_bit_for_bit():
     model, base = lora_model(), logits_of(random_llama(tiny_config()), DOCUMENTS)
     with adapters_disabled(model):
         assert torch.equal(logits_of(model, DOCUMENTS), base)
+        with adapters_disabled(model):
+            pass
+        assert torch.equal(logits_of(model, DOCUMENTS), base)  # the inner context gives back what it found
     assert (logits_of(model, DOCUMENTS) - base).abs().max() > 0.1
     with pytest.raises(KeyError), adapters_disabled(model):
         raise KeyError

@@ -5,6 +5,7 @@ import torch
 from tiny_models import next_token_targets, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
 
 from model import LINEARS, LoRALinear, apply_lora, merge_lora
+from plumbing.weights import load_adapter
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -57,6 +58,27 @@ def test_logits_and_adapter_gradients(targets):
     grads = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     assert grads.keys() == expected.keys() and len(grads) == 2 * 3 * len(targets)  # A and B, 3 blocks
     assert max(relative_error(grads[name], expected[name]) for name in grads) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "init, fits", [(True, True), ("gaussian", True), ("orthogonal", True), ("mica", True), ("pissa", False), ("olora", False)]
+)
+@torch.no_grad()
+def test_adapters_of_every_initialisation(init, fits, tmp_path):
+    """PiSSA and OLoRA take B A off the base's weights before training: on the weights of the file their adapters are another model."""
+    ours = random_llama(tiny_config())
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**ours.config.to_hf()))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=init))
+    for param in (param for name, param in theirs.named_parameters() if "lora_" in name):
+        param.add_(0.1)  # as if trained
+    theirs.save_pretrained(tmp_path)
+    if not fits:
+        with pytest.raises(ValueError, match=f"init_lora_weights='{init}'"):
+            load_adapter(ours, tmp_path)
+        return
+    load_adapter(ours, tmp_path)
+    assert (logits_of(ours) - their_logits(theirs)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "o_bias": True}], ids=["plain", "tied", "biases"])

@@ -132,6 +132,14 @@ def test_transformers_4_and_5_spell_the_same_config(tmp_path):
     assert old.rope_theta == 1000.0 and old.rope_scaling.factor == 8.0 and old.eos_token_id == (2, 3)
 
 
+@pytest.mark.parametrize("model_type, switched_on", [("mistral", {}), ("qwen2", {"use_sliding_window": True})])
+def test_a_window_that_config_json_leaves_out(model_type, switched_on, tmp_path):
+    """It is transformers' default, not none: a document that is longer would silently be read without the window."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_1_TRANSFORMERS_4 | {"model_type": model_type, **switched_on}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert LlamaConfig.from_hf(tmp_path).sliding_window == theirs.sliding_window == 4096
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_config_to_hf(name, tmp_path):
     """Our config.json read back by us is the same config, and transformers builds the same model from it."""

@@ -429,7 +429,7 @@ BAD_BASES = {
     "truncated file": (truncate_weights, "truncated, or not a safetensors file"),
     "missing tensor": (lambda base: drop_tensor(base, "model.norm.weight"), "model.norm.weight"),
     "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
-    "other tokenizer": (other_tokenizer, "the model's embedding only vocab_size="),
+    "other tokenizer": (other_tokenizer, "the model's embedding only has vocab_size="),
     "no config": (lambda base: (base / "config.json").unlink(), "no config.json there"),
     "positions": (partial(shape, max_position_embeddings=63), "max_seq_len=64: expected at most the model's max_position_embeddings=63"),
     "window": (partial(shape, model_type="mistral", sliding_window=63), "max_seq_len=64: expected at most the model's sliding_window=63"),

@@ -138,6 +138,16 @@ def test_spectrum_is_numpys_svd(shape):
     assert (found["components"].double() @ torch.from_numpy(mean) > 0).all()
 
 
+@pytest.mark.parametrize("size", [4, 64])
+def test_components_beyond_the_rank_are_zero(size):
+    """One text six times: the mean, and no rounding error blown up to the mean's length beside it."""
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    found = spectrum(x.repeat(6, 1))
+    torch.testing.assert_close(found["components"][0], x)
+    assert found["explained"][0] == pytest.approx(1) and found["effective_rank"] == pytest.approx(1)
+    assert len(found["components"]) > 1 and not found["components"][1:].any()
+
+
 def test_spectrum_knows_no_seed_and_no_order_of_the_texts():
     X = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
     first = spectrum(X)

@@ -293,6 +293,16 @@ def test_evaluation_by_hand(stage):
     assert result == pytest.approx(expected, rel=2e-6)
 
 
+def test_held_out_loss_is_the_training_loss(stage):
+    """With sft_weight too: the pairs of a step, evaluated, have the loss that the step reports."""
+    config = SimpleNamespace(**vars(stage.config) | dict(sft_weight=0.5))
+    ids, reference = np.arange(len(stage.pairs)), fake_reference(stage.pairs)
+    trained, _ = train_dpo.forward_backward(stage.model, stage.pairs, reference, ids, config, stage.ranks)
+    stage.model.zero_grad()
+    held_out = train_dpo.evaluate(stage.model, stage.pairs, reference, config, stage.ranks, SilentLog())
+    assert held_out["eval/loss"] == pytest.approx(trained["loss"], rel=1e-6)
+
+
 def dpo_evaluation(config_path, _, ranks):
     config, pairs, model = stage_parts("dpo", config_path, ranks)
     result = train_dpo.evaluate(model, pairs, fake_reference(pairs), config, ranks, SilentLog())

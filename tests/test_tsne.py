@@ -155,6 +155,15 @@ def test_bad_values(bad):
         tsne(X, 10.0)
 
 
+def test_points_that_are_all_the_same():
+    """Their first principal component has no standard deviation to bring to 1e-4: the embedding would be NaN."""
+    X = torch.ones(20, 4)
+    with pytest.raises(ValueError, match="all 20 points are the same"):
+        tsne(X, 5.0)
+    X[3, 1] = 1.5
+    assert tsne(X, 5.0)[0].isfinite().all()
+
+
 def test_equal_distances_share_the_probability():
     """Corners of a simplex: every beta gives the same row, 1 / 49 each."""
     p = conditional_probabilities(2.0 * (1 - torch.eye(50, dtype=torch.float64)), torch.arange(50), 10.0)
