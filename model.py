@@ -362,7 +362,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=linear.weight.device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=linear.weight.device, dtype=torch.float32))
-        self.scale, self.dropout, self.enabled = alpha / rank, dropout, True
+        self.alpha, self.scale, self.dropout, self.enabled = alpha, alpha / rank, dropout, True
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)

@@ -383,8 +383,7 @@ def _adapter_config(model):
     if not layers:
         return None
     layer = next(iter(layers.values()))
-    rank = layer.lora_A.shape[0]
-    alpha = round(layer.scale * rank, 9)  # undoes alpha / rank
+    rank, alpha = layer.lora_A.shape[0], layer.alpha
     targets = sorted({name.rpartition(".")[2] for name in layers})
     return {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": layer.dropout, "target_modules": targets}
 
@@ -411,8 +410,8 @@ def save_adapter(model, directory, base):
 def load_adapter(model, directory):
     """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none (a sharded model must have them already).
 
-    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer) and for another rank,
-    alpha or choice of layers than the model's.
+    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer, an initialisation that took
+    part of the base's weights away) and for another rank, alpha or choice of layers than the model's.
     """
     directory = Path(directory)
     raw = json.loads((directory / ADAPTER_CONFIG).read_text())
@@ -420,6 +419,8 @@ def load_adapter(model, directory):
     off = ("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "rank_pattern", "alpha_pattern")
     problems = [f"{key}={raw[key]!r}, expected {value!r}" for key, value in plain.items() if raw.get(key, value) != value]
     problems += [f"{key}={raw[key]!r}, expected it off" for key in off if raw.get(key)]
+    if (init := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva"):  # PiSSA, OLoRA, CorDA, LoftQ
+        problems.append(f"init_lora_weights={init!r}, expected one that leaves the base as it is")
     targets = raw["target_modules"]
     if not isinstance(targets, list):
         problems.append(f"target_modules={targets!r}, expected a list of layer names")

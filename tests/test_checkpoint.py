@@ -503,6 +503,7 @@ def test_merge_into_bfloat16_rounds_once(base, tokenizer, tmp_path):
     [
         (dict(use_rslora=True), "use_rslora=True, expected it off"),
         (dict(bias="all"), "bias='all', expected 'none'"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4', expected one that leaves the base as it is"),
         (dict(target_modules="all-linear"), "target_modules='all-linear', expected a list"),
         (dict(r=4), "r=4, the model has 3"),
         (dict(lora_alpha=8), "lora_alpha=8, the model has 7"),
@@ -516,6 +517,18 @@ def test_adapters_that_do_not_fit(base, tmp_path, change, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("alpha", [22.627416997969522, 1e-10])
+def test_any_alpha_comes_back(base, tmp_path, alpha):
+    """To the last bit: nine decimals are not all of 16 sqrt(2), and none of 1e-10."""
+    model = with_adapters(base, alpha=alpha)
+    save_adapter(model, tmp_path / "adapter", base)
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["lora_alpha"] == alpha
+    back, _ = load_pretrained(base)
+    load_adapter(back, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(logits(back), logits(model))
 
 
 def test_adapter_tensors_that_do_not_fit(base, tmp_path):
