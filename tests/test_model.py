@@ -59,6 +59,7 @@ def config_error(tmp_path, remove=(), **changes):
         ("attention_dropout", 0.1),
         ("partial_rotary_factor", 0.5),
         ("pretraining_tp", 2),
+        ("original_max_position_embeddings", 64),  # transformers would take it for the one in rope_parameters
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
     ],
 )
@@ -81,6 +82,13 @@ def test_config_refuses_partial_rotation_inside_rope_parameters(tmp_path):
     """Where transformers 5 writes it."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     assert "partial_rotary_factor=0.5: expected 1" in config_error(tmp_path, rope_parameters=rope)
+
+
+def test_config_refuses_two_rope_spellings_that_differ(tmp_path):
+    """A model card says "add this rope_scaling", and the file has rope_parameters already: transformers 5 would go by rope_scaling."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    assert "rope_scaling={'rope_type': 'llama3'" in config_error(tmp_path, rope_scaling=llama3)
+    assert "rope_scaling: rope_type='yarn'" in config_error(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0})
 
 
 def test_config_names_missing_keys(tmp_path):
