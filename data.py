@@ -48,7 +48,9 @@ class Tokenizer:
 
     def __init__(self, files: dict[str, bytes], origin: str):
         self.files, self.origin = files, origin
-        config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
+        config = json.loads(files["tokenizer_config.json"])
+        if "added_tokens_decoder" not in config:  # as in transformers: without it, this file's names come before the config's
+            config |= json.loads(files.get("special_tokens_map.json", b"{}"))
         self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         self.core.no_truncation()
         self.core.no_padding()

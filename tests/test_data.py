@@ -78,6 +78,16 @@ def test_a_padding_token_is_not_asked_for(tmp_path):
     assert write_tokenizer(tmp_path, pad_token="<pad>").eos_id == 1
 
 
+@pytest.mark.parametrize("changes, eos", [({}, "<|eot_id|>"), ({"added_tokens_decoder": {}}, "<|end_of_text|>")], ids=["old", "new"])
+def test_two_files_that_name_another_eos(tmp_path, changes, eos):
+    """The one that transformers takes, whose chat template the exported model runs with."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, **changes)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}))
+    assert Tokenizer.from_dir(tmp_path).eos_token == AutoTokenizer.from_pretrained(tmp_path).eos_token == eos
+
+
 # The conversation of the next test: system "u", user "Hi", assistant " you", user "Hi", assistant "\nHi". A tuple is supervised.
 # Ids: 263 <|  264 |>  280 system  267 user  275 assistant  205 newline  282 two newlines  91 u  281 Hi  285 " you"  283 yo
 #      0 bos  1 eos  2 <|start_header_id|>  3 <|end_header_id|>  4 <|eot_id|>  5 <|im_start|>  6 <|im_end|>
