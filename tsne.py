@@ -87,11 +87,18 @@ def gradient_reference(Y, P, exaggeration=1.0, negentropy=None, chunk=1024):
 
 
 def principal_components(X, dims):
-    """(n, D) -> (n, dims) float64 scores of the largest principal components, each with its largest loading positive."""
+    """(n, D) -> (n, dims) float64 scores of the largest principal components, each with its largest loading positive.
+
+    Block Krylov iteration (Musco & Musco 2015, algorithm 2): the best fit in the span of all eight iterates. In the last one's alone, CHI
+    of 50 components is off by 1 % where variances fall as 1 / i. Noise without any structure still is: 4 % at n = 1,400, D = 512.
+    """
     X = X.double() - X.double().mean(0)
     basis = torch.randn(X.shape[1], min(dims + 7, *X.shape), dtype=X.dtype, generator=torch.Generator().manual_seed(0)).to(X.device)
-    for _ in range(8):  # subspace iteration
+    blocks = []
+    for _ in range(8):
         basis = torch.linalg.qr(X.T @ (X @ basis)).Q
+        blocks.append(basis)
+    basis = torch.linalg.qr(torch.cat(blocks, 1)).Q
     scores = X @ basis
     rotation = torch.linalg.eigh(scores.T @ scores).eigenvectors.flip(1)[:, :dims]
     loadings = basis @ rotation
