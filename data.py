@@ -49,7 +49,9 @@ class Tokenizer:
     def __init__(self, files: dict[str, bytes], origin: str):
         self.files, self.origin = files, origin
         try:
-            config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
+            config = json.loads(files["tokenizer_config.json"])
+            if "added_tokens_decoder" not in config:  # as in transformers: without it, this file's names come before the config's
+                config |= json.loads(files.get("special_tokens_map.json", b"{}"))
             self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         except Exception as error:  # the library has nothing narrower
             raise ValueError(f"tokenizer {origin}: a file of it is torn, or of a version that is not known here: {error}") from error

@@ -140,7 +140,8 @@ def _config_from_hf(raw, source):
     if raw.get("model_type") not in _ARCHITECTURES:
         refuse("model_type", f"one of {', '.join(_ARCHITECTURES)}: this code represents no other architecture exactly")
     for key, allowed in (("hidden_act", ("silu",)), ("attention_dropout", (0, None)), ("partial_rotary_factor", (1, None)),
-                         ("pretraining_tp", (1, None)), ("quantization_config", (None,))):  # fmt: skip
+                         ("original_max_position_embeddings", (None,)), ("pretraining_tp", (1, None)),
+                         ("quantization_config", (None,))):  # fmt: skip
         if key in raw and raw[key] not in allowed:
             refuse(key, f"{allowed[0]!r}" if key != "quantization_config" else "no such key: quantised weights are not supported")
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
@@ -175,9 +176,19 @@ def _config_from_hf(raw, source):
 
 
 def rope_from_hf(raw, source):
-    """(theta, RopeScaling | None) from either spelling: rope_parameters (transformers 5) or rope_theta + rope_scaling."""
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(key) or {}
+    """(theta, RopeScaling | None) from either spelling: rope_parameters (transformers 5) or rope_theta + rope_scaling.
+
+    ValueError where both are there and say different things: which one counts depends on the version that reads them.
+    """
+    found = {key: _rope(raw, key, source) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
+    if len(set(found.values())) > 1:
+        both = ", ".join(f"{key}={raw[key]}" for key in found)
+        raise ValueError(f"{source}: {both}: expected one of them, or the same in both")
+    return next(iter(found.values()), (raw.get("rope_theta", 10000.0), None))
+
+
+def _rope(raw, key, source):
+    rope = raw[key]
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{source}: {key}: partial_rotary_factor={rope['partial_rotary_factor']!r}: expected 1")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
@@ -370,7 +381,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=linear.weight.device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=linear.weight.device, dtype=torch.float32))
-        self.scale, self.dropout, self.enabled = alpha / rank, dropout, True
+        self.alpha, self.scale, self.dropout, self.enabled = alpha, alpha / rank, dropout, True
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)

@@ -385,8 +385,7 @@ def _adapter_config(model):
     if not layers:
         return None
     layer = next(iter(layers.values()))
-    rank = layer.lora_A.shape[0]
-    alpha = round(layer.scale * rank, 9)  # undoes alpha / rank
+    rank, alpha = layer.lora_A.shape[0], layer.alpha
     targets = sorted({name.rpartition(".")[2] for name in layers})
     return {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": layer.dropout, "target_modules": targets}
 

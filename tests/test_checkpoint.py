@@ -539,6 +539,18 @@ def test_adapters_that_do_not_fit(base, tmp_path, change, message):
         load_adapter(model, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("alpha", [22.627416997969522, 1e-10])
+def test_any_alpha_comes_back(base, tmp_path, alpha):
+    """To the last bit: nine decimals are not all of 16 sqrt(2), and none of 1e-10."""
+    model = with_adapters(base, alpha=alpha)
+    save_adapter(model, tmp_path / "adapter", base)
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["lora_alpha"] == alpha
+    back, _ = load_pretrained(base)
+    load_adapter(back, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(logits(back), logits(model))
+
+
 def test_adapter_tensors_that_do_not_fit(base, tmp_path):
     model = with_adapters(base)
     save_adapter(model, tmp_path / "adapter", base)

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import random
 from types import SimpleNamespace
 
 import datasets
@@ -11,7 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
 from data import Documents, Pairs, Tokenizer, encode_chat
@@ -78,6 +79,16 @@ def test_a_padding_token_is_not_asked_for(tmp_path):
     assert write_tokenizer(tmp_path, pad_token="<pad>").eos_id == 1
 
 
+@pytest.mark.parametrize("changes, eos", [({}, "<|eot_id|>"), ({"added_tokens_decoder": {}}, "<|end_of_text|>")], ids=["old", "new"])
+def test_two_files_that_name_another_eos(tmp_path, changes, eos):
+    """The one that transformers takes, whose chat template the exported model runs with."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, **changes)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}))
+    assert Tokenizer.from_dir(tmp_path).eos_token == AutoTokenizer.from_pretrained(tmp_path).eos_token == eos
+
+
 # The conversation of the next test: system "u", user "Hi", assistant " you", user "Hi", assistant "\nHi". A tuple is supervised.
 # Ids: 263 <|  264 |>  280 system  267 user  275 assistant  205 newline  282 two newlines  91 u  281 Hi  285 " you"  283 yo
 #      0 bos  1 eos  2 <|start_header_id|>  3 <|end_header_id|>  4 <|eot_id|>  5 <|im_start|>  6 <|im_end|>
@@ -122,6 +133,64 @@ def test_supervised_ids_decode_to_the_answers_and_their_end_of_turn(tokenizer, a
         expected = (answer.strip() if template == "llama3" else answer) + eos
         assert tokenizer.decode(ids[mask]) == "\n" * straddling + expected
         assert straddling == (template != "llama3" and answer.startswith("\n"))
+
+
+PIECES = ["Hi", " ", "  ", "\n", "\n\n", "\t", "e\u0301", "\ufb01", "\u00a0", "\u200b", "\x00", "😀", "👨‍👩‍👧", "日本", "▁"]
+PIECES += ["<|user|>", "<|im_end|>", "<s>", "</s>"]
+MASKED = {  # transformers' own way to say which characters are the assistant's
+    "zephyr": "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
+    "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + eos_token + '\n' }}{% endif %}{% endfor %}",
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}",
+}
+
+
+def write_other_tokenizer(folder, kind):
+    """What Llama 2, Mistral and Zephyr have (spaces as ▁, bytes for unknown characters); a Unigram; a normaliser that drops characters."""
+    special, text = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"], ["Hi there\n\nuser assistant e\u0301 日本 system |> <|"] * 9
+    if kind == "llama 2":
+        byte_ids = {f"<0x{byte:02X}>": byte + 5 for byte in range(256)}
+        vocabulary = {word: i for i, word in enumerate(special)} | byte_ids | {"▁": 261, "H": 262, "i": 263, "Hi": 264, "▁▁": 265}
+        core = tokenizers.Tokenizer(models.BPE(vocabulary, [("H", "i"), ("▁", "▁")], byte_fallback=True, unk_token="<unk>"))
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.add_special_tokens(special)
+    elif kind == "unigram":
+        core = tokenizers.Tokenizer(models.Unigram())
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+        core.train_from_iterator(
+            text, trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+        )
+    else:
+        core = tokenizers.Tokenizer(models.BPE())
+        core.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents()])
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder, alphabet = decoders.ByteLevel(), sorted(pre_tokenizers.ByteLevel.alphabet())
+        core.train_from_iterator(text, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    core.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama 2", "unigram", "normaliser"])
+def test_other_tokenizers_mask_what_transformers_masks(tmp_path, kind):
+    """100 conversations of awkward pieces, special tokens among them: ids and mask."""
+    from transformers import AutoTokenizer
+
+    ours, theirs, rng = write_other_tokenizer(tmp_path, kind), AutoTokenizer.from_pretrained(tmp_path), random.Random(0)
+    for template in MASKED:
+        for _ in range(50):
+            messages = chat(*("".join(rng.choices(PIECES, k=rng.randint(0, 6))) + "." for _ in range(rng.randint(2, 5))))
+            out = theirs.apply_chat_template(messages, chat_template=MASKED[template], return_dict=True, return_assistant_tokens_mask=True)
+            ids, mask = encode_chat(messages, ours, template, 10_000)
+            assert ids == out["input_ids"] and mask == [bool(keep) for keep in out["assistant_masks"]] and any(mask)
+
+
+def test_an_answer_may_begin_with_a_character_that_the_tokenizer_drops(tmp_path):
+    """No token has an accent that is stripped; transformers' mask ends at such an answer."""
+    tokenizer = write_other_tokenizer(tmp_path, "normaliser")
+    accented, plain = (encode_chat(chat("Hi", answer, "Hi", "Hi"), tokenizer, "zephyr", 100) for answer in ("\u0301Hi", "Hi"))
+    assert accented == plain and tokenizer.decode(supervised(plain)) == "Hi</s>Hi</s>"
 
 
 CONVERSATIONS = {

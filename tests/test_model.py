@@ -59,6 +59,7 @@ def config_error(tmp_path, remove=(), **changes):
         ("attention_dropout", 0.1),
         ("partial_rotary_factor", 0.5),
         ("pretraining_tp", 2),
+        ("original_max_position_embeddings", 64),  # transformers would take it for the one in rope_parameters
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
     ],
 )
@@ -88,6 +89,13 @@ def test_config_refuses_heads_that_do_not_fit(heads, kv_heads, head_dim, tmp_pat
     """Two query heads on four key/value heads would run, and mean nothing: no head is repeated zero times."""
     message = config_error(tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
     assert f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple" in message
+
+
+def test_config_refuses_two_rope_spellings_that_differ(tmp_path):
+    """A model card says "add this rope_scaling", and the file has rope_parameters already: transformers 5 would go by rope_scaling."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    assert "rope_scaling={'rope_type': 'llama3'" in config_error(tmp_path, rope_scaling=llama3)
+    assert "rope_scaling: rope_type='yarn'" in config_error(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0})
 
 
 def test_config_names_missing_keys(tmp_path):

@@ -123,6 +123,17 @@ def test_config_of_transformers_4(raw, tmp_path):
     assert (logits_of(ours, [document]) - theirs(document[None]).logits[0]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name, default", [("mistral", 4096), ("qwen2-window", 4096), ("qwen2", None)])
+def test_a_window_that_config_json_does_not_state(name, default, tmp_path):
+    """A Mistral has one of 4,096 tokens unless its file says null; so has a Qwen2 that uses one."""
+    theirs_of(name).config.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["sliding_window"]
+    raw.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert LlamaConfig.from_hf(tmp_path).sliding_window == transformers.AutoConfig.from_pretrained(tmp_path).sliding_window == default
+
+
 def test_transformers_4_and_5_spell_the_same_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_31_TRANSFORMERS_4))
     old = LlamaConfig.from_hf(tmp_path)

@@ -92,6 +92,14 @@ def test_principal_components_equal_the_full_svd_up_to_sign():
     assert torch.equal(torch.rand(1), before)  # the caller's generator is left alone
 
 
+def test_principal_components_of_a_slow_spectrum():
+    """Variances that fall as 1 / i, where the last of ten is 1.1 times the next: equal to the full SVD to 1e-4 of the largest score."""
+    X = torch.randn(200, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / torch.arange(1.0, 301).sqrt()
+    U, S, _ = torch.linalg.svd(X - X.mean(0), full_matrices=False)
+    exact = (U * S)[:, :10].abs()
+    assert (principal_components(X, 10).abs() - exact).abs().max() < 1e-4 * exact.max()
+
+
 def test_divergence_is_at_most_scikit_learns_from_the_same_start():
     """The contract is 1.02 times scikit-learn's exact KL; with the true gradient it is well below (0.99 against 1.77 on other data)."""
     manifold = pytest.importorskip("sklearn.manifold")
