@@ -89,8 +89,9 @@ def gradient_reference(Y, P, exaggeration=1.0, negentropy=None, chunk=1024):
 def principal_components(X, dims):
     """(n, D) -> (n, dims) float64 scores of the largest principal components, each with its largest loading positive.
 
-    Block Krylov iteration (Musco & Musco 2015, algorithm 2): the best fit in the span of five iterates. At n = 1,400, D = 1,024, CHI of 3 to
-    50 components is right to 1e-5 where variances fall as 1 / i (in the last of eight iterates alone, to 6e-4), to 1 % where they are equal.
+    Block Krylov iteration (Musco & Musco 2015, algorithm 2): the best fit in the span of five iterates. At n = 1,400, D = 1,024, CHI of 3
+    to 50 components is right to 1e-5 where variances fall as 1 / i (in the last of eight iterates alone, to 6e-4), to 1 % where all are
+    equal.
     """
     X = X.double() - X.double().mean(0)
     basis = torch.randn(X.shape[1], min(dims + 7, *X.shape), dtype=X.dtype, generator=torch.Generator().manual_seed(0)).to(X.device)
