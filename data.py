@@ -48,8 +48,11 @@ class Tokenizer:
 
     def __init__(self, files: dict[str, bytes], origin: str):
         self.files, self.origin = files, origin
-        config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
-        self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        try:
+            config = json.loads(files.get("special_tokens_map.json", b"{}")) | json.loads(files["tokenizer_config.json"])
+            self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"tokenizer {origin}: a file of {', '.join(files)} is torn, or of another kind: {error}") from error
         self.core.no_truncation()
         self.core.no_padding()
         self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
@@ -282,10 +285,15 @@ def find_schema(name: str, rows: datasets.Dataset, sides: tuple[str, ...]):
 
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READ_AS = {
+    "json": {"on_mixed_types": None},  # a key that some rows or messages lack is null there
+    "csv": {"keep_default_na": False, "na_values": [""]},  # an answer may be "None" or "NA": only an empty cell is null
+    "parquet": {},
+}
 
 
 def open_source(name: str) -> datasets.Dataset:
-    """Rows of "path" (jsonl, json, parquet, csv, each also .gz; or a folder from Dataset.save_to_disk) or of "org/name" on the hub.
+    """Rows of "path" (parquet; jsonl, json, csv, also .gz; or a folder from Dataset.save_to_disk) or of "org/name" on the hub.
 
     "org/name@revision" pins a commit, tag or branch; the commit that was read goes into hub.COMMITS. A "[split]" at the end picks the split
     of a hub dataset or saved folder; without it "train".
@@ -300,14 +308,16 @@ def open_source(name: str) -> datasets.Dataset:
             raise ValueError(f"data {name!r}: the folder has no splits; expected no [split]")
         return saved
     if Path(path).is_file():
-        if suffix not in READERS or split:
-            raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or .gz of one), and no [split]")
+        if suffix not in READERS or split or path.endswith(".parquet.gz"):
+            raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or, but for parquet, .gz of one), and no [split]")
         is_quiet = not datasets.are_progress_bars_disabled() and Path(path).stat().st_size < 1 << 30  # under 5 s: no bar
         if is_quiet:
             datasets.disable_progress_bars()
-        options = {"on_mixed_types": None} if READERS[suffix] == "json" else {}  # a key that some rows or messages lack is null there
+        kind = READERS[suffix]
         try:
-            return datasets.load_dataset(READERS[suffix], data_files=glob.escape(path), split="train", **options)
+            rows = datasets.load_dataset(kind, data_files=glob.escape(path), split="train", **READ_AS[kind])
+            rows.data.validate(full=True)  # json lets bytes pass that are not UTF-8
+            return rows
         except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
             raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
         finally:
@@ -322,8 +332,9 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
     wanted = hub.dataset_commit(name)
     try:
         builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
-        if hasattr(builder.config, "on_mixed_types"):  # json: as of a local file
-            builder.config.on_mixed_types = None
+        for key, value in [option for options in READ_AS.values() for option in options.items()]:
+            if hasattr(builder.config, key):  # as of a local file
+                setattr(builder.config, key, value)
         builder.download_and_prepare()
     except hub.ERRORS as error:
         raise ValueError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
@@ -555,6 +566,8 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
     stats = {"rows": total, "kept": {split: len(row_ids[split]) for split in splits}, "dropped": dropped, **counts}
     if 0 in stats["kept"].values() or counts["supervised"] in (0, counts["tokens"]):
         raise ValueError(f"{describe(stats)}; expected rows on every side, and some but not all of their tokens supervised")
+    if counts["equal"] == sum(stats["kept"].values()):
+        raise ValueError(f"{describe(stats)}; expected pairs of different answers (cut at max_seq_len={settings['max_seq_len']})")
     columns = {}
     for (split, side), pieces in documents.items():
         columns[f"{split}.{side}.input_ids"] = np.concatenate([ids for ids, _ in pieces])

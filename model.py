@@ -122,11 +122,14 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", 
 
 
 def read_config(directory):
-    """config.json of a model folder, as a dict. ValueError when there is none."""
+    """config.json of a model folder, as a dict. ValueError when there is none, or a torn one."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory}: no config.json there; expected a Hugging Face model folder")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: torn, or not JSON: {error}") from error
 
 
 def _config_from_hf(raw, source):

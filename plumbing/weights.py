@@ -137,9 +137,12 @@ def find_folder(path_or_repo):
 
 
 def weight_files(directory):
-    """The safetensors files of a model folder, by its index. ValueError when one is missing."""
+    """The safetensors files of a model folder, by its index. ValueError when one is missing, or the index is torn."""
     index = directory / WEIGHTS_INDEX
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{index}: torn, or no index of weights: {error!r}") from error
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         pickles = sorted(path.name for path in directory.glob("*.bin"))
