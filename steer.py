@@ -230,7 +230,7 @@ def extract(args):
 
 
 def _inputs(args, count, total):
-    """The documents of the vector, and all that decides it. ValueError when the models' tokenizers give other ids for the same texts."""
+    """The documents of the vector, and all that decides it. ValueError when the models are one, or their tokenizers give other ids."""
     inputs = {key: getattr(args, key) for key in ("texts", "template", "compat", "keep", "max_seq_len")}
     inputs |= {"count": count, "held_out": total - count}
     for name in ("sft", "dpo"):
@@ -240,6 +240,8 @@ def _inputs(args, count, total):
         if inputs.setdefault("tokens", tokens) != tokens:
             raise ValueError(f"dpo={args.dpo!r}: its tokenizer gives other ids than that of sft={args.sft!r}; expected the same")
         inputs |= {f"{name}_path": str(path), name: identity(path)}
+    if inputs["sft"] == inputs["dpo"]:
+        raise ValueError(f"dpo={args.dpo!r}: the same weights as sft={args.sft!r}; expected a model that training moved")
     return documents, inputs
 
 
@@ -364,6 +366,7 @@ def print_spectrum(args):
 def print_generations(args):
     """Answers side by side: lambda of 0 and above on the SFT model, below 0 on the DPO model."""
     vector = Vector.load(args.folder)
+    vector.layers(args.layers)  # what cannot be is refused before a model is read
     prompts = [args.prompt] if args.prompt is not None else Path(args.prompts).read_text().splitlines()
     if not prompts:
         raise ValueError(f"prompts={args.prompts!r}: an empty file; expected one prompt a line")
@@ -403,6 +406,7 @@ def write_baked(args):
         raise ValueError(f"strength={args.strength}: expected a finite number")
     if args.rescale:
         raise ValueError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
+    vector.layers(args.layers)  # what cannot be is refused before a model is read
     name = "sft" if args.strength >= 0 else "dpo"
     if Path(args.out).resolve() == locate(vector.manifest[f"{name}_path"])[0].resolve():
         raise ValueError(f"out={args.out!r}: the {name} model itself, which a bake would replace; expected another folder")
@@ -417,11 +421,10 @@ def write_baked(args):
 
 def sweep(args):
     """AQI, likelihood, repetition and shift over --lambdas, beside a random direction of equal norm, and a verdict."""
-    if len(args.lambdas) < 2 or not all(a < b for a, b in itertools.pairwise(args.lambdas)):
-        raise ValueError(f"lambdas={args.lambdas}: expected two or more, ascending")
     vector = Vector.load(args.folder)
+    vector.layers(args.layers)  # what cannot be is refused before a model is read
     folder = Path(args.out or vector.folder / f"sweep_{args.inject}")
-    prompts = aqi.read_prompts(args.prompts, args.mode)
+    prompts = _swept_prompts(args, args.mode)
     inputs = {key: getattr(args, key) for key in SWEEP_SETTINGS} | {
         "max_seq_len": vector.manifest["max_seq_len"],  # cuts the prompts too; the vector's bytes need not show it
         "vector": hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest(),
@@ -433,6 +436,19 @@ def sweep(args):
     _print_sweep(report)
     print(f"report: {folder}/")
     return report
+
+
+def _swept_prompts(args, mode, log=print):
+    """The labelled texts of a sweep. ValueError also for lambdas, seeds and a space that they cannot be swept with."""
+    if len(args.lambdas) < 2 or not all(a < b for a, b in itertools.pairwise(args.lambdas)):
+        raise ValueError(f"lambdas={args.lambdas}: expected two or more, ascending")
+    if args.seeds > 1 and args.space != "tsne":
+        raise ValueError(f"seeds={args.seeds}: space={args.space!r} has no random start; expected --space tsne")
+    prompts = aqi.read_prompts(args.prompts, mode, log)
+    fewest = prompts.axiom.bincount().min().item()
+    if args.space.startswith("pca:") and int(args.space.removeprefix("pca:")) > fewest:
+        raise ValueError(f"space={args.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts")
+    return prompts
 
 
 def _measure_sweep(args, vector, prompts, folder, inputs):
@@ -617,6 +633,9 @@ def validate(args):
             )
         if "not_representable" in pairs[name]:
             raise ValueError(f"pair={name!r}: {pairs[name]['not_representable']}")
+    _swept_prompts(args, PROMPT_MODES[args.mode], log=lambda line: None)  # what is wrong is found before the first pair is read
+    for path in [pairs[name][side] for name in args.pair for side in ("sft", "dpo")]:
+        locate(path)
     reports = {}
     for name in args.pair:
         print(f"\n=== {name}")
