@@ -339,7 +339,7 @@ def _parse(text, types):
     """Text as the first of the types that reads it, else still as text, which the check of the key then refuses."""
     for convert in types:
         try:
-            return {"true": True, "false": False}[text] if convert is bool else convert(text)
+            return {"true": True, "false": False}[text.lower()] if convert is bool else convert(text)
         except (ValueError, KeyError):
             continue
     return text

@@ -94,7 +94,8 @@ def test_values_are_read_by_the_declared_type(write):
     assert (config.lr, config.max_steps, config.beta, config.data_eval) == (5e-7, 7, 2.0, 0.1)
     assert (config.cache_dir, config.template, config.fresh) == ("12", "chatml", True)
     assert type(config.beta) is float
-    assert load("dpo", ["x.py", "--fresh=false"]).fresh is False
+    assert load("dpo", ["x.py", "--fresh=false"]).fresh is load("dpo", ["x.py", "--fresh=False"]).fresh is False
+    assert load("dpo", ["x.py", "--fresh=True"]).fresh is True
 
 
 def test_private_names_and_imports_stay_private(write):
