@@ -485,10 +485,11 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[li
     end_of_turn(template, tokenizer)  # a template that this tokenizer cannot write is refused before anything is read
     settings = {"template": template, "max_seq_len": config.max_seq_len, "supervise": config.supervise}
     settings["held_out"] = config.data_eval if isinstance(config.data_eval, float) else 0.0
-    splits = _load_mixture("data", config.data, sides, tokenizer, settings, Path(config.cache_dir), log)
-    if isinstance(config.data_eval, dict):
-        splits["eval"] = _load_mixture("data_eval", config.data_eval, sides, tokenizer, settings, Path(config.cache_dir), log)["train"]
-    return splits["train"], splits.get("eval")
+    mixtures = {"data": config.data} | ({"data_eval": config.data_eval} if isinstance(config.data_eval, dict) else {})
+    opened = {key: _open_mixture(key, mixture, sides, log) for key, mixture in mixtures.items()}  # both, before either is tokenised
+    loaded = {key: _load_mixture(key, opened[key], sides, tokenizer, settings, Path(config.cache_dir), log) for key in opened}
+    held_out = loaded["data_eval"]["train"] if "data_eval" in loaded else loaded["data"].get("eval")
+    return loaded["data"]["train"], held_out
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokenised cache
@@ -496,9 +497,9 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[li
 CHUNK = 1024  # rows read and tokenised at a time: enough work for every thread, little memory
 
 
-def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
-    """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped from cache_dir; tokenised into it when not there."""
-    sources = []  # (name, rows, row numbers, row -> conversations)
+def _open_mixture(key: str, data: dict, sides, log) -> list[tuple]:
+    """[(name, rows, picked row numbers, row -> conversations)] of the sources of a config key."""
+    sources = []
     for name, amount in data.items():
         rows = open_source(name)
         columns, convert = find_schema(name, rows, sides)
@@ -508,9 +509,15 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
         if len(numbers) != len(rows):
             log(f"{key}: {name}: {len(numbers):,} picked of {len(rows):,} rows ({amount})")
         sources.append((name, rows.select_columns(columns), numbers, convert))
+    return sources
+
+
+def _load_mixture(key: str, sources, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
+    """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped from cache_dir; tokenised into it when not there."""
     folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
     if not _is_intact(folder, log):
         columns, stats = _tokenise(sources, sides, tokenizer, settings)
+        data = {name: len(numbers) for name, _, numbers, _ in sources}
         _write_cache(folder, columns, {"data": data, "settings": settings, "stats": stats})
     stats = json.loads((folder / "meta.json").read_text())["stats"]
     log(describe(stats, key))

@@ -650,6 +650,13 @@ def test_held_out_data_can_be_another_mixture(tokenizer, config):
     assert (len(train), len(held_out)) == (30, 3)
 
 
+def test_missing_held_out_data_is_found_before_anything_is_tokenised(tokenizer, config, monkeypatch):
+    monkeypatch.setattr(data, "_tokenise", never)
+    config.data_eval = {"missing.jsonl": 1.0}
+    with pytest.raises(ValueError, match="data 'missing.jsonl': no such file"):
+        data.load_sft(config, tokenizer)
+
+
 def test_a_fingerprint_is_of_ids_masks_and_boundaries():
     ids, mask = np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], dtype=bool)
     documents = Documents(ids, mask, np.array([0, 3, 6]), np.array(["a#0", "a#1"]))
