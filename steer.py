@@ -74,7 +74,7 @@ def locate(path):
     """(model folder, adapter folder or None) of a folder, hub name or PEFT adapter."""
     folder = checkpoint.find_folder(path)
     if not (folder / "adapter_config.json").is_file():
-        return folder, None
+        return checkpoint.resolve(folder), None  # which refuses a run folder and says where its model is
     raw = json.loads((folder / "adapter_config.json").read_text())
     base, revision = raw["base_model_name_or_path"], raw.get("revision")  # the revision is the base model's
     return checkpoint.resolve(f"{base}@{revision}" if revision and not Path(base).is_dir() else base), folder

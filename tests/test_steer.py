@@ -211,6 +211,12 @@ def test_a_full_disk_is_named_before_any_state_is_read(lab, monkeypatch):
     assert extract(lab, "just_enough").manifest["count"] == COUNT
 
 
+def test_a_run_folder_is_no_model(lab):
+    shutil.copytree(lab / "dpo", lab / "run/final")
+    with pytest.raises(ValueError, match="run': a run folder; expected a model, here .*run/final"):
+        extract(lab, "none", dpo="run")
+
+
 def test_two_tokenizers_are_refused(lab):
     """CHECKS 32: before any weight is read."""
     other = make_world(lab / "other") / "base"  # trained on the same words, other merges
