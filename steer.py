@@ -35,7 +35,7 @@ from data import Tokenizer, encode_chat, find_schema, open_source, resolve_templ
 from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, hub, parallel, registry
 from plumbing.logbook import progress_bar, write_json
-from plumbing.weights import open_safetensors
+from plumbing.weights import model_config, open_safetensors
 from steering import (
     INJECTIONS,
     POOLINGS,
@@ -199,10 +199,7 @@ def extract(args):
         for side in SIDES:
             path = folder / f"differences_{side}.npy"  # holds the SFT states until the DPO model has been read
             states = np.lib.format.open_memmap(path, "w+" if name == "sft" else "r+", dtype=np.float32, shape=shape)
-            if states.shape != shape:
-                raise ValueError(
-                    f"dpo={args.dpo!r}: {shape[2:]} layers and hidden size; expected those of sft={args.sft!r}, {states.shape[2:]}"
-                )
+            assert states.shape == shape  # _inputs compared them
             for rows, batch in packed_batches(documents[side], device_of(model), bar(f"{name}, {side}")):
                 new = read_states(model, batch, compat_hf=args.compat == "hf").cpu().numpy()
                 if not np.isfinite(new).all():
@@ -230,16 +227,22 @@ def extract(args):
 
 
 def _inputs(args, count, total):
-    """The documents of the vector, and all that decides it. ValueError when the models are one, or their tokenizers give other ids."""
+    """The documents of the vector, and all that decides it. ValueError when the models are one, or of two shapes or vocabularies."""
     inputs = {key: getattr(args, key) for key in ("texts", "template", "compat", "keep", "max_seq_len")}
     inputs |= {"count": count, "held_out": total - count}
+    configs = {}
     for name in ("sft", "dpo"):
         path = getattr(args, name)
-        documents = text_pairs(args.texts, total, Tokenizer.from_dir(locate(path)[0]), args.template, args.max_seq_len)
+        folder = locate(path)[0]
+        configs[name] = model_config(folder)
+        documents = text_pairs(args.texts, total, Tokenizer.from_dir(folder), args.template, args.max_seq_len)
         tokens = hash_documents(documents)
         if inputs.setdefault("tokens", tokens) != tokens:
             raise ValueError(f"dpo={args.dpo!r}: its tokenizer gives other ids than that of sft={args.sft!r}; expected the same")
         inputs |= {f"{name}_path": str(path), name: identity(path)}
+    sft, dpo = ((config.num_hidden_layers, config.hidden_size) for config in configs.values())
+    if sft != dpo:
+        raise ValueError(f"dpo={args.dpo!r}: {dpo} layers and hidden size; expected those of sft={args.sft!r}, {sft}")
     if inputs["sft"] == inputs["dpo"]:
         raise ValueError(f"dpo={args.dpo!r}: the same weights as sft={args.sft!r}; expected a model that training moved")
     return documents, inputs

@@ -229,7 +229,8 @@ def test_two_tokenizers_are_refused(lab):
         extract(lab, "none", dpo="other/base")
 
 
-def test_another_shape_is_refused(lab):
+def test_another_shape_is_refused_before_a_model_is_read(lab, monkeypatch):
+    monkeypatch.setattr(steer, "load_model", unread)
     shutil.copytree(lab / "dpo", lab / "short")
     vocab_size = Tokenizer.from_dir(lab / "sft").vocab_size
     write_model(lab / "short", random_llama(tiny_config(vocab_size=vocab_size, hidden_size=D, num_hidden_layers=3, head_dim=8)))
