@@ -323,18 +323,24 @@ def read_rows(path):
 
     Of the others, n and the indices become numbers, where a row has them, and control a bool; the rest stays text.
     """
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # sig: spreadsheets begin a file with a byte-order mark
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a csv of UTF-8 text: {error}") from error
+    if missing := {"category", "chi", "xb"} - set(reader.fieldnames or ()):
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))} among {reader.fieldnames or []}; expected category, chi, xb")
     for line, row in enumerate(rows, 2):
         if "control" in row:
             row["control"] = row["control"] == "True"
-        for name in ["chi", "xb", *[name for name in ("n", "eta2", *EXTRA) if row.get(name)]]:
+        for name in ("chi", "xb", *(name for name in ("n", "eta2", *EXTRA) if row.get(name))):
             try:
                 row[name] = float(row[name])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {line}: {name}={row.get(name)!r}; expected category, and chi and xb as numbers") from error
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {line}: {name}={row[name]!r}; expected category, and chi and xb as numbers") from error
     if not rows:
-        raise ValueError(f"{path}: no rows; expected columns category, chi, xb")
+        raise ValueError(f"{path}: no rows below the columns")
     return rows
 
 

@@ -287,10 +287,15 @@ def find_schema(name: str, rows: datasets.Dataset, sides: tuple[str, ...]):
 
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READ_AS = {
+    "json": {"on_mixed_types": None},  # a key that some rows or messages lack is null there
+    "csv": {"keep_default_na": False, "na_values": [""]},  # an answer may be "None" or "NA": only an empty cell is null
+    "parquet": {},
+}
 
 
 def open_source(name: str) -> datasets.Dataset:
-    """Rows of "path" (jsonl, json, parquet, csv, each also .gz; or a folder from Dataset.save_to_disk) or of "org/name" on the hub.
+    """Rows of "path" (parquet; jsonl, json, csv, also .gz; or a folder from Dataset.save_to_disk) or of "org/name" on the hub.
 
     "org/name@revision" pins a commit, tag or branch; the commit that was read goes into hub.COMMITS. A "[split]" at the end picks the split
     of a hub dataset or saved folder; without it "train".
@@ -305,14 +310,16 @@ def open_source(name: str) -> datasets.Dataset:
             raise ValueError(f"data {name!r}: the folder has no splits; expected no [split]")
         return saved
     if Path(path).is_file():
-        if suffix not in READERS or split:
-            raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or .gz of one), and no [split]")
+        if suffix not in READERS or split or path.endswith(".parquet.gz"):
+            raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or, but for parquet, .gz of one), and no [split]")
         is_quiet = not datasets.are_progress_bars_disabled() and Path(path).stat().st_size < 1 << 30  # under 5 s: no bar
         if is_quiet:
             datasets.disable_progress_bars()
-        options = {"on_mixed_types": None} if READERS[suffix] == "json" else {}  # a key that some rows or messages lack is null there
+        kind = READERS[suffix]
         try:
-            return datasets.load_dataset(READERS[suffix], data_files=glob.escape(path), split="train", **options)
+            rows = datasets.load_dataset(kind, data_files=glob.escape(path), split="train", **READ_AS[kind])
+            rows.data.validate(full=True)  # json lets bytes pass that are not UTF-8
+            return rows
         except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
             raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
         finally:
@@ -327,8 +334,9 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
     wanted = hub.dataset_commit(name)
     try:
         builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
-        if hasattr(builder.config, "on_mixed_types"):  # json: as of a local file
-            builder.config.on_mixed_types = None
+        for key, value in [option for options in READ_AS.values() for option in options.items()]:
+            if hasattr(builder.config, key):  # as of a local file
+                setattr(builder.config, key, value)
         builder.download_and_prepare()
     except hub.ERRORS as error:
         raise ValueError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
@@ -479,10 +487,11 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[li
     end_of_turn(template, tokenizer)  # a template that this tokenizer cannot write is refused before anything is read
     settings = {"template": template, "max_seq_len": config.max_seq_len, "supervise": config.supervise}
     settings["held_out"] = config.data_eval if isinstance(config.data_eval, float) else 0.0
-    splits = _load_mixture("data", config.data, sides, tokenizer, settings, Path(config.cache_dir), log)
-    if isinstance(config.data_eval, dict):
-        splits["eval"] = _load_mixture("data_eval", config.data_eval, sides, tokenizer, settings, Path(config.cache_dir), log)["train"]
-    return splits["train"], splits.get("eval")
+    mixtures = {"data": config.data} | ({"data_eval": config.data_eval} if isinstance(config.data_eval, dict) else {})
+    opened = {key: _open_mixture(key, mixture, sides, log) for key, mixture in mixtures.items()}  # both, before either is tokenised
+    loaded = {key: _load_mixture(key, opened[key], sides, tokenizer, settings, Path(config.cache_dir), log) for key in opened}
+    held_out = loaded["data_eval"]["train"] if "data_eval" in loaded else loaded["data"].get("eval")
+    return loaded["data"]["train"], held_out
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokenised cache
@@ -490,9 +499,9 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[li
 CHUNK = 1024  # rows read and tokenised at a time: enough work for every thread, little memory
 
 
-def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
-    """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped from cache_dir; tokenised into it when not there."""
-    sources = []  # (name, rows, row numbers, row -> conversations)
+def _open_mixture(key: str, data: dict, sides, log) -> list[tuple]:
+    """[(name, rows, picked row numbers, row -> conversations)] of the sources of a config key."""
+    sources = []
     for name, amount in data.items():
         rows = open_source(name)
         columns, convert = find_schema(name, rows, sides)
@@ -502,9 +511,15 @@ def _load_mixture(key: str, data: dict, sides, tokenizer: Tokenizer, settings: d
         if len(numbers) != len(rows):
             log(f"{key}: {name}: {len(numbers):,} picked of {len(rows):,} rows ({amount})")
         sources.append((name, rows.select_columns(columns), numbers, convert))
+    return sources
+
+
+def _load_mixture(key: str, sources, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
+    """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped from cache_dir; tokenised into it when not there."""
     folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
     if not _is_intact(folder, log):
         columns, stats = _tokenise(sources, sides, tokenizer, settings)
+        data = {name: len(numbers) for name, _, numbers, _ in sources}
         _write_cache(folder, columns, {"data": data, "settings": settings, "stats": stats})
     stats = json.loads((folder / "meta.json").read_text())["stats"]
     log(describe(stats, key))
@@ -560,6 +575,8 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
     stats = {"rows": total, "kept": {split: len(row_ids[split]) for split in splits}, "dropped": dropped, **counts}
     if 0 in stats["kept"].values() or counts["supervised"] in (0, counts["tokens"]):
         raise ValueError(f"{describe(stats)}; expected rows on every side, and some but not all of their tokens supervised")
+    if counts["equal"] == sum(stats["kept"].values()):
+        raise ValueError(f"{describe(stats)}; expected pairs of different answers (cut at max_seq_len={settings['max_seq_len']})")
     columns = {}
     for (split, side), pieces in documents.items():
         columns[f"{split}.{side}.input_ids"] = np.concatenate([ids for ids, _ in pieces])

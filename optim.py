@@ -29,7 +29,11 @@ def implicit(config):
 
 
 def warmup_steps(config, total_steps):
-    """Warm-up in steps: config.warmup_steps, or warmup_ratio of the run rounded *down* as in open-instruct (the HF Trainer: up)."""
+    """Warm-up in steps: config.warmup_steps, or warmup_ratio of the run rounded *down* as in open-instruct (the HF Trainer: up).
+
+    ValueError for a warm-up that the run does not outlast: it would never reach its rate."""
+    if (config.warmup_steps or 0) > total_steps:
+        raise ValueError(f"warmup_steps={config.warmup_steps}: expected at most the {total_steps} steps of the run, whose rate it delays")
     return config.warmup_steps if config.warmup_steps is not None else int(config.warmup_ratio * total_steps)
 
 

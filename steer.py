@@ -36,7 +36,7 @@ from model import Llama, apply_fused, generate, merge_lora
 from plumbing import checkpoint, hub, parallel, registry
 from plumbing.folders import read_json
 from plumbing.logbook import progress_bar, write_json
-from plumbing.weights import open_safetensors
+from plumbing.weights import model_config, open_safetensors
 from steering import (
     INJECTIONS,
     POOLINGS,
@@ -75,7 +75,7 @@ def locate(path):
     """(model folder, adapter folder or None) of a folder, hub name or PEFT adapter."""
     folder = checkpoint.find_folder(path)
     if not (folder / "adapter_config.json").is_file():
-        return folder, None
+        return checkpoint.resolve(folder), None  # which refuses a run folder and says where its model is
     raw = read_json(folder / "adapter_config.json")
     base, revision = raw["base_model_name_or_path"], raw.get("revision")  # the revision is the base model's
     return checkpoint.resolve(f"{base}@{revision}" if revision and not Path(base).is_dir() else base), folder
@@ -200,10 +200,7 @@ def extract(args):
         for side in SIDES:
             path = folder / f"differences_{side}.npy"  # holds the SFT states until the DPO model has been read
             states = np.lib.format.open_memmap(path, "w+" if name == "sft" else "r+", dtype=np.float32, shape=shape)
-            if states.shape != shape:
-                raise ValueError(
-                    f"dpo={args.dpo!r}: {shape[2:]} layers and hidden size; expected those of sft={args.sft!r}, {states.shape[2:]}"
-                )
+            assert states.shape == shape  # _inputs compared them
             for rows, batch in packed_batches(documents[side], device_of(model), bar(f"{name}, {side}")):
                 new = read_states(model, batch, compat_hf=args.compat == "hf").cpu().numpy()
                 if not np.isfinite(new).all():
@@ -231,16 +228,24 @@ def extract(args):
 
 
 def _inputs(args, count, total):
-    """The documents of the vector, and all that decides it. ValueError when the models' tokenizers give other ids for the same texts."""
+    """The documents of the vector, and all that decides it. ValueError when the models are one, or of two shapes or vocabularies."""
     inputs = {key: getattr(args, key) for key in ("texts", "template", "compat", "keep", "max_seq_len")}
     inputs |= {"count": count, "held_out": total - count}
+    configs = {}
     for name in ("sft", "dpo"):
         path = getattr(args, name)
-        documents = text_pairs(args.texts, total, Tokenizer.from_dir(locate(path)[0]), args.template, args.max_seq_len)
+        folder = locate(path)[0]
+        configs[name] = model_config(folder)
+        documents = text_pairs(args.texts, total, Tokenizer.from_dir(folder), args.template, args.max_seq_len)
         tokens = hash_documents(documents)
         if inputs.setdefault("tokens", tokens) != tokens:
             raise ValueError(f"dpo={args.dpo!r}: its tokenizer gives other ids than that of sft={args.sft!r}; expected the same")
         inputs |= {f"{name}_path": str(path), name: identity(path)}
+    sft, dpo = ((config.num_hidden_layers, config.hidden_size) for config in configs.values())
+    if sft != dpo:
+        raise ValueError(f"dpo={args.dpo!r}: {dpo} layers and hidden size; expected those of sft={args.sft!r}, {sft}")
+    if inputs["sft"] == inputs["dpo"]:
+        raise ValueError(f"dpo={args.dpo!r}: the same weights as sft={args.sft!r}; expected a model that training moved")
     return documents, inputs
 
 
@@ -365,6 +370,7 @@ def print_spectrum(args):
 def print_generations(args):
     """Answers side by side: lambda of 0 and above on the SFT model, below 0 on the DPO model."""
     vector = Vector.load(args.folder)
+    vector.layers(args.layers)  # what cannot be is refused before a model is read
     prompts = [args.prompt] if args.prompt is not None else Path(args.prompts).read_text().splitlines()
     if not prompts:
         raise ValueError(f"prompts={args.prompts!r}: an empty file; expected one prompt a line")
@@ -404,6 +410,7 @@ def write_baked(args):
         raise ValueError(f"strength={args.strength}: expected a finite number")
     if args.rescale:
         raise ValueError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
+    vector.layers(args.layers)  # what cannot be is refused before a model is read
     name = "sft" if args.strength >= 0 else "dpo"
     if Path(args.out).resolve() == locate(vector.manifest[f"{name}_path"])[0].resolve():
         raise ValueError(f"out={args.out!r}: the {name} model itself, which a bake would replace; expected another folder")
@@ -418,11 +425,10 @@ def write_baked(args):
 
 def sweep(args):
     """AQI, likelihood, repetition and shift over --lambdas, beside a random direction of equal norm, and a verdict."""
-    if len(args.lambdas) < 2 or not all(a < b for a, b in itertools.pairwise(args.lambdas)):
-        raise ValueError(f"lambdas={args.lambdas}: expected two or more, ascending")
     vector = Vector.load(args.folder)
+    vector.layers(args.layers)  # what cannot be is refused before a model is read
     folder = Path(args.out or vector.folder / f"sweep_{args.inject}")
-    prompts = aqi.read_prompts(args.prompts, args.mode)
+    prompts = _swept_prompts(args, args.mode)
     inputs = {key: getattr(args, key) for key in SWEEP_SETTINGS} | {
         "max_seq_len": vector.manifest["max_seq_len"],  # cuts the prompts too; the vector's bytes need not show it
         "vector": hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest(),
@@ -434,6 +440,19 @@ def sweep(args):
     _print_sweep(report)
     print(f"report: {folder}/")
     return report
+
+
+def _swept_prompts(args, mode, log=print):
+    """The labelled texts of a sweep. ValueError also for lambdas, seeds and a space that they cannot be swept with."""
+    if len(args.lambdas) < 2 or not all(a < b for a, b in itertools.pairwise(args.lambdas)):
+        raise ValueError(f"lambdas={args.lambdas}: expected two or more, ascending")
+    if args.seeds > 1 and args.space != "tsne":
+        raise ValueError(f"seeds={args.seeds}: space={args.space!r} has no random start; expected --space tsne")
+    prompts = aqi.read_prompts(args.prompts, mode, log)
+    fewest = prompts.axiom.bincount().min().item()
+    if args.space.startswith("pca:") and int(args.space.removeprefix("pca:")) > fewest:
+        raise ValueError(f"space={args.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts")
+    return prompts
 
 
 def _measure_sweep(args, vector, prompts, folder, inputs):
@@ -618,6 +637,9 @@ def validate(args):
             )
         if "not_representable" in pairs[name]:
             raise ValueError(f"pair={name!r}: {pairs[name]['not_representable']}")
+    _swept_prompts(args, PROMPT_MODES[args.mode], log=lambda line: None)  # what is wrong is found before the first pair is read
+    for path in [pairs[name][side] for name in args.pair for side in ("sft", "dpo")]:
+        locate(path)
     reports = {}
     for name in args.pair:
         print(f"\n=== {name}")

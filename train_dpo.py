@@ -292,7 +292,8 @@ def main(argv):
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **implicit(config)})
     computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
     sharing = f"; prefix sharing computes {computed:.1%} of the tokens" if pairs.share_prefix else ""
-    ranks.say(f"DPO: {len(pairs):,} pairs, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s){sharing}")
+    size = f"{len(pairs):,} pairs, {config.global_batch_size} a step"
+    ranks.say(f"DPO: {size}; {total_steps} steps on {ranks.world_size} rank(s) of {ranks.device.type}{sharing}")
 
     def batch_ids(step):
         return step_examples(step, len(pairs), config.global_batch_size, config.seed)

@@ -103,7 +103,8 @@ def main(argv):
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     parallel.require_same(ranks, data=documents.fingerprint, data_eval=held_out and held_out.fingerprint, checkpoint=str(latest))
     log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **implicit(config)})
-    ranks.say(f"SFT: {len(documents):,} documents, {config.global_batch_size} a step; {total_steps} steps on {ranks.world_size} rank(s)")
+    size = f"{len(documents):,} documents, {config.global_batch_size} a step"
+    ranks.say(f"SFT: {size}; {total_steps} steps on {ranks.world_size} rank(s) of {ranks.device.type}")
     first_step = checkpointer.load(latest, model, optimizer) if latest else 0
     log.resume_at(first_step, latest)
 

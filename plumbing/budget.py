@@ -41,6 +41,7 @@ GPUS = {
     "h200": GPU(139.8, 989.4, 4.8, 450, (2.50, 5.50)),
     "b200": GPU(178.3, 2250, 7.7, 900, (4.00, 8.00)),
 }
+WITHOUT_FLOAT8 = ("a40", "a100-40", "a100-80")  # of the Ampere generation
 
 # Shares of the datasheet's rates, measured on the H200.
 MATMUL = 0.80  # 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; the next four are shares of this

@@ -23,6 +23,7 @@ from packing import steps_per_epoch
 from plumbing import hub, parallel
 from plumbing.budget import (
     GPUS,
+    WITHOUT_FLOAT8,
     Pass,
     Sizes,
     compute_width,
@@ -276,6 +277,8 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     """
     card, config = find_gpu(gpu), load(stage, [path, *overrides])
     check_world_size(config, count)
+    if config.precision == "fp8" and gpu in WITHOUT_FLOAT8:
+        raise ValueError(f"precision='fp8' on {gpu} (--gpu): expected a GPU of compute capability 8.9 (Ada, Hopper) or newer")
     shape, folder, origin = find_model(stage, config, path)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
     prices = tuple(price * count for price in card.usd_per_hour) if usd_per_hour is None else (usd_per_hour, usd_per_hour)

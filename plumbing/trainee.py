@@ -10,7 +10,7 @@ from data import TEMPLATES, end_of_turn, resolve_template
 from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from optim import keep_masters
 from plumbing import card, hub, parallel, registry
-from plumbing.weights import check_vocabulary, load_weights, save_adapter, save_pretrained
+from plumbing.weights import check_vocabulary, load_weights, open_safetensors, save_adapter, save_pretrained, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: float8 lives inside the blocks' matmuls only
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64
@@ -19,10 +19,13 @@ SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64
 def read_shape(config, directory, tokenizer, device):
     """The LlamaConfig of a Hugging Face folder; no weight is read, so that what cannot be trained is found before the data are tokenised.
 
-    ValueError when tokenizer and model do not fit together, or the model cannot read documents of max_seq_len or multiply in float8.
+    ValueError when tokenizer and model do not fit together, a weight file is missing or cut short, or the model cannot read documents of
+    max_seq_len or multiply in float8.
     """
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
+    for path in weight_files(Path(directory)):
+        open_safetensors(path)  # its header and its size
     for key in ("sliding_window", "max_position_embeddings"):
         limit = getattr(model_config, key)
         if limit and config.max_seq_len > limit:

@@ -138,9 +138,12 @@ def find_folder(path_or_repo):
 
 
 def weight_files(directory):
-    """The safetensors files of a model folder, by its index. ValueError when one is missing."""
+    """The safetensors files of a model folder, by its index. ValueError when one is missing, or the index is torn."""
     index = directory / WEIGHTS_INDEX
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
+    if not weight_map:
+        raise ValueError(f"{index}: no weight_map; expected an index of weights")
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         pickles = sorted(path.name for path in directory.glob("*.bin"))
@@ -256,15 +259,19 @@ def _check_tied(name, stored, source):
         raise ValueError(f"{source}: lm_head.weight differs from {name}, yet config.json says tie_word_embeddings=true")
 
 
+def model_config(directory):
+    """The LlamaConfig or FalconConfig of a model folder. ValueError when it is of neither, or of a variant that neither represents."""
+    is_falcon = read_config(directory).get("model_type") == "falcon"
+    return (FalconConfig if is_falcon else LlamaConfig).from_hf(directory)
+
+
 def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
     """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded. ValueError when its parts do not fit together."""
     directory = resolve(path_or_repo)
-    is_falcon = read_config(directory).get("model_type") == "falcon"
-    config = (FalconConfig if is_falcon else LlamaConfig).from_hf(directory)
-    tokenizer = Tokenizer.from_dir(directory)
+    config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
     check_vocabulary(config, tokenizer)
     with torch.device("meta"):
-        model = (Falcon if is_falcon else Llama)(config).to(dtype)
+        model = (Falcon if isinstance(config, FalconConfig) else Llama)(config).to(dtype)
     parallel.materialize(model, device)
     load_weights(model, directory)
     return model, tokenizer

@@ -377,6 +377,19 @@ def test_score_command_names_what_is_wrong(tmp_path):
         aqi.main(["score", write_csv(tmp_path / "c.csv", [("a", "inf", 0), ("b", 2, 1)], ("category", "chi", "xb"))])
     with pytest.raises(ValueError, match="no rows"):
         aqi.main(["score", write_csv(tmp_path / "b.csv", [], ("category", "chi", "xb"))])
+    with pytest.raises(ValueError, match=r"d.csv: no column category, xb among \['Category', 'chi'\]; expected category, chi, xb"):
+        aqi.main(["score", write_csv(tmp_path / "d.csv", [("a", 1)], ("Category", "chi"))])
+    (tmp_path / "e.csv").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ValueError, match="e.csv: not a csv of UTF-8 text"):
+        aqi.main(["score", f"{tmp_path}/e.csv"])
+
+
+def test_a_spreadsheets_csv_is_read(tmp_path):
+    """A byte-order mark before the first column's name; n known of some rows only."""
+    path = Path(write_csv(tmp_path / "a.csv", [("a", 3, 0.5, 8), ("b", 2, 1, "")], ("category", "chi", "xb", "n")))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert aqi.main(["score", str(path), "--normalize", "sweep"]) == 0
+    assert [(row["category"], row["n"]) for row in read_rows(path)] == [("a", 8), ("b", "")]
 
 
 def test_rows_that_know_their_n_beside_rows_that_do_not(tmp_path):

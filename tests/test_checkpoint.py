@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -31,6 +32,7 @@ from plumbing.checkpoint import (
     save_adapter,
     save_pretrained,
 )
+from plumbing.trainee import read_shape
 
 DOCUMENTS = random_documents(97, (21, 1, 9))
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -349,6 +351,24 @@ def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, mon
     next(base.parent.glob("several/model-00002-of-*")).unlink()
     with pytest.raises(ValueError, match="missing weight files: model-00002-of-"):
         load_pretrained(base.parent / "several")
+    (base.parent / "several" / weights.WEIGHTS_INDEX).write_text("{}")
+    with pytest.raises(ValueError, match="several/model.safetensors.index.json: no weight_map"):
+        load_pretrained(base.parent / "several")
+
+
+def test_broken_model_folders_are_refused_before_the_data_are_read(base, tokenizer):
+    """read_shape comes before tokenising, load_weights after it."""
+    config = SimpleNamespace(max_seq_len=8, precision="fp32")
+    assert read_shape(config, base, tokenizer, torch.device("cpu")).hidden_size == 40
+    os.truncate(base / "model.safetensors", 500)
+    with pytest.raises(ValueError, match="model.safetensors: truncated"):
+        read_shape(config, base, tokenizer, torch.device("cpu"))
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="missing weight files: model.safetensors"):
+        read_shape(config, base, tokenizer, torch.device("cpu"))
+    (base / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: missing or torn"):
+        read_shape(config, base, tokenizer, torch.device("cpu"))
 
 
 def test_tokenizer_larger_than_the_embedding(tokenizer, tmp_path):

@@ -94,7 +94,8 @@ def test_values_are_read_by_the_declared_type(write):
     assert (config.lr, config.max_steps, config.beta, config.data_eval) == (5e-7, 7, 2.0, 0.1)
     assert (config.cache_dir, config.template, config.fresh) == ("12", "chatml", True)
     assert type(config.beta) is float
-    assert load("dpo", ["x.py", "--fresh=false"]).fresh is False
+    assert load("dpo", ["x.py", "--fresh=false"]).fresh is load("dpo", ["x.py", "--fresh=False"]).fresh is False
+    assert load("dpo", ["x.py", "--fresh=True"]).fresh is True
 
 
 def test_private_names_and_imports_stay_private(write):
@@ -155,7 +156,7 @@ IN_THE_FILE = [
     ),
     ("sft |= dict(data={})", "x.py: sft: data={}: expected dict {str: float or int > 0}, got none"),
     ("sft |= dict(data={'a': 0})", "x.py: sft: data={'a': 0}: expected dict {str: float or int > 0}"),
-    ("sft |= dict(data={'a': True})", "x.py: sft: data={'a': True}: expected dict {str: float or int > 0}, got dict"),
+    ("sft |= dict(data={'a': True})", "x.py: sft: data={'a': True}: expected dict {str: float or int > 0}, got dict of bool"),
     ("sft |= dict(data='a')", "x.py: sft: data='a': expected dict {str: float or int > 0}, got str"),
     ("sft |= dict(data_eval=1)", "x.py: sft: data_eval=1: expected dict {str: float or int > 0} or float > 0 and < 1 or None"),
     ("sft |= dict(eval_every=5)", "x.py: sft: eval_every=5: needs data_eval"),
@@ -248,6 +249,12 @@ def test_the_file_itself(write):
     write("")
     with pytest.raises(ValueError, match="^y.py: no such config file, did you mean 'x.py'\\?$"):
         load("sft", ["y.py"])
+    for text, message in (("lr = 1e-5\nsft |= ltr", "line 6: NameError: name 'ltr' is not defined"),
+                          ("import nowhere_at_all", "line 5: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+                          ("sft = dict(", "line 5: '\\(' was never closed")):  # fmt: skip
+        write(text)
+        with pytest.raises(ValueError, match=f"^x.py, {message}$"):
+            load("sft", ["x.py"])
     with pytest.raises(ValueError, match="expected one config file, got \\[\\]: train_sft.py CONFIG.py"):
         load("sft", [])
     with pytest.raises(ValueError, match="expected one config file, got \\['x.py', '5'\\]"):

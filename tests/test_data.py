@@ -375,9 +375,27 @@ def test_a_missing_source_is_named_and_not_looked_for_on_the_hub(name):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("Hi")
-    with pytest.raises(ValueError, match="a.txt': expected a file of .*'.parquet'"):
-        data.open_source(str(tmp_path / "a.txt"))
+    for name in ("a.txt", "a.parquet.gz"):
+        (tmp_path / name).write_text("Hi")
+        with pytest.raises(ValueError, match=rf"{name}': expected a file of .*'.parquet', '.csv'\] \(or, but for parquet, .gz of one\)"):
+            data.open_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.csv"])
+def test_a_file_that_is_not_utf_8_is_named(tmp_path, name):
+    rows = {"a.jsonl": '{"text": "a"}\n{"text": "é"}\n', "b.csv": "text\na\né\n"}
+    (tmp_path / name).write_text(rows[name], encoding="latin-1")
+    with pytest.raises(ValueError, match=f"data '{tmp_path}/{name}': no rows, or not a .{name[2:]} file: .*[Uu][Tt][Ff].?8"):
+        data.open_source(str(tmp_path / name))
+
+
+def test_only_an_empty_cell_of_a_csv_is_null(tmp_path):
+    """pandas takes the answers "None", "NA", "null" and "nan" for missing ones unless told."""
+    texts = ["None", "NA", "null", "nan", ""]
+    (tmp_path / "a.csv").write_text("id,text,safe\n" + "".join(f"{i},{text},True\n" for i, text in enumerate(texts)) + "5,a,\n")
+    rows = data.open_source(str(tmp_path / "a.csv"))
+    assert rows["text"][:] == [*texts[:4], None, "a"]
+    assert rows["id"][:] == [*range(6)] and rows["safe"][:] == [True] * 5 + [None]
 
 
 # ---------------------------------------------------------------------------------------------------------------- mixtures
@@ -510,6 +528,16 @@ def test_nothing_or_everything_supervised_is_refused(tokenizer, config, monkeypa
     monkeypatch.setattr(data, "ids_and_mask", lambda *args: (honest(*args)[0], np.ones_like(honest(*args)[1]), 0))
     with pytest.raises(ValueError, match="expected rows on every side, and some but not all of their tokens supervised"):
         data.load_sft(config, tokenizer)
+
+
+def test_pairs_that_are_all_equal_are_refused(tokenizer, config):
+    """Also those that max_seq_len makes equal: nothing could be learned from them, after a reference pass over all."""
+    rows = [ROWS["strings"] | {"chosen": "yo u", "rejected": "yo"}] * 2
+    config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(data.load_preferences(config, tokenizer)[0]) == 2
+    config.max_seq_len = len(encode_chat(PAIR[0], tokenizer, "tulu", 64)[0]) - 1  # "yo" of both
+    with pytest.raises(ValueError, match=r"2 pairs with two equal answers .*expected pairs of different answers \(cut at max_seq_len="):
+        data.load_preferences(config, tokenizer)
 
 
 def test_a_bad_row_is_named_by_source_and_number(tokenizer, config):
@@ -681,6 +709,13 @@ def test_held_out_data_can_be_another_mixture(tokenizer, config):
     config.data, config.data_eval = {str(config.path): 30}, {str(config.path): 3}
     train, held_out = data.load_sft(config, tokenizer)
     assert (len(train), len(held_out)) == (30, 3)
+
+
+def test_missing_held_out_data_is_found_before_anything_is_tokenised(tokenizer, config, monkeypatch):
+    monkeypatch.setattr(data, "_tokenise", never)
+    config.data_eval = {"missing.jsonl": 1.0}
+    with pytest.raises(ValueError, match="data 'missing.jsonl': no such file"):
+        data.load_sft(config, tokenizer)
 
 
 def test_a_fingerprint_is_of_ids_masks_and_boundaries():

@@ -93,8 +93,9 @@ def test_sums_are_the_released_recipe(translated):
 
 def test_written_to_a_file(translated, tmp_path):
     _, _, printed, _ = translated(DPO, "--processes", "8")
-    assert main([str(tmp_path / "in.yaml"), "--processes", "8", "--out", str(tmp_path / "written.py")]) == 0
-    assert (tmp_path / "written.py").read_text() == printed
+    written = tmp_path / "runs/written.py"  # a fresh checkout has no runs/
+    assert main([str(tmp_path / "in.yaml"), "--processes", "8", "--out", str(written)]) == 0
+    assert written.read_text() == printed
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,11 @@ def test_refused(translated, yaml, message):
 def test_refused_arguments(translated, yaml, args, message):
     code, _, out, err = translated(yaml, *args)
     assert code == 1 and not out and message in err
+
+
+def test_a_file_that_cannot_be_written_is_named(translated, tmp_path):
+    code, _, out, err = translated(DPO, "--processes", "8", "--out", str(tmp_path))
+    assert code == 1 and not out and err.startswith("error: ") and f"{str(tmp_path)!r}" in err
 
 
 def test_all_problems_at_once(translated):

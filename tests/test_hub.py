@@ -176,6 +176,8 @@ def test_data_is_read_at_its_commit(rows, world):
 def test_a_key_that_some_rows_of_the_hub_lack_is_null_there(server):
     server.commit("datasets/org/gaps", {"train.jsonl": b'{"text": "Hi", "label": "safe"}\n{"label": "unsafe"}\n'})
     assert data.open_source("org/gaps")[1] == {"text": None, "label": "unsafe"}
+    server.commit("datasets/org/words", {"train.csv": b"text,label\nNone,safe\n,unsafe\n"})
+    assert data.open_source("org/words")["text"][:] == ["None", None]  # only an empty cell of a csv is null
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,12 @@ def test_warmup_is_rounded_down(ratio, steps, total, expected):
     assert warmup_steps(SimpleNamespace(warmup_ratio=ratio, warmup_steps=steps), total) == expected
 
 
+def test_a_warmup_longer_than_the_run_is_refused():
+    assert warmup_steps(SimpleNamespace(warmup_ratio=0.0, warmup_steps=5), 5) == 5
+    with pytest.raises(ValueError, match="warmup_steps=5: expected at most the 4 steps of the run"):
+        warmup_steps(SimpleNamespace(warmup_ratio=0.0, warmup_steps=5), 4)
+
+
 def two_parameters():
     model = torch.nn.Module()
     model.matrix, model.bias = torch.nn.Parameter(torch.tensor([[1.0]])), torch.nn.Parameter(torch.tensor([1.0]))

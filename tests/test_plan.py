@@ -392,6 +392,7 @@ def test_a_training_script_plans_without_gpu_process_group_or_run_folder(no_gpu,
         ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--beat=1"], "unknown key 'beat', did you mean 'beta'"),
         ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "129"], "cannot be formed on 129 ranks"),
         ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "2", "--moments=bf16"], "bf16 is for one process"),
+        ([str(CONFIGS / "tulu10.py"), "--gpu", "a100-80", "--precision=fp8"], "precision='fp8' on a100-80 (--gpu): expected a GPU of"),
     ],
 )
 def test_wrong_command_lines_are_refused(argv, message):

@@ -115,6 +115,7 @@ def test_one_process_without_torchrun(world, tmp_path, baseline):
     command = [sys.executable, "train_sft.py", str(config), "--max_steps=6"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "; 6 steps on 1 rank(s) of cpu\n" in done.stdout
     assert final_bytes(tmp_path / "sft") == final_bytes(baseline("sft"))
 
 

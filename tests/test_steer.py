@@ -149,8 +149,17 @@ def test_only_preferred_pairs_are_kept(lab):
     assert json.loads((lab / "kept/spectrum.json").read_text())["layers"][0]["effective_rank"] <= expected.sum()
 
 
-def test_identical_models_have_no_vector(lab):
-    with pytest.raises(ValueError, match="dpo='.*sft': its states equal those of sft=.*expected a model that training moved"):
+def unread(path):
+    raise AssertionError(f"{path} was read")
+
+
+def test_identical_models_have_no_vector(lab, monkeypatch):
+    shutil.copytree(lab / "sft", lab / "head")  # other weights, the same states
+    change_weights(lab / "head", lambda weights: weights["lm_head.weight"].add_(1e-3))
+    with pytest.raises(ValueError, match="dpo='.*head': its states equal those of sft=.*expected a model that training moved"):
+        extract(lab, "same", dpo="head")
+    monkeypatch.setattr(steer, "load_model", unread)
+    with pytest.raises(ValueError, match="dpo='.*sft': the same weights as sft='.*sft'; expected a model that training moved"):
         extract(lab, "same", dpo="sft")
 
 
@@ -202,6 +211,12 @@ def test_a_full_disk_is_named_before_any_state_is_read(lab, monkeypatch):
     assert extract(lab, "just_enough").manifest["count"] == COUNT
 
 
+def test_a_run_folder_is_no_model(lab):
+    shutil.copytree(lab / "dpo", lab / "run/final")
+    with pytest.raises(ValueError, match="run': a run folder; expected a model, here .*run/final"):
+        extract(lab, "none", dpo="run")
+
+
 def test_two_tokenizers_are_refused(lab):
     """CHECKS 32: before any weight is read."""
     other = make_world(lab / "other") / "base"  # trained on the same words, other merges
@@ -214,7 +229,8 @@ def test_two_tokenizers_are_refused(lab):
         extract(lab, "none", dpo="other/base")
 
 
-def test_another_shape_is_refused(lab):
+def test_another_shape_is_refused_before_a_model_is_read(lab, monkeypatch):
+    monkeypatch.setattr(steer, "load_model", unread)
     shutil.copytree(lab / "dpo", lab / "short")
     vocab_size = Tokenizer.from_dir(lab / "sft").vocab_size
     write_model(lab / "short", random_llama(tiny_config(vocab_size=vocab_size, hidden_size=D, num_hidden_layers=3, head_dim=8)))
@@ -286,9 +302,12 @@ def test_what_is_wrong_with_a_text_or_a_vector_is_named(lab):
 
 
 @pytest.mark.parametrize("layers", (0, 5, -1))
-def test_layers_that_do_not_exist_are_refused(lab, layers):
-    with pytest.raises(ValueError, match=rf"layers={layers} \(--layers; default: the published 5\): expected 1 to 4"):
-        steer.main(["generate", f"{lab}/steer", "--prompt", "help", f"--layers={layers}", *SHORT])
+def test_layers_that_do_not_exist_are_refused_before_a_model_is_read(lab, layers, monkeypatch):
+    monkeypatch.setattr(steer, "load_model", unread)
+    for command in (("generate", "--prompt", "help"), ("bake", "--strength", "1", "--out", f"{lab}/none"),
+                    ("sweep", "--prompts", f"{lab}/prompts.csv")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"layers={layers} \(--layers; default: the published 5\): expected 1 to 4"):
+            steer.main([command[0], f"{lab}/steer", *command[1:], f"--layers={layers}"])
 
 
 def test_spectrum_writes_table_and_components(lab, capsys):
@@ -534,6 +553,19 @@ def test_lambdas_that_make_no_curve_are_refused(lab, lambdas):
         sweep(lab, "none", "--lambdas", lambdas)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--space", "pca:13"), "space='pca:13': expected at most pca:12, as many as the smallest axiom has texts"),
+        (("--seeds", "2"), "seeds=2: space='raw' has no random start; expected --space tsne"),
+    ],
+)
+def test_spaces_that_cannot_be_are_refused_before_a_model_is_read(lab, monkeypatch, options, message):
+    monkeypatch.setattr(steer, "load_model", unread)
+    with pytest.raises(ValueError, match=message):
+        sweep(lab, "none", *options)
+
+
 def test_one_axiom(lab):
     write_prompts(lab / "one.csv", axioms=("calm",))
     report = sweep(lab, "one", "--prompts", f"{lab}/one.csv", "--lambdas", "0,1")
@@ -730,6 +762,16 @@ def test_pairs_that_cannot_be_validated_are_refused(pairs):
         steer.main(["validate", "near", "nowhere", *pairs])
     with pytest.raises(ValueError, match="pair='odd': it is odd"):
         steer.main(["validate", "odd", *pairs])
+
+
+def test_what_is_missing_is_found_before_the_first_pair_is_read(pairs, lab, monkeypatch):
+    monkeypatch.setattr(steer, "load_model", unread)
+    with pytest.raises(ValueError, match="data 'none.csv': no such file"):
+        steer.main(["validate", "near", *pairs, "--prompts", "none.csv"])
+    (lab / "far").rename(lab / "away")
+    with pytest.raises(ValueError, match="model_path='.*far': no such folder"):
+        steer.main(["validate", "near", "far", *pairs])
+    (lab / "away").rename(lab / "far")
 
 
 def test_registered_pairs_are_complete():

@@ -27,6 +27,7 @@ from world import (
     trace,
     whole_gradients,
     write_config,
+    write_rows,
 )
 
 import train_dpo
@@ -357,7 +358,8 @@ def test_pairs_fingerprint_covers_what_is_compared(world, tmp_path, ranks, chang
     texts = zip(("user", "assistant") * 2, ("the cat", "a dog", "the cat", "good answer"))
     turns = [{"role": role, "content": text} for role, text in texts]
     rejected = turns[:3] + [{"role": "assistant", "content": "never always bad"}]
-    path.write_text(json.dumps({"chosen": turns, "rejected": rejected}) + "\n")
+    pairs = [(turns, rejected), (turns[2:], rejected[2:])]  # the second differs within 50 tokens too
+    write_rows(path, [{"chosen": chosen, "rejected": other} for chosen, other in pairs])
     data = dict(data={str(path): 1.0})
     before, after = (stage_parts("dpo", write_config(tmp_path, world, dpo=data, **keys), ranks)[1] for keys in ({}, change))
     assert before.fingerprint != after.fingerprint

@@ -241,13 +241,15 @@ def main(argv):
     try:
         given = theirs.read_yaml(args.yaml)
         text = config_text(translate(given, args.stage or theirs.stage_of(given), args.processes), args.yaml)
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text(text)
     except (ValueError, OSError) as error:
         print("".join(f"error: {args.yaml}: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr)
         return 1
     if not args.out:
         print(text, end="")
         return 0
-    Path(args.out).write_text(text)
     print(f"wrote {args.out}; the comments at its top say what differs and which keys have no equivalent")
     return 0
 
