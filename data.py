@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -668,7 +669,8 @@ def _is_intact(folder: Path, log) -> bool:
         damaged = ["meta.json"]
     if damaged:
         log(f"data: {folder}: {', '.join(damaged)} missing or damaged; tokenising again")
-        shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".damaged-") as scratch, suppress(FileNotFoundError):
+            folder.rename(Path(scratch) / "columns")  # at once: another run that shares the cache finds all of it, or has removed it itself
     return not damaged
 
 

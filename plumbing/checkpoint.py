@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from kernels import join_master
 from plumbing import parallel
+from plumbing.folders import read_json
 from plumbing.logbook import write_json
 from plumbing.weights import (
     ADAPTER_CONFIG,
@@ -74,7 +75,7 @@ class Checkpointer:
         if finished:
             self._read_index(finished[-1])
         elif not self.fresh and (self.run_dir / "final").is_dir():
-            config, manifest = (json.loads((self.run_dir / f"{name}.json").read_text()) for name in ("config", "manifest"))
+            config, manifest = (read_json(self.run_dir / f"{name}.json") for name in ("config", "manifest"))
             there = config | {key: manifest[key] for key in ("weights", "data")}  # there it is their content, as in the identity
             _refuse_other(self.run_dir / "final", there, {key: self.identity[key] for key in self.identity.keys() & there.keys()})
         return finished[-1] if finished else None
@@ -121,10 +122,12 @@ class Checkpointer:
             for key, tensor in tensors.items():
                 copy_rows(tensor, stored[key])
         self._finished_step = index["step"]
+        if dist.get_rank() == 0:
+            self._delete_old()  # a kill right after the last step was saved leaves one too many; only now is the newest known to be whole
         return index["step"]
 
     def _read_index(self, path):
-        index = json.loads((path / "checkpoint.json").read_text())
+        index = read_json(path / "checkpoint.json")
         _refuse_other(path, index["identity"], self.identity | dict.fromkeys(index["identity"].keys() - self.identity.keys()))
         return index
 
@@ -141,6 +144,9 @@ class Checkpointer:
         publish(folder, path)
         write_json(path / "COMPLETED", {})
         sync_folder(path)  # the new checkpoint is on the disk before an old one goes
+        self._delete_old()
+
+    def _delete_old(self):
         for old in self._finished()[: -self.keep_last]:
             _delete(old)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from plumbing import hub
 from plumbing.config import config_dict
+from plumbing.folders import read_json
 
 _PACKAGES = ("torch", "triton", "flash-attn-4", "numpy", "safetensors", "tokenizers", "datasets")
 # (metric, label, format) in the order of the step line; metrics that a stage does not have are left out
@@ -51,7 +52,7 @@ class Logbook:
             about = {"command": shlex.join(sys.argv), "commit": commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             machine = {"hardware": gpu or platform.machine(), "world_size": ranks.world_size, "matmul_peak_flops": self.peak}
             self._manifest = about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit}
-            self._manifest["processes"] = _processes(self.folder)
+            self._manifest["processes"] = [] if self.fresh else _processes(self.folder)
             write_json(self.folder / "manifest.json", self._manifest)
         self._start = time.perf_counter()
 
@@ -70,9 +71,11 @@ class Logbook:
                 this = {key: self._manifest[key] for key in ("started", "commit", "hardware", "world_size")}
                 self._manifest["processes"] = [*earlier, {"after_step": step, **this}]
                 write_json(self.folder / "manifest.json", self._manifest)
-            for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-                _forget_after(step, path)
-            self._metrics = (self.folder / "metrics.jsonl").open("a")
+            path = self.folder / "metrics.jsonl"
+            if missing := step - sum("loss" in entry for entry in _forget_after(step, path)):  # of a power cut, or of someone's editor
+                self.ranks.say(f"{path}: {missing} of the {step} steps before are not in it, nor will they be in the card")
+            _forget_after(step, self.folder / "samples.jsonl")
+            self._metrics = path.open("a")
             if self.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
@@ -127,23 +130,23 @@ class Logbook:
 def _processes(folder):
     """The processes that have trained the run in `folder`, of its manifest; none without one."""
     path = folder / "manifest.json"
-    return json.loads(path.read_text()).get("processes", []) if path.exists() else []
+    return read_json(path).get("processes", []) if path.exists() else []
 
 
 def _forget_after(step, path):
-    """Drop the lines of a .jsonl file that will be written again: those after `step`, an evaluation or a sample at it, a torn last one."""
+    """Drop the lines of a .jsonl file that will be written again: those after `step`, an evaluation or a sample at it, a torn last one.
 
-    def is_kept(line):
-        entry = json.loads(line)
-        return entry["step"] < step or (entry["step"] == step and "loss" in entry)
-
+    Returns what the others hold."""
     *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]
-    if kept := [line for line in lines if is_kept(line)]:  # by a rename: a kill here must not cost the steps that are not trained again
+    entries = [(line, json.loads(line)) for line in lines]
+    kept = [(line, entry) for line, entry in entries if entry["step"] < step or (entry["step"] == step and "loss" in entry)]
+    if kept:  # by a rename: a kill here must not cost the steps that are not trained again
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(line + "\n" for line, _ in kept))
         temporary.rename(path)
     else:
         path.unlink(missing_ok=True)
+    return [entry for _, entry in kept]
 
 
 def progress_bar(items=None, **options):

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 _background_group = None
 
 
@@ -118,8 +118,8 @@ def run(main, argv):
         return main(argv)
     except (ValueError, FloatingPointError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        is_library = "site-packages" in last.filename or not Path(last.filename).is_relative_to(ROOT)  # .venv is below ROOT
-        if isinstance(error, ValueError) and (is_library or not last.line.startswith("raise ")):  # compiled code has no frame of its own
+        is_ours = Path(last.filename).resolve().is_relative_to(ROOT) and "site-packages" not in last.filename  # .venv is below ROOT
+        if isinstance(error, ValueError) and not (is_ours and last.line.startswith("raise ")):  # compiled code has no frame of its own
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

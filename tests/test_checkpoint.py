@@ -202,6 +202,7 @@ def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
                 checkpointer.wait()
         step, found = restart(tmp_path, model, optimizer)
         assert step == (2 if call in ("sync_folder", "_delete") else 1)
+        assert len(list(checkpointer.folder.iterdir())) == 1  # keep_last, also where the older one had not gone yet
         assert_equal(found, trained[step])
 
 
@@ -239,6 +240,15 @@ def test_truncated_checkpoint_is_named(run, size):
     os.truncate(file, size % file.stat().st_size)
     with pytest.raises(ValueError, match="rank_00000.safetensors: truncated"):
         checkpointer.load(checkpointer.latest(), model, optimizer)
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 1, "ident'])
+def test_torn_index_is_named(run, content):
+    checkpointer = run[0]
+    file = checkpointer.latest() / "checkpoint.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"{file}: missing or torn"):
+        checkpointer.latest()
 
 
 def test_missing_rank_file_is_named(run):

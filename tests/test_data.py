@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -658,6 +659,22 @@ def test_a_damaged_cache_is_tokenised_again(tokenizer, config, damage):
     named = "meta.json" if "meta" in damage else "train.messages.input_ids.npy"
     assert f"{named} missing or damaged; tokenising again" in lines[0]
     assert contents(data.load_sft(config, tokenizer, lines.append)[0]) == first
+
+
+def test_a_run_that_shares_a_damaged_cache_may_have_removed_it(tokenizer, config):
+    """Two runs find the damage at once, and the other is the first to remove the folder."""
+    first = contents(data.load_sft(config, tokenizer)[0])
+    (file,) = config.cache_dir.glob("*/meta.json")
+    file.write_text("")
+    lines = []
+
+    def log(line):
+        lines.append(line)
+        if "damaged" in line:
+            shutil.rmtree(file.parent)
+
+    assert contents(data.load_sft(config, tokenizer, log)[0]) == first
+    assert "damaged" in lines[0] and [path.name for path in config.cache_dir.iterdir()] == [file.parent.name]
 
 
 def test_a_run_that_shares_the_cache_may_be_faster(tokenizer, config, monkeypatch):

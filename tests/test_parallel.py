@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def test_who_raised_decides_what_is_shown(capsys):
     assert parallel.run(lambda argv: json.loads("{"), []) == 1
     theirs = capsys.readouterr().err
     assert theirs.count("Traceback") == 2 and theirs.splitlines()[-1].startswith("error: Expecting property name"), theirs
+
+
+def test_a_script_by_way_of_a_symbolic_link_is_ours(tmp_path, monkeypatch, capsys):
+    """Python resolves the folder that it imports from, not the name of the script."""
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout/train.py").write_text("def main(argv):\n    raise ValueError('lr=-1: expected > 0')\n")
+    (tmp_path / "link").symlink_to(tmp_path / "checkout")
+    monkeypatch.setattr(parallel, "ROOT", tmp_path / "checkout")
+    assert parallel.run(runpy.run_path(str(tmp_path / "link/train.py"))["main"], []) == 1
+    assert capsys.readouterr().err == "error: lr=-1: expected > 0\n"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """SFT: the loss and its gradient in any packing and on any ranks, and ten whole steps against a plain transformers loop."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -226,6 +227,30 @@ def test_a_kill_while_metrics_are_cut_back_costs_none(world, tmp_path, ranks, mo
         log.resume_at(2)
     log.resume_at(2)
     assert [line["step"] for line in metrics(tmp_path / "sft")] == [1, 2]
+
+
+def test_steps_that_metrics_lacks_are_said(world, tmp_path, ranks, capsys):
+    """A checkpoint is on the disk before it counts; metrics.jsonl, which is not, may be the shorter one after a power cut."""
+    log = Logbook(load("sft", [str(write_config(tmp_path, world))]), ranks, 4, {})
+    for steps, said in (((1, 2, 3), ""), ((1,), "metrics.jsonl: 2 of the 3 steps before are not in it"), ((), "3 of the 3 steps")):
+        (tmp_path / "sft/metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in steps))
+        log.resume_at(3)
+        printed = capsys.readouterr().out
+        assert said in printed and bool(said) == bool(printed)
+
+
+def test_a_torn_manifest_is_named_and_fresh_does_without(world, tmp_path, ranks):
+    """It is read for its `processes`, which a run that starts over has none of yet."""
+    argv, manifest = [str(write_config(tmp_path, world))], tmp_path / "sft/manifest.json"
+    Logbook(load("sft", argv), ranks, 4, {}).resume_at(0)
+    (process,) = json.loads(manifest.read_text())["processes"]
+    assert (process["after_step"], process["world_size"]) == (0, 1)
+    Logbook(load("sft", [*argv, "--fresh"]), ranks, 4, {})
+    assert json.loads(manifest.read_text())["processes"] == []
+    manifest.write_text('{"processes": [')
+    with pytest.raises(ValueError, match=rf"{manifest}: missing or torn"):
+        Logbook(load("sft", argv), ranks, 4, {})
+    Logbook(load("sft", [*argv, "--fresh"]), ranks, 4, {})
 
 
 def test_a_hopeless_model_is_evaluated(world, tmp_path, ranks):
