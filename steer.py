@@ -429,13 +429,17 @@ def sweep(args):
     vector.layers(args.layers)  # what cannot be is refused before a model is read
     folder = Path(args.out or vector.folder / f"sweep_{args.inject}")
     prompts = _swept_prompts(args, args.mode)
+    tokenizer = Tokenizer.from_dir(locate(vector.manifest["sft_path"])[0])
+    documents = [plain_document(text, tokenizer, vector.manifest["max_seq_len"]) for text in prompts.texts]
+    labelled = [ids.tolist() for ids, _ in documents], prompts.axiom.tolist(), prompts.label.tolist(), prompts.axioms
     inputs = {key: getattr(args, key) for key in SWEEP_SETTINGS} | {
-        "max_seq_len": vector.manifest["max_seq_len"],  # cuts the prompts too; the vector's bytes need not show it
         "vector": hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest(),
-        "texts": hashlib.sha256(repr((prompts.texts, prompts.axiom.tolist(), prompts.label.tolist())).encode()).hexdigest(),
+        "prompts": hashlib.sha256(repr(labelled).encode()).hexdigest(),
     }
+    # what the vector's bytes need not show: lm_head and EOS, which texts are held out, which of their tokens count
+    inputs |= {key: vector.manifest[key] for key in ("sft", "tokens", "template")}
     if not _is_done(folder / "aqi.json", inputs):
-        _measure_sweep(args, vector, prompts, folder, inputs)
+        _measure_sweep(args, vector, prompts, documents, folder, inputs)
     report = json.loads((folder / "aqi.json").read_text())
     _print_sweep(report)
     print(f"report: {folder}/")
@@ -455,10 +459,9 @@ def _swept_prompts(args, mode, log=print):
     return prompts
 
 
-def _measure_sweep(args, vector, prompts, folder, inputs):
-    """All of a sweep's measurements, and its plots, into `folder`."""
+def _measure_sweep(args, vector, prompts, documents, folder, inputs):
+    """All of a sweep's measurements, and its plots, into `folder`. documents: the tokens of the prompts."""
     model, tokenizer = vector.model("sft")
-    documents = [plain_document(text, tokenizer, vector.manifest["max_seq_len"]) for text in prompts.texts]
     add = vector.additions(args, model, tokenizer)
     texts = vector.texts(tokenizer)
     groups = prompts.axiom, prompts.label, prompts.axioms
@@ -595,9 +598,9 @@ def _print_sweep(report):
         print("relative error of the last layer's mean state at lambda 1, on the vector's texts / on held-out ones:")
     for injection, error in report["errors"].items():
         print(f"  {injection:<12}{error['calibration']:.4f} / {error['held_out']:.4f}")
-    profile = [row for row in report["profile"] if row["category"] == aqi.OVERALL]
-    for strength in dict.fromkeys(row["lambda"] for row in profile):
-        values = " ".join(f"{row['aqi']:.2f}" for row in profile if row["lambda"] == strength)
+    profile = {(row["lambda"], row["layer"]): row["aqi"] for row in report["profile"] if row["category"] == aqi.OVERALL}
+    for strength in dict.fromkeys(strength for strength, _ in profile):  # one, where the last lambda is 0
+        values = " ".join(f"{value:.2f}" for (lambda_, _), value in profile.items() if lambda_ == strength)
         print(f"separation after each block, lambda {strength:g}: {values}")
     for found in report["verdicts"]:
         because = f" ({'; '.join(found['because'])})" if found["because"] else ""
@@ -683,9 +686,9 @@ def _lambdas(text):
     return lambdas
 
 
-def _whole(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+def _whole(text, least=1):
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
     return int(text)
 
 
@@ -722,7 +725,8 @@ def _texts(one, and_prompts=""):
     only = "preferred: only pairs whose chosen text the DPO model prefers"
     one.add_argument("--keep", choices=("all", "preferred"), default="all", help=f"{only} {_DEFAULT}")
     one.add_argument("--compat", choices=("none", "hf"), default="none", help="hf: the last layer after the final norm, as published")
-    one.add_argument("--max-seq-len", type=_whole, default=512, help=f"tokens of a text; longer ones are cut {_DEFAULT}")
+    # of a single token, nothing is predicted
+    one.add_argument("--max-seq-len", type=partial(_whole, least=2), default=512, help=f"tokens of a text; longer ones are cut {_DEFAULT}")
 
 
 def _swept(one):

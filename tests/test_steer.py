@@ -380,11 +380,14 @@ def test_a_space_that_does_not_exist_is_refused_before_anything_is_read(lab, cap
     assert f"'{space}': expected raw, pca:k or tsne" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ("--count=-3", "--count=0", "--max-seq-len=-3", "--max-seq-len=many"))
-def test_sizes_are_whole_numbers(lab, capsys, option):
+@pytest.mark.parametrize(
+    ("option", "least"), [("--count=-3", 1), ("--count=0", 1), ("--max-seq-len=-3", 2), ("--max-seq-len=many", 2), ("--max-seq-len=1", 2)]
+)
+def test_sizes_are_whole_numbers(lab, capsys, option, least):
+    """Held-out texts of one token have no log-prob to print."""
     with pytest.raises(SystemExit):
         extract(lab, "none", option)
-    assert f"'{option.partition('=')[2]}': expected a whole number, 1 or more" in capsys.readouterr().err
+    assert f"'{option.partition('=')[2]}': expected a whole number, {least} or more" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- sweep
@@ -534,7 +537,36 @@ def test_prompts_that_are_cut_elsewhere_are_another_sweep(lab, capsys):
         vector = extract(lab, "cut", "--max-seq-len", str(length))
         sweep(lab, "sweep_cut", "--prompts", f"{lab}/long.csv", "--lambdas", "0,1", folder="cut")
     assert all(len(ids) < 64 for side in steer.SIDES for ids, _ in documents(lab, side)) and vector.manifest["max_seq_len"] == 64
-    assert "sweep_cut/aqi.json: made from other max_seq_len: done again" in capsys.readouterr().out
+    assert "sweep_cut/aqi.json: made from other prompts: done again" in capsys.readouterr().out
+
+
+def test_what_the_vector_does_not_show_is_another_sweep(lab, capsys):
+    """Its bytes stay with another lm_head, which decides log-probs; so do the prompts' texts with other names of axioms or tokens."""
+    for name in ("sft", "dpo"):
+        shutil.copytree(lab / name, lab / f"unseen_{name}")
+    shutil.copy(lab / "prompts.csv", lab / "unseen.csv")
+
+    def run():
+        vector = extract(lab, "unseen", sft="unseen_sft", dpo="unseen_dpo")
+        capsys.readouterr()
+        report = sweep(lab, "sweep_unseen", "--prompts", f"{lab}/unseen.csv", "--lambdas", "0,1", folder="unseen")
+        return vector.folder.joinpath("vector.safetensors").read_bytes(), report, capsys.readouterr().out
+
+    before, first, _ = run()
+    change_weights(lab / "unseen_sft", lambda weights: weights["lm_head.weight"].mul_(2))
+    after, second, out = run()
+    assert before == after and "made from other sft: done again" in out
+    assert first["behaviour"][0]["logp_chosen"] != second["behaviour"][0]["logp_chosen"]
+    (lab / "unseen.csv").write_text((lab / "unseen.csv").read_text().replace("calm,", "cool,"))
+    _, third, out = run()
+    assert "made from other prompts: done again" in out and [found["category"] for found in third["verdicts"]][1:] == ["cool", "kind"]
+    (lab / "unseen.csv").write_text((lab / "unseen.csv").read_text().replace("good ", "good 9 "))
+    run()
+    for name in ("sft", "dpo"):
+        core = json.loads((lab / f"unseen_{name}/tokenizer.json").read_text())
+        core["normalizer"] = {"type": "Replace", "pattern": {"String": "9"}, "content": "8"}  # no text of the vector has a 9
+        (lab / f"unseen_{name}/tokenizer.json").write_text(json.dumps(core))
+    assert "made from other prompts: done again" in run()[2] and "finished" in run()[2]
 
 
 def test_lambdas_without_zero(lab, swept):
@@ -545,6 +577,12 @@ def test_lambdas_without_zero(lab, swept):
         assert shift == pytest.approx({key: expected[key] for key in shift})
     assert report["verdicts"][0]["estimate"] == pytest.approx(swept["verdicts"][0]["estimate"][2::2])
     assert {row["lambda"] for row in report["profile"]} == {0, 1}
+
+
+def test_the_profile_is_printed_once_where_the_last_lambda_is_zero(lab, capsys):
+    sweep(lab, "to_zero", "--lambdas=-1,0")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("separation after each block, lambda 0:")]
+    assert len(line.partition(": ")[2].split()) == L
 
 
 @pytest.mark.parametrize("lambdas", ("1", "1,0", "0,0"))
