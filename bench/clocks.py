@@ -9,9 +9,13 @@ LAST = 60  # readings, a second apart
 
 
 def median_clocks(lines):
-    """ "1605 MHz, 692 W", the medians of `lines` of "MHz, W" as nvidia-smi prints them; None of none."""
+    """ "1605 MHz, 692 W", the medians of the last minute of `lines` of "MHz, W" as nvidia-smi prints them; None of none.
+
+    Only readings above half of the largest power count: a run that ended by itself is followed, and every run begun, by an idle card.
+    """
     readings = [[float(value) for value in line.split(",")] for line in lines]
-    return "{:.0f} MHz, {:.0f} W".format(*map(statistics.median, zip(*readings))) if readings else None
+    busy = [reading for reading in readings if reading[1] > max(watts for _, watts in readings) / 2][-LAST:]
+    return "{:.0f} MHz, {:.0f} W".format(*map(statistics.median, zip(*busy))) if busy else None
 
 
 class Clocks:
@@ -38,4 +42,4 @@ class Clocks:
         self.stop()
 
     def median(self):
-        return median_clocks(self.lines[-LAST:])
+        return median_clocks(self.lines)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.clocks import LAST, median_clocks
+from bench.clocks import median_clocks
 from plumbing import logbook
 
 HERE = Path(__file__).parent
@@ -89,7 +89,7 @@ def main():
     peer, peer_value, peer_memory, clocks = args.peer, args.peer_value, None, []
     samples = args.folder.with_name(f"{args.folder.name}.clocks.csv")
     if samples.exists():
-        clocks.append(median_clocks(samples.read_text().splitlines()[-LAST:]))
+        clocks.append(median_clocks(samples.read_text().splitlines()))
     if args.peer_file:
         line = fastest_peer(args.peer_file, args.peer, values["data"], key)
         options = [name for name in ("compile", "liger") if line["settings"][name]]
