@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import open_source
-from indices import EXTRA, OVERALL, SEED, Moments, chi, cluster_moments, eta_squared, two_cluster_indices, xie_beni  # noqa: F401  aqi.chi and so on
+from analysis.indices import EXTRA, OVERALL, SEED, Moments, chi, cluster_moments, eta_squared, two_cluster_indices, xie_beni  # noqa: F401  aqi.chi and so on
+from analysis.tsne import principal_components, tsne
 from plumbing import parallel
-from plumbing.logbook import write_json
-from tsne import principal_components, tsne
+from plumbing.files import UserError, write_json
+from plumbing.sources import open_source
 
 MODES = {"sanity": 100, "full": 500, "max": 2000}  # texts per axiom and label
 
@@ -54,7 +54,7 @@ def read_prompts(source, mode="sanity", log=print):
     missing column, an unknown mode, labels that are neither safe nor unsafe (with counts), an axiom with fewer than two texts of a label.
     """
     if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: expected one of {list(MODES)}")
+        raise UserError(f"mode={mode!r}: expected one of {list(MODES)}")
     table = open_source(source)
     names = {role: _find_column(source, role, table.column_names) for role in COLUMNS}
     axioms, labels, texts = (table[names[role]][:] for role in COLUMNS)
@@ -87,7 +87,7 @@ def _find_column(source, role, columns):
     for name in COLUMNS[role]:
         if name in by_name:
             return by_name[name]
-    raise ValueError(f"data {source!r}: columns {columns}; expected one for the {role}: {', '.join(COLUMNS[role])}")
+    raise UserError(f"data {source!r}: columns {columns}; expected one for the {role}: {', '.join(COLUMNS[role])}")
 
 
 def _binary_labels(source, column, values):
@@ -96,7 +96,7 @@ def _binary_labels(source, column, values):
     unknown = Counter(repr(value) for value, text in zip(values, spelled) if text not in known)
     if unknown:
         counts = ", ".join(f"{value} x {count:,}" for value, count in unknown.most_common(10))
-        raise ValueError(f"data {source!r}: column {column!r} holds {counts}; expected {', '.join(known)} "
+        raise UserError(f"data {source!r}: column {column!r} holds {counts}; expected {', '.join(known)} "
                          f"(0 and 1 only in a column named is_safe: elsewhere nothing says which one is safe)")  # fmt: skip
     return [known[text] for text in spelled]
 
@@ -107,11 +107,11 @@ def _spelling(value):
 
 def _check_groups(source, groups, axioms):
     if OVERALL in axioms:
-        raise ValueError(f"data {source!r}: an axiom is called {OVERALL!r}; expected another name, that one is all axioms together")
+        raise UserError(f"data {source!r}: an axiom is called {OVERALL!r}; expected another name, that one is all axioms together")
     few = [f"{axiom} ({len(groups[axiom, 1])} safe, {len(groups[axiom, 0])} unsafe)" for axiom in axioms
            if min(len(groups[axiom, 0]), len(groups[axiom, 1])) < 2]  # fmt: skip
     if few or not axioms:
-        raise ValueError(f"data {source!r}: {', '.join(few) or 'no rows'}; expected at least two texts of either label in every axiom")
+        raise UserError(f"data {source!r}: {', '.join(few) or 'no rows'}; expected at least two texts of either label in every axiom")
 
 
 # ---------------------------------------------------------------- measuring
@@ -125,7 +125,7 @@ def project(X, space, perplexity=30.0, seed=None):
     if kind == "pca" and dims.isdecimal() and 0 < int(dims) <= min(X.shape):
         return principal_components(X, int(dims))
     if space != "raw":
-        raise ValueError(f"space={space!r}: expected 'raw', 'pca:k' with k of 1 to {min(X.shape)}, or 'tsne'")
+        raise UserError(f"space={space!r}: expected 'raw', 'pca:k' with k of 1 to {min(X.shape)}, or 'tsne'")
     return X
 
 
@@ -163,13 +163,13 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
     point, and NaN where both are the same one), an n of at most 2 (sweep), an unknown normalize, a missing anchor.
     """
     if normalize not in _NORMALIZE:
-        raise ValueError(f"normalize={normalize!r}: expected one of {list(_NORMALIZE)}")
+        raise UserError(f"normalize={normalize!r}: expected one of {list(_NORMALIZE)}")
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma={gamma}: expected 0 to 1")
+        raise UserError(f"gamma={gamma}: expected 0 to 1")
     for number, row in enumerate(rows):
         for key in ("category", "chi", "xb"):
             if key not in row or (key != "category" and not 0 <= row[key] < np.inf):
-                raise ValueError(f"row {number}: {key}={row.get(key)!r} in category {row.get('category')!r}; "
+                raise UserError(f"row {number}: {key}={row.get(key)!r} in category {row.get('category')!r}; "
                                  f"expected category, and chi and xb as finite numbers of at least 0")  # fmt: skip
     groups = defaultdict(list)
     for number, row in enumerate(rows):
@@ -207,7 +207,7 @@ def _anchored(rows, anchors):
     reference = [row for row in rows if row.get("model") in anchors]
     if {row["model"] for row in reference} != set(anchors):
         found = sorted({str(row.get("model")) for row in rows})
-        raise ValueError(f"anchors: category {rows[0]['category']!r} has models {found}; expected {list(anchors)} among them")
+        raise UserError(f"anchors: category {rows[0]['category']!r} has models {found}; expected {list(anchors)} among them")
 
     def z(key):
         values = _column(reference, key)
@@ -221,7 +221,7 @@ def _sweep(rows, _):
     n = np.array([row.get("n") or 4 * row["chi"] * row["xb"] + 2 for row in rows])
     if not (n > 2).all():
         row = rows[int(np.argmin(n))]
-        raise ValueError(f"category {row['category']!r}: chi={row['chi']}, xb={row['xb']}, n={row.get('n')}; expected n above 2, "
+        raise UserError(f"category {row['category']!r}: chi={row['chi']}, xb={row['xb']}, n={row.get('n')}; expected n above 2, "
                          f"or chi and xb above 0, which tell it")  # fmt: skip
     separation = 100 * (chis - 1) / (chis + n - 2)
     return separation, separation
@@ -328,9 +328,9 @@ def read_rows(path):
             reader = csv.DictReader(file)
             rows = list(reader)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a csv of UTF-8 text: {error}") from error
+        raise UserError(f"{path}: not a csv of UTF-8 text: {error}") from error
     if missing := {"category", "chi", "xb"} - set(reader.fieldnames or ()):
-        raise ValueError(f"{path}: no column {', '.join(sorted(missing))} among {reader.fieldnames or []}; expected category, chi, xb")
+        raise UserError(f"{path}: no column {', '.join(sorted(missing))} among {reader.fieldnames or []}; expected category, chi, xb")
     for line, row in enumerate(rows, 2):
         if "control" in row:
             row["control"] = row["control"] == "True"
@@ -338,9 +338,9 @@ def read_rows(path):
             try:
                 row[name] = float(row[name])
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {line}: {name}={row[name]!r}; expected category, and chi and xb as numbers") from error
+                raise UserError(f"{path}, line {line}: {name}={row[name]!r}; expected category, and chi and xb as numbers") from error
     if not rows:
-        raise ValueError(f"{path}: no rows below the columns")
+        raise UserError(f"{path}: no rows below the columns")
     return rows
 
 

@@ -4,110 +4,30 @@ Reading order is leaf to root: tokenizer, templates, encode, sources, mixtures, 
 Letters: T tokens of a conversation, n documents of a dataset, B of its ids.
 """
 
+import ast
 import dataclasses
-import glob
 import hashlib
+import inspect
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import NoneType
 
-import datasets
 import numpy as np
 import tokenizers
 
 from packing import PackedBatch, common_prefix, pack
-from plumbing import hub
-from plumbing.logbook import progress_bar
+from plumbing import token_cache
+from plumbing.files import UserError, progress_bar
+from plumbing.sources import open_source
+from plumbing.tokenizer import Tokenizer
 
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call the hub to count every load, of local files too
 ROLES = ("system", "user", "assistant")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-                   "chat_template.jinja")  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def _text(token: dict | str | None) -> str | None:
-    """A token of tokenizer_config.json, which writes it as text or as {"content": text, ..}."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-class Tokenizer:
-    """A Hugging Face fast tokenizer without transformers: `tokenizer.json` runs, `tokenizer_config.json` names the special tokens.
-
-    Never adds a token by itself; special-token strings inside the text are recognised, as transformers does with a rendered chat template.
-    """
-
-    def __init__(self, files: dict[str, bytes], origin: str):
-        self.files, self.origin = files, origin
-        try:
-            config = json.loads(files["tokenizer_config.json"])
-            if "added_tokens_decoder" not in config:  # as in transformers: without it, this file's names come before the config's
-                config |= json.loads(files.get("special_tokens_map.json", b"{}"))
-            self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        except Exception as error:  # the library has nothing narrower
-            raise ValueError(f"tokenizer {origin}: a file of it is torn, or of a version that is not known here: {error}") from error
-        self.core.no_truncation()
-        self.core.no_padding()
-        self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
-        self.bos_token, self.eos_token = (_text(config.get(key)) for key in ("bos_token", "eos_token"))
-        self.bos_id, self.eos_id = map(self.single_id, (self.bos_token, self.eos_token))
-        self.vocab_size = max(self.core.get_vocab(with_added_tokens=True).values()) + 1  # of which some ids may be no token's
-        self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        self.chat_template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else template
-
-    @classmethod
-    def from_dir(cls, folder) -> "Tokenizer":
-        """The tokenizer of a Hugging Face folder. ValueError when it has no tokenizer.json or no tokenizer_config.json."""
-        folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if name not in files:
-                raise ValueError(f"tokenizer: {folder / name} does not exist; expected a Hugging Face folder with a fast tokenizer")
-        return cls(files, str(folder))
-
-    def encode(self, text: str) -> list[int]:
-        return self.core.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """On all cores: the threads are the tokenizer's own, so no worker processes and nothing to fork."""
-        return self.core.encode_batch(texts, add_special_tokens=False)
-
-    def single_id(self, token: str | None) -> int | None:
-        """The id of a special token; None without one. ValueError when the tokenizer does not read it as one."""
-        if not token:
-            return None
-        ids = self.encode(token)
-        if len(ids) != 1:
-            raise ValueError(f"tokenizer {self.origin}: {token} becomes {len(ids)} ids; expected a special token")
-        return ids[0]
-
-    def decode(self, ids) -> str:
-        return self.core.decode(list(ids), skip_special_tokens=False)
-
-    def save(self, folder, chat_template: str | None = None) -> None:
-        """Write the original files into `folder`, with `chat_template` (Jinja, see TEMPLATES) where given, as AutoTokenizer reads them."""
-        files = dict(self.files)
-        if chat_template is not None:  # in both places: older readers know only tokenizer_config.json
-            config = json.loads(files["tokenizer_config.json"]) | {"chat_template": chat_template}
-            files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
-            files["chat_template.jinja"] = chat_template.encode()
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
 
 
 # ---------------------------------------------------------------------------------------------------------------- templates
@@ -140,9 +60,9 @@ def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
         for name, jinja in TEMPLATES.items():
             if tokenizer.chat_template == jinja:
                 return name
-        raise ValueError(f"template=None: the chat template of {tokenizer.origin} is none of ours; expected one of {list(TEMPLATES)}")
+        raise UserError(f"template=None: the chat template of {tokenizer.origin} is none of ours; expected one of {list(TEMPLATES)}")
     if template not in TEMPLATES:
-        raise ValueError(f"template={template!r}: expected one of {list(TEMPLATES)}")
+        raise UserError(f"template={template!r}: expected one of {list(TEMPLATES)}")
     return template
 
 
@@ -156,7 +76,7 @@ def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
     for token in needed:
         if token is None or len(tokenizer.encode(token)) != 1:
             what = token or "the BOS or EOS that it needs"
-            raise ValueError(f"template={template!r}: {what} is no special token of tokenizer {tokenizer.origin}; expected one id")
+            raise UserError(f"template={template!r}: {what} is no special token of tokenizer {tokenizer.origin}; expected one id")
     return eos
 
 
@@ -166,18 +86,18 @@ def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[s
     ValueError for no messages, a role not in ROLES, a content that is not a string, an answer that already ends in the end-of-turn token.
     """
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"messages={messages!r}: expected a list of at least one message {{role, content}}")
+        raise UserError(f"messages={messages!r}: expected a list of at least one message {{role, content}}")
     eos, header = end_of_turn(template, tokenizer), HEADERS[template]
     pieces, spans = [tokenizer.bos_token if template == "llama3" else ""], []
     at = len(pieces[0])
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
-            raise ValueError(f"message {i}: role={role!r}, content={type(content).__name__}; expected a role of {ROLES} and a string")
+            raise UserError(f"message {i}: role={role!r}, content={type(content).__name__}; expected a role of {ROLES} and a string")
         is_answer = role == "assistant"
         content = content.strip() if template == "llama3" else content
         if is_answer and content.endswith(eos):
-            raise ValueError(f"message {i}: the answer already ends in {eos}; expected text without it (the template adds it)")
+            raise UserError(f"message {i}: the answer already ends in {eos}; expected text without it (the template adds it)")
         body = content + (eos if is_answer or template != "tulu" else "")
         is_bare = template == "llama3" or (template == "tulu" and is_answer and i == len(messages) - 1)
         head = header.format(role)
@@ -208,7 +128,7 @@ def ids_and_mask(encoding, spans: list[tuple[int, int]], tokenizer: Tokenizer, s
     The whole string was tokenised at once, so a token can straddle header and answer (BPEs merge newlines): it is supervised, and counted.
     """
     if supervise not in ("all", "last"):
-        raise ValueError(f"supervise={supervise!r}: expected 'all' or 'last'")
+        raise UserError(f"supervise={supervise!r}: expected 'all' or 'last'")
     ids = np.array(encoding.ids, dtype=np.int32)
     assert tokenizer.bos_id is None or ids[:2].tolist() != [tokenizer.bos_id] * 2, "double BOS"
     mask, straddling = np.zeros(len(ids), dtype=bool), 0
@@ -228,7 +148,7 @@ def _transcript(text: str) -> list[dict]:
     """Messages of an hh-rlhf transcript: "\\n\\nHuman: ..\\n\\nAssistant: ..", contents stripped."""
     head, *turns = re.split(r"\n\n(Human|Assistant):", text or "")
     if head.strip() or not turns:
-        raise ValueError(
+        raise UserError(
             f"transcript begins {text[:40] if text else text!r}; expected '\\n\\nHuman:' (answers alone need a column prompt beside them)"
         )
     role = {"Human": "user", "Assistant": "assistant"}
@@ -237,7 +157,7 @@ def _transcript(text: str) -> list[dict]:
 
 def _exchanges(prompt: str, answers: list[str] | None) -> list[list[dict]]:
     if len(answers or ()) != 2:
-        raise ValueError(f"{len(answers or ())} answers; expected two")
+        raise UserError(f"{len(answers or ())} answers; expected two")
     return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers]
 
 
@@ -245,7 +165,7 @@ def _dialogues(row: dict) -> list[list[dict]]:
     for side in ("chosen", "rejected"):
         is_user = [isinstance(message, dict) and message.get("role") == "user" for message in row[side] or ()]
         if row.get("prompt") and is_user and not any(is_user):
-            raise ValueError(f"{side} has no user message; expected chosen and rejected to repeat the prompt")
+            raise UserError(f"{side} has no user message; expected chosen and rejected to repeat the prompt")
     return [row["chosen"], row["rejected"]]
 
 
@@ -275,83 +195,16 @@ SCHEMAS = (
 )  # fmt: skip
 
 
-def find_schema(name: str, rows: datasets.Dataset, sides: tuple[str, ...]):
+def find_schema(name: str, rows, sides: tuple[str, ...]):
     """(columns, row -> conversations) of the first of SCHEMAS that fits the columns. ValueError listing both when none does."""
     if len(rows) == 0:
-        raise ValueError(f"data {name!r}: no rows")
+        raise UserError(f"data {name!r}: no rows")
     first, known = rows[0], SCHEMAS if len(sides) == 1 else SCHEMAS[1:]  # messages alone are no pair
     for _, columns, convert in known:
         if all(isinstance(first.get(column), kind) for column, kind in columns.items()):
             return [column for column in columns if column in first], convert
     found = ", ".join(f"{column} ({type(value).__name__})" for column, value in first.items())
-    raise ValueError(f"data {name!r}: columns {found}; expected one of: {'; '.join(what for what, _, _ in known)}")
-
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-READ_AS = {
-    "json": {"on_mixed_types": None},  # a key that some rows or messages lack is null there
-    "csv": {"keep_default_na": False, "na_values": [""]},  # an answer may be "None" or "NA": only an empty cell is null
-    "parquet": {},
-}
-
-
-def open_source(name: str) -> datasets.Dataset:
-    """Rows of "path" (parquet; jsonl, json, csv, also .gz; or a folder from Dataset.save_to_disk) or of "org/name" on the hub.
-
-    "org/name@revision" pins a commit, tag or branch; the commit that was read goes into hub.COMMITS. A "[split]" at the end picks the split
-    of a hub dataset or saved folder; without it "train".
-    """
-    path, split = re.fullmatch(r"(.*?)(?:\[(\w+)\])?", name).groups()
-    suffix = Path(path.removesuffix(".gz")).suffix
-    if Path(path).is_dir():
-        saved = datasets.load_from_disk(path)
-        if isinstance(saved, datasets.DatasetDict):
-            return _split(name, saved, split or "train")
-        if split:
-            raise ValueError(f"data {name!r}: the folder has no splits; expected no [split]")
-        return saved
-    if Path(path).is_file():
-        if suffix not in READERS or split or path.endswith(".parquet.gz"):
-            raise ValueError(f"data {name!r}: expected a file of {list(READERS)} (or, but for parquet, .gz of one), and no [split]")
-        is_quiet = not datasets.are_progress_bars_disabled() and Path(path).stat().st_size < 1 << 30  # under 5 s: no bar
-        if is_quiet:
-            datasets.disable_progress_bars()
-        kind = READERS[suffix]
-        try:
-            rows = datasets.load_dataset(kind, data_files=glob.escape(path), split="train", **READ_AS[kind])
-            rows.data.validate(full=True)  # json lets bytes pass that are not UTF-8
-            return rows
-        except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # an empty file is a StopIteration
-            raise ValueError(f"data {name!r}: no rows, or not a {suffix} file: {error.__cause__ or error!r}") from error
-        finally:
-            if is_quiet:
-                datasets.enable_progress_bars()
-    if suffix in READERS or hub.parse(path) is None:
-        raise ValueError(f"data {name!r}: no such file or folder")
-    return _open_hub(path, split or "train")
-
-
-def _open_hub(name: str, split: str) -> datasets.Dataset:
-    wanted = hub.dataset_commit(name)
-    try:
-        builder = datasets.load_dataset_builder(hub.parse(name)[0], revision=wanted)
-        for key, value in [option for options in READ_AS.values() for option in options.items()]:
-            if hasattr(builder.config, key):  # as of a local file
-                setattr(builder.config, key, value)
-        builder.download_and_prepare()
-    except hub.ERRORS as error:
-        raise ValueError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
-    if wanted not in (None, builder.hash):  # offline, the library takes the commit it read last
-        raise ValueError(f"data {name!r}: the hub cannot be reached, the latest copy here is of commit {builder.hash}; expected {wanted}")
-    rows = _split(name, builder.as_dataset(), split)
-    hub.COMMITS[f"datasets/{name}"] = builder.hash
-    return rows
-
-
-def _split(name: str, splits: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
-    if split not in splits:
-        raise ValueError(f"data {name!r}: no split {split!r}; expected [split] to be one of {', '.join(splits)}")
-    return splits[split]
+    raise UserError(f"data {name!r}: columns {found}; expected one of: {'; '.join(what for what, _, _ in known)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- mixtures
@@ -363,7 +216,7 @@ def mixture_rows(n: int, amount: float | int) -> np.ndarray:
     The rest is `RandomState(42).choice` in that order, whatever the run's seed; exactly n rows (1.0) stay in file order.
     """
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
-        raise ValueError(f"data amount {amount!r}: expected a float fraction or an int count above 0")
+        raise UserError(f"data amount {amount!r}: expected a float fraction or an int count above 0")
     repeats, rest = divmod(int(amount * n) if isinstance(amount, float) else amount, n)
     return np.concatenate([np.arange(n)] * repeats + [np.random.RandomState(42).choice(n, rest, replace=False)]).astype(np.int64)
 
@@ -508,7 +361,7 @@ def _open_mixture(key: str, data: dict, sides, log) -> list[tuple]:
         columns, convert = find_schema(name, rows, sides)
         numbers = mixture_rows(len(rows), amount)
         if len(numbers) == 0:
-            raise ValueError(f"{key} {name!r}: {amount} of {len(rows):,} rows is less than one; expected a larger fraction, or a count")
+            raise UserError(f"{key} {name!r}: {amount} of {len(rows):,} rows is less than one; expected a larger fraction, or a count")
         if len(numbers) != len(rows):
             log(f"{key}: {name}: {len(numbers):,} picked of {len(rows):,} rows ({amount})")
         sources.append((name, rows.select_columns(columns), numbers, convert))
@@ -518,10 +371,10 @@ def _open_mixture(key: str, data: dict, sides, log) -> list[tuple]:
 def _load_mixture(key: str, sources, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
     """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped from cache_dir; tokenised into it when not there."""
     folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
-    if not _is_intact(folder, log):
+    if not token_cache.is_intact(folder, log):
         columns, stats = _tokenise(sources, sides, tokenizer, settings)
         data = {name: len(numbers) for name, _, numbers, _ in sources}
-        _write_cache(folder, columns, {"data": data, "settings": settings, "stats": stats})
+        token_cache.write(folder, columns, {"data": data, "settings": settings, "stats": stats})
     stats = json.loads((folder / "meta.json").read_text())["stats"]
     log(describe(stats, key))
 
@@ -532,7 +385,7 @@ def _load_mixture(key: str, sources, sides, tokenizer: Tokenizer, settings: dict
     return {split: [documents(split, side) for side in sides] for split in stats["kept"]}
 
 
-def _chunks(rows: datasets.Dataset, numbers: np.ndarray):
+def _chunks(rows, numbers: np.ndarray):
     """(row numbers, those rows in the format of `rows`), CHUNK at a time."""
     for first in range(0, len(numbers), CHUNK):
         picked = numbers[first : first + CHUNK]
@@ -540,9 +393,9 @@ def _chunks(rows: datasets.Dataset, numbers: np.ndarray):
 
 
 def _cache_key(sources, sides, tokenizer: Tokenizer, settings: dict) -> str:
-    """sha256 of all that the columns depend on: the picked rows' names and content, the tokenizer, the settings, this file."""
+    """sha256 of all that the columns depend on: the picked rows' names and content, the tokenizer, the settings, and the code that makes tokens."""
     parts = [sides, settings, tokenizer.fingerprint, tokenizer.bos_token, tokenizer.eos_token, tokenizers.__version__]
-    digest = hashlib.sha256(json.dumps(parts).encode() + Path(__file__).read_bytes())
+    digest = hashlib.sha256(json.dumps(parts).encode() + TOKEN_CODE)
     for name, rows, numbers, _ in sources:
         digest.update(json.dumps([name, len(numbers)]).encode() + numbers.tobytes())
         chunks = _chunks(rows.with_format("arrow"), numbers)
@@ -575,9 +428,9 @@ def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dic
                 progress.update(len(numbers))
     stats = {"rows": total, "kept": {split: len(row_ids[split]) for split in splits}, "dropped": dropped, **counts}
     if 0 in stats["kept"].values() or counts["supervised"] in (0, counts["tokens"]):
-        raise ValueError(f"{describe(stats)}; expected rows on every side, and some but not all of their tokens supervised")
+        raise UserError(f"{describe(stats)}; expected rows on every side, and some but not all of their tokens supervised")
     if counts["equal"] == sum(stats["kept"].values()):
-        raise ValueError(f"{describe(stats)}; expected pairs of different answers (cut at max_seq_len={settings['max_seq_len']})")
+        raise UserError(f"{describe(stats)}; expected pairs of different answers (cut at max_seq_len={settings['max_seq_len']})")
     columns = {}
     for (split, side), pieces in documents.items():
         columns[f"{split}.{side}.input_ids"] = np.concatenate([ids for ids, _ in pieces])
@@ -596,7 +449,7 @@ def _render_rows(name: str, numbers, rows: list[dict], convert, sides, tokenizer
             if not isinstance(conversations, str):
                 conversations = [(messages, *render(messages, template, tokenizer)) for messages in conversations[: len(sides)]]
         except ValueError as error:
-            raise ValueError(f"data {name!r}, row {number}: {error}") from error
+            raise UserError(f"data {name!r}, row {number}: {error}") from error
         rendered.append(conversations)
     return rendered
 
@@ -635,45 +488,7 @@ def describe(stats: dict, key: str = "data") -> str:
     )
 
 
-def _write_cache(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
-    """All or nothing: written beside `folder`, then renamed, unless another run that shares the cache was faster: it wrote the same.
-
-    OSError naming the folder and the space needed when the disk is full."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenising-") as scratch:
-        new = Path(scratch) / "columns"
-        new.mkdir()
-        try:
-            for name, column in columns.items():
-                np.save(new / f"{name}.npy", column, allow_pickle=False)
-            meta["sha256"] = {path.name: _file_sha256(path) for path in sorted(new.glob("*.npy"))}
-            (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        except OSError as error:  # numpy's own names no file
-            needed, free = sum(column.nbytes for column in columns.values()), shutil.disk_usage(folder.parent).free
-            raise OSError(f"{folder}: not written, {needed:,} bytes needed, {free:,} free: {error}") from error
-        try:
-            new.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-
-
-def _is_intact(folder: Path, log) -> bool:
-    """Whether `folder` holds, byte for byte, what was written; what does not is removed."""
-    if not folder.is_dir():
-        return False
-    try:
-        recorded = json.loads((folder / "meta.json").read_text())["sha256"]
-        damaged = [name for name, sha256 in recorded.items() if not (folder / name).is_file() or _file_sha256(folder / name) != sha256]
-    except (FileNotFoundError, ValueError):
-        damaged = ["meta.json"]
-    if damaged:
-        log(f"data: {folder}: {', '.join(damaged)} missing or damaged; tokenising again")
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".damaged-") as scratch, suppress(FileNotFoundError):
-            folder.rename(Path(scratch) / "columns")  # at once: another run that shares the cache finds all of it, or has removed it itself
-    return not damaged
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# The code that decides ids and masks, without its comments: another version of it makes another cache.
+_DECIDES_TOKENS = (render, end_of_turn, ids_and_mask, mixture_rows, is_held_out, find_schema, _transcript, _exchanges, _dialogues, _pku,
+                   _render_rows, _encode_rows, _tokenise)  # fmt: skip
+TOKEN_CODE = json.dumps([ast.dump(ast.parse(inspect.getsource(function))) for function in _DECIDES_TOKENS]).encode()

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import fused
-from kernels import attention, rms_norm, rotate_reference
-from plumbing.folders import read_json
+from kernels import attention, fused_block, reference, rms_norm
+from plumbing.files import UserError, read_config
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear of a block
 
@@ -81,7 +80,7 @@ class LlamaConfig:
                          num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True),
         }  # fmt: skip
         if name not in shapes:
-            raise ValueError(f"preset={name!r}: expected one of {', '.join(shapes)}")
+            raise UserError(f"preset={name!r}: expected one of {', '.join(shapes)}")
         return cls(**shapes[name])
 
     def to_hf(self):
@@ -98,7 +97,7 @@ class LlamaConfig:
         out["architectures"] = [_ARCHITECTURES[self.model_type]]
         if self.model_type == "llama":
             if self.qkv_bias != self.o_bias:
-                raise ValueError("qkv_bias != o_bias: Hugging Face's Llama has one switch, attention_bias, for both")
+                raise UserError("qkv_bias != o_bias: Hugging Face's Llama has one switch, attention_bias, for both")
             out |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
         if self.model_type == "mistral":
             out["sliding_window"] = self.sliding_window
@@ -125,17 +124,9 @@ class LlamaConfig:
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
-def read_config(directory):
-    """config.json of a model folder, as a dict. ValueError when there is none, or a torn one."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{directory}: no config.json there; expected a Hugging Face model folder")
-    return read_json(path)
-
-
 def _config_from_hf(raw, source):
     def refuse(key, expected):
-        raise ValueError(f"{source}: {key}={raw.get(key)!r}: expected {expected}")
+        raise UserError(f"{source}: {key}={raw.get(key)!r}: expected {expected}")
 
     if raw.get("model_type") not in _ARCHITECTURES:
         refuse("model_type", f"one of {', '.join(_ARCHITECTURES)}: this code represents no other architecture exactly")
@@ -147,11 +138,11 @@ def _config_from_hf(raw, source):
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
                 "max_position_embeddings")  # fmt: skip
     if missing := [key for key in required if raw.get(key) is None]:
-        raise ValueError(f"{source}: {', '.join(missing)}: missing; expected in every {raw['model_type']} config")
+        raise UserError(f"{source}: {', '.join(missing)}: missing; expected in every {raw['model_type']} config")
     heads, model_type = raw["num_attention_heads"], raw["model_type"]
     kv_heads, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads
     if heads % kv_heads or head_dim % 2:
-        raise ValueError(f"{source}: num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple "
+        raise UserError(f"{source}: num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple "
                          f"of the key/value heads, and an even head size (RoPE turns pairs)")  # fmt: skip
     attention_bias = model_type == "llama" and raw.get("attention_bias", False)
     rope_theta, rope_scaling = rope_from_hf(raw, source)
@@ -183,23 +174,23 @@ def rope_from_hf(raw, source):
     found = {key: _rope(raw, key, source) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
     if len(set(found.values())) > 1:
         both = ", ".join(f"{key}={raw[key]}" for key in found)
-        raise ValueError(f"{source}: {both}: expected one of them, or the same in both")
+        raise UserError(f"{source}: {both}: expected one of them, or the same in both")
     return next(iter(found.values()), (raw.get("rope_theta", 10000.0), None))
 
 
 def _rope(raw, key, source):
     rope = raw[key]
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{source}: {key}: partial_rotary_factor={rope['partial_rotary_factor']!r}: expected 1")
+        raise UserError(f"{source}: {key}: partial_rotary_factor={rope['partial_rotary_factor']!r}: expected 1")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ValueError(f"{source}: {key}: rope_type={kind!r}: expected 'default' or 'llama3'")
+        raise UserError(f"{source}: {key}: rope_type={kind!r}: expected 'default' or 'llama3'")
     names = RopeScaling.__dataclass_fields__
     if missing := [name for name in names if name not in rope]:
-        raise ValueError(f"{source}: {key}: {', '.join(missing)}: missing; expected with rope_type='llama3'")
+        raise UserError(f"{source}: {key}: {', '.join(missing)}: missing; expected with rope_type='llama3'")
     return theta, RopeScaling(**{name: rope[name] for name in names})
 
 
@@ -246,8 +237,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, attend):
         T = x.shape[0]
-        q = rotate_reference(self.q_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, H, K)
-        k = rotate_reference(self.k_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, G, K)
+        q = reference.rotate(self.q_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, H, K)
+        k = reference.rotate(self.k_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, G, K)
         v = self.v_proj(x).view(T, -1, self.head_dim)
         return self.o_proj(attend(q, k, v, cu_seqlens, max_seqlen).reshape(T, -1))
 
@@ -276,14 +267,14 @@ class Block(nn.Module):
         self.fused, self.fp8, self.recompute = False, False, False
 
     def forward(self, hidden, *stream):
-        run = fused.block if self.fused else Block.plain
+        run = fused_block.block if self.fused else Block.plain
         if self.recompute and torch.is_grad_enabled():
             # of all that a block does, only LoRA's dropout is random, and that is in the plain block only
             return checkpoint(run, self, hidden, *stream, use_reentrant=False, preserve_rng_state=not self.fused)
         return run(self, hidden, *stream)
 
     def plain(self, hidden, *stream):
-        """What a block is; fused.block computes the same."""
+        """What a block is; fused_block.block computes the same."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), *stream)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -320,13 +311,13 @@ class Llama(nn.Module):
         config = self.config
         longest = max_seqlen if cache is None else cache.slots  # a new token sees all the cached ones
         if config.sliding_window and longest > config.sliding_window:
-            raise ValueError(f"sliding_window={config.sliding_window}: a document of {longest} tokens needs a window mask, which is not "
+            raise UserError(f"sliding_window={config.sliding_window}: a document of {longest} tokens needs a window mask, which is not "
                              f"implemented; expected max_seq_len <= {config.sliding_window}")  # fmt: skip
         angles = position_ids[:, None, None] * rope_frequencies(config, position_ids.device)  # (T, 1, K/2)
         cos, sin = angles.cos(), angles.sin()
         assert cache is None or shared is None, "a cache holds whole documents"
         attend = functools.partial(attention, shared=shared, kernel=self.attention_kernel)
-        first, hidden = resume if resume is not None else (0, fused.embed(self.model.embed_tokens.weight, input_ids))
+        first, hidden = resume if resume is not None else (0, fused_block.embed(self.model.embed_tokens.weight, input_ids))
         for index, layer in enumerate(self.model.layers[first:], first):
             if cache is not None:
                 attend = functools.partial(cache.attend, index)
@@ -353,9 +344,9 @@ class Llama(nn.Module):
 
 
 def apply_fused(model, fp8=False):
-    """Run every block through fused.block: the same numbers up to rounding, faster, and a third less kept for the backward pass.
+    """Run every block through fused_block.block: the same numbers up to rounding, faster, and a third less kept for the backward pass.
 
-    fp8: multiply by the blocks' seven linears, forward and backward, in float8 (kernels.Float8)."""
+    fp8: multiply by the blocks' seven linears, forward and backward, in float8 (reference.Float8)."""
     for layer in model.model.layers:
         layer.fused, layer.fp8 = True, fp8
 
@@ -399,12 +390,17 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets=LINEARS):
     """Freeze the model and put LoRA adapters (float32) on every linear named in `targets`. Call init_lora once they are allocated."""
     unknown = set(targets) - set(LINEARS)
     if unknown or not targets:
-        raise ValueError(f"lora_targets={sorted(targets)}: expected a choice of {', '.join(LINEARS)}")
+        raise UserError(f"lora_targets={sorted(targets)}: expected a choice of {', '.join(LINEARS)}")
     model.requires_grad_(False)
     for block in model.model.layers:
         for parent in (block.self_attn, block.mlp):
             for name in set(targets) & set(dict(parent.named_children())):
                 setattr(parent, name, LoRALinear(getattr(parent, name), rank, alpha, dropout))
+
+
+def has_lora(model):
+    """Whether the model has LoRA adapters."""
+    return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 @torch.no_grad()

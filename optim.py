@@ -6,6 +6,7 @@ import torch
 
 import kernels
 from plumbing import parallel
+from plumbing.files import UserError
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 IMPLICIT = {  # what no key states; it goes into every run's manifest
@@ -33,7 +34,7 @@ def warmup_steps(config, total_steps):
 
     ValueError for a warm-up that the run does not outlast: it would never reach its rate."""
     if (config.warmup_steps or 0) > total_steps:
-        raise ValueError(f"warmup_steps={config.warmup_steps}: expected at most the {total_steps} steps of the run, whose rate it delays")
+        raise UserError(f"warmup_steps={config.warmup_steps}: expected at most the {total_steps} steps of the run, whose rate it delays")
     return config.warmup_steps if config.warmup_steps is not None else int(config.warmup_ratio * total_steps)
 
 
@@ -52,7 +53,7 @@ def learning_rate(step, total_steps, peak, schedule, warmup):
 def keep_masters(model, grad_dtype):
     """Make every bf16 parameter of an unsharded model a split master: `low_bits` (int16) holds what bf16 cuts off its float32 value.
 
-    Its gradient is kept in grad_dtype, and matrices take theirs inside the matmul (kernels.weight_gradient).
+    Its gradient is kept in grad_dtype, and matrices take theirs inside the matmul (block.weight_gradient).
     """
     for param in model.parameters():
         param.low_bits = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)

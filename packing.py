@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kernels import SharedPrefix
+from plumbing.files import UserError
 
 # ---------------------------------------------------------------- the stream
 
@@ -113,7 +114,7 @@ def plan_step(lengths, costs, world_size: int, tokens_per_microbatch: int) -> li
     """
     lengths, costs = np.asarray(lengths), np.asarray(costs, dtype=np.float64)
     if lengths.max() > tokens_per_microbatch:
-        raise ValueError(
+        raise UserError(
             f"tokens_per_microbatch={tokens_per_microbatch}: an example has {lengths.max()} tokens; expected at least that many"
         )
     order = np.argsort(-costs, kind="stable").tolist()
@@ -154,14 +155,14 @@ def in_order(n: int, size: int) -> list[np.ndarray]:
 PLACEHOLDER = (np.zeros(1, np.int32), np.zeros(1, bool))  # one unsupervised token, for a rank that has no example in a micro-batch
 
 
-def local_batches(dataset, ids, model_config, tokens_per_microbatch: int, ranks):
+def local_batches(dataset, ids, model_config, tokens_per_microbatch: int, world):
     """Yield (ids of the micro-batch, PackedBatch on the device, the step's padding_waste) for this rank's share of one step's examples.
 
     dataset: Documents or Pairs; ids (B,), the same on every rank. Every rank gets equally many micro-batches, if need be without ids.
     """
     lengths = dataset.lengths[ids]
-    plan = plan_step(lengths, dataset.flops(model_config, ids), ranks.world_size, tokens_per_microbatch)
+    plan = plan_step(lengths, dataset.flops(model_config, ids), world.size, tokens_per_microbatch)
     waste = padding_waste(plan, lengths)
-    for members in plan[ranks.rank]:
+    for members in plan[world.rank]:
         batch = dataset.pack(ids[members]) if members else pack([PLACEHOLDER])
-        yield ids[members], batch.to(ranks.device), waste
+        yield ids[members], batch.to(world.device), waste

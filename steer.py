@@ -12,17 +12,13 @@ extract and sweep do nothing when their folder already holds the result of the s
 """
 
 import argparse
-import dataclasses
 import hashlib
 import importlib.util
 import itertools
 import json
-import math
 import re
 import runpy
-import shutil
 import sys
-from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +27,7 @@ import torch
 from safetensors.numpy import save_file
 
 import aqi
-from data import Tokenizer, encode_chat, find_schema, open_source, resolve_template
-from model import Llama, apply_fused, generate, merge_lora
-from plumbing import checkpoint, hub, parallel, registry
-from plumbing.folders import read_json
-from plumbing.logbook import progress_bar, write_json
-from plumbing.weights import model_config, open_safetensors
-from steering import (
+from analysis.steering import (
     INJECTIONS,
     POOLINGS,
     STEERED_LAYERS,
@@ -46,18 +36,23 @@ from steering import (
     document_logps,
     match_additions,
     mean_states,
-    packed_batches,
     pool,
     random_additions,
-    read_states,
     spectrum,
     steered_runs,
     steering_tap,
 )
-from verdict import bootstrap, judge, permute
+from analysis.vector import MODES, SIDES, Vector, bar, extract, is_done, plain_document
+from analysis.verdict import bootstrap, judge, permute
+from data import encode_chat
+from families import device_of, locate
+from model import generate
+from plumbing import parallel
+from plumbing.files import UserError, write_json
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import save_pretrained
+from reports import registry
 
-SIDES = ("chosen", "rejected")
-MODES = {"sanity": 100, "full": 1000, "paper": 10000}  # texts of the vector; a quarter as many again are held out
 PROMPT_MODES = {"sanity": "sanity", "full": "full", "paper": "max"}  # the prompts that go with them: aqi.MODES
 SWEEP_SETTINGS = ("mode", "side", "pooling", "inject", "layers", "rescale", "lambdas", "space", "seeds", "normalize",
                   "all_indices", "max_new_tokens")  # fmt: skip
@@ -71,274 +66,7 @@ DECISIONS = {
 # ---------------------------------------------------------------- models and texts
 
 
-def locate(path):
-    """(model folder, adapter folder or None) of a folder, hub name or PEFT adapter."""
-    folder = checkpoint.find_folder(path)
-    if not (folder / "adapter_config.json").is_file():
-        return checkpoint.resolve(folder), None  # which refuses a run folder and says where its model is
-    raw = read_json(folder / "adapter_config.json")
-    base, revision = raw["base_model_name_or_path"], raw.get("revision")  # the revision is the base model's
-    return checkpoint.resolve(f"{base}@{revision}" if revision and not Path(base).is_dir() else base), folder
-
-
-def identity(path):
-    """sha256 of what decides the states: the weights' and config's contents, and the adapter's. Seconds for an 8B model."""
-    folder, adapter = locate(path)
-    if adapter is None:
-        return checkpoint.fingerprint(folder)
-    own = b"".join((adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
-    return f"{checkpoint.fingerprint(folder)}+{hashlib.sha256(own).hexdigest()}"
-
-
-def load_model(path):
-    """(model, tokenizer), an adapter merged, in bf16 on a GPU and fp32 on a CPU."""
-    folder, adapter = locate(path)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model, tokenizer = checkpoint.load_pretrained(folder, dtype, device)
-    if adapter is not None:
-        checkpoint.load_adapter(model, adapter)
-        merge_lora(model)
-    if isinstance(model, Llama):  # Falcon has plain blocks only
-        apply_fused(model)
-    return model, tokenizer
-
-
-def device_of(model):
-    """Where the model is."""
-    return model.lm_head.weight.device
-
-
-def plain_document(text, tokenizer, max_seq_len):
-    """A text as (input_ids, loss_mask): BOS where the tokenizer has one, then the text; every token counts."""
-    ids = ([tokenizer.bos_id] if tokenizer.bos_id is not None else []) + tokenizer.encode(text)
-    return np.array(ids[:max_seq_len], dtype=np.int32), np.ones(min(len(ids), max_seq_len), dtype=bool)
-
-
-def text_pairs(source, count, tokenizer, template, max_seq_len):
-    """{"chosen": documents, "rejected": documents} of the first `count` usable rows of a preference source.
-
-    template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations rendered by it. Then a pair of
-    which a side has no answer in its first max_seq_len tokens is left out, as in DPO. What is left out is counted and printed.
-    """
-    if template is not None:
-        resolve_template(template, tokenizer)  # an unknown one is refused
-    rows = open_source(source)
-    columns, convert = find_schema(source, rows, SIDES)
-    documents, left_out = {side: [] for side in SIDES}, Counter()
-    for number, row in enumerate(rows.select_columns(columns)):
-        try:
-            pair = _encoded_pair(row, convert, tokenizer, template, max_seq_len)
-        except ValueError as error:
-            raise ValueError(f"texts {source!r}, row {number}: {error}") from error
-        if isinstance(pair, str):
-            left_out[pair] += 1
-            continue
-        for side, document in zip(SIDES, pair, strict=True):
-            documents[side].append(tuple(np.asarray(column) for column in document))
-        if len(documents["chosen"]) == count:
-            break
-    usable = len(documents["chosen"])
-    said = "".join(f", {times:,} left out {reason}" for reason, times in left_out.items())
-    if usable < count:
-        needed = f"expected {count}, of which a fifth is held out of the vector (a --count of at most {usable * 4 // 5} here)"
-        raise ValueError(f"texts {source!r}: {usable} usable pairs{said}; {needed}")
-    if left_out:
-        print(f"texts {source!r}: {usable:,} pairs{said}")
-    return documents
-
-
-def _encoded_pair(row, convert, tokenizer, template, max_seq_len):
-    """[(ids, mask) of chosen, of rejected] of a row as data.find_schema's `convert` reads it, or the reason to leave it out."""
-    conversations = convert(row)
-    if isinstance(conversations, str):
-        return conversations
-    if template is not None:
-        pair = [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
-        return pair if all(any(mask) for _, mask in pair) else f"without an answer in the first {max_seq_len} tokens"
-    if "prompt" in row or not all(isinstance(row.get(side), str) for side in SIDES):
-        how = "expected a template to render it with (extract: --template; validate: of the pair, in configs/pairs.py)"
-        raise ValueError(f"no transcript; {how}")
-    return [plain_document(row[side], tokenizer, max_seq_len) for side in SIDES]
-
-
-def hash_documents(documents):
-    """sha256 (hex) of both sides' token ids."""
-    digest = hashlib.sha256()
-    for side in SIDES:
-        for ids, _ in documents[side]:
-            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
-    return digest.hexdigest()
-
-
-def bar(label):
-    """A progress bar, with rate and ETA, around the batches of a pass."""
-    return lambda plan: progress_bar(plan, desc=label, unit="batch")
-
-
 # ---------------------------------------------------------------- extract
-
-
-def extract(args):
-    """The vector: mean differences of the two models' states; vector.safetensors, and what it was made from in manifest.json, in --out."""
-    folder, count = Path(args.out), args.count or MODES[args.mode]
-    documents, inputs = _inputs(args, count, count + max(1, count // 4))
-    if _is_done(folder / "manifest.json", inputs):
-        return
-    total = len(documents["chosen"])
-    keep = np.arange(total) < count  # the rest is held out of the vector
-    sums = defaultdict(float)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("manifest.json", *(f"differences_{side}.npy" for side in SIDES)):
-        (folder / stale).unlink(missing_ok=True)  # the manifest is written last: what a kill leaves behind is no vector
-    for name in ("sft", "dpo"):
-        model, _ = load_model(inputs[f"{name}_path"])
-        shape = (len(POOLINGS), total, model.config.num_hidden_layers, model.config.hidden_size)
-        if name == "sft":
-            _check_room(folder, len(SIDES) * 4 * math.prod(shape))
-        if name == "dpo" and args.keep == "preferred":
-            keep &= preferred(model, documents)
-        for side in SIDES:
-            path = folder / f"differences_{side}.npy"  # holds the SFT states until the DPO model has been read
-            states = np.lib.format.open_memmap(path, "w+" if name == "sft" else "r+", dtype=np.float32, shape=shape)
-            assert states.shape == shape  # _inputs compared them
-            for rows, batch in packed_batches(documents[side], device_of(model), bar(f"{name}, {side}")):
-                new = read_states(model, batch, compat_hf=args.compat == "hf").cpu().numpy()
-                if not np.isfinite(new).all():
-                    raise ValueError(
-                        f"{name}={inputs[f'{name}_path']!r}: its states of {side} texts hold NaN or infinity; expected finite ones"
-                    )
-                if name == "dpo":
-                    _accumulate(sums, side, states[:, rows], new, keep[rows], rows >= count)
-                states[:, rows] = new - states[:, rows] if name == "dpo" else new
-            states.flush()
-        del model
-    kept = int(keep.sum())
-    if kept == 0:
-        raise ValueError(
-            "keep='preferred': the DPO model prefers the rejected text of every pair; expected --keep all, or another DPO model"
-        )
-    held_out = total - count
-    tensors = {key: (value / (held_out if key.startswith("heldout_") else kept)).astype(np.float32) for key, value in sums.items()}
-    if not tensors["chosen_last"].any():
-        raise ValueError(f"dpo={args.dpo!r}: its states equal those of sft={args.sft!r} on all texts; expected a model that training moved")
-    save_file(tensors | {"keep": keep[:count].astype(np.uint8)}, folder / "vector.safetensors")
-    results = {"layers": shape[2], "hidden_size": shape[3], "kept": kept, "torch": torch.__version__, "hub": hub.COMMITS}
-    write_json(folder / "manifest.json", {"inputs": inputs} | results)
-    print(f"wrote {folder}/vector.safetensors: {kept} of {count} pairs kept ({kept / count:.0%}), {held_out} held out")
-
-
-def _inputs(args, count, total):
-    """The documents of the vector, and all that decides it. ValueError when the models are one, or of two shapes or vocabularies."""
-    inputs = {key: getattr(args, key) for key in ("texts", "template", "compat", "keep", "max_seq_len")}
-    inputs |= {"count": count, "held_out": total - count}
-    configs = {}
-    for name in ("sft", "dpo"):
-        path = getattr(args, name)
-        folder = locate(path)[0]
-        configs[name] = model_config(folder)
-        documents = text_pairs(args.texts, total, Tokenizer.from_dir(folder), args.template, args.max_seq_len)
-        tokens = hash_documents(documents)
-        if inputs.setdefault("tokens", tokens) != tokens:
-            raise ValueError(f"dpo={args.dpo!r}: its tokenizer gives other ids than that of sft={args.sft!r}; expected the same")
-        inputs |= {f"{name}_path": str(path), name: identity(path)}
-    sft, dpo = ((config.num_hidden_layers, config.hidden_size) for config in configs.values())
-    if sft != dpo:
-        raise ValueError(f"dpo={args.dpo!r}: {dpo} layers and hidden size; expected those of sft={args.sft!r}, {sft}")
-    if inputs["sft"] == inputs["dpo"]:
-        raise ValueError(f"dpo={args.dpo!r}: the same weights as sft={args.sft!r}; expected a model that training moved")
-    return documents, inputs
-
-
-def _check_room(folder, needed):
-    """OSError now; a memory-mapped file that finds no room when it is written to is a SIGBUS, which says nothing."""
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise OSError(f"{folder}: {needed:,} bytes needed for the states of all texts, {free:,} free; expected more room, or fewer texts")
-
-
-def _is_done(path, inputs):
-    """Whether `path`, which a command writes last, is there and of the same inputs; says so, or what differs."""
-    if not path.is_file():
-        return False
-    before = json.loads(path.read_text()).get("inputs", {})
-    differing = [key for key in inputs | before if inputs.get(key) != before.get(key)]
-    print(f"{path}: {'made from other ' + ', '.join(differing) + ': done again' if differing else 'finished, of the same inputs'}")
-    return not differing
-
-
-def _accumulate(sums, side, sft, dpo, keep, held_out):
-    """Add a batch to the float64 sums (L, D) of every key. sft, dpo (2, N, L, D); keep, held_out (N,) bool."""
-    for p, pooling in enumerate(POOLINGS):
-        parts = {
-            f"{side}_{pooling}": (dpo[p, keep].astype(np.float64) - sft[p, keep]),
-            f"sft_{side}_{pooling}": sft[p, keep],
-            f"heldout_{side}_{pooling}": (dpo[p, held_out].astype(np.float64) - sft[p, held_out]),
-        }
-        for key, values in parts.items():
-            sums[key] += values.sum(axis=0, dtype=np.float64)
-
-
-def preferred(model, documents):
-    """(n,) bool: pairs whose chosen text the model finds likelier, by mean log-prob per token (NaN, so not preferred, without any)."""
-    means = {side: np.zeros(len(documents[side])) for side in SIDES}
-    for side in SIDES:
-        for rows, batch in packed_batches(documents[side], device_of(model), bar(f"log-probs, {side}")):
-            logps, counts = document_logps(model, batch)
-            means[side][rows] = (logps / counts).cpu().numpy()
-    return means["chosen"] > means["rejected"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Vector:
-    """What extract wrote."""
-
-    folder: Path
-    tensors: dict  # {key: (L, D)}
-    keep: np.ndarray  # (count,) bool, the pairs that the vector is the mean of
-    manifest: dict
-
-    @classmethod
-    def load(cls, folder):
-        folder = Path(folder)
-        if not (folder / "manifest.json").is_file():
-            raise ValueError(f"{folder}: no manifest.json; expected a folder that steer.py extract wrote")
-        file = open_safetensors(folder / "vector.safetensors")
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        keep = tensors.pop("keep").numpy().astype(bool)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return cls(folder, tensors, keep, manifest | manifest["inputs"])
-
-    def model(self, name):
-        """(model, tokenizer) of "sft" or "dpo". ValueError when the folder no longer holds the weights that the vector was made from."""
-        path, wanted = self.manifest[f"{name}_path"], self.manifest[name]
-        found = identity(path)
-        if found != wanted:
-            raise ValueError(f"{path}: its weights hash to {found}, those of the vector in {self.folder} to {wanted}; extract again")
-        return load_model(path)
-
-    def layers(self, count):
-        """The last `count` layers, ascending."""
-        total = self.manifest["layers"]
-        if not 1 <= count <= total:
-            raise ValueError(f"layers={count} (--layers; default: the published 5): expected 1 to {total}, the model's number of layers")
-        return list(range(total - count, total))
-
-    def texts(self, tokenizer):
-        """{side: (documents that the vector is the mean of, documents held out)}. ValueError when the file no longer holds them."""
-        m = self.manifest
-        pairs = text_pairs(m["texts"], m["count"] + m["held_out"], tokenizer, m["template"], m["max_seq_len"])
-        if hash_documents(pairs) != m["tokens"]:
-            raise ValueError(f"texts {m['texts']!r}: not the token ids of the vector in {self.folder}; expected the file unchanged")
-        return {side: (list(itertools.compress(pairs[side], self.keep)), pairs[side][m["count"] :]) for side in SIDES}
-
-    def additions(self, args, model, tokenizer, name="sft"):
-        """What args.inject adds at the last args.layers layers of the model `name`: "sft", or "dpo" for lambdas below 0."""
-        v, layers = self.tensors[f"{args.side}_{args.pooling}"], self.layers(args.layers)
-        if args.inject != "matched":
-            return additions(args.inject, v, layers)
-        if self.manifest["compat"] == "hf":
-            raise ValueError("inject='matched': needs states of the space it writes to; expected a vector extracted without --compat hf")
-        documents, _ = self.texts(tokenizer)[args.side]
-        return match_additions(model, documents, v, layers, args.pooling, device_of(model), strength=1 if name == "sft" else -1)
 
 
 # ---------------------------------------------------------------- spectrum, generate, bake
@@ -373,9 +101,9 @@ def print_generations(args):
     vector.layers(args.layers)  # what cannot be is refused before a model is read
     prompts = [args.prompt] if args.prompt is not None else Path(args.prompts).read_text().splitlines()
     if not prompts:
-        raise ValueError(f"prompts={args.prompts!r}: an empty file; expected one prompt a line")
+        raise UserError(f"prompts={args.prompts!r}: an empty file; expected one prompt a line")
     if not args.temperature >= 0:
-        raise ValueError(f"temperature={args.temperature}: expected 0 (greedy) or more")
+        raise UserError(f"temperature={args.temperature}: expected 0 (greedy) or more")
     answers = {}
     for name, strengths in (("sft", [x for x in args.lambdas if x >= 0]), ("dpo", [x for x in args.lambdas if x < 0])):
         if not strengths:
@@ -407,16 +135,16 @@ def write_baked(args):
     """A model with --strength times the vector folded in, as biases of down_proj."""
     vector = Vector.load(args.folder)
     if not np.isfinite(args.strength):
-        raise ValueError(f"strength={args.strength}: expected a finite number")
+        raise UserError(f"strength={args.strength}: expected a finite number")
     if args.rescale:
-        raise ValueError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
+        raise UserError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
     vector.layers(args.layers)  # what cannot be is refused before a model is read
     name = "sft" if args.strength >= 0 else "dpo"
     if Path(args.out).resolve() == locate(vector.manifest[f"{name}_path"])[0].resolve():
-        raise ValueError(f"out={args.out!r}: the {name} model itself, which a bake would replace; expected another folder")
+        raise UserError(f"out={args.out!r}: the {name} model itself, which a bake would replace; expected another folder")
     model, tokenizer = vector.model(name)
     baked = bake(model, vector.additions(args, model, tokenizer, name), args.strength)
-    checkpoint.save_pretrained(baked, tokenizer, args.out)
+    save_pretrained(baked, tokenizer, args.out)
     print(f"wrote {args.out}: {args.strength:g} times the {args.inject} additions at the last {args.layers} layers, as biases of down_proj")
 
 
@@ -438,7 +166,7 @@ def sweep(args):
     }
     # what the vector's bytes need not show: lm_head and EOS, which texts are held out, which of their tokens count
     inputs |= {key: vector.manifest[key] for key in ("sft", "tokens", "template")}
-    if not _is_done(folder / "aqi.json", inputs):
+    if not is_done(folder / "aqi.json", inputs):
         _measure_sweep(args, vector, prompts, documents, folder, inputs)
     report = json.loads((folder / "aqi.json").read_text())
     _print_sweep(report)
@@ -449,13 +177,13 @@ def sweep(args):
 def _swept_prompts(args, mode, log=print):
     """The labelled texts of a sweep. ValueError also for lambdas, seeds and a space that they cannot be swept with."""
     if len(args.lambdas) < 2 or not all(a < b for a, b in itertools.pairwise(args.lambdas)):
-        raise ValueError(f"lambdas={args.lambdas}: expected two or more, ascending")
+        raise UserError(f"lambdas={args.lambdas}: expected two or more, ascending")
     if args.seeds > 1 and args.space != "tsne":
-        raise ValueError(f"seeds={args.seeds}: space={args.space!r} has no random start; expected --space tsne")
+        raise UserError(f"seeds={args.seeds}: space={args.space!r} has no random start; expected --space tsne")
     prompts = aqi.read_prompts(args.prompts, mode, log)
     fewest = prompts.axiom.bincount().min().item()
     if args.space.startswith("pca:") and int(args.space.removeprefix("pca:")) > fewest:
-        raise ValueError(f"space={args.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts")
+        raise UserError(f"space={args.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts")
     return prompts
 
 
@@ -614,7 +342,7 @@ def _plot(folder, lambdas, verdicts, embeddings, prompts):
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: they need matplotlib")
         return
-    from plumbing import plots
+    from reports import plots
 
     overall, *axioms = verdicts
     plots.plot_curve(folder / "curve.png", lambdas, *(overall[key] for key in ("estimate", "low", "high", "permuted", "control")))
@@ -635,11 +363,11 @@ def validate(args):
     pairs = runpy.run_path(Path(__file__).parent / "configs/pairs.py")["PAIRS"]
     for name in args.pair:
         if name not in pairs:
-            raise ValueError(
+            raise UserError(
                 f"pair={name!r}: expected one of {', '.join(pairs)}; other models go into configs/pairs.py, or to extract and sweep"
             )
         if "not_representable" in pairs[name]:
-            raise ValueError(f"pair={name!r}: {pairs[name]['not_representable']}")
+            raise UserError(f"pair={name!r}: {pairs[name]['not_representable']}")
     _swept_prompts(args, PROMPT_MODES[args.mode], log=lambda line: None)  # what is wrong is found before the first pair is read
     for path in [pairs[name][side] for name in args.pair for side in ("sft", "dpo")]:
         locate(path)
@@ -652,7 +380,7 @@ def validate(args):
         print_spectrum(argparse.Namespace(**options))
         reports[name] = sweep(argparse.Namespace(**options | {"mode": PROMPT_MODES[args.mode], "out": None}))
         index = registry.add_validation(Path(folder) / f"sweep_{args.inject}", name)
-    print(f"registered: python -m tools.ladder {index} prints it beside the training runs")
+    print(f"registered: python -m reports.ladder {index} prints it beside the training runs")
     _compare(reports, args)
 
 
@@ -665,7 +393,7 @@ def _compare(reports, args):
         values = "  ".join(f"{x:.2f}" for x in found["estimate"])
         print(f"{name:<24}{values:<44}{found['change']:+7.2f} [{low:+.2f}, {high:+.2f}]  {found['verdict']}: {DECISIONS[found['verdict']]}")
     if len(reports) > 1 and importlib.util.find_spec("matplotlib"):
-        from plumbing import plots
+        from reports import plots
 
         columns = [report["verdicts"] for report in reports.values()]
         values = [[found["estimate"][-1] for found in line] for line in zip(*columns, strict=True)]

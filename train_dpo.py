@@ -18,16 +18,20 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from data import Tokenizer, load_preferences
+from data import load_preferences
 from kernels import attention_path, segment_sums, token_logps
 from model import adapters_disabled, training_flops
 from optim import adamw, apply_gradients, implicit, learning_rate, sample_weights, warmup_steps, weights_changed
 from packing import in_order, local_batches, step_examples, steps_per_epoch
-from plumbing import checkpoint, hub, parallel, plan
+from planner import plan
+from plumbing import checkpoint, hub, parallel
 from plumbing.config import check_world_size, load, resume_dict
+from plumbing.files import UserError
 from plumbing.logbook import Logbook
-from plumbing.trainee import DTYPES, finish, load_trainee, read_shape, sample
-from plumbing.weights import write_safetensors
+from plumbing.tensors import write_safetensors
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import fingerprint, resolve
+from training import DTYPES, finish, load_model, read_model_config, sample
 
 # ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
 # Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.
@@ -114,24 +118,24 @@ def pair_metrics(losses, chosen_rewards, rejected_rewards, policy):
     return torch.stack([losses.detach(), chosen_rewards, rejected_rewards, margins, (margins > 0).float(), *policy.detach()])
 
 
-def forward_backward(model, pairs, reference, ids, config, ranks):
+def forward_backward(model, pairs, reference, ids, config, world):
     """Accumulate the gradient of the loss over the pairs `ids` (B,) of one optimizer step. reference (n, 2): summed log-probs per pair.
 
     Returns (metrics, gap), equal on every rank; gap is the largest |policy - reference| of an answer in the unit of TOLERANCE, rounding
     before the first update. FloatingPointError, naming the rows, when a micro-batch's loss is not finite: no weight has changed then.
     """
     chosen_tokens = int(pairs.chosen.num_targets[ids].sum())
-    totals = torch.zeros(len(METRICS), device=ranks.device)
-    gaps = [torch.zeros(1, device=ranks.device)]  # a rank without a pair has no gap
+    totals = torch.zeros(len(METRICS), device=world.device)
+    gaps = [torch.zeros(1, device=world.device)]  # a rank without a pair has no gap
     losses, rows = [], []
-    for members, batch, step_waste in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, ranks):
+    for members, batch, step_waste in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world):
         policy, counts = answer_logps(model, batch, len(members))
-        ref = torch.from_numpy(reference[members].T).to(ranks.device)  # (2, N)
+        ref = torch.from_numpy(reference[members].T).to(world.device)  # (2, N)
         pair_losses, chosen_rewards, rejected_rewards = preference_loss(config, policy, ref, counts)
         loss = pair_losses.sum() / len(ids)  # this rank's share of the global mean over pairs
         if config.sft_weight:
             loss = loss - config.sft_weight * policy[0].sum() / chosen_tokens
-        (loss * ranks.world_size).backward()  # FSDP averages over ranks; we want the sum
+        (loss * world.size).backward()  # FSDP averages over ranks; we want the sum
         totals += pair_metrics(pair_losses, chosen_rewards, rejected_rewards, policy).sum(dim=1)
         gaps.append(((policy.detach() - ref).abs() / counts.sqrt()).flatten())
         losses.append(loss.detach())
@@ -145,13 +149,13 @@ def forward_backward(model, pairs, reference, ids, config, ranks):
 
 
 @torch.no_grad()
-def evaluate(model, pairs, reference, config, ranks, log):
+def evaluate(model, pairs, reference, config, world, log):
     """Means over the held-out pairs, and half-widths of 95 % intervals (1.96 standard errors over pairs) of accuracy and margin."""
     sums = torch.zeros(2, len(METRICS), dtype=torch.float64)  # of the values and of their squares
     for ids in log.progress("evaluate", in_order(len(pairs), config.global_batch_size)):
-        for members, batch, _ in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, ranks):
+        for members, batch, _ in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world):
             policy, counts = answer_logps(model, batch, len(members))
-            ref = torch.from_numpy(reference[members].T).to(ranks.device)
+            ref = torch.from_numpy(reference[members].T).to(world.device)
             values = pair_metrics(*preference_loss(config, policy, ref, counts), policy).double().cpu()
             sums += torch.stack([values.sum(dim=1), values.square().sum(dim=1)])
     parallel.release(model)
@@ -175,16 +179,16 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp8": 1.0}
 SAVE_SECONDS = 60
 
 
-def reference_key(weights, pairs, config, ranks):
+def reference_key(weights, pairs, config, world):
     """sha256 of everything that the reference log-probs depend on: the weights' content, tokens and mask (hence template and supervised
     turns), compute dtype, kernels and attention path, and whether prefixes are shared: policy and reference round alike."""
-    path = attention_path(ranks.device, config.precision, config.attention)
+    path = attention_path(world.device, config.precision, config.attention)
     parts = [weights, pairs.fingerprint, config.precision, config.kernels, path, pairs.share_prefix]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @torch.no_grad()
-def reference_logps(model, pairs, steps, key, config, ranks, log):
+def reference_logps(model, pairs, steps, key, config, world, log):
     """Summed log-probs of the answers under `model`, which must still have its step-0 weights: (n, 2) float32, NaN for pairs in no step.
 
     steps: the id arrays (B,) that will be asked for. They are walked in the packing of the first epoch, so that step 1 compares bit for
@@ -192,17 +196,17 @@ def reference_logps(model, pairs, steps, key, config, ranks, log):
     loaded is computed again, in the packing that wrote it unless that has changed: ValueError when it differs by more than rounding.
     """
     path = Path(config.cache_dir) / "reference" / f"{key[:32]}.safetensors"
-    table = parallel.main_first(ranks, lambda: _read_table(path, len(pairs)) if ranks.main else np.zeros((len(pairs), 2)))
+    table = parallel.main_first(world, lambda: _read_table(path, len(pairs)) if world.main else np.zeros((len(pairs), 2)))
     table = _sum_of_tables(table)  # rank 0's: another run may write between two reads, and ranks of two minds would wait for ever
     known = ~np.isnan(table[:, 0])
     found = [ids for ids in steps if known[ids].all()] or [ids[known[ids]] for ids in steps if known[ids].any()]
     if found:
-        _verify_reference(model, pairs, table, found[0], path, config, ranks)
+        _verify_reference(model, pairs, table, found[0], path, config, world)
     missing = [ids for ids in steps if not known[ids].all()]
     saved = time.monotonic()
     for done, ids in enumerate(log.progress(f"reference log-probs ({known.sum():,} of {len(pairs):,} pairs found)", missing), 1):
-        table[ids] = _compute_reference(model, pairs, ids, config, ranks)
-        if ranks.main and (done == len(missing) or time.monotonic() - saved > SAVE_SECONDS):
+        table[ids] = _compute_reference(model, pairs, ids, config, world)
+        if world.main and (done == len(missing) or time.monotonic() - saved > SAVE_SECONDS):
             _write_table(path, table)
             saved = time.monotonic()
     parallel.release(model)
@@ -215,7 +219,7 @@ def _read_table(path, n):
     try:
         return load_file(path)["logps"]
     except SafetensorError as error:
-        raise ValueError(f"{path}: truncated, or no reference cache: {error}; delete it") from error
+        raise UserError(f"{path}: truncated, or no reference cache: {error}; delete it") from error
 
 
 def _write_table(path, table):
@@ -225,11 +229,11 @@ def _write_table(path, table):
     temporary.rename(path)
 
 
-def _compute_reference(model, pairs, ids, config, ranks):
+def _compute_reference(model, pairs, ids, config, world):
     """(B, 2) float32 log-probs of one step's pairs, on every rank."""
     values, position = np.zeros((len(ids), 2)), {pair: i for i, pair in enumerate(ids.tolist())}
     with adapters_disabled(model):
-        for members, batch, _ in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, ranks):
+        for members, batch, _ in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world):
             logps, _ = answer_logps(model, batch, len(members))
             values[[position[pair] for pair in members.tolist()]] = logps.T.cpu().numpy()
     parallel.require_finite(values.sum(axis=1), [[pairs.row_ids[i]] for i in ids])
@@ -242,20 +246,20 @@ def _sum_of_tables(values):
     return np.array(parallel.sum_across_ranks(values.flatten().tolist()), dtype=np.float32).reshape(-1, 2)
 
 
-def _verify_reference(model, pairs, table, ids, path, config, ranks):
+def _verify_reference(model, pairs, table, ids, path, config, world):
     counts = np.stack([pairs.chosen.num_targets[ids], pairs.rejected.num_targets[ids]], axis=1)
-    gap = (np.abs(_compute_reference(model, pairs, ids, config, ranks) - table[ids]) / np.sqrt(counts)).max()
-    ranks.say(f"{path}: {len(ids)} pairs computed again, largest difference {gap:.1e} nats/sqrt(tokens)")
+    gap = (np.abs(_compute_reference(model, pairs, ids, config, world) - table[ids]) / np.sqrt(counts)).max()
+    world.say(f"{path}: {len(ids)} pairs computed again, largest difference {gap:.1e} nats/sqrt(tokens)")
     if gap > TOLERANCE[config.precision]:
-        raise ValueError(f"{path}: not this model's log-probs, expected at most {TOLERANCE[config.precision]:.0e}; delete the file")
+        raise UserError(f"{path}: not this model's log-probs, expected at most {TOLERANCE[config.precision]:.0e}; delete the file")
 
 
-def check_first_step(metrics, gap, config, ranks):
+def check_first_step(metrics, gap, config, world):
     """Before any update policy and reference are one model, so the DPO loss is ln 2. ValueError when they differ by more than rounding."""
     expected = f" (ln 2 = {math.log(2):.6f})" if config.loss in ("dpo", "dpo_norm") and not config.sft_weight else ""
-    ranks.say(f"step 1: loss {metrics['loss']:.6f}{expected}, largest |policy - reference| {gap:.1e} nats/sqrt(tokens)")
+    world.say(f"step 1: loss {metrics['loss']:.6f}{expected}, largest |policy - reference| {gap:.1e} nats/sqrt(tokens)")
     if gap > TOLERANCE[config.precision]:
-        raise ValueError(
+        raise UserError(
             f"policy and reference differ by {gap:.1e} nats/sqrt(tokens) before the first update, expected at most "
             f"{TOLERANCE[config.precision]:.0e}: the reference is not of model_path={config.model_path!r}"
         )
@@ -268,32 +272,32 @@ def main(argv):
     if "--plan" in argv:
         return plan.main("dpo", argv)
     config = load("dpo", argv)
-    ranks = parallel.init()
-    check_world_size(config, ranks.world_size)
+    world = parallel.init()
+    check_world_size(config, world.size)
     if config.push:  # a wrong name or token is found out before training, not after it
-        parallel.main_first(ranks, lambda: hub.open_for_push(config.push) if ranks.main else None)
+        parallel.main_first(world, lambda: hub.open_for_push(config.push) if world.main else None)
 
-    directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
+    directory = parallel.main_first(world, lambda: resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
-    shape = parallel.main_first(ranks, lambda: read_shape(config, directory, tokenizer, ranks.device))
-    pairs, held_out = parallel.main_first(ranks, lambda: load_preferences(config, tokenizer, ranks.say))
-    model = load_trainee(config, directory, shape, ranks.device)
+    shape = parallel.main_first(world, lambda: read_model_config(config, directory, tokenizer, world.device))
+    pairs, held_out = parallel.main_first(world, lambda: load_preferences(config, tokenizer, world.say))
+    model = load_model(config, directory, shape, world.device)
 
     epoch_steps = steps_per_epoch(len(pairs), config.global_batch_size)
     total_steps = min(config.num_epochs * epoch_steps, config.max_steps or math.inf)
     warmup = warmup_steps(config, total_steps)
     optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
-    weights = parallel.from_main(ranks, lambda: checkpoint.fingerprint(directory))
+    weights = parallel.from_main(world, lambda: fingerprint(directory))
     provenance = {"weights": weights, "data": pairs.fingerprint}
     checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
-    parallel.require_same(ranks, data=pairs.fingerprint, data_eval=held_out and held_out.fingerprint, checkpoint=str(latest))
-    log = Logbook(config, ranks, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **implicit(config)})
+    parallel.require_same(world, data=pairs.fingerprint, data_eval=held_out and held_out.fingerprint, checkpoint=str(latest))
+    log = Logbook(config, world, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **implicit(config)})
     computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
     sharing = f"; prefix sharing computes {computed:.1%} of the tokens" if pairs.share_prefix else ""
     size = f"{len(pairs):,} pairs, {config.global_batch_size} a step"
-    ranks.say(f"DPO: {size}; {total_steps} steps on {ranks.world_size} rank(s) of {ranks.device.type}{sharing}")
+    world.say(f"DPO: {size}; {total_steps} steps on {world.size} rank(s) of {world.device.type}{sharing}")
 
     def batch_ids(step):
         return step_examples(step, len(pairs), config.global_batch_size, config.seed)
@@ -301,7 +305,7 @@ def main(argv):
     def reference_of(dataset, steps):
         if config.loss == "simpo":  # has none
             return np.zeros((len(dataset), 2), dtype=np.float32)
-        return reference_logps(model, dataset, steps, reference_key(weights, dataset, config, ranks), config, ranks, log)
+        return reference_logps(model, dataset, steps, reference_key(weights, dataset, config, world), config, world, log)
 
     # taken here, from the step-0 weights, also when a checkpoint is about to be loaded
     reference = reference_of(pairs, [batch_ids(step) for step in range(min(total_steps, epoch_steps))])
@@ -312,16 +316,16 @@ def main(argv):
     stop = parallel.StopSignal()
     for step in range(first_step, total_steps):
         if held_out and (step == 0 or (config.eval_every and step % config.eval_every == 0)):
-            log.evaluation(step, evaluate(model, held_out, held_out_reference, config, ranks, log))
+            log.evaluation(step, evaluate(model, held_out, held_out_reference, config, world, log))
         if config.sample_every and step % config.sample_every == 0:
             log.samples(step, *sample(model, (held_out or pairs).chosen, tokenizer, config))
         ids = batch_ids(step)
         lr = learning_rate(step, total_steps, config.lr, config.lr_schedule, warmup)
         before = sample_weights(model) if step == warmup else None  # at the peak rate
 
-        metrics, gap = forward_backward(model, pairs, reference, ids, config, ranks)
+        metrics, gap = forward_backward(model, pairs, reference, ids, config, world)
         if step == 0 and config.loss != "simpo":
-            check_first_step(metrics, gap, config, ranks)
+            check_first_step(metrics, gap, config, world)
         metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm, pairs.row_ids[ids]), "lr": lr}
         if before:
             metrics["weights_changed"] = weights_changed(before, model)
@@ -333,15 +337,15 @@ def main(argv):
             checkpointer.save(step + 1, model, optimizer)
         if stopped:
             checkpointer.wait()
-            ranks.say(f"stopped by signal {stopped} after step {step + 1}, saved; the same command goes on from there")
+            world.say(f"stopped by signal {stopped} after step {step + 1}, saved; the same command goes on from there")
             return 128 + stopped
 
     checkpointer.wait()
     if held_out:
-        log.evaluation(total_steps, evaluate(model, held_out, held_out_reference, config, ranks, log))
+        log.evaluation(total_steps, evaluate(model, held_out, held_out_reference, config, world, log))
     if config.sample_every:
         log.samples(total_steps, *sample(model, (held_out or pairs).chosen, tokenizer, config))
-    finish(model, tokenizer, config, ranks)
+    finish(model, tokenizer, config, world)
     return 0
 
 

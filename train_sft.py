@@ -9,15 +9,18 @@ import sys
 
 import torch
 
-from data import Tokenizer, load_sft
+from data import load_sft
 from kernels import token_logps
 from model import training_flops
 from optim import adamw, apply_gradients, implicit, learning_rate, sample_weights, warmup_steps, weights_changed
 from packing import in_order, local_batches, step_examples, steps_per_epoch
-from plumbing import checkpoint, hub, parallel, plan
+from planner import plan
+from plumbing import checkpoint, hub, parallel
 from plumbing.config import check_world_size, load, resume_dict
 from plumbing.logbook import Logbook
-from plumbing.trainee import DTYPES, finish, load_trainee, read_shape, sample
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import fingerprint, resolve
+from training import DTYPES, finish, load_model, read_model_config, sample
 
 # ---------------------------------------------------------------- the loss
 
@@ -43,16 +46,16 @@ def loss_denominator(loss, num_tokens, num_sequences):
 # ---------------------------------------------------------------- one step, and evaluation
 
 
-def forward_backward(model, documents, ids, config, ranks):
+def forward_backward(model, documents, ids, config, world):
     """Accumulate the gradient of the loss over the examples `ids` (B,) of one optimizer step. Returns its metrics, equal on every rank.
 
     FloatingPointError, naming the rows, when a micro-batch's loss is not finite: no weight has changed then.
     """
     denominator = loss_denominator(config.loss, int(documents.num_targets[ids].sum()), len(ids))
     losses, rows = [], []
-    for members, batch, step_waste in local_batches(documents, ids, model.config, config.tokens_per_microbatch, ranks):
+    for members, batch, step_waste in local_batches(documents, ids, model.config, config.tokens_per_microbatch, world):
         loss = nll_sum(model, batch) / denominator  # this rank's share of the global mean
-        (loss * ranks.world_size).backward()  # FSDP averages over ranks; we want the sum
+        (loss * world.size).backward()  # FSDP averages over ranks; we want the sum
         losses.append(loss.detach())
         rows.append([documents.row_ids[i] for i in members])
         waste = step_waste
@@ -63,11 +66,11 @@ def forward_backward(model, documents, ids, config, ranks):
 
 
 @torch.no_grad()
-def evaluate(model, documents, config, ranks, log):
+def evaluate(model, documents, config, world, log):
     """Token-mean NLL (nats) and perplexity of the held-out documents; perplexity is infinite above 709 nats, where float64 ends."""
     total = 0.0
     for ids in log.progress("evaluate", in_order(len(documents), config.global_batch_size)):
-        for _, batch, _ in local_batches(documents, ids, model.config, config.tokens_per_microbatch, ranks):
+        for _, batch, _ in local_batches(documents, ids, model.config, config.tokens_per_microbatch, world):
             total += nll_sum(model, batch).item()
     parallel.release(model)
     (total,) = parallel.sum_across_ranks([total])
@@ -82,43 +85,43 @@ def main(argv):
     if "--plan" in argv:
         return plan.main("sft", argv)
     config = load("sft", argv)
-    ranks = parallel.init()
-    check_world_size(config, ranks.world_size)
+    world = parallel.init()
+    check_world_size(config, world.size)
     if config.push:  # a wrong name or token is found out before training, not after it
-        parallel.main_first(ranks, lambda: hub.open_for_push(config.push) if ranks.main else None)
+        parallel.main_first(world, lambda: hub.open_for_push(config.push) if world.main else None)
 
-    directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
+    directory = parallel.main_first(world, lambda: resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
-    shape = parallel.main_first(ranks, lambda: read_shape(config, directory, tokenizer, ranks.device))
-    documents, held_out = parallel.main_first(ranks, lambda: load_sft(config, tokenizer, ranks.say))
-    model = load_trainee(config, directory, shape, ranks.device)
+    shape = parallel.main_first(world, lambda: read_model_config(config, directory, tokenizer, world.device))
+    documents, held_out = parallel.main_first(world, lambda: load_sft(config, tokenizer, world.say))
+    model = load_model(config, directory, shape, world.device)
 
     total_steps = min(config.num_epochs * steps_per_epoch(len(documents), config.global_batch_size), config.max_steps or math.inf)
     warmup = warmup_steps(config, total_steps)
     optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
-    weights = parallel.from_main(ranks, lambda: checkpoint.fingerprint(directory))
+    weights = parallel.from_main(world, lambda: fingerprint(directory))
     provenance = {"weights": weights, "data": documents.fingerprint}
     checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
-    parallel.require_same(ranks, data=documents.fingerprint, data_eval=held_out and held_out.fingerprint, checkpoint=str(latest))
-    log = Logbook(config, ranks, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **implicit(config)})
+    parallel.require_same(world, data=documents.fingerprint, data_eval=held_out and held_out.fingerprint, checkpoint=str(latest))
+    log = Logbook(config, world, total_steps, provenance | {"stage": "sft", "warmup_steps": warmup, **implicit(config)})
     size = f"{len(documents):,} documents, {config.global_batch_size} a step"
-    ranks.say(f"SFT: {size}; {total_steps} steps on {ranks.world_size} rank(s) of {ranks.device.type}")
+    world.say(f"SFT: {size}; {total_steps} steps on {world.size} rank(s) of {world.device.type}")
     first_step = checkpointer.load(latest, model, optimizer) if latest else 0
     log.resume_at(first_step, latest)
 
     stop = parallel.StopSignal()
     for step in range(first_step, total_steps):
         if held_out and (step == 0 or (config.eval_every and step % config.eval_every == 0)):
-            log.evaluation(step, evaluate(model, held_out, config, ranks, log))
+            log.evaluation(step, evaluate(model, held_out, config, world, log))
         if config.sample_every and step % config.sample_every == 0:
             log.samples(step, *sample(model, held_out or documents, tokenizer, config))
         ids = step_examples(step, len(documents), config.global_batch_size, config.seed)
         lr = learning_rate(step, total_steps, config.lr, config.lr_schedule, warmup)
         before = sample_weights(model) if step == warmup else None  # at the peak rate
 
-        metrics = forward_backward(model, documents, ids, config, ranks)
+        metrics = forward_backward(model, documents, ids, config, world)
         metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm, documents.row_ids[ids]), "lr": lr}
         if before:
             metrics["weights_changed"] = weights_changed(before, model)
@@ -130,15 +133,15 @@ def main(argv):
             checkpointer.save(step + 1, model, optimizer)
         if stopped:
             checkpointer.wait()
-            ranks.say(f"stopped by signal {stopped} after step {step + 1}, saved; the same command goes on from there")
+            world.say(f"stopped by signal {stopped} after step {step + 1}, saved; the same command goes on from there")
             return 128 + stopped
 
     checkpointer.wait()
     if held_out:
-        log.evaluation(total_steps, evaluate(model, held_out, config, ranks, log))
+        log.evaluation(total_steps, evaluate(model, held_out, config, world, log))
     if config.sample_every:
         log.samples(total_steps, *sample(model, held_out or documents, tokenizer, config))
-    finish(model, tokenizer, config, ranks)
+    finish(model, tokenizer, config, world)
     return 0
 
 

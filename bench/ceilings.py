@@ -87,7 +87,7 @@ def head_table(chunks=(1024, 2048, 4096, 8192)):
     inner, vocabulary = MATMULS["head"]
     hidden, weight = (torch.randn(n, inner, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (ROWS, vocabulary))
     targets = torch.randint(vocabulary, (ROWS,), device=DEVICE)
-    weight.accumulates, weight.grad_dtype = True, torch.float32  # as plumbing.trainee has it on one GPU
+    weight.accumulates, weight.grad_dtype = True, torch.float32  # as training has it on one GPU
     flops = 8 * ROWS * inner * vocabulary  # logits twice, and two gradients
     print(f"\n{'token_logps, rows a chunk':<28}{'ms':>6}  TFLOP/s   GiB beside the gradients")
     for chunk in chunks:

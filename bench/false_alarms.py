@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from verdict import simulate
+from analysis.verdict import simulate
 
 NULL = (
     {},

@@ -18,12 +18,12 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from analysis.steering import POOLINGS, read_states
 from bench.clocks import Clocks
 from bench.record import append
 from data import Documents, Pairs
 from model import Llama, LlamaConfig, apply_fused
 from packing import pack
-from steering import POOLINGS, read_states
 from train_dpo import answer_logps
 
 PROMPT, ANSWER, PAIRS = 250, 250, 16

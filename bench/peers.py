@@ -30,8 +30,9 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.clocks import Clocks
-from data import Tokenizer, encode_chat
+from data import encode_chat
 from model import LINEARS, LlamaConfig
+from plumbing.tokenizer import Tokenizer
 
 WARMUP = 3  # steps: the allocator, compilation, and the clocks under load
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,14 +17,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from analysis.steering import additions, pool, steered_runs
+from analysis.vector import plain_document
+from analysis.verdict import bootstrap, judge
 from bench.clocks import Clocks
 from bench.record import append
 from bench.world import tulu_like_lengths, words
+from families import load_pretrained
 from model import apply_fused
-from plumbing.checkpoint import load_pretrained
-from steer import plain_document
-from steering import additions, pool, steered_runs
-from verdict import bootstrap, judge
 
 LAMBDAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 AXIOMS, BATCH = 7, 32

@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.record import append
 from bench.world import tulu_like_lengths
-from data import Tokenizer, find_schema, ids_and_mask, open_source
+from data import find_schema, ids_and_mask
 from data import render as render_chat
+from plumbing.sources import open_source
+from plumbing.tokenizer import Tokenizer
 
 # TEMPLATES["tulu"], with the marks from which transformers takes the mask
 TULU = (

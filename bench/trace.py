@@ -13,13 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Tokenizer, load_sft
+from data import load_sft
 from optim import adamw, apply_gradients
 from packing import step_examples
-from plumbing import checkpoint, parallel
+from plumbing import parallel
 from plumbing.config import load
-from plumbing.trainee import DTYPES, load_trainee, read_shape
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import resolve
 from train_sft import forward_backward
+from training import DTYPES, load_model, read_model_config
 
 STEPS = 4  # the allocator and the kernels' compilation are done by then
 
@@ -44,33 +46,33 @@ def shares(events):
 
 def main(argv):
     config = load("sft", argv)
-    ranks = parallel.init()
-    directory = parallel.main_first(ranks, lambda: checkpoint.resolve(config.model_path))
+    world = parallel.init()
+    directory = parallel.main_first(world, lambda: resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
-    documents, _ = parallel.main_first(ranks, lambda: load_sft(config, tokenizer, ranks.say))
-    model = load_trainee(config, directory, read_shape(config, directory, tokenizer, ranks.device), ranks.device)
+    documents, _ = parallel.main_first(world, lambda: load_sft(config, tokenizer, world.say))
+    model = load_model(config, directory, read_model_config(config, directory, tokenizer, world.device), world.device)
     optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
     def take(step):
         """Wall seconds of a step, up to the last kernel's end."""
         start = time.perf_counter()
         ids = step_examples(step, len(documents), config.global_batch_size, config.seed)
-        forward_backward(model, documents, ids, config, ranks)
+        forward_backward(model, documents, ids, config, world)
         apply_gradients(optimizer, config.lr, config.max_grad_norm, documents.row_ids[ids])
-        if ranks.device.type == "cuda":
+        if world.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
     plain = [take(step) for step in range(STEPS - 1)][-1]
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (ranks.device.type == "cuda")]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (world.device.type == "cuda")]) as profiler:
         profiled = take(STEPS - 1)
-    if ranks.main:
+    if world.main:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(f"{config.out_dir}/trace.json.gz")
-        here = [event for event in profiler.events() if event.device_type.name.lower() == ranks.device.type]
+        here = [event for event in profiler.events() if event.device_type.name.lower() == world.device.type]
         here = [event for event in here if not event.is_user_annotation or event.name.startswith("gloo:")]  # spans around kernels
         parts = shares([(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in here])
-        print(f"{ranks.world_size} x {ranks.device.type}: a step takes {plain:.3f} s, under the profiler {profiled:.3f} s, of which")
+        print(f"{world.size} x {world.device.type}: a step takes {plain:.3f} s, under the profiler {profiled:.3f} s, of which")
         for name, seconds in parts.items():
             print(f"{name:10} {seconds:8.3f} s {seconds / profiled:7.1%}")
         print(f"wrote {config.out_dir}/trace.json.gz")

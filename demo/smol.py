@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data import find_schema, is_held_out, open_source
+from data import find_schema, is_held_out
 from demo import common, gguf_weights
+from families import load_pretrained
 from model import generate
 from plumbing import parallel
 from plumbing.config import load
-from plumbing.weights import load_pretrained, resolve
+from plumbing.sources import open_source
+from plumbing.weights import resolve
 
 CONFIG = "configs/smol.py"
 ROOT = Path("runs/smol")

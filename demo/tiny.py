@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data import Tokenizer
 from kernels import token_logps
 from model import Llama, LlamaConfig
 from optim import learning_rate
 from packing import pack, step_examples
+from plumbing.tokenizer import Tokenizer
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")  # one token each, so that the tulu template costs few tokens

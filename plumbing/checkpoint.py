@@ -17,30 +17,9 @@ import torch.distributed as dist
 
 from kernels import join_master
 from plumbing import parallel
-from plumbing.folders import read_json
-from plumbing.logbook import write_json
-from plumbing.weights import (
-    ADAPTER_CONFIG,
-    check_replaceable,
-    copy_rows,
-    find_folder,
-    fingerprint,
-    load_adapter,
-    load_pretrained,
-    load_weights,
-    open_safetensors,
-    publish,
-    resolve,
-    save_adapter,
-    save_pretrained,
-    sharded_parameters,
-    sync_folder,
-    write_safetensors,
-)
-
-__all__ = ["Checkpointer", "find_folder", "fingerprint", "load_adapter", "load_pretrained", "load_weights", "resolve", "save_adapter",
-           "save_pretrained"]  # fmt: skip
-
+from plumbing.files import UserError, publish, read_json, sync_folder, write_json
+from plumbing.tensors import open_safetensors, write_safetensors
+from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
 OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+")  # a copy that someone called step_000100_good is theirs
 
@@ -117,7 +96,7 @@ class Checkpointer:
         problems = [key for key in here | there if here.get(key) != there.get(key)]
         if problems:
             listed = [f"{key}: {there.get(key, 'nothing')} stored, {here.get(key, 'nothing')} expected" for key in problems[:20]]
-            raise ValueError(f"{path}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(listed))
+            raise UserError(f"{path}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(listed))
         with torch.no_grad():
             for key, tensor in tensors.items():
                 copy_rows(tensor, stored[key])
@@ -155,7 +134,7 @@ def _refuse_other(path, there, here):
     differing = [key for key in sorted(here) if there.get(key) != here[key]]
     if differing:
         changes = "; ".join(f"{key}={there.get(key)!r} there, {here[key]!r} now" for key in differing)
-        raise ValueError(f"{path} was saved under another configuration: {changes}. Restore it, or take another out_dir, or --fresh")
+        raise UserError(f"{path} was saved under another configuration: {changes}. Restore it, or take another out_dir, or --fresh")
 
 
 def _on_all_ranks(work):
@@ -253,5 +232,5 @@ class _StoredRows:
                 parts.append(piece[row - start : stop - start])
                 row = stop
         if row < rows.stop:
-            raise ValueError(f"{self.name}: rows {row}..{rows.stop} are in none of the files")
+            raise UserError(f"{self.name}: rows {row}..{rows.stop} are in none of the files")
         return torch.cat(parts)

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
+from plumbing.files import UserError
+
 GROUPS = ("model", "data", "optimizer", "loss", "machine", "run")  # in the order of --help
 COMMAND_LINE_ONLY = {"fresh": "restart the run at every start", "push": "upload it at every end"}
 # {their name: ours}, of TRL, peft and open-instruct, where the spelling alone would suggest no key or another one
@@ -32,14 +34,14 @@ THEIR_NAMES = {
     "rpo_alpha": "sft_weight", "r": "lora_rank", "target_modules": "lora_targets",
     "bf16": "precision", "fp16": "precision", "dtype": "precision", "torch_dtype": "precision",
 }  # fmt: skip
-SIGNS = {"above": ">", "least": ">=", "below": "<"}
+SIGNS = {"above": ">", "minimum": ">=", "below": "<"}
 Template = Literal["tulu", "zephyr", "llama3", "chatml"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def key(group, unit, help, default=MISSING, above=None, least=None, below=None, identity=True):
-    """A dataclass field; above < value, least <= value and value < below. A key without identity may change when a run is resumed."""
-    bounds = {"above": above, "least": least, "below": below}
+def setting(group, unit, help, default=MISSING, above=None, minimum=None, below=None, identity=True):
+    """A dataclass field; above < value, minimum <= value and value < below. A key without identity may change when a run is resumed."""
+    bounds = {"above": above, "minimum": minimum, "below": below}
     return dataclasses.field(default=default, metadata={"group": group, "unit": unit, "help": help, "identity": identity, **bounds})
 
 
@@ -47,69 +49,69 @@ def key(group, unit, help, default=MISSING, above=None, least=None, below=None, 
 class Config:
     """What both stages know. A parent class and not a nested part, so that scripts read `config.lr` and a key has one name everywhere."""
 
-    model_path: str = key("model", "path or org/name[@revision]", "Hugging Face folder to start from (DPO: also the reference)")
-    template: Template | None = key("model", "name", "chat template; None: the tokenizer's own, if it is one of these", default="tulu")
-    lora_rank: int = key("model", "columns", "rank of the LoRA adapters; 0: full fine-tuning", default=0, least=0)
-    lora_alpha: float | None = key("model", "-", "LoRA scale: adapters are multiplied by lora_alpha / lora_rank", default=None, above=0)
-    lora_targets: tuple[Linear, ...] = key("model", "names", "linear layers that get an adapter", default=get_args(Linear))
+    model_path: str = setting("model", "path or org/name[@revision]", "Hugging Face folder to start from (DPO: also the reference)")
+    template: Template | None = setting("model", "name", "chat template; None: the tokenizer's own, if it is one of these", default="tulu")
+    lora_rank: int = setting("model", "columns", "rank of the LoRA adapters; 0: full fine-tuning", default=0, minimum=0)
+    lora_alpha: float | None = setting("model", "-", "LoRA scale: adapters are multiplied by lora_alpha / lora_rank", default=None, above=0)
+    lora_targets: tuple[Linear, ...] = setting("model", "names", "linear layers that get an adapter", default=get_args(Linear))
 
-    data: dict[str, float | int] = key(
+    data: dict[str, float | int] = setting(
         "data", "fraction | rows", "{path or org/name[@revision], [split] may follow: float fraction or int count}"
     )
-    data_eval: dict[str, float | int] | float | None = key(
+    data_eval: dict[str, float | int] | float | None = setting(
         "data", "fraction | rows", "held-out sources as in data, or the share of data's prompts to hold out", default=None, above=0, below=1
     )
-    supervise: Literal["all", "last"] = key("data", "turns", "assistant turns that are trained on", default="all")
-    max_seq_len: int = key("data", "tokens", "longer conversations (DPO: each of the two) are truncated", least=2)
-    cache_dir: str = key("data", "path", "tokenised data and reference log-probs, by content", default="runs/cache", identity=False)
-    seed: int = key("data", "-", "order of the examples, adapter initialisation", default=42, least=0, below=2**32)
+    supervise: Literal["all", "last"] = setting("data", "turns", "assistant turns that are trained on", default="all")
+    max_seq_len: int = setting("data", "tokens", "longer conversations (DPO: each of the two) are truncated", minimum=2)
+    cache_dir: str = setting("data", "path", "tokenised data and reference log-probs, by content", default="runs/cache", identity=False)
+    seed: int = setting("data", "-", "order of the examples, adapter initialisation", default=42, minimum=0, below=2**32)
 
-    global_batch_size: int = key("optimizer", "examples", "documents (DPO: pairs) of one optimizer step, over all GPUs", least=1)
-    num_epochs: int = key("optimizer", "epochs", "passes over the data", default=1, least=1)
-    max_steps: int | None = key("optimizer", "steps", "stop after so many steps; the schedule ends there too", default=None, least=1)
-    lr: float = key("optimizer", "-", "peak learning rate of AdamW", above=0)
-    lr_schedule: Literal["linear", "cosine"] = key("optimizer", "name", "decay from the peak to 0 at the last step", default="linear")
-    warmup_ratio: float = key("optimizer", "share of steps", "linear warm-up", default=0.0, least=0, below=1)
-    warmup_steps: int | None = key("optimizer", "steps", "linear warm-up, instead of warmup_ratio", default=None, least=0)
-    weight_decay: float = key("optimizer", "-", "decoupled, as in AdamW", default=0.0, least=0)
-    max_grad_norm: float | None = key("optimizer", "-", "clip the global gradient norm to this; None: never", default=1.0, above=0)
+    global_batch_size: int = setting("optimizer", "examples", "documents (DPO: pairs) of one optimizer step, over all GPUs", minimum=1)
+    num_epochs: int = setting("optimizer", "epochs", "passes over the data", default=1, minimum=1)
+    max_steps: int | None = setting("optimizer", "steps", "stop after so many steps; the schedule ends there too", default=None, minimum=1)
+    lr: float = setting("optimizer", "-", "peak learning rate of AdamW", above=0)
+    lr_schedule: Literal["linear", "cosine"] = setting("optimizer", "name", "decay from the peak to 0 at the last step", default="linear")
+    warmup_ratio: float = setting("optimizer", "share of steps", "linear warm-up", default=0.0, minimum=0, below=1)
+    warmup_steps: int | None = setting("optimizer", "steps", "linear warm-up, instead of warmup_ratio", default=None, minimum=0)
+    weight_decay: float = setting("optimizer", "-", "decoupled, as in AdamW", default=0.0, minimum=0)
+    max_grad_norm: float | None = setting("optimizer", "-", "clip the global gradient norm to this; None: never", default=1.0, above=0)
 
-    tokens_per_microbatch: int = key("machine", "tokens", "packed stream of one GPU: sets memory, not results", least=2, identity=False)
-    recompute: Literal["none", "half", "full"] = key(
+    tokens_per_microbatch: int = setting("machine", "tokens", "packed stream of one GPU: sets memory, not results", minimum=2, identity=False)
+    recompute: Literal["none", "half", "full"] = setting(
         "machine", "blocks", "whose activations are computed again in backward: less memory, more time", default="none", identity=False
     )
-    kernels: Literal["fused", "plain"] = key(
+    kernels: Literal["fused", "plain"] = setting(
         "machine", "name", "fused: blocks with a hand-written backward; plain: their twin, by autograd", default="fused", identity=False
     )
-    attention: Literal["flash2", "flash4"] = key(
+    attention: Literal["flash2", "flash4"] = setting(
         "machine", "name", "on GPUs; flash4: of the package flash-attn-4, long documents 6 to 9 % faster", default="flash2", identity=False
     )
-    moments: Literal["fp32", "bf16"] = key(
+    moments: Literal["fp32", "bf16"] = setting(
         "machine", "name", "of AdamW; bf16 (one process, full fine-tuning): 4 bytes a weight less, rounded stochastically", default="fp32"
     )
-    gradients: Literal["fp32", "bf16"] = key(
+    gradients: Literal["fp32", "bf16"] = setting(
         "machine", "name", "bf16 (one process, full fine-tuning): 2 bytes a weight less, rounded every micro-batch (lm_head: 2,048 rows)",
         default="fp32",
     )  # fmt: skip
-    precision: Literal["fp32", "bf16", "fp8"] = key(
+    precision: Literal["fp32", "bf16", "fp8"] = setting(
         "machine", "name", "of compute; fp8: bf16, but float8 in the blocks' linears; parameters and AdamW are fp32 in all", default="bf16"
     )
 
-    out_dir: str = key("run", "path", "run folder: config, manifest, metrics, checkpoints, final model", identity=False)
-    log_every: int = key("run", "steps", "between step lines", default=1, least=1, identity=False)
-    eval_every: int | None = key(
-        "run", "steps", "between evaluations on data_eval; None: at start and end only", default=None, least=1, identity=False
+    out_dir: str = setting("run", "path", "run folder: config, manifest, metrics, checkpoints, final model", identity=False)
+    log_every: int = setting("run", "steps", "between step lines", default=1, minimum=1, identity=False)
+    eval_every: int | None = setting(
+        "run", "steps", "between evaluations on data_eval; None: at start and end only", default=None, minimum=1, identity=False
     )
-    save_every: int | None = key(
-        "run", "steps", "between resumable checkpoints; None: only when stopped", default=None, least=1, identity=False
+    save_every: int | None = setting(
+        "run", "steps", "between resumable checkpoints; None: only when stopped", default=None, minimum=1, identity=False
     )
-    sample_every: int | None = key(
-        "run", "steps", "between greedy answers to four fixed prompts, in samples.jsonl; None: never", default=None, least=1, identity=False
+    sample_every: int | None = setting(
+        "run", "steps", "between greedy answers to four fixed prompts, in samples.jsonl; None: never", default=None, minimum=1, identity=False
     )
-    tensorboard: bool = key("run", "flag", "also write the metrics as TensorBoard events, in out_dir", default=False, identity=False)
-    keep_last: int = key("run", "checkpoints", "older ones are deleted", default=2, least=1, identity=False)
-    fresh: bool = key("run", "flag", "start over although out_dir has a checkpoint (command line only)", default=False, identity=False)
-    push: str | None = key(
+    tensorboard: bool = setting("run", "flag", "also write the metrics as TensorBoard events, in out_dir", default=False, identity=False)
+    keep_last: int = setting("run", "checkpoints", "older ones are deleted", default=2, minimum=1, identity=False)
+    fresh: bool = setting("run", "flag", "start over although out_dir has a checkpoint (command line only)", default=False, identity=False)
+    push: str | None = setting(
         "run", "org/name", "hub repository that gets final/ and adapter/ after the run (command line only)", default=None, identity=False
     )
 
@@ -117,7 +119,7 @@ class Config:
         """A config that exists is a valid one, also when a test or dataclasses.replace makes it."""
         values, problems = _check_keys(type(self), vars(self))
         if problems := problems + _check_rules(type(self), values):
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
         vars(self).update(values)  # 5 became 5.0 where the key is a float
 
 
@@ -125,7 +127,7 @@ class Config:
 class SFTConfig(Config):
     """Keys of train_sft.py."""
 
-    loss: Literal["token_mean", "tulu3_release"] = key(
+    loss: Literal["token_mean", "tulu3_release"] = setting(
         "loss", "name", "token_mean: NLL sum / supervised tokens of the step; tulu3_release: NLL sum / its sequences", default="token_mean"
     )
 
@@ -134,18 +136,18 @@ class SFTConfig(Config):
 class DPOConfig(Config):
     """Keys of train_dpo.py."""
 
-    loss: Literal["dpo_norm", "dpo", "simpo", "ipo", "wpo"] = key(
+    loss: Literal["dpo_norm", "dpo", "simpo", "ipo", "wpo"] = setting(
         "loss", "name", "dpo_norm: DPO on per-token mean log-probs", default="dpo_norm"
     )
-    beta: float = key(
+    beta: float = setting(
         "loss", "1/nat", "strength of the tie to the reference; about 5 for means (dpo_norm), 0.1 for sums (dpo)", default=5.0, above=0
     )
-    label_smoothing: float = key("loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo", default=0.0, least=0, below=0.5)
-    gamma_beta_ratio: float | None = key("loss", "nat/token", "target margin / beta; simpo only", default=None, least=0)
-    share_prefix: bool = key(
+    label_smoothing: float = setting("loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo", default=0.0, minimum=0, below=0.5)
+    gamma_beta_ratio: float | None = setting("loss", "nat/token", "target margin / beta; simpo only", default=None, minimum=0)
+    share_prefix: bool = setting(
         "machine", "flag", "compute what chosen and rejected begin with once: faster, the same to rounding", default=True, identity=False
     )
-    sft_weight: float = key("loss", "-", "weight of an added token-mean NLL of the chosen answers", default=0.0, least=0)
+    sft_weight: float = setting("loss", "-", "weight of an added token-mean NLL of the chosen answers", default=0.0, minimum=0)
 
 
 SECTIONS = {"common": Config, "sft": SFTConfig, "dpo": DPOConfig}
@@ -193,7 +195,7 @@ def _is_installed(module):
     return (not parent or _is_installed(parent)) and importlib.util.find_spec(module) is not None
 
 
-WRONG = object()  # stands where a key was given a wrong value: neither missing nor fit for a rule
+INVALID = object()  # stands where a key was given a wrong value: neither missing nor fit for a rule
 
 
 def load(stage, argv):
@@ -204,12 +206,12 @@ def load(stage, argv):
         print(help_text(stage))
         raise SystemExit(0)
     if plan_flags := [arg for arg in argv if arg.partition("=")[0] in ("--gpu", "--count", "--usd-per-hour")]:
-        raise ValueError(f"{' '.join(plan_flags)}: expected together with --plan only")
+        raise UserError(f"{' '.join(plan_flags)}: expected together with --plan only")
     paths = [arg for arg in argv if not arg.startswith("-")]
     if len(paths) != 1:
         hint = " (a value goes behind =, as in --lr=1e-4)" if len(paths) > 1 else ""
         usage = f"train_{stage}.py CONFIG.py [--key=value ...]; --help lists the keys"
-        raise ValueError(f"expected one config file, got {paths}{hint}: {usage}")
+        raise UserError(f"expected one config file, got {paths}{hint}: {usage}")
     path = paths[0]
     sections, problems = _read_sections(path)
     overrides, unfit = _read_overrides(SECTIONS[stage], [arg for arg in argv if arg.startswith("-")])
@@ -229,19 +231,19 @@ def load(stage, argv):
         problems += [f"{path}: {section}: {problem}" for problem in missing + _check_rules(cls, values)]
         resolved[section] = values
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return SECTIONS[stage](**resolved[stage])
 
 
 def check_world_size(config, world_size):
     """ValueError if the optimizer step cannot give every one of `world_size` ranks an example, or a key is for one rank only."""
     if config.global_batch_size < world_size:
-        raise ValueError(
+        raise UserError(
             f"global_batch_size={config.global_batch_size}: a batch that cannot be formed on {world_size} ranks; "
             f"expected at least {world_size}, or fewer ranks"
         )
     if world_size > 1 and "bf16" in (config.moments, config.gradients):
-        raise ValueError(
+        raise UserError(
             f"moments={config.moments!r}, gradients={config.gradients!r} on {world_size} ranks: bf16 is for one process; "
             "expected 'fp32', which sharding makes small enough"
         )
@@ -294,15 +296,15 @@ def _read_sections(path):
     """-> ({section: dict}, problems). Underscore names and imported modules are private to the file; any other name is a typo."""
     if not Path(path).is_file():
         near = difflib.get_close_matches(path, [str(p) for p in Path(path).parent.glob("*.py")], n=1)
-        raise ValueError(f"{path}: no such config file" + (f", did you mean {near[0]!r}?" if near else ""))
+        raise UserError(f"{path}: no such config file" + (f", did you mean {near[0]!r}?" if near else ""))
     sections, problems = {}, []
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
     except Exception as error:  # the file is a program: it may raise anything
         line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path][-1]
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, ModuleType):
             continue
@@ -332,7 +334,7 @@ def _read_overrides(cls, args):
             problems.append(f"{arg}: expected --{name}=value")
         elif not types:
             problems.append(f"{name}: no string is read as {_describe(fields[name])}: put it into the config file")
-            given[name] = WRONG
+            given[name] = INVALID
         else:
             given[name] = _parse(text, types)
     values, unfit = _check_keys(cls, given)
@@ -364,9 +366,9 @@ def _check_keys(cls, given):
             problems.append(f"unknown key {name!r}{hint}")
             continue
         values[name] = value
-        if value is not WRONG and (problem := _unfit(fields[name], value)):
+        if value is not INVALID and (problem := _unfit(fields[name], value)):
             problems.append(problem)
-            values[name] = WRONG
+            values[name] = INVALID
         elif type(value) is int and float in _scalars(fields[name].type):
             values[name] = float(value)  # 5 and 5.0 are one config, so they have one hash
     return values, problems
@@ -394,7 +396,7 @@ def _unfit(field, value):
     fits = (
         math.isfinite(value)
         and (bounds["above"] is None or value > bounds["above"])
-        and (bounds["least"] is None or value >= bounds["least"])
+        and (bounds["minimum"] is None or value >= bounds["minimum"])
         and (bounds["below"] is None or value < bounds["below"])
     )
     return None if fits else f"{field.name}={value!r}: expected {_describe(field)}"
@@ -403,8 +405,8 @@ def _unfit(field, value):
 def _check_rules(cls, values):
     problems = []
     for fails, message in RULES[cls]:
-        read = {name: values.get(name, WRONG) for name in inspect.signature(fails).parameters}
-        if WRONG not in read.values() and fails(**read):
+        read = {name: values.get(name, INVALID) for name in inspect.signature(fails).parameters}
+        if INVALID not in read.values() and fails(**read):
             problems.append(message.format(**values))
     return problems
 

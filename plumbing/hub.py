@@ -6,6 +6,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from plumbing.files import UserError
+
 ERRORS = (OSError, HTTPError)  # offline, gated, unknown, no token; a refused connection is an HTTPError only
 COMMITS = {}  # {"org/name@revision" or "datasets/org/name", as the config says it: commit} of this process; manifests record it
 
@@ -30,7 +32,7 @@ def dataset_commit(name):
         return HfApi().dataset_info(repository, revision=revision).sha
     except ERRORS as error:
         message = f"data {name!r}: the hub names no commit for {revision!r}; expected a revision that exists, or offline the commit"
-        raise ValueError(f"{message}: {error}") from error
+        raise UserError(f"{message}: {error}") from error
 
 
 def open_for_push(repository):
@@ -40,7 +42,7 @@ def open_for_push(repository):
     """
     name = parse(repository)
     if name is None or name[1]:
-        raise ValueError(f"push={repository!r}: expected a hub name like 'org/name'")
+        raise UserError(f"push={repository!r}: expected a hub name like 'org/name'")
     api = HfApi()
     try:
         api.whoami()
@@ -48,14 +50,14 @@ def open_for_push(repository):
         api.auth_check(repository, write=True)
     except ERRORS as error:
         message = f"push={repository!r}: expected a repository that the token (HF_TOKEN, or hf auth login) may write to"
-        raise ValueError(f"{message}: {error}") from error
+        raise UserError(f"{message}: {error}") from error
 
 
 def final_of(run_dir):
     """run_dir/final. ValueError when no finished model is there."""
     final = Path(run_dir) / "final"
     if not (final / "config.json").is_file():
-        raise ValueError(f"{final}: no finished model; expected the out_dir of a run that has ended")
+        raise UserError(f"{final}: no finished model; expected the out_dir of a run that has ended")
     return final
 
 
@@ -74,4 +76,4 @@ def push(run_dir, repository):
     except (*ERRORS, RuntimeError) as error:
         reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else error  # that one only names the file
         message = f"push={repository!r}: the upload failed; `python -m tools.push {run_dir} {repository}` tries again"
-        raise ValueError(f"{message}: {reason}") from error
+        raise UserError(f"{message}: {reason}") from error

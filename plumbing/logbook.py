@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import json
-import math
-import os
 import platform
 import resource
 import shlex
@@ -14,11 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from plumbing import hub
 from plumbing.config import config_dict
-from plumbing.folders import read_json
+from plumbing.files import finite, progress_bar, read_json, write_json
 
 _PACKAGES = ("torch", "triton", "flash-attn-4", "numpy", "safetensors", "tokenizers", "datasets")
 # (metric, label, format) in the order of the step line; metrics that a stage does not have are left out
@@ -38,19 +35,19 @@ _STEP_LINE = (
 class Logbook:
     """Writes the run folder from rank 0; every rank may call every method."""
 
-    def __init__(self, config, ranks, total_steps, implicit):
+    def __init__(self, config, world, total_steps, implicit):
         """implicit: the values that no key states (reduction, eps, data fingerprints, ...); they go into the manifest."""
-        self.ranks, self.total_steps, self.log_every = ranks, total_steps, config.log_every
+        self.world, self.total_steps, self.log_every = world, total_steps, config.log_every
         self.folder, self.fresh = Path(config.out_dir), config.fresh
-        self.peak = measured_matmul_peak(ranks.device)
+        self.peak = measured_matmul_peak(world.device)
         self.tensorboard = config.tensorboard
         self._metrics = self._events = None
-        if ranks.main:
+        if world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", config_dict(config))
-            gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+            gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
             about = {"command": shlex.join(sys.argv), "commit": commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            machine = {"hardware": gpu or platform.machine(), "world_size": ranks.world_size, "matmul_peak_flops": self.peak}
+            machine = {"hardware": gpu or platform.machine(), "world_size": world.size, "matmul_peak_flops": self.peak}
             self._manifest = about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit}
             self._manifest["processes"] = [] if self.fresh else _processes(self.folder)
             write_json(self.folder / "manifest.json", self._manifest)
@@ -61,11 +58,11 @@ class Logbook:
         trained again, and open the file for more. The manifest's `processes` say who trained which steps: an entry those after its step."""
         left, final = self.total_steps - step, self.folder / "final"
         if checkpoint:
-            self.ranks.say(f"{checkpoint}: goes on after step {step} of {self.total_steps}{'' if left else '; nothing is left to train'}")
+            self.world.say(f"{checkpoint}: goes on after step {step} of {self.total_steps}{'' if left else '; nothing is left to train'}")
         if left and final.is_dir() and not self.fresh:
-            self.ranks.say(f"{final}: of a finished run whose last step is in no checkpoint (save_every): {left} steps are trained again, "
+            self.world.say(f"{final}: of a finished run whose last step is in no checkpoint (save_every): {left} steps are trained again, "
                            "then it is replaced")  # fmt: skip
-        if self.ranks.main:
+        if self.world.main:
             if left:  # those whose steps are trained again are forgotten
                 earlier = [process for process in self._manifest["processes"] if process["after_step"] < step]
                 this = {key: self._manifest[key] for key in ("started", "commit", "hardware", "world_size")}
@@ -73,7 +70,7 @@ class Logbook:
                 write_json(self.folder / "manifest.json", self._manifest)
             path = self.folder / "metrics.jsonl"
             if missing := step - sum("loss" in entry for entry in _forget_after(step, path)):  # of a power cut, or of someone's editor
-                self.ranks.say(f"{path}: {missing} of the {step} steps before are not in it, nor will they be in the card")
+                self.world.say(f"{path}: {missing} of the {step} steps before are not in it, nor will they be in the card")
             _forget_after(step, self.folder / "samples.jsonl")
             self._metrics = path.open("a")
             if self.tensorboard:
@@ -87,13 +84,13 @@ class Logbook:
         """Record finished optimizer step number `step` (1-based). tokens, flops: of all ranks; the time runs from the previous call."""
         elapsed = time.perf_counter() - self._start
         metrics = {"step": step, **metrics, "step_s": elapsed, "tokens_per_s": tokens / elapsed}
-        metrics["peak_mem_gib"] = peak_memory_gib(self.ranks.device)
+        metrics["peak_mem_gib"] = peak_memory_gib(self.world.device)
         if self.peak:
-            metrics["mfu"] = flops / elapsed / (self.peak * self.ranks.world_size)
+            metrics["mfu"] = flops / elapsed / (self.peak * self.world.size)
         self.write(metrics)
         if step % self.log_every == 0 or step in (1, self.total_steps):
             parts = [f"{label} {form.format(metrics[key])}".strip() for key, label, form in _STEP_LINE if key in metrics]
-            self.ranks.say(" | ".join([f"step {step:05d}/{self.total_steps:05d}", *parts]))
+            self.world.say(" | ".join([f"step {step:05d}/{self.total_steps:05d}", *parts]))
         self._start = time.perf_counter()
 
     def evaluation(self, step, metrics):
@@ -102,23 +99,23 @@ class Logbook:
         shown = [key for key in ("eval/loss", "eval/perplexity", "eval/rewards/margins", "eval/rewards/accuracies") if key in metrics]
         spread = {key: f" +- {metrics[key + '_ci95']:.4f}" for key in shown if key + "_ci95" in metrics}
         parts = [f"{key.split('/')[-1]} {metrics[key]:.4f}{spread.get(key, '')}" for key in shown]
-        self.ranks.say(" | ".join([f"eval {step:05d}/{self.total_steps:05d}", *parts]))
+        self.world.say(" | ".join([f"eval {step:05d}/{self.total_steps:05d}", *parts]))
         self._start = time.perf_counter()
 
     def samples(self, step, prompts, answers):
         """Append the answers after `step` optimizer steps to samples.jsonl; their time is not the next step's."""
-        if self.ranks.main:
+        if self.world.main:
             with (self.folder / "samples.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, "prompts": prompts, "answers": answers}) + "\n")
         self._start = time.perf_counter()
 
     def progress(self, label, items):
         """Iterate over a list with a bar that shows rate and ETA on rank 0."""
-        return progress_bar(items, desc=label, disable=not self.ranks.main, unit="batch")
+        return progress_bar(items, desc=label, disable=not self.world.main, unit="batch")
 
     def write(self, metrics):
         """Append one line to metrics.jsonl and flush it; with `tensorboard` also one scalar per metric."""
-        if self.ranks.main:
+        if self.world.main:
             self._metrics.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
             self._metrics.flush()
         if self._events:
@@ -147,30 +144,6 @@ def _forget_after(step, path):
     else:
         path.unlink(missing_ok=True)
     return [entry for _, entry in kept]
-
-
-def progress_bar(items=None, **options):
-    """tqdm, with rate and ETA: two refreshes a second on a terminal; where each stays, in a log file, one in ten seconds."""
-    return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
-
-
-def finite(value):
-    """`value` with None for NaN and infinity: JSON has neither, and a measurement of hours is not lost to one of its numbers."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path, value):
-    """Write `finite(value)` atomically, and through to the disk: a reader, also after a power cut, sees the old file or the new one."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def peak_memory_gib(device):

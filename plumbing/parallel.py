@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import sys
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,16 +20,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from plumbing.files import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 _background_group = None
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """This process among all of them."""
 
     rank: int
-    world_size: int
+    size: int
     device: torch.device
 
     @property
@@ -55,7 +56,7 @@ def init():
     patience = timedelta(hours=2)  # rank 0 may tokenise or hash, or write to a slow disk, while the others wait
     dist.init_process_group(backend, timeout=patience, **where)
     _background_group = dist.new_group(backend="gloo", timeout=patience)
-    return Ranks(rank, world_size, device)
+    return World(rank, world_size, device)
 
 
 def world_size():
@@ -79,13 +80,13 @@ def barrier():
     sum_across_ranks([0.0])
 
 
-def main_first(ranks, work):
+def main_first(world, work):
     """work() on rank 0, then on the others, which find what rank 0 left on disk. Returns work()'s result on every rank.
 
     When rank 0 fails, the others raise SystemExit: the one message is rank 0's.
     """
     result, error = None, None
-    if ranks.main:
+    if world.main:
         try:
             result = work()
         except Exception as caught:  # raised below, once the others know
@@ -95,32 +96,28 @@ def main_first(ranks, work):
         raise error
     if failures:
         raise SystemExit(1)
-    return result if ranks.main else work()
+    return result if world.main else work()
 
 
-def from_main(ranks, work):
+def from_main(world, work):
     """The text that work() returns on rank 0, on every rank."""
-    text = work().encode() if ranks.main else b""
+    text = work().encode() if world.main else b""
     (length,) = sum_across_ranks([len(text)])
     shared = torch.zeros(int(length), dtype=torch.uint8)
-    if ranks.main:
+    if world.main:
         shared[:] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     dist.broadcast(shared, src=0)
     return bytes(shared.tolist()).decode()
 
 
 def run(main, argv):
-    """main(argv) with the process group closed behind it. Returns the exit code; what a user can mend is a message, not a traceback.
+    """main(argv), then leave the process group. Returns the exit code.
 
-    A ValueError that a library raised has both: our own name key, value and expectation, a library's may mean a mistake of ours.
+    What a user can mend (UserError), numbers gone wrong and failing disks are one line; everything else keeps its traceback.
     """
     try:
         return main(argv)
-    except (ValueError, FloatingPointError, OSError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        is_ours = Path(last.filename).resolve().is_relative_to(ROOT) and "site-packages" not in last.filename  # .venv is below ROOT
-        if isinstance(error, ValueError) and not (is_ours and last.line.startswith("raise ")):  # compiled code has no frame of its own
-            traceback.print_exc()
+    except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
@@ -202,12 +199,12 @@ def max_across_ranks(value):
     return largest.item()
 
 
-def require_same(ranks, **found):
+def require_same(world, **found):
     """ValueError on every rank, naming the keys, where a rank's text is not rank 0's: each reads data and folders by itself."""
-    wanted = json.loads(from_main(ranks, lambda: json.dumps(found)))
+    wanted = json.loads(from_main(world, lambda: json.dumps(found)))
     counts = sum_across_ranks([found[key] != wanted[key] for key in found])
     if differing := [key for key, count in zip(found, counts, strict=True) if count]:
-        raise ValueError(f"{', '.join(differing)}: not the same on all ranks; expected files that do not change while a run starts")
+        raise UserError(f"{', '.join(differing)}: not the same on all ranks; expected files that do not change while a run starts")
 
 
 def require_finite(values, rows):

@@ -5,10 +5,7 @@ of the files and nothing else; when writing, one full parameter at a time exists
 """
 
 import hashlib
-import json
-import os
 import shutil
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,92 +13,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from data import Tokenizer
-from falcon import Falcon, FalconConfig
 from kernels import split_master
-from model import Llama, LlamaConfig, LoRALinear, apply_lora, read_config
 from plumbing import hub, parallel
-from plumbing.folders import read_json
-from plumbing.logbook import progress_bar, write_json
+from plumbing.files import UserError, progress_bar, publish, read_json, write_json
+from plumbing.tensors import DTYPES, num_bytes, open_safetensors, write_safetensors
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_FILE_BYTES = 5 * 10**9
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_safetensors(path, tensors, read, metadata=None):
-    """Write one safetensors file (8-byte length, JSON header, raw bytes) and fsync it.
-
-    tensors: {name: (dtype, shape)}, wider dtypes first. read(name) is called in that order, its result cast and dropped: only one tensor is
-    in memory, where the library's own writer wants them all. OSError (disk full, quota) names the path and the bytes needed.
-    """
-    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
-    for name, (dtype, shape) in tensors.items():
-        assert end % dtype.itemsize == 0, f"{name}: unaligned"
-        start, end = end, end + _num_bytes(dtype, shape)
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    try:
-        with open(path, "wb") as file:
-            file.write(struct.pack("<Q", len(head)) + head)
-            for name, (dtype, shape) in tensors.items():
-                file.write(_raw_bytes(read(name), dtype, shape))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        size, free = 8 + len(head) + end, shutil.disk_usage(path.parent).free
-        path.unlink(missing_ok=True)  # a torn file is of no use, and its space may be needed to go on
-        message = f"{error.strerror}: {size:,} bytes needed, {free:,} free; what was saved earlier is untouched; writing"
-        raise OSError(error.errno, message, str(path)) from error
-
-
-def _raw_bytes(tensor, dtype, shape):
-    assert tensor.shape == torch.Size(shape), (tensor.shape, shape)
-    tensor = tensor.detach().to(dtype).cpu().contiguous()
-    return tensor.view(-1).view(torch.uint8).numpy().data  # through uint8: numpy has no bfloat16
-
-
-def _num_bytes(dtype, shape):
-    return dtype.itemsize * torch.Size(shape).numel()
-
-
-def open_safetensors(path):
-    """Memory-map a safetensors file. ValueError when it is missing, truncated or something else."""
-    if not path.is_file():
-        raise ValueError(f"{path}: missing file")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated, or not a safetensors file ({path.stat().st_size:,} bytes): {error}") from error
-
-
-def publish(folder, target):
-    """Rename a finished folder to its name, replacing an older one; at any moment a whole copy of old or new is on the disk."""
-    old = target.with_name(f".old_{target.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync_folder(path):
-    """fsync a folder: the names in it, which the fsync of a file does not cover."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 # ---------------------------------------------------------------- finding and identifying a model folder
 
 
@@ -109,10 +31,10 @@ def resolve(path_or_repo):
     """The folder of a model, as find_folder gives it. ValueError for a LoRA adapter, which is no model without its base."""
     folder = find_folder(path_or_repo)
     if (folder / "final/config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"model_path={str(path_or_repo)!r}: a run folder; expected a model, here {folder}/final")
+        raise UserError(f"model_path={str(path_or_repo)!r}: a run folder; expected a model, here {folder}/final")
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         problem = f"model_path={str(path_or_repo)!r}: a LoRA adapter ({ADAPTER_CONFIG}, no config.json)"
-        raise ValueError(f"{problem}; expected a whole model: of a run its final/, where the adapter is merged, or the adapter's base")
+        raise UserError(f"{problem}; expected a whole model: of a run its final/, where the adapter is merged, or the adapter's base")
     return folder
 
 
@@ -126,13 +48,13 @@ def find_folder(path_or_repo):
         return path
     key = f"model_path={str(path_or_repo)!r}"
     if (name := hub.parse(path_or_repo)) is None:
-        raise ValueError(f"{key}: no such folder, and not a hub name like 'org/name' or 'org/name@revision'")
+        raise UserError(f"{key}: no such folder, and not a hub name like 'org/name' or 'org/name@revision'")
     repository, revision = name
     try:
         wanted = ["*.json", "*.safetensors", "*.jinja"]
         folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")  # the top folder only
     except hub.ERRORS as error:
-        raise ValueError(f"{key}: no such folder, and no such download from the hub: {error}") from error
+        raise UserError(f"{key}: no such folder, and no such download from the hub: {error}") from error
     hub.COMMITS[str(path_or_repo)] = Path(folder).name  # snapshots are kept by commit
     return Path(folder)
 
@@ -142,13 +64,13 @@ def weight_files(directory):
     index = directory / WEIGHTS_INDEX
     weight_map = read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
     if not weight_map:
-        raise ValueError(f"{index}: no weight_map; expected an index of weights")
+        raise UserError(f"{index}: no weight_map; expected an index of weights")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, and pickles are never loaded: convert it to safetensors" if pickles else ""
-        raise ValueError(f"{directory}: missing weight files: {', '.join(missing)}{hint}")
+        raise UserError(f"{directory}: missing weight files: {', '.join(missing)}{hint}")
     return [directory / name for name in names]
 
 
@@ -249,39 +171,21 @@ def _check_fit(params, stored, files):
     if problems:
         places = {name: f" ({path.name})" for path in files for name in open_safetensors(path).keys()}
         listed = [f"{name}: {problem}{places.get(name, '')}" for name, problem in sorted(problems)[:20]]
-        raise ValueError(f"{files[0].parent}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(listed))
+        raise UserError(f"{files[0].parent}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(listed))
 
 
 def _check_tied(name, stored, source):
     embedding, head = stored[name], stored["lm_head.weight"]
     parts = [slice(i, i + 4096) for i in range(0, embedding.get_shape()[0], 4096)]
     if embedding.get_shape() != head.get_shape() or not all(torch.equal(embedding[part], head[part]) for part in parts):
-        raise ValueError(f"{source}: lm_head.weight differs from {name}, yet config.json says tie_word_embeddings=true")
-
-
-def model_config(directory):
-    """The LlamaConfig or FalconConfig of a model folder. ValueError when it is of neither, or of a variant that neither represents."""
-    is_falcon = read_config(directory).get("model_type") == "falcon"
-    return (FalconConfig if is_falcon else LlamaConfig).from_hf(directory)
-
-
-def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
-    """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded. ValueError when its parts do not fit together."""
-    directory = resolve(path_or_repo)
-    config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
-    check_vocabulary(config, tokenizer)
-    with torch.device("meta"):
-        model = (Falcon if isinstance(config, FalconConfig) else Llama)(config).to(dtype)
-    parallel.materialize(model, device)
-    load_weights(model, directory)
-    return model, tokenizer
+        raise UserError(f"{source}: lm_head.weight differs from {name}, yet config.json says tie_word_embeddings=true")
 
 
 def check_vocabulary(config, tokenizer):
     """ValueError when the tokenizer makes ids that the embedding has no row for (fewer ids than rows is common padding)."""
     last, rows = tokenizer.vocab_size - 1, config.vocab_size
     if last >= rows:
-        raise ValueError(f"the tokenizer's ids go up to {last}, the model's embedding only has vocab_size={rows} rows")
+        raise UserError(f"the tokenizer's ids go up to {last}, the model's embedding only has vocab_size={rows} rows")
 
 
 # ---------------------------------------------------------------- writing
@@ -294,8 +198,8 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
     Collective: all ranks call it, rank 0 writes. dtype None keeps the parameters' own; adapters are merged in float32 and cast once. The
     folder appears by a rename when it is whole. It replaces an earlier export; ValueError when anything else is in its place.
     """
-    if not isinstance(model, Llama):
-        raise ValueError(f"model_type={model.config.model_type!r}: inference only; expected a Llama to write")
+    if not hasattr(model.config, "to_hf"):
+        raise UserError(f"model_type={model.config.model_type!r}: inference only; expected a Llama to write")
     check_vocabulary(model.config, tokenizer)
     params = {name: param for name, param in sharded_parameters(model).items() if not _is_adapter(name)}
     plan = _plan_files({name: (dtype or param.dtype, param.shape) for name, param in params.items()})
@@ -311,7 +215,7 @@ def check_replaceable(directory, config_name):
     contents = [path.name for path in directory.iterdir()] if directory.exists() else []
     foreign = [name for name in contents if not name.endswith((".safetensors", ".json", ".jinja", ".model")) and name != "README.md"]
     if contents and (foreign or config_name not in contents):
-        raise ValueError(f"{directory}: holds {', '.join(sorted(foreign or contents)[:5])}, which no export wrote, so it is not replaced")
+        raise UserError(f"{directory}: holds {', '.join(sorted(foreign or contents)[:5])}, which no export wrote, so it is not replaced")
 
 
 @contextmanager
@@ -341,7 +245,7 @@ def _write_gathered(path, tensors, read):
 def _full_weight(model, name, param):
     """The whole of one parameter, its adapters merged."""
     module = model.get_submodule(name.rpartition(".")[0])
-    return _gather(module.merged_weight() if isinstance(module, LoRALinear) and param is module.weight else param)
+    return _gather(module.merged_weight() if hasattr(module, "lora_A") and param is module.weight else param)
 
 
 def _gather(tensor):
@@ -352,10 +256,10 @@ def _plan_files(tensors):
     """{file name: {name: (dtype, shape)}} with at most MAX_FILE_BYTES per file (or one tensor); wider dtypes first, as the writer wants."""
     groups, size = [{}], 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
-        size += _num_bytes(dtype, shape)
+        size += num_bytes(dtype, shape)
         if groups[-1] and size > MAX_FILE_BYTES:
             groups.append({})
-            size = _num_bytes(dtype, shape)
+            size = num_bytes(dtype, shape)
         groups[-1][name] = (dtype, shape)
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     return dict(zip(names if len(groups) > 1 else [WEIGHTS], groups, strict=True))
@@ -363,7 +267,7 @@ def _plan_files(tensors):
 
 def _write_configs(folder, config, tokenizer, plan, chat_template):
     if len(plan) > 1:
-        total = sum(_num_bytes(*spec) for tensors in plan.values() for spec in tensors.values())
+        total = sum(num_bytes(*spec) for tensors in plan.values() for spec in tensors.values())
         weight_map = {name: file_name for file_name, tensors in plan.items() for name in tensors}
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     stops = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or ())
@@ -388,7 +292,7 @@ def _peft_name(name):
 
 def _adapter_config(model):
     """adapter_config.json's keys that describe the model's LoRA layers; None without any."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if not layers:
         return None
     layer = next(iter(layers.values()))
@@ -415,12 +319,11 @@ def save_adapter(model, directory, base):
             write_json(folder / ADAPTER_CONFIG, fixed | {"base_model_name_or_path": origin, "revision": revision} | config)
 
 
-@torch.no_grad()
-def load_adapter(model, directory):
-    """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none (a sharded model must have them already).
+def adapter_settings(directory):
+    """{"rank", "alpha", "dropout", "targets"} of a PEFT adapter's folder: the arguments of model.apply_lora.
 
-    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer), for an initialisation that
-    took something off the base's weights (PiSSA, OLoRA, ..), and for another rank, alpha or choice of layers than the model's.
+    ValueError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer), and for an initialisation
+    that took something off the base's weights (PiSSA, OLoRA, ..).
     """
     directory = Path(directory)
     raw = read_json(directory / ADAPTER_CONFIG)
@@ -434,13 +337,22 @@ def load_adapter(model, directory):
     if not isinstance(targets, list):
         problems.append(f"target_modules={targets!r}, expected a list of layer names")
     if problems:
-        raise ValueError(f"{directory / ADAPTER_CONFIG}: " + "; ".join(problems))
-    if _adapter_config(model) is None:
-        apply_lora(model, raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
-    here, there = _adapter_config(model), {"r": raw["r"], "lora_alpha": raw["lora_alpha"], "target_modules": sorted(targets)}
+        raise UserError(f"{directory / ADAPTER_CONFIG}: " + "; ".join(problems))
+    return {"rank": raw["r"], "alpha": raw["lora_alpha"], "dropout": raw.get("lora_dropout", 0.0), "targets": targets}
+
+
+@torch.no_grad()
+def load_adapter(model, directory):
+    """Read PEFT LoRA adapters into a model that has LoRA layers, sharded or not.
+
+    ValueError as adapter_settings, and for another rank, alpha or choice of layers than the model's.
+    """
+    directory, settings = Path(directory), adapter_settings(directory)
+    there = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": sorted(settings["targets"])}
+    here = _adapter_config(model)
     differing = [f"{key}={value!r}, the model has {here[key]!r}" for key, value in there.items() if here[key] != value]
     if differing:
-        raise ValueError(f"{directory / ADAPTER_CONFIG}: " + "; ".join(differing))
+        raise UserError(f"{directory / ADAPTER_CONFIG}: " + "; ".join(differing))
     params = {_peft_name(name): param for name, param in sharded_parameters(model).items() if _is_adapter(name)}
     stored = _tensors([directory / ADAPTER_WEIGHTS])
     _check_fit(params, stored, [directory / ADAPTER_WEIGHTS])

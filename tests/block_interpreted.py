@@ -1,15 +1,17 @@
-"""block_kernels.py against its plain twins, for test_fused.py, which runs it under TRITON_INTERPRET=1: prints {what: relative error}."""
+"""triton_block.py against its plain twins, for test_fused.py, which runs it under TRITON_INTERPRET=1: prints {what: relative error}."""
 
 import json
 import sys
 from pathlib import Path
 
+from kernels import reference
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import block_kernels
 import kernels
+from kernels import triton_block
 
 errors = {}
 torch.manual_seed(0)
@@ -30,28 +32,28 @@ for dtype in (torch.float32, torch.bfloat16):
     label = str(dtype).replace("torch.", "").replace("bfloat16", "bf16")
     x, dy, d_residual = (randn(5, 40, seed=s, dtype=dtype) for s in range(3))
     weight = randn(40, seed=3, dtype=dtype)
-    compare(f"rms_norm {label}", block_kernels.rms_norm(x, weight, 1e-5), kernels.rms_norm_reference(x, weight, 1e-5))
+    compare(f"rms_norm {label}", triton_block.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     backward = (dy, x, weight, 1e-5, d_residual)
-    compare(f"rms_norm_backward {label}", block_kernels.rms_norm_backward(*backward), kernels.rms_norm_backward_reference(*backward))
+    compare(f"rms_norm_backward {label}", triton_block.rms_norm_backward(*backward), reference.rms_norm_backward(*backward))
     q, angles = randn(5, 3, 12, dtype=dtype), randn(5, 1, 6, seed=1)
     compare(
-        f"rotate {label}", block_kernels.rotate(q, angles.cos(), angles.sin(), 1), kernels.rotate_reference(q, angles.cos(), angles.sin())
+        f"rotate {label}", triton_block.rotate(q, angles.cos(), angles.sin(), 1), reference.rotate(q, angles.cos(), angles.sin())
     )
     compare(
         f"rotate back {label}",
-        block_kernels.rotate(q, angles.cos(), angles.sin(), -1),
-        kernels.rotate_reference(q, angles.cos(), -angles.sin()),
+        triton_block.rotate(q, angles.cos(), angles.sin(), -1),
+        reference.rotate(q, angles.cos(), -angles.sin()),
     )
     gate, up, dout = (randn(3, 1000, seed=s, dtype=dtype) for s in range(3))
-    compare(f"swiglu {label}", block_kernels.swiglu(gate, up), kernels.swiglu_reference(gate, up))
-    compare(f"swiglu_backward {label}", block_kernels.swiglu_backward(dout, gate, up), kernels.swiglu_backward_reference(dout, gate, up))
+    compare(f"swiglu {label}", triton_block.swiglu(gate, up), reference.swiglu(gate, up))
+    compare(f"swiglu_backward {label}", triton_block.swiglu_backward(dout, gate, up), reference.swiglu_backward(dout, gate, up))
     logits, targets = 5 * randn(4, 9000), torch.tensor([0, 8999, 17, 4096])
     if dtype == torch.float32:
-        compare("pick_logps", block_kernels.pick_logps(logits, targets), kernels.pick_logps_reference(logits, targets))
+        compare("pick_logps", triton_block.pick_logps(logits, targets), reference.pick_logps(logits, targets))
     rest = (logits, logits.logsumexp(-1), targets, randn(4, seed=8), dtype)
-    compare(f"logits_gradient {label}", block_kernels.logits_gradient(*rest), kernels.logits_gradient_reference(*rest))
+    compare(f"logits_gradient {label}", triton_block.logits_gradient(*rest), reference.logits_gradient(*rest))
     states = []
-    for adamw in (block_kernels.adamw, kernels.adamw_reference):
+    for adamw in (triton_block.adamw, reference.adamw):
         split = kernels.split_master(randn(3000, seed=5))
         m, v = randn(3000, seed=6).mul(0.1).to(dtype), randn(3000, seed=7).square().to(dtype)
         adamw(*split, m, v, randn(3000, seed=9, dtype=dtype), 0.5, 1e-3, 0.1, 0.9, 0.999, 1e-8, 7, 12345)
@@ -63,20 +65,20 @@ for M, N in ((5, 48), (130, 80), (257, 64)):  # one tile; over one in rows; in c
     x = (signs * torch.randint(8, 16, (M, N)) * 2.0**exponents).bfloat16()
     x[3], x[4, 7] = 0, 120
     rows, columns = (2.0 ** torch.randint(-2, 2, (n,)) for n in (M, N))
-    plain, scaled = kernels.quantize_reference(x), kernels.quantize_reference(x, columns)
-    both = zip(block_kernels.quantize_gradient(x, columns, rows), kernels.quantize_gradient_reference(x, columns, rows), strict=True)
-    pairs = ((block_kernels.quantize(x, None), plain), (block_kernels.quantize(x, columns), scaled), *both)
-    transposed = block_kernels.quantize_transposed(x, plain.scale), kernels.quantize_transposed_reference(x, plain.scale)
+    plain, scaled = reference.quantize(x), reference.quantize(x, columns)
+    both = zip(triton_block.quantize_gradient(x, columns, rows), reference.quantize_gradient(x, columns, rows), strict=True)
+    pairs = ((triton_block.quantize(x, None), plain), (triton_block.quantize(x, columns), scaled), *both)
+    transposed = triton_block.quantize_transposed(x, plain.scale), reference.quantize_transposed(x, plain.scale)
     for i, (a, b) in enumerate([*((u, v) for pair in pairs for u, v in zip(*pair, strict=True)), transposed]):
         assert a.shape == b.shape and a.dtype == b.dtype
         errors[f"float8 {M} {N} {i}"] = (a.float() != b.float()).float().mean().item()
 dout, gate, up = (randn(130, 80, seed=s, dtype=torch.bfloat16) for s in range(3))
-weight, inner8 = randn(80, seed=3, dtype=torch.bfloat16), kernels.swiglu_float8_reference(gate, up)
+weight, inner8 = randn(80, seed=3, dtype=torch.bfloat16), reference.swiglu_float8(gate, up)
 for name, *inputs in (("rms_norm_float8", gate, weight, 1e-5), ("swiglu_float8", gate, up)):
-    a, b = kernels.Float8(*getattr(block_kernels, name)(*inputs)), getattr(kernels, f"{name}_reference")(*inputs)
+    a, b = reference.Float8(*getattr(triton_block, name)(*inputs)), getattr(reference, name)(*inputs)
     compare(f"bf16 {name}", *(x.values.float() * x.scale[:, None] for x in (a, b)))
 inputs = dout, gate, up, inner8.scale
-*fast, values = block_kernels.swiglu_backward_float8(*inputs)
-*slow, expected = kernels.swiglu_backward_float8_reference(*inputs)
+*fast, values = triton_block.swiglu_backward_float8(*inputs)
+*slow, expected = reference.swiglu_backward_float8(*inputs)
 compare("bf16 swiglu_backward_float8", (*fast, values.float()), (*slow, expected.float()))
 json.dump(errors, sys.stdout)

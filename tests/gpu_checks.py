@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from kernels import float8, reference
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when run without pytest
 
 import torch
@@ -23,21 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import optim
-import tsne
-from kernels import (
-    IGNORE_INDEX,
-    SharedPrefix,
-    attention,
-    attention_reference,
-    rms_norm,
-    rms_norm_reference,
-    segment_sums,
-    token_logps,
-    token_logps_reference,
-)
-from model import adapters_disabled, apply_fused, apply_lora, apply_recompute, generate, init_lora, read_config
+from analysis import tsne
+from kernels import IGNORE_INDEX, SharedPrefix, attention, rms_norm, segment_sums, token_logps
+from model import adapters_disabled, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from plumbing import parallel
 from plumbing.checkpoint import Checkpointer
+from plumbing.files import read_config
 
 BF16 = 2e-2  # a product of two bf16 roundings (0.4 % each), through a few operations
 LENGTHS = (257, 1, 130, 64)
@@ -119,7 +112,7 @@ def check_attention_bf16():
     for H, G, K in ((8, 8, 64), (8, 2, 128), (6, 3, 64)):
         cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
         inputs = randn(sum(LENGTHS), H, K), randn(sum(LENGTHS), G, K, seed=1), randn(sum(LENGTHS), G, K, seed=2)
-        errors = twins(*(lambda *x, f=f, cu=cu_seqlens: f(*x, cu, max(LENGTHS)) for f in (attention, attention_reference)), *inputs)
+        errors = twins(*(lambda *x, f=f, cu=cu_seqlens: f(*x, cu, max(LENGTHS)) for f in (attention, reference.attention)), *inputs)
         worst = {key: max(value, worst.get(key, 0)) for key, value in errors.items()}
     return assert_below(worst, BF16)
 
@@ -129,10 +122,10 @@ def check_attention_flash4():
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
     inputs = randn(sum(LENGTHS), 8, 128), randn(sum(LENGTHS), 2, 128, seed=1), randn(sum(LENGTHS), 2, 128, seed=2)
     fast = functools.partial(attention, kernel="flash4")
-    errors = twins(*(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (fast, attention_reference)), *inputs)
+    errors = twins(*(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (fast, reference.attention)), *inputs)
     stream, _ = shared_stream()
     inputs = [randn(int(stream[0][-1]), heads, 128, seed=seed) for seed, heads in enumerate((8, 2, 2))]
-    shared = twins(*(lambda *x, f=f: f(*x, *stream) for f in (fast, attention_reference)), *inputs)
+    shared = twins(*(lambda *x, f=f: f(*x, *stream) for f in (fast, reference.attention)), *inputs)
     assert torch.equal(fast(*inputs, *stream), fast(*inputs, *stream))
     return assert_below(errors | {f"shared {name}": value for name, value in shared.items()}, BF16)
 
@@ -140,7 +133,7 @@ def check_attention_flash4():
 def check_attention_fp32():
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
     inputs = [randn(sum(LENGTHS), heads, 64, seed=heads, dtype=torch.float32) for heads in (4, 2, 2)]
-    errors = twins(*(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (attention, attention_reference)), *inputs)
+    errors = twins(*(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (attention, reference.attention)), *inputs)
     return assert_below(errors, 1e-5)
 
 
@@ -168,7 +161,7 @@ def check_shared_attention_bf16():
     T, worst = int(stream[0][-1]), {}
     for H, G, K in ((8, 8, 64), (8, 2, 128), (6, 3, 64)):
         inputs = randn(T, H, K), randn(T, G, K, seed=1), randn(T, G, K, seed=2)
-        errors = twins(*(lambda *x, f=f: f(*x, *stream) for f in (attention, attention_reference)), *inputs)
+        errors = twins(*(lambda *x, f=f: f(*x, *stream) for f in (attention, reference.attention)), *inputs)
         worst = {key: max(value, worst.get(key, 0)) for key, value in errors.items()}
     return assert_below(worst, BF16)
 
@@ -176,7 +169,7 @@ def check_shared_attention_bf16():
 def check_shared_attention_fp32():
     stream, _ = shared_stream()
     inputs = [randn(int(stream[0][-1]), heads, 64, seed=heads, dtype=torch.float32) for heads in (4, 2, 2)]
-    return assert_below(twins(*(lambda *x, f=f: f(*x, *stream) for f in (attention, attention_reference)), *inputs), 1e-5)
+    return assert_below(twins(*(lambda *x, f=f: f(*x, *stream) for f in (attention, reference.attention)), *inputs), 1e-5)
 
 
 def check_shared_attention_is_repeatable():
@@ -193,7 +186,7 @@ def check_shared_attention_is_repeatable():
 
 def check_rms_norm_bf16():
     x, weight = randn(513, 256), randn(256, seed=1)
-    return assert_below(twins(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), x, weight), 1e-2)
+    return assert_below(twins(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: reference.rms_norm(x, w, 1e-5), x, weight), 1e-2)
 
 
 def check_token_logps_bf16():
@@ -202,7 +195,7 @@ def check_token_logps_bf16():
     hidden, weight = randn(T, D), randn(V, D, seed=1) / 16
     targets = torch.randint(V, (T,), generator=torch.Generator().manual_seed(3)).cuda()
     targets[::7] = IGNORE_INDEX
-    errors = twins(lambda h, w: token_logps(h, w, targets, chunk=300), lambda h, w: token_logps_reference(h, w, targets), hidden, weight)
+    errors = twins(lambda h, w: token_logps(h, w, targets, chunk=300), lambda h, w: reference.token_logps(h, w, targets), hidden, weight)
     assert errors["value"] < 1e-5, errors
     assert token_logps(hidden, weight, targets)[::7].eq(0).all()
     return assert_below(errors, 1e-2)
@@ -230,7 +223,7 @@ def check_segment_sums():
 
 
 def check_block_kernels():
-    """Every Triton kernel of block_kernels.py against its twin on the same numbers, in float32 and bf16, at the 8B widths and odd ones."""
+    """Every Triton kernel of triton_block.py against its twin on the same numbers, in float32 and bf16, at the 8B widths and odd ones."""
     worst = {}
     for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
         errors = {}
@@ -269,22 +262,22 @@ def check_fp8_linear():
         x, dy, weight = randn(T, D), randn(T, O, seed=1) * 1e-4, randn(O, D, seed=2) / D**0.5
         x[0] = 0  # a row of zeros, a column of few large numbers
         x[:, 5] *= 1000
-        x8, w8 = kernels.quantize(x), kernels.quantize(weight)
-        gradient, twin = kernels.quantize_gradient(dy, w8.scale, x8.scale), kernels.quantize_gradient_reference(dy, w8.scale, x8.scale)
-        w8t, x8t = kernels.quantize_transposed(weight, w8.scale), kernels.quantize_transposed(x, x8.scale)
-        scaled = kernels.quantize(dy, w8.scale)
+        x8, w8 = float8.quantize(x), float8.quantize(weight)
+        gradient, twin = float8.quantize_gradient(dy, w8.scale, x8.scale), reference.quantize_gradient(dy, w8.scale, x8.scale)
+        w8t, x8t = float8.quantize_transposed(weight, w8.scale), float8.quantize_transposed(x, x8.scale)
+        scaled = float8.quantize(dy, w8.scale)
         for a, b in (
-            (x8, kernels.quantize_reference(x)),
-            (w8, kernels.quantize_reference(weight)),
-            (scaled, kernels.quantize_reference(dy, w8.scale)),
+            (x8, reference.quantize(x)),
+            (w8, reference.quantize(weight)),
+            (scaled, reference.quantize(dy, w8.scale)),
             *zip(gradient, twin, strict=True),
         ):
             assert torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8)) and torch.equal(a.scale, b.scale), (T, D, O)
         for a, b, scale in ((w8t, weight, w8.scale), (x8t, x, x8.scale)):
-            assert torch.equal(a.values.view(torch.uint8), kernels.quantize_transposed_reference(b, scale).view(torch.uint8)), (T, D, O)
+            assert torch.equal(a.values.view(torch.uint8), reference.quantize_transposed(b, scale).view(torch.uint8)), (T, D, O)
         normed, gate, up, d_inner = (randn(T, O, seed=seed) for seed in range(5, 9))
         gain = randn(O, seed=9)
-        inner8, fused = kernels.swiglu_float8(gate, up), []
+        inner8, fused = float8.swiglu_float8(gate, up), []
         for name, *inputs in (
             ("rms_norm_float8", normed, gain, 1e-5),
             ("swiglu_float8", gate, up),
@@ -293,7 +286,7 @@ def check_fp8_linear():
             a, b = getattr(kernels, name)(*inputs), getattr(kernels, f"{name}_reference")(*inputs)
             if name == "swiglu_backward_float8":  # numbers, and those of the scale that they are given
                 fused += [error(u, v) for u, v in ((a[0], b[0]), (a[1], b[1]), (a[2].values.float(), b[2].float()))]
-                forward = kernels.Float8(a[2].values[:, :T].T, inner8.scale)  # the forward's numbers, turned
+                forward = reference.Float8(a[2].values[:, :T].T, inner8.scale)  # the forward's numbers, turned
                 differ = (forward.values.view(torch.uint8) != inner8.values.view(torch.uint8)).float().mean().item()
                 worst[turned] = max(worst.get(turned, 0), differ)
             else:
@@ -302,8 +295,8 @@ def check_fp8_linear():
         products = {"y": (x8, w8), "dx": (gradient[0], w8t), "dW": (gradient[1], x8t)}
         exact = {"y": x.float() @ weight.float().T, "dx": dy.float() @ weight.float(), "dW": dy.float().T @ x.float()}
         for name, (a, b) in products.items():
-            product, expected = kernels.matmul_float8(a, b), kernels.matmul_float8_reference(a, b)
-            assert torch.equal(product, kernels.matmul_float8(a, b)), "bits do not repeat"
+            product, expected = float8.matmul_float8(a, b), reference.matmul_float8(a, b)
+            assert torch.equal(product, float8.matmul_float8(a, b)), "bits do not repeat"
             slow = torch._scaled_mm(a.values, b.values.T, a.scale[:, None], b.scale[None, :], out_dtype=torch.bfloat16)
             numbers = {"": error(product, expected), " rounding": error(product, exact[name]), " slow": error(slow, expected)}
             worst |= {name + key: max(value, worst.get(name + key, 0)) for key, value in numbers.items()}
@@ -337,7 +330,7 @@ def check_split_adamw():
     worst = {}
     for moments, grads in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         states = []
-        for step_of in (kernels.adamw, kernels.adamw_reference):
+        for step_of in (kernels.adamw, reference.adamw):
             weight, low_bits = kernels.split_master(randn(333, 1001, dtype=torch.float32))
             m, v = (torch.zeros(333, 1001, dtype=moments, device="cuda") for _ in range(2))
             for step in range(1, 8):
@@ -665,7 +658,7 @@ def check_runs_of_two_ranks():
     return worst
 
 
-# ---------------------------------------------------------------- t-SNE (tsne_kernels needs Triton, so it is imported where it runs)
+# ---------------------------------------------------------------- t-SNE (triton_tsne needs Triton, so it is imported where it runs)
 
 
 def clusters(n, dims=200):
@@ -675,24 +668,24 @@ def clusters(n, dims=200):
 
 def check_tsne_perplexity():
     """The search in float32 against the plain one in float64: rows stop within 1e-5 nats of the wanted entropy in both."""
-    import tsne_kernels
+    from kernels import triton_tsne
 
     worst = 0.0
     for n, rows in ((33, 33), (1400, 1024), (7001, 100)):
         X, own = clusters(n).double(), torch.arange(rows).cuda()
         d2 = torch.cdist(X[:rows], X).square()
-        p = tsne_kernels.conditional_probabilities(d2, own, 30.0)
+        p = triton_tsne.conditional_probabilities(d2, own, 30.0)
         worst = max(worst, error(p, tsne.conditional_probabilities(d2, own, 30.0)))
         entropy = -torch.xlogy(p.double(), p.double()).sum(1)
         assert (entropy - math.log(30)).abs().max() < 3e-5 and not p[own, own].any()
     d2 = 2.0 * (1 - torch.eye(50, dtype=torch.float64, device="cuda"))  # no beta gives another perplexity
-    assert error(tsne_kernels.conditional_probabilities(d2, torch.arange(50).cuda(), 10.0), d2 / 98) < 1e-6
+    assert error(triton_tsne.conditional_probabilities(d2, torch.arange(50).cuda(), 10.0), d2 / 98) < 1e-6
     return assert_below({"worst": worst}, 2e-5)
 
 
 def check_tsne_gradient():
     """Against the plain gradient in float64, at the start, spread out, and at the end, where attraction and repulsion nearly cancel."""
-    import tsne_kernels
+    from kernels import triton_tsne
 
     errors = {}
     for n in (33, 257, 1400, 5008):
@@ -700,12 +693,12 @@ def check_tsne_gradient():
         for scale in (1e-4, 1.0, 30.0):
             Y = scale * randn(n, 3, seed=2, dtype=torch.float32)
             for exaggeration in (1.0, 12.0):
-                grad, expected = tsne_kernels.gradient(Y, P, exaggeration), tsne.gradient_reference(Y.double(), P.double(), exaggeration)[0]
+                grad, expected = triton_tsne.gradient(Y, P, exaggeration), tsne.gradient_reference(Y.double(), P.double(), exaggeration)[0]
                 errors[f"Y {scale:g}"] = max(errors.get(f"Y {scale:g}", 0), error(grad, expected))
-                assert torch.equal(grad, tsne_kernels.gradient(Y, P, exaggeration))  # no atomics
+                assert torch.equal(grad, triton_tsne.gradient(Y, P, exaggeration))  # no atomics
         Y, _ = tsne.tsne(clusters(n), 30.0, path="plain")
         attraction = tsne.gradient_reference(Y.double(), P.double(), 1.0)[0] - tsne.gradient_reference(Y.double(), P.double(), 0.0)[0]
-        difference = tsne_kernels.gradient(Y, P) - tsne.gradient_reference(Y.double(), P.double())[0]
+        difference = triton_tsne.gradient(Y, P) - tsne.gradient_reference(Y.double(), P.double())[0]
         errors["end, of the attraction"] = max(errors.get("end, of the attraction", 0), (difference.norm() / attraction.norm()).item())
     # float32 against float64, measured on an H200: 1.4e-5 at |Y| = 30, 1e-6 and below elsewhere
     return assert_below(errors, 3e-5)

@@ -45,11 +45,11 @@ def whole(tensor):
 
 def backward(model, ranks):
     """The summed NLL of all documents, each rank its own, in two micro-batches."""
-    mine = DOCUMENTS[ranks.rank :: ranks.world_size]
+    mine = DOCUMENTS[ranks.rank :: ranks.size]
     total = 0.0
     for part in (mine[:1], mine[1:]):
         loss = nll_sum(model, part)
-        (loss * ranks.world_size).backward()
+        (loss * ranks.size).backward()
         total += loss.item()
     return parallel.sum_across_ranks([total])[0]
 
@@ -110,7 +110,7 @@ def check_norm_where_a_rank_owns_nothing(ranks):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (ranks.world_size,))
+    mesh = init_device_mesh("cpu", (ranks.size,))
     param = torch.nn.Parameter(distribute_tensor(torch.zeros(1, 2), mesh, [Shard(0)]))
     param.grad = distribute_tensor(torch.tensor([[3.0, 4.0]]), mesh, [Shard(0)])
     assert parallel.clip_grad_norm([param], 1.0) == 5.0
@@ -125,7 +125,7 @@ def check_rows(ranks):
     expected = dict(plain.named_parameters())
     for name, param in model.named_parameters():
         first, local = parallel.local_rows(param)
-        per_rank = -(-param.shape[0] // ranks.world_size)
+        per_rank = -(-param.shape[0] // ranks.size)
         assert first == min(ranks.rank * per_rank, param.shape[0])
         assert torch.equal(local, expected[name][first : first + per_rank]), name
         (covered,) = parallel.sum_across_ranks([local.shape[0]])
@@ -180,10 +180,10 @@ def check_lora_with_a_bf16_base(ranks):
 def check_full_bf16_compute_keeps_float32_shards(ranks):
     """Gradients are summed over ranks in float32: the sum of several bf16 numbers is mostly not a bf16 number."""
     model = sharded(plain_model(), "bf16")
-    nll_sum(model, DOCUMENTS[ranks.rank :: ranks.world_size]).backward()
+    nll_sum(model, DOCUMENTS[ranks.rank :: ranks.size]).backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
     grad = model.model.layers[0].mlp.up_proj.weight.grad.full_tensor()
-    assert (grad != grad.bfloat16()).float().mean() > 0.3 or ranks.world_size == 1
+    assert (grad != grad.bfloat16()).float().mean() > 0.3 or ranks.size == 1
     assert model(*stream(DOCUMENTS)).dtype == torch.bfloat16
 
 
@@ -214,7 +214,7 @@ def check_release(ranks):
 
 
 def check_sums(ranks):
-    world, rank = ranks.world_size, ranks.rank
+    world, rank = ranks.size, ranks.rank
     assert parallel.sum_across_ranks([1.0, rank, 1 + 2**-40]) == [world, world * (world - 1) / 2, world * (1 + 2**-40)]
     assert parallel.max_across_ranks(-rank) == 0 and parallel.max_across_ranks(rank) == world - 1
     assert parallel.from_main(ranks, lambda: f"déjà {rank}") == "déjà 0"
@@ -227,16 +227,16 @@ def check_same(ranks):
     try:
         parallel.require_same(ranks, data="a", data_eval=f"déjà {min(ranks.rank, 1)}")
     except ValueError as error:
-        assert str(error).startswith("data_eval: not the same on all ranks") and ranks.world_size > 1
+        assert str(error).startswith("data_eval: not the same on all ranks") and ranks.size > 1
     else:
-        assert ranks.world_size == 1
+        assert ranks.size == 1
 
 
 def check_finite(ranks):
     """CHECKS 24: NaN or infinity on one rank stops all of them; the rank that has it names the examples."""
     rows = [["a"], list(np.array(["b", "c"]))]  # as Documents.row_ids has them
     parallel.require_finite([1.0, 2.0], rows)
-    last = ranks.rank == ranks.world_size - 1
+    last = ranks.rank == ranks.size - 1
     for bad in (math.nan, math.inf, -math.inf):
         try:
             parallel.require_finite([1.0, bad if last else 2.0], rows)
@@ -252,7 +252,7 @@ def check_stop_signal(ranks):
     try:
         stop = parallel.StopSignal()
         assert stop.received() == 0
-        if ranks.rank == ranks.world_size - 1:
+        if ranks.rank == ranks.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received() == signal.SIGTERM
     finally:
@@ -268,7 +268,7 @@ def main():
     for check in CHECKS:
         check(ranks)
         parallel.barrier()
-        ranks.say(f"{check.__name__} holds on {ranks.world_size} rank(s)")
+        ranks.say(f"{check.__name__} holds on {ranks.size} rank(s)")
     parallel.shutdown()
     sys.stdout.flush()
     os._exit(0)  # all held: on a busy machine the interpreter's own exit has aborted ("terminate called") with torch's threads alive

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import aqi
 from aqi import chi, measure, project, read_prompts, read_rows, restore_xb, score, table, warnings_for, write_report, xie_beni
-from plumbing import plots
+from reports import plots
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "aqi_published_runs.csv"

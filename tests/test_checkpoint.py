@@ -19,20 +19,13 @@ from checkpoint_ranks import IDENTITY, assert_equal, build, fill_the_disk, life,
 from safetensors.torch import load_file, save_file
 from tiny_models import random_documents, random_llama, stream, tiny_config
 
-from data import Tokenizer
+from families import load_adapter, load_pretrained
 from model import apply_lora
-from plumbing import checkpoint, weights
-from plumbing.checkpoint import (
-    Checkpointer,
-    fingerprint,
-    load_adapter,
-    load_pretrained,
-    load_weights,
-    resolve,
-    save_adapter,
-    save_pretrained,
-)
-from plumbing.trainee import read_shape
+from plumbing import checkpoint, tensors, weights
+from plumbing.checkpoint import Checkpointer
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import fingerprint, load_weights, resolve, save_adapter, save_pretrained
+from training import read_model_config
 
 DOCUMENTS = random_documents(97, (21, 1, 9))
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -369,16 +362,16 @@ def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, mon
 def test_broken_model_folders_are_refused_before_the_data_are_read(base, tokenizer):
     """read_shape comes before tokenising, load_weights after it."""
     config = SimpleNamespace(max_seq_len=8, precision="fp32")
-    assert read_shape(config, base, tokenizer, torch.device("cpu")).hidden_size == 40
+    assert read_model_config(config, base, tokenizer, torch.device("cpu")).hidden_size == 40
     os.truncate(base / "model.safetensors", 500)
     with pytest.raises(ValueError, match="model.safetensors: truncated"):
-        read_shape(config, base, tokenizer, torch.device("cpu"))
+        read_model_config(config, base, tokenizer, torch.device("cpu"))
     (base / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="missing weight files: model.safetensors"):
-        read_shape(config, base, tokenizer, torch.device("cpu"))
+        read_model_config(config, base, tokenizer, torch.device("cpu"))
     (base / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: missing or torn"):
-        read_shape(config, base, tokenizer, torch.device("cpu"))
+        read_model_config(config, base, tokenizer, torch.device("cpu"))
 
 
 def test_tokenizer_larger_than_the_embedding(tokenizer, tmp_path):
@@ -479,7 +472,7 @@ def test_export_on_a_full_disk_leaves_the_old_one(base, tokenizer, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr(tensors.os, "fsync", full)
     with pytest.raises(OSError, match="bytes needed, .* free; what was saved earlier is untouched"):
         save_pretrained(model, tokenizer, base)
     assert fingerprint(base) == before

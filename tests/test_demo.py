@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import TEMPLATES, encode_chat
 from demo import axioms, common, gguf_weights, run, smol, tiny, xstest
-from plumbing.weights import load_pretrained
+from families import load_pretrained
 
 WORLD = axioms.generate()
 

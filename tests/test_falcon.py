@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import random_documents, stream
 
-from falcon import Falcon, FalconConfig
+from families import load_pretrained
+from families.falcon import Falcon, FalconConfig
 from model import apply_lora, generate
-from plumbing.weights import load_pretrained, save_pretrained
+from plumbing.weights import save_pretrained
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,12 +10,13 @@ from torch import nn
 from world import SilentLog, final_weights, launch, metrics, stage_parts, trace, write_config, write_model
 
 import train_dpo
-from fused import _ProjectAdd, parts
-from kernels import float8_scale, matmul_float8, quantize, quantize_gradient, quantize_transposed
+from kernels.float8 import matmul_float8, quantize, quantize_gradient, quantize_transposed
+from kernels.fused_block import _ProjectAdd, weight_and_adapter
+from kernels.reference import float8_scale
 from model import LlamaConfig, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from optim import keep_masters
 from packing import in_order
-from plumbing.trainee import check_float8
+from training import check_float8
 
 DOCUMENTS = random_documents(97)
 SIZES = dict(hidden_size=48, intermediate_size=64, head_dim=16)  # multiples of 16
@@ -97,7 +98,7 @@ def test_gradient_is_rounded_for_both_products():
 
 def linear_and_gradients(a, residual, linear, dy, fp8):
     a, residual = (x.clone().requires_grad_() for x in (a, residual))
-    y = _ProjectAdd.apply(a, residual, fp8, *parts(linear))
+    y = _ProjectAdd.apply(a, residual, fp8, *weight_and_adapter(linear))
     return y.detach(), *torch.autograd.grad(y, (a, residual, *linear.parameters()), dy)
 
 

@@ -13,8 +13,8 @@ from tiny_models import gradients, nll_sum, random_documents, random_llama, rela
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
-from fused import embed
-from kernels import join_master, split_master
+from kernels import block, join_master, reference, split_master
+from kernels.fused_block import embed
 from model import Llama, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from optim import SplitAdamW, adamw, apply_gradients, keep_masters
 
@@ -73,14 +73,14 @@ def test_fused_in_bf16():
 def test_swiglu_is_rounded_once():
     gate, up = (torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
     exact = torch.nn.functional.silu(gate.double()) * up.double()
-    assert (kernels.swiglu(gate, up) == exact.bfloat16()).float().mean() > 0.999  # with silu rounded too, three in four
+    assert (block.swiglu(gate, up) == exact.bfloat16()).float().mean() > 0.999  # with silu rounded too, three in four
 
 
 def test_a_wide_sum_of_narrow_factors_is_never_rounded():
     """257 ones are 256 in bf16, whose next number is 258; then once more, on top of it."""
     ones = torch.ones(1, 257, dtype=torch.bfloat16)
-    total = kernels.matmul(ones, ones.T, torch.float32)
-    assert total.item() == 257 and kernels.matmul(ones, ones.T, torch.float32, into=total).item() == 514
+    total = block.matmul(ones, ones.T, torch.float32)
+    assert total.item() == 257 and block.matmul(ones, ones.T, torch.float32, into=total).item() == 514
 
 
 def test_adapters_of_a_bf16_model_take_gradients_that_are_no_bf16_numbers():
@@ -257,7 +257,7 @@ def test_both_moments_of_a_weight_are_rounded_independently():
 
 
 def test_random_bits_are_uniform_and_new_every_step():
-    first, second = (kernels.random_bits(100_000, seed, "cpu") for seed in (1 << 12, 2 << 12))
+    first, second = (reference.random_bits(100_000, seed, "cpu") for seed in (1 << 12, 2 << 12))
     for bits in (first & 0xFFFF, first >> 16, (first ^ second) & 0xFFFF):
         assert abs(bits.double().mean() / 32767.5 - 1) < 0.01 and bits.min() < 10 and bits.max() > 65525
     assert torch.corrcoef(torch.stack([first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16]).double())[0, 1:].abs().max() < 0.02

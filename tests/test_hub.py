@@ -14,6 +14,7 @@ from tiny_models import random_documents, random_llama, stream, tiny_config
 from world import ROOT, change_weights, launch, metrics, write_config
 
 import data
+import families
 import steer
 from plumbing import hub, weights
 from tools import push
@@ -37,7 +38,7 @@ def sharded(monkeypatch, tmp_path, world):
     """run/final, world/base in eleven shards."""
     with monkeypatch.context() as patch:
         patch.setattr(weights, "MAX_FILE_BYTES", 10_000)
-        weights.save_pretrained(*weights.load_pretrained(world / "base"), tmp_path / "run/final")
+        weights.save_pretrained(*families.load_pretrained(world / "base"), tmp_path / "run/final")
     return tmp_path / "run/final"
 
 
@@ -46,7 +47,7 @@ def contents(folder, prefix=""):
 
 
 def logits(path):
-    model, tokenizer = weights.load_pretrained(path)
+    model, tokenizer = families.load_pretrained(path)
     with torch.no_grad():
         return model.lm_head(model(*stream(random_documents(tokenizer.vocab_size))))
 
@@ -92,7 +93,7 @@ def test_an_adapter_names_the_revision_of_its_base_as_peft_does(server, world, t
     server.commit("models/org/name", world / "base", tag="v1")
     server.commit("models/org/name", {"config.json": b"{}"})
     model = random_llama(tiny_config())
-    weights.apply_lora(model, 2, 4.0, targets=("q_proj",))
+    families.apply_lora(model, 2, 4.0, targets=("q_proj",))
     weights.save_adapter(model, tmp_path / "adapter", "org/name@v1")
     raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (raw["base_model_name_or_path"], raw["revision"]) == ("org/name", "v1")
@@ -107,7 +108,7 @@ def test_a_dropped_connection_is_resumed_by_the_same_call(server, sharded, monke
     shard = "model-00002-of-00011.safetensors"
     size = (sharded / shard).stat().st_size
     server.cuts[shard] = [(0.5, "close")]
-    weights.load_pretrained("org/name")
+    families.load_pretrained("org/name")
     kept = size // 2 // 1000 * 1000
     assert kept and server.downloads()[shard] == [(None, size // 2), (f"bytes={kept}-", size - kept)]
 
@@ -119,13 +120,13 @@ def test_a_download_that_broke_off_keeps_its_finished_files(server, sharded, mon
     size = (sharded / shard).stat().st_size
     server.cuts[shard] = [(0.5, "reset")]
     with pytest.raises(ValueError, match="model_path='org/name@v1': no such folder, and no such download from the hub: .*reset"):
-        weights.load_pretrained("org/name@v1")
+        families.load_pretrained("org/name@v1")
     assert hub.COMMITS == {}
     local_hub.set_offline(True, monkeypatch.setattr)
     with pytest.raises(ValueError, match=f"model_path='org/name@v1': no such .* is incomplete: .*{shard}"):
-        weights.load_pretrained("org/name@v1")
+        families.load_pretrained("org/name@v1")
     local_hub.set_offline(False, monkeypatch.setattr)
-    weights.load_pretrained("org/name@v1")
+    families.load_pretrained("org/name@v1")
     downloads = server.downloads()
     assert downloads.pop(shard) == [(None, size // 2), (None, size)]
     assert downloads == {name: [(None, len(content))] for name, content in contents(sharded).items() if name != shard}
@@ -141,17 +142,17 @@ def test_offline_the_cache_is_all_there_is(server, sharded, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=f"model_path='org/name@{UNKNOWN}': no such folder, and no such download from the hub: .*refused"):
         weights.resolve(f"org/name@{UNKNOWN}")
     local_hub.set_offline(True, monkeypatch.setattr)
-    weights.load_pretrained("org/name@main")
+    families.load_pretrained("org/name@main")
     assert hub.COMMITS == {"org/name@main": commit, "org/name": commit}
     cache = tmp_path / "cache/hub/models--org--name"
     shard = cache / f"snapshots/{commit}/model-00011-of-00011.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{shard.name}: truncated"):
-        weights.load_pretrained("org/name")
+        families.load_pretrained("org/name")
     shard.unlink()
     with pytest.raises(ValueError, match=f"model_path='org/name': no such .* is incomplete: .*{shard.name}"):
-        weights.load_pretrained("org/name")
+        families.load_pretrained("org/name")
 
 
 # ---------------------------------------------------------------- data
@@ -247,7 +248,7 @@ def test_a_pushed_model_comes_back(server, sharded, world, tmp_path):
     repository = server.repositories["models/org/name"]
     assert repository.files == contents(sharded) | adapter and repository.visibility == "private"
     assert torch.equal(logits("org/name"), logits(world / "base"))
-    weights.save_pretrained(*weights.load_pretrained(sharded), tmp_path / "again/final")
+    weights.save_pretrained(*families.load_pretrained(sharded), tmp_path / "again/final")
     assert push.main([f"{tmp_path}/again", "org/name"]) == 0
     assert repository.files == contents(tmp_path / "again/final") | {"README.md": b"a card\n"}
     assert torch.equal(logits("org/name"), logits(world / "base"))

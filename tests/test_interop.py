@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from data import TEMPLATES, encode_chat
+from families import load_pretrained
 from kernels import token_logps
 from packing import pack
-from plumbing.weights import load_pretrained, save_pretrained
+from plumbing.weights import save_pretrained
 
 # docs/interop.md shows it as the YAML that the command line reads.
 TASK = dict(

@@ -7,17 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import (
-    IGNORE_INDEX,
-    SharedPrefix,
-    attention,
-    attention_reference,
-    rms_norm,
-    rms_norm_reference,
-    segment_sums,
-    token_logps,
-    token_logps_reference,
-)
+from kernels import IGNORE_INDEX, SharedPrefix, attention, reference, rms_norm, segment_sums, token_logps
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -52,7 +42,7 @@ def test_attention_equals_reference(lengths, heads, kv_heads, head_dim):
     def with_stream(function):
         return lambda q, k, v: function(q, k, v, cu_seqlens, max(lengths))
 
-    assert_twins(with_stream(attention), with_stream(attention_reference), (q, k, v))
+    assert_twins(with_stream(attention), with_stream(reference.attention), (q, k, v))
 
 
 def test_attention_reference_by_hand():
@@ -60,7 +50,7 @@ def test_attention_reference_by_hand():
     1/4 and 3/4: 10/4 + 3*20/4 = 17.5. Token 2 is alone: 30."""
     q, k, v = torch.ones(3, 1, 1), torch.tensor([0.0, 3.0, 5.0]).view(3, 1, 1), torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1)
     k[1] = torch.tensor(3.0).log()
-    out = attention_reference(q, k, v, torch.tensor([0, 2, 3], dtype=torch.int32), 2)
+    out = reference.attention(q, k, v, torch.tensor([0, 2, 3], dtype=torch.int32), 2)
     torch.testing.assert_close(out.flatten(), torch.tensor([10.0, 17.5, 30.0]))
 
 
@@ -87,7 +77,7 @@ BRANCHES = shared_stream((0, 0, 5), (1, 0, 1), (2, 0, 4), (0, 3, 7), (1, 1, 2), 
 def test_attention_behind_a_shared_prefix_equals_reference(heads, kv_heads, head_dim):
     T, *stream = BRANCHES
     q, k, v = randn(T, heads, head_dim), randn(T, kv_heads, head_dim, seed=1), randn(T, kv_heads, head_dim, seed=2)
-    assert_twins(*(lambda q, k, v, f=f: f(q, k, v, *stream) for f in (attention, attention_reference)), (q, k, v))
+    assert_twins(*(lambda q, k, v, f=f: f(q, k, v, *stream) for f in (attention, reference.attention)), (q, k, v))
 
 
 def test_attention_behind_a_shared_prefix_is_that_of_the_repeated_prefix():
@@ -97,7 +87,7 @@ def test_attention_behind_a_shared_prefix_is_that_of_the_repeated_prefix():
     last = torch.cat([torch.arange(end - own, end) for own, end in zip(cu_seqlens.diff(), shared.cu_seqlens_k[1:])])
 
     def repeated(q, k, v):
-        return attention_reference(*(x[shared.kv_index] for x in (q, k, v)), shared.cu_seqlens_k, longest)[last]
+        return reference.attention(*(x[shared.kv_index] for x in (q, k, v)), shared.cu_seqlens_k, longest)[last]
 
     assert_twins(lambda q, k, v: attention(q, k, v, cu_seqlens, longest, shared), repeated, (q, k, v))
 
@@ -107,7 +97,7 @@ def test_attention_behind_a_shared_prefix_by_hand():
     and itself, ln 3: 10/4 + 3*30/4 = 25. It does not see row 1."""
     q, k, v = torch.ones(3, 1, 1), torch.tensor([1.0, 3.0, 3.0]).log().view(3, 1, 1), torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1)
     shared = SharedPrefix(torch.tensor([0, 1, 0, 2]), torch.tensor([0, 2, 4], dtype=torch.int32))
-    for function in (attention, attention_reference):
+    for function in (attention, reference.attention):
         out = function(q, k, v, torch.tensor([0, 2, 3], dtype=torch.int32), 2, shared)
         torch.testing.assert_close(out.flatten(), torch.tensor([10.0, 17.5, 25.0]))
 
@@ -129,21 +119,21 @@ def test_this_torch_accepts_grouped_heads_on_a_gpu():
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_rms_norm_equals_reference(shape, eps):
     x, weight = randn(*shape) * 3, randn(shape[-1], seed=1)
-    assert_twins(lambda x, w: rms_norm(x, w, eps), lambda x, w: rms_norm_reference(x, w, eps), (x, weight))
+    assert_twins(lambda x, w: rms_norm(x, w, eps), lambda x, w: reference.rms_norm(x, w, eps), (x, weight))
 
 
 def test_rms_norm_bf16_is_rounded_once():
     """1/256 relative is half a bf16 step of rounding: what one rounding of a float32 result may differ from another's."""
     x, weight = randn(11, 48).bfloat16(), randn(48, seed=1).bfloat16()
-    exact = rms_norm_reference(x.float(), weight.float(), 1e-5)
+    exact = reference.rms_norm(x.float(), weight.float(), 1e-5)
     assert rms_norm(x, weight, 1e-5).dtype == torch.bfloat16
     assert ((rms_norm(x, weight, 1e-5).float() - exact) / exact).abs().max() <= 1 / 256
-    assert torch.equal(rms_norm_reference(x, weight, 1e-5), exact.bfloat16())
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5), exact.bfloat16())
 
 
 def test_rms_norm_by_hand():
     """x = (3, 4): mean square 12.5, so with eps = 12.5 the divisor is 5; weights 1 and 2."""
-    out = rms_norm_reference(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), 12.5)
+    out = reference.rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), 12.5)
     torch.testing.assert_close(out, torch.tensor([[0.6, 1.6]]))
 
 
@@ -166,7 +156,7 @@ def logps_inputs():
 @pytest.mark.parametrize("chunk", [1, 4, 6, 12, 13, 100])
 def test_token_logps_equals_reference(chunk):
     hidden, weight, targets = logps_inputs()
-    assert_twins(lambda h, w: token_logps(h, w, targets, chunk=chunk), lambda h, w: token_logps_reference(h, w, targets), (hidden, weight))
+    assert_twins(lambda h, w: token_logps(h, w, targets, chunk=chunk), lambda h, w: reference.token_logps(h, w, targets), (hidden, weight))
 
 
 def test_token_logps_by_hand():
@@ -176,7 +166,7 @@ def test_token_logps_by_hand():
     targets = torch.tensor([0, 1, IGNORE_INDEX])
     expected = torch.tensor([0.25, 0.75, 1.0]).log()
     torch.testing.assert_close(token_logps(hidden, weight, targets), expected)
-    torch.testing.assert_close(token_logps_reference(hidden, weight, targets), expected)
+    torch.testing.assert_close(reference.token_logps(hidden, weight, targets), expected)
 
 
 def test_token_logps_gradients_against_float64():
@@ -259,7 +249,7 @@ def test_token_logps_never_hold_all_logits():
     recorder sees such a tensor in both passes."""
     hidden, weight, targets = randn(96, 4), randn(64, 4, seed=1), torch.arange(96) % 64
     assert largest_tensor(lambda h, w: token_logps(h, w, targets, chunk=8), hidden, weight) == (8 * 64, 8 * 64)
-    assert largest_tensor(lambda h, w: token_logps_reference(h, w, targets), hidden, weight) == (96 * 64, 96 * 64)
+    assert largest_tensor(lambda h, w: reference.token_logps(h, w, targets), hidden, weight) == (96 * 64, 96 * 64)
 
 
 # ---------------------------------------------------------------- segment_sums

@@ -10,10 +10,10 @@ import huggingface_hub
 import pytest
 from world import ROOT, launch, write_config
 
-from plumbing import card, registry
+from families import load_pretrained
 from plumbing.config import SECTIONS
-from plumbing.weights import fingerprint, load_pretrained
-from tools import ladder
+from plumbing.weights import fingerprint
+from reports import card, ladder, registry
 
 PAIRS = runpy.run_path(str(ROOT / "configs/pairs.py"))["PAIRS"]
 

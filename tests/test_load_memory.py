@@ -11,11 +11,10 @@ import pytest
 import torch
 from world import spawn, write_tokenizer
 
-from data import Tokenizer
 from model import Llama, LlamaConfig
 from plumbing import parallel
-from plumbing.checkpoint import load_weights, save_pretrained
-from plumbing.weights import sharded_parameters
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load_weights, save_pretrained, sharded_parameters
 
 STATUS = Path("/proc/self/status")
 

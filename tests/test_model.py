@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import gradients, nll_sum, random_documents, random_llama, stream, tiny_config
 
-from kernels import attention_reference, rotate_reference
+from kernels import reference
 from model import (
     LINEARS,
     LlamaConfig,
@@ -176,7 +176,7 @@ def test_rotate_by_hand():
     (cos 2, sin 2) and pair (0, 1) becomes (-sin 0.2, cos 0.2)."""
     config = tiny_config(head_dim=4, rope_theta=100.0)
     angles = torch.tensor([[[2.0]]]) * rope_frequencies(config, torch.device("cpu"))
-    out = rotate_reference(torch.tensor([[[1.0, 0.0, 0.0, 1.0]]]), angles.cos(), angles.sin())
+    out = reference.rotate(torch.tensor([[[1.0, 0.0, 0.0, 1.0]]]), angles.cos(), angles.sin())
     two, fifth = torch.tensor(2.0), torch.tensor(0.2)
     torch.testing.assert_close(out.flatten(), torch.stack([two.cos(), -fifth.sin(), two.sin(), fifth.cos()]))
 
@@ -184,7 +184,7 @@ def test_rotate_by_hand():
 def test_reference_attention_gives_the_same_model(monkeypatch):
     model = random_llama(tiny_config())
     fast = logits_of(model, DOCUMENTS)
-    monkeypatch.setattr("model.attention", lambda *inputs, shared, kernel: attention_reference(*inputs, shared))
+    monkeypatch.setattr("model.attention", lambda *inputs, shared, kernel: reference.attention(*inputs, shared))
     slow = logits_of(model, DOCUMENTS)
     assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max()
 

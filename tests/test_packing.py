@@ -109,7 +109,7 @@ def test_any_number_of_ranks_trains_the_same_examples(ids):
     for world_size in (1, 2, 4, 8):
         seen, rounds = [], set()
         for rank in range(world_size):
-            ranks = SimpleNamespace(rank=rank, world_size=world_size, device="cpu")
+            ranks = SimpleNamespace(rank=rank, size=world_size, device="cpu")
             batches = list(local_batches(dataset, ids, tiny_config(), 128, ranks))
             rounds.add(len(batches))
             for members, batch, _ in batches:

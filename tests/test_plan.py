@@ -1,4 +1,4 @@
-"""plumbing/budget.py and plumbing/plan.py: measured peaks and rates, arithmetic by hand, counts of data, what `--plan` prints."""
+"""planner/budget.py and planner/plan.py: measured peaks and rates, arithmetic by hand, counts of data, what `--plan` prints."""
 
 import dataclasses
 import re
@@ -12,10 +12,10 @@ import torch.distributed as dist
 from world import write_config
 
 import train_dpo
-from data import Tokenizer, load_preferences, load_sft
+from data import load_preferences, load_sft
 from model import LlamaConfig, training_flops
-from plumbing import budget, plan
-from plumbing.budget import (
+from planner import budget, plan
+from planner.budget import (
     GPUS,
     Pass,
     Sizes,
@@ -30,6 +30,7 @@ from plumbing.budget import (
     with_communication,
 )
 from plumbing.config import DPOConfig, SFTConfig, load
+from plumbing.tokenizer import Tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 2**30

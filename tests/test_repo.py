@@ -9,22 +9,38 @@ import importlib
 import inspect
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
 
-from plumbing import plan
-from plumbing.budget import find_gpu
+import kernels
+from planner import plan
+from planner.budget import find_gpu
 from plumbing.config import SECTIONS, load
 
 ROOT = Path(__file__).parent.parent
-PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
-SCIENCE = sorted(ROOT.glob("*.py"))
-SOURCES = SCIENCE + PLUMBING + sorted(path for folder in ("configs", "demo", "bench", "tools") for path in ROOT.glob(f"{folder}/**/*.py"))
-SCRIPTS = {"train_sft", "train_dpo", "steer", "aqi", "report"}
+# The floors, top to bottom. A file imports from its own floor and from those below it, never upward.
+FLOORS = (
+    ("demo", "bench", "tools"),
+    ("train_sft", "train_dpo", "steer", "aqi"),
+    ("training", "reports", "planner", "analysis"),
+    ("data", "packing", "optim"),
+    ("model", "families"),
+    ("plumbing",),
+    ("kernels",),
+)
+ROOMS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
+# The house: what is not a demo, a measurement, a tool or a test.
+HOUSE = sorted(path for room in ROOMS if ROOMS[room] for path in [*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/*.py")])
+SOURCES = HOUSE + sorted(path for folder in ("configs", "demo", "bench", "tools") for path in ROOT.glob(f"{folder}/**/*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def per_file(paths):
@@ -46,12 +62,37 @@ def functions(path):
     return [node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-@per_file([path for path in SCIENCE + PLUMBING if path.stem not in SCRIPTS])
-def test_modules_never_import_scripts(path):
-    assert not {name.split(".")[0] for name in imports(path)} & SCRIPTS
+def test_every_file_has_a_floor():
+    """Nine files on the top level, and no room that FLOORS does not name."""
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(room for room in ROOMS if (ROOT / f"{room}.py").exists())
+    assert len(list(ROOT.glob("*.py"))) == 9
+    rooms = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("[!.]*/*.py")}
+    assert rooms - set(ROOMS) == {"configs", "tests"}
 
 
-@per_file([path for path in SOURCES if path.parent.name not in ("plumbing", "bench")])
+@per_file(SOURCES)
+def test_no_import_runs_upward(path):
+    if room_of(path) == "configs":
+        return
+    imported = {name.split(".")[0] for name in imports(path)} & set(ROOMS)
+    above = {room for room in imported if ROOMS[room] < ROOMS[room_of(path)]}
+    assert not above, f"{room_of(path)} is below {', '.join(sorted(above))}"
+
+
+@per_file(sorted(ROOT.glob("kernels/*.py")))
+def test_kernels_know_torch_and_each_other_only(path):
+    known = {"torch", "triton", "kernels", "flash_attn", *sys.stdlib_module_names}
+    assert not {name.split(".")[0] for name in imports(path)} - known
+
+
+def test_the_specification_is_plain():
+    """kernels/reference.py can be read by itself: it imports nothing of ours and never asks where a tensor is."""
+    path = ROOT / "kernels/reference.py"
+    assert not {name for name in imports(path) if name.split(".")[0] in ROOMS}
+    assert not [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "cuda")]
+
+
+@per_file([path for path in SOURCES if room_of(path) not in ("plumbing", "bench")])
 def test_only_plumbing_knows_torch_distributed(path):
     assert not [name for name in imports(path) if name.startswith("torch.distributed")]
     assert not [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"]
@@ -68,7 +109,7 @@ def test_nothing_is_pickled_and_nothing_partly_loaded(path):
         assert name == "zip" or strict != "False", f"line {call.lineno}: {name}(strict=False)"
 
 
-@per_file(SCIENCE + PLUMBING)
+@per_file(HOUSE)
 def test_public_functions_say_what_they_do(path):
     """The file's docstring is main's too."""
     public = [node for node in TREES[path].body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
@@ -102,7 +143,7 @@ def test_paths_in_documents_exist(path):
     """Link targets, and every file of the repository that the text names; runs/ is what the commands make."""
     text = path.read_text()
     links = [target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"[a-z]+:", target)]
-    named = re.findall(r"(?<![\w./-])(?:(?:configs|demo|plumbing|tests|bench|tools|docs)/[\w./-]*\w|\w+\.py)\b(?!\()", text)
+    named = re.findall(r"(?<![\w./-])(?:(?:configs|demo|kernels|analysis|families|plumbing|planner|reports|tests|bench|tools|docs)/[\w./-]*\w|\w+\.py)\b(?!\()", text)
     assert not [link for link in links if not (path.parent / link).exists()]
     assert not [name for name in named if not (ROOT / name).exists()]
 
@@ -146,9 +187,10 @@ def test_names_in_documents_exist(path):
     """`module.name` and `plumbing.module.name` are in that file, `tests/file.py::test` is a test, `key=value` is a key with a value of it,
     `--flag ..` a flag of some script."""
     spans, _ = code_spans(path)
-    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): defined(TREES[file]) for file in SCIENCE + PLUMBING}
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): defined(TREES[file]) for file in HOUSE}
+    modules["kernels"] = set(kernels.__all__)
     for span in spans:
-        if found := re.fullmatch(r"(plumbing\.\w+|\w+)\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(.*\))?", span):
+        if found := re.fullmatch(r"((?:kernels|analysis|families|plumbing|planner|reports)\.\w+|\w+)\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(.*\))?", span):
             module, name = found.groups()
             assert name in ENDINGS | modules.get(module, set()), f"{span}: no such name"
         if found := re.fullmatch(r"(tests/\w+\.py)::(\w+)", span):

@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 import pytest
 from world import ROOT, launch, write_config
 
-import report
-from plumbing.charts import BUCKETS, Chart, Line, number, smoothed, svg, ticks
-from plumbing.folders import read, short_names
-from plumbing.page import COLOURS, table
+from reports import page as report
+from reports.charts import BUCKETS, Chart, Line, number, smoothed, svg, ticks
+from reports.folders import read, short_names
+from reports.html import COLOURS, table
 
 CONFIG = {"out_dir": "o", "loss": "dpo_norm", "beta": 2.0, "max_grad_norm": 1.0, "lr": 1e-3, "data": {"a.jsonl": 1.0}}
 MANIFEST = {"stage": "dpo", "weights": "0123456789abcdef" * 4, "versions": {"torch": "2.13"}, "commit": "a" * 40 + "+changes"}
@@ -233,7 +233,7 @@ def test_no_png_overwrites_another(tmp_path, monkeypatch):
     path.write_text(json.dumps(sweep))
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: object())
     written = []
-    monkeypatch.setattr("plumbing.plots.plot_chart", lambda path, chart: written.append(path.stem))
+    monkeypatch.setattr("reports.plots.plot_chart", lambda path, chart: written.append(path.stem))
     text, _ = show(tmp_path, tmp_path / "steer")
     assert len(set(written)) == len(written) == text.count("<figure>")
     assert {f"steering_aqi_{name}" for name in ("公平", "隐私", "free_speech", "free_speech_")} < set(written)
@@ -344,7 +344,7 @@ def test_more_runs_than_colours(tmp_path):
 
 def test_command_line(tmp_path):
     """A mistake is a message; the page goes into the first run; neither loads torch, so that a laptop without it will do."""
-    command = [sys.executable, "-X", "importtime", "report.py"]
+    command = [sys.executable, "-X", "importtime", "-m", "reports.page"]
     failed = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1 and f"error: {tmp_path}: expected a run folder" in failed.stderr and "Traceback" not in failed.stderr
     folder = write_run(tmp_path / "one")

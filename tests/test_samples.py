@@ -13,13 +13,14 @@ import pytest
 from tiny_models import random_documents
 from world import final_weights, largest_difference, launch, metrics, save_at_once, stage_parts, write_config
 
-from data import Tokenizer
+from families import load_pretrained
 from model import generate
 from plumbing import config as config_module
-from plumbing.checkpoint import load_pretrained
 from plumbing.config import load
-from plumbing.logbook import Logbook, commit, progress_bar
-from plumbing.trainee import SAMPLE_PROMPTS, SAMPLE_TOKENS, sample
+from plumbing.files import progress_bar
+from plumbing.logbook import Logbook, commit
+from plumbing.tokenizer import Tokenizer
+from training import SAMPLE_PROMPTS, SAMPLE_TOKENS, sample
 
 LORA = dict(lora_rank=4, lora_alpha=8.0)
 MEASURED = ("step_s", "tokens_per_s", "peak_mem_gib")
@@ -91,7 +92,7 @@ def test_an_answer_ends_before_the_end_of_turn(world, tmp_path, ranks, monkeypat
     words = [int(i) + 5 for i in words]
     assert tokenizer.eos_id not in words
     made = [words[:3] + [tokenizer.eos_id] + words[4:], words, [tokenizer.eos_id] * SAMPLE_TOKENS, words]
-    monkeypatch.setattr("plumbing.trainee.generate", lambda model, prompts, count: made)
+    monkeypatch.setattr("training.generate", lambda model, prompts, count: made)
     _, answers = sample(model, data, tokenizer, config)
     assert answers == [tokenizer.decode(words[:3]), tokenizer.decode(words), "", tokenizer.decode(words)]
 

@@ -14,13 +14,16 @@ from test_steering import changed
 from tiny_models import random_llama, relative_error, stream, tiny_config
 from world import WORDS, change_weights, make_world, write_model, write_rows, write_tokenizer
 
+import families
 import steer
-from data import Tokenizer
+from analysis import vector as vectors
+from analysis.steering import additions, mean_states, random_additions, read_states, steering_tap
+from analysis.verdict import bootstrap, judge, permute
 from model import apply_lora, init_lora, merge_lora
 from packing import pack
-from plumbing import checkpoint, parallel, registry
-from steering import additions, mean_states, random_additions, read_states, steering_tap
-from verdict import bootstrap, judge, permute
+from plumbing import parallel, weights
+from plumbing.tokenizer import Tokenizer
+from reports import registry
 
 L, D, COUNT, HELD_OUT = 4, 32, 8, 2
 SHORT = ("--max-new-tokens", "6")
@@ -81,7 +84,7 @@ def sweep(lab, out, *more, folder="steer", plots=False):
 
 def documents(lab, side="chosen"):
     tokenizer = Tokenizer.from_dir(lab / "sft")
-    return steer.text_pairs(f"{lab}/texts.jsonl", COUNT + HELD_OUT, tokenizer, None, 512)[side]
+    return vectors.text_pairs(f"{lab}/texts.jsonl", COUNT + HELD_OUT, tokenizer, None, 512)[side]
 
 
 # ---------------------------------------------------------------- extract
@@ -90,7 +93,7 @@ def documents(lab, side="chosen"):
 def test_the_vector_is_the_difference_of_mean_states(lab):
     """Both sides, both poolings, in the files that the README names; held-out texts are none of it."""
     vector = steer.Vector.load(lab / "steer")
-    sft, dpo = (checkpoint.load_pretrained(lab / name)[0] for name in ("sft", "dpo"))
+    sft, dpo = (families.load_pretrained(lab / name)[0] for name in ("sft", "dpo"))
     assert vector.manifest["layers"] == L and vector.manifest["count"] == COUNT == vector.manifest["kept"]
     assert vector.manifest["held_out"] == HELD_OUT and vector.keep.tolist() == [True] * COUNT
     for side in steer.SIDES:
@@ -120,7 +123,7 @@ def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
         sweep(lab, "none", "--inject", "matched", folder="steer_hf")
     report = sweep(lab, "sweep_hf", folder="steer_hf")
     assert report["errors"] == {} and any("two different spaces" in text for text in report["warnings"])
-    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    model, tokenizer = families.load_pretrained(lab / "sft")
     v, prompts = hf.tensors["chosen_last"].double(), steer.aqi.read_prompts(f"{lab}/prompts.csv")
     batches = [pack([steer.plain_document(text, tokenizer, 512)]) for text in prompts.texts]
     taps = None, steering_tap(additions("cumulative", hf.tensors["chosen_last"], [2, 3]), 1.0)
@@ -131,7 +134,7 @@ def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
 def test_only_preferred_pairs_are_kept(lab):
     """The pairs whose chosen text has the higher mean log-prob per token; the vector, its spectrum and `matched` see those alone."""
     vector = extract(lab, "kept", "--keep", "preferred")
-    dpo, _ = checkpoint.load_pretrained(lab / "dpo")
+    dpo, _ = families.load_pretrained(lab / "dpo")
     means = []
     for side in steer.SIDES:
         with torch.no_grad():
@@ -158,7 +161,7 @@ def test_identical_models_have_no_vector(lab, monkeypatch):
     change_weights(lab / "head", lambda weights: weights["lm_head.weight"].add_(1e-3))
     with pytest.raises(ValueError, match="dpo='.*head': its states equal those of sft=.*expected a model that training moved"):
         extract(lab, "same", dpo="head")
-    monkeypatch.setattr(steer, "load_model", unread)
+    monkeypatch.setattr(vectors, "load_model", unread)
     with pytest.raises(ValueError, match="dpo='.*sft': the same weights as sft='.*sft'; expected a model that training moved"):
         extract(lab, "same", dpo="sft")
 
@@ -204,10 +207,10 @@ def test_a_failed_extraction_leaves_no_manifest_of_an_older_one(lab):
 def test_a_full_disk_is_named_before_any_state_is_read(lab, monkeypatch):
     """2 sides x 2 poolings x 10 texts x 4 layers x 32 numbers x 4 bytes."""
     usage = shutil.disk_usage(lab)
-    monkeypatch.setattr(steer.shutil, "disk_usage", lambda folder: usage._replace(free=20479))
+    monkeypatch.setattr(vectors.shutil, "disk_usage", lambda folder: usage._replace(free=20479))
     with pytest.raises(OSError, match="none: 20,480 bytes needed for the states of all texts, 20,479 free"):
         extract(lab, "none")
-    monkeypatch.setattr(steer.shutil, "disk_usage", lambda folder: usage._replace(free=20480))
+    monkeypatch.setattr(vectors.shutil, "disk_usage", lambda folder: usage._replace(free=20480))
     assert extract(lab, "just_enough").manifest["count"] == COUNT
 
 
@@ -230,7 +233,7 @@ def test_two_tokenizers_are_refused(lab):
 
 
 def test_another_shape_is_refused_before_a_model_is_read(lab, monkeypatch):
-    monkeypatch.setattr(steer, "load_model", unread)
+    monkeypatch.setattr(vectors, "load_model", unread)
     shutil.copytree(lab / "dpo", lab / "short")
     vocab_size = Tokenizer.from_dir(lab / "sft").vocab_size
     write_model(lab / "short", random_llama(tiny_config(vocab_size=vocab_size, hidden_size=D, num_hidden_layers=3, head_dim=8)))
@@ -252,16 +255,16 @@ def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
 
 
 def test_a_lora_adapter_stands_for_its_merged_model(lab):
-    base, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    base, tokenizer = families.load_pretrained(lab / "sft")
     apply_lora(base, rank=2, alpha=4)
     init_lora(base, seed=0)
     with torch.no_grad():
         for name, param in base.named_parameters():
             if name.endswith("lora_B"):
                 param.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    checkpoint.save_adapter(base, lab / "adapter", lab / "sft")
+    weights.save_adapter(base, lab / "adapter", lab / "sft")
     merge_lora(base)
-    checkpoint.save_pretrained(base, tokenizer, lab / "merged")
+    weights.save_pretrained(base, tokenizer, lab / "merged")
     adapter, merged = extract(lab, "steer_adapter", dpo="adapter"), extract(lab, "steer_merged", dpo="merged")
     assert merged.tensors["chosen_last"].abs().max() > 1e-3
     for key, value in merged.tensors.items():
@@ -303,7 +306,7 @@ def test_what_is_wrong_with_a_text_or_a_vector_is_named(lab):
 
 @pytest.mark.parametrize("layers", (0, 5, -1))
 def test_layers_that_do_not_exist_are_refused_before_a_model_is_read(lab, layers, monkeypatch):
-    monkeypatch.setattr(steer, "load_model", unread)
+    monkeypatch.setattr(vectors, "load_model", unread)
     for command in (("generate", "--prompt", "help"), ("bake", "--strength", "1", "--out", f"{lab}/none"),
                     ("sweep", "--prompts", f"{lab}/prompts.csv")):  # fmt: skip
         with pytest.raises(ValueError, match=rf"layers={layers} \(--layers; default: the published 5\): expected 1 to 4"):
@@ -317,7 +320,7 @@ def test_spectrum_writes_table_and_components(lab, capsys):
     vector = steer.Vector.load(lab / "steer").tensors["rejected_mean"]
     assert found["side"] == "rejected" and [row["layer"] for row in found["layers"]] == list(range(L))
     texts = documents(lab, "rejected")[:COUNT]
-    sft, dpo = (mean_states(checkpoint.load_pretrained(lab / name)[0], texts, "cpu")[1, 2] for name in ("sft", "dpo"))
+    sft, dpo = (mean_states(families.load_pretrained(lab / name)[0], texts, "cpu")[1, 2] for name in ("sft", "dpo"))
     row = {"norm": (dpo - sft).norm(), "relative": (dpo - sft).norm() / sft.norm(), "cosine": sft @ dpo / (sft.norm() * dpo.norm())}
     assert {key: found["layers"][2][key] for key in row} == pytest.approx({key: x.item() for key, x in row.items()}, rel=1e-4)
     components = load_file(lab / "steer/spectrum.safetensors")["components"]
@@ -417,7 +420,7 @@ def test_what_a_sweep_measures(lab, swept):
     assert all(0 < error["held_out"] < 10 for error in errors.values())
     first, last = swept["behaviour"][0], swept["behaviour"][-1]
     assert first["logp_chosen"] != last["logp_chosen"] and first["perplexity_chosen"] == pytest.approx(np.exp(-first["logp_chosen"]))
-    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
     docs = [steer.plain_document(text, tokenizer, 512) for text in prompts.texts]
     with torch.no_grad():
@@ -431,7 +434,7 @@ def test_what_a_sweep_measures(lab, swept):
 def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale):
     """Shift, strength and error of the last tokens' states, log-probs of held-out texts, from full forwards."""
     report = sweep(lab, "rescaled", "--rescale") if rescale else swept
-    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    model, tokenizer = families.load_pretrained(lab / "sft")
     vector = steer.Vector.load(lab / "steer")
     v, add = vector.tensors["chosen_last"].double(), additions("cumulative", vector.tensors["chosen_last"], [2, 3])
     half, full = (steering_tap(add, strength, rescale) for strength in (0.5, 1.0))
@@ -474,7 +477,7 @@ def test_verdicts_compare_with_the_control_and_shuffled_labels(lab, monkeypatch)
     given = []
     monkeypatch.setattr(steer, "judge", lambda *args: given.append(args) or judge(*args))
     report = sweep(lab, "judged", "--lambdas", "0,1")
-    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
     ids = [torch.tensor(steer.plain_document(text, tokenizer, 512)[0]).long() for text in prompts.texts]
     add = additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3])
@@ -499,7 +502,7 @@ def test_the_layer_profile(lab, swept):
     overall = {(row["lambda"], row["layer"]): row["aqi"] for row in swept["profile"] if row["category"] == "overall"}
     assert sorted(overall) == [(strength, layer) for strength in (0, 1) for layer in range(L)]
     assert [overall[0, layer] == overall[1, layer] for layer in range(L)] == [True, True, False, False]
-    model, tokenizer = checkpoint.load_pretrained(lab / "sft")
+    model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
     docs = [steer.plain_document(text, tokenizer, 512) for text in prompts.texts]
     tap = steering_tap(additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3]), 1.0)
@@ -599,7 +602,7 @@ def test_lambdas_that_make_no_curve_are_refused(lab, lambdas):
     ],
 )
 def test_spaces_that_cannot_be_are_refused_before_a_model_is_read(lab, monkeypatch, options, message):
-    monkeypatch.setattr(steer, "load_model", unread)
+    monkeypatch.setattr(vectors, "load_model", unread)
     with pytest.raises(ValueError, match=message):
         sweep(lab, "none", *options)
 
@@ -638,7 +641,7 @@ def test_rows_that_are_no_pair_are_left_out_and_counted(lab, capsys):
     rows = [{"prompt": "help", "response_0": "yes", "response_1": "no", "is_response_0_safe": safe, "is_response_1_safe": True}
             for safe in (True, False, True, False)]  # fmt: skip
     write_rows(lab / "pku.jsonl", rows)
-    found = steer.text_pairs(f"{lab}/pku.jsonl", 2, Tokenizer.from_dir(lab / "sft"), "tulu", 64)
+    found = vectors.text_pairs(f"{lab}/pku.jsonl", 2, Tokenizer.from_dir(lab / "sft"), "tulu", 64)
     assert [len(found[side]) for side in steer.SIDES] == [2, 2]
     assert "pku.jsonl': 2 pairs, 2 left out for not exactly one safe response" in capsys.readouterr().out
 
@@ -648,11 +651,11 @@ def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
     tokenizer = Tokenizer.from_dir(lab / "sft")
     rows = [{"prompt": "good " * length, "chosen": "yes", "rejected": "no"} for length in (1, 200, 2, 3)]
     write_rows(lab / "long.jsonl", rows)
-    found = steer.text_pairs(f"{lab}/long.jsonl", 3, tokenizer, "tulu", 64)
+    found = vectors.text_pairs(f"{lab}/long.jsonl", 3, tokenizer, "tulu", 64)
     assert "long.jsonl': 3 pairs, 1 left out without an answer in the first 64 tokens" in capsys.readouterr().out
     assert [len(found[side]) for side in steer.SIDES] == [3, 3] and all(mask.any() for side in steer.SIDES for _, mask in found[side])
     with pytest.raises(ValueError, match="3 usable pairs, 1 left out without .*; expected 4"):
-        steer.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
+        vectors.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
 
 
 def test_per_run_warns_about_its_scales(lab, capsys):
@@ -709,7 +712,7 @@ def test_transformers_runs_the_baked_checkpoint(lab, model_type):
     assert sft.config.model_type == model_type
     tap = steering_tap(additions("cumulative", vector.tensors["chosen_last"], [1, 2, 3]), 0.7)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    ours, _ = checkpoint.load_pretrained(out)
+    ours, _ = families.load_pretrained(out)
     for ids, _ in documents(lab)[:3]:
         ids = torch.tensor(ids).long()
         with torch.no_grad():
@@ -721,8 +724,8 @@ def test_transformers_runs_the_baked_checkpoint(lab, model_type):
 
 def test_baking_a_negative_strength_starts_from_the_dpo_model(lab):
     steer.main(["bake", f"{lab}/steer", "--strength=-1", "--inject", "matched", "--layers", "2", "--out", f"{lab}/unbaked"])
-    baked, _ = checkpoint.load_pretrained(lab / "unbaked")
-    sft, _ = checkpoint.load_pretrained(lab / "sft")
+    baked, _ = families.load_pretrained(lab / "unbaked")
+    sft, _ = families.load_pretrained(lab / "sft")
     texts = documents(lab)[:COUNT]
     assert relative_error(*(mean_states(model, texts, "cpu")[0, -1] for model in (baked, sft))) < 1e-4
 
@@ -803,7 +806,7 @@ def test_pairs_that_cannot_be_validated_are_refused(pairs):
 
 
 def test_what_is_missing_is_found_before_the_first_pair_is_read(pairs, lab, monkeypatch):
-    monkeypatch.setattr(steer, "load_model", unread)
+    monkeypatch.setattr(vectors, "load_model", unread)
     with pytest.raises(ValueError, match="data 'none.csv': no such file"):
         steer.main(["validate", "near", *pairs, "--prompts", "none.csv"])
     (lab / "far").rename(lab / "away")

@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_documents, random_llama, relative_error, stream, tiny_config
 
-from falcon import Falcon, FalconConfig
-from model import generate
-from steering import (
+from analysis.steering import (
     additions,
     bake,
     document_logps,
@@ -25,6 +23,8 @@ from steering import (
     steered_runs,
     steering_tap,
 )
+from families.falcon import Falcon, FalconConfig
+from model import generate
 
 CONFIG = tiny_config(num_hidden_layers=4)
 LAST, MEAN = 0, 1  # read_states' first axis
@@ -81,7 +81,7 @@ def test_pooling_by_hand():
 def test_mean_states_weigh_documents_not_batches(sft, monkeypatch):
     """Batches of one and of three documents."""
     expected = states_of(sft, documents()).double().mean(1)
-    monkeypatch.setattr("steering.TOKENS_PER_BATCH", 12)
+    monkeypatch.setattr("analysis.steering.TOKENS_PER_BATCH", 12)
     assert sorted(len(rows) for rows, _ in packed_batches(documents(), "cpu")) == [1, 3]
     assert relative_error(mean_states(sft, documents(), "cpu"), expected) < 1e-5
 
@@ -283,7 +283,7 @@ def test_cumulative_adds_the_change_several_times(sft, vector):
 @pytest.mark.parametrize("layers", ([3], [1], [2, 3], [0, 1, 2, 3]), ids=str)
 def test_prefix_reuse_is_a_full_forward_with_a_tap(sft, vector, layers, rescale, monkeypatch):
     """Bit for bit: outputs and every layer's states, over several batches."""
-    monkeypatch.setattr("steering.TOKENS_PER_BATCH", 16)
+    monkeypatch.setattr("analysis.steering.TOKENS_PER_BATCH", 16)
     add, lambdas, seen = additions("cumulative", vector, layers), [0.5, 0.0, -1.0, 1.0], []
     for run in steered_runs(sft, documents(), add, lambdas, "cpu", rescale, read_layers=range(4)):
         tap, batch = steering_tap(add, lambdas[run.index], rescale), run.batch

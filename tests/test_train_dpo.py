@@ -31,9 +31,10 @@ from world import (
 )
 
 import train_dpo
-from data import Tokenizer, load_preferences
+from data import load_preferences
 from packing import in_order, local_batches, step_examples
 from plumbing.config import load
+from plumbing.tokenizer import Tokenizer
 from train_dpo import answer_logps, dpo_loss, ipo_loss, preference_loss, simpo_loss, wpo_weights
 
 EIGHT = np.array([3, 0, 7, 12, 30, 21, 5, 6])

@@ -118,7 +118,7 @@ def test_ranks_share_a_step_out(world, tmp_path, ranks, world_size):
         ids = step_examples(step, len(documents), 16, config.seed)
         shares = []
         for rank in range(world_size):
-            here = SimpleNamespace(rank=rank, world_size=world_size, device="cpu")
+            here = SimpleNamespace(rank=rank, size=world_size, device="cpu")
             shares.append([members for members, *_ in local_batches(documents, ids, model.config, 192, here)])
         assert len({len(share) for share in shares}) == 1
         assert sorted(np.concatenate([members for share in shares for members in share])) == sorted(ids)

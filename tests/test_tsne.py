@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from tsne import START_STD, _descend, conditional_probabilities, gradient_reference, joint_probabilities, principal_components, tsne
+from analysis.tsne import (
+    START_STD,
+    _descend,
+    conditional_probabilities,
+    gradient_reference,
+    joint_probabilities,
+    principal_components,
+    tsne,
+)
 
 
 def clouds(n, dims=20, seed=0, offset=0.0):
@@ -141,7 +149,7 @@ def test_steps_by_hand(n, rate):
 @pytest.mark.parametrize("steps, taken", [(500, [12.0] * 250 + [1.0] * 250), (20, [12.0] * 20), (251, [12.0] * 250 + [1.0])])
 def test_exaggeration_ends_after_250_steps(monkeypatch, steps, taken):
     seen = []
-    monkeypatch.setattr("tsne.gradient_reference", lambda Y, P, e, *_: seen.append(e) or (torch.zeros_like(Y), torch.zeros(())))
+    monkeypatch.setattr("analysis.tsne.gradient_reference", lambda Y, P, e, *_: seen.append(e) or (torch.zeros_like(Y), torch.zeros(())))
     tsne(clouds(20), 5.0, steps=steps)
     assert seen == taken + [1.0]  # and once for the divergence
 

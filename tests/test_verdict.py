@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.indices import chi, xie_beni
+from analysis.verdict import Curve, basic_interval, bootstrap, judge, permute, simulate
 from aqi import score
-from indices import chi, xie_beni
-from verdict import Curve, basic_interval, bootstrap, judge, permute, simulate
 
 
 def texts(per_group=40, axioms=3, dims=6, seed=0):

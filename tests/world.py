@@ -27,10 +27,11 @@ from torch.distributed.tensor import DTensor
 
 import train_dpo
 import train_sft
-from data import Tokenizer, load_preferences, load_sft
+from data import load_preferences, load_sft
 from plumbing import logbook, parallel
 from plumbing.config import load
-from plumbing.trainee import load_trainee, read_shape
+from plumbing.tokenizer import Tokenizer
+from training import load_model, read_model_config
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the a cat dog runs fast slow kind mean help please sorry thanks never always good bad answer question tell me about".split()
@@ -238,9 +239,9 @@ def stage_parts(stage, config_path, ranks, *args):
     """(config, training data, sharded model) of a stage, as its main() makes them."""
     config = load(stage, [str(config_path), *args])
     tokenizer = Tokenizer.from_dir(config.model_path)
-    shape = read_shape(config, config.model_path, tokenizer, ranks.device)
+    shape = read_model_config(config, config.model_path, tokenizer, ranks.device)
     data, _ = {"sft": load_sft, "dpo": load_preferences}[stage](config, tokenizer, ranks.say)
-    return config, data, load_trainee(config, Path(config.model_path), shape, ranks.device)
+    return config, data, load_model(config, Path(config.model_path), shape, ranks.device)
 
 
 class SilentLog:

@@ -12,6 +12,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from plumbing.files import UserError
+
 IMPORT = ast.Import | ast.ImportFrom
 
 
@@ -25,7 +27,7 @@ class Checkout:
     def __init__(self, root, package="open_instruct"):
         self.root, self.package, self.modules = Path(root), package, {}
         if not (self.root / package).is_dir():
-            raise ValueError(f"--checkout {root}: no folder {package}/ in it; expected a checkout of the repository")
+            raise UserError(f"--checkout {root}: no folder {package}/ in it; expected a checkout of the repository")
 
     @property
     def commit(self):

@@ -18,6 +18,7 @@ import torch
 
 from data import mixture_rows
 from optim import learning_rate
+from plumbing.files import UserError
 from tools import diff_trl, quantities, run_logs
 from tools.agreement import DIFFERS, SKIPPED, NotCompared, Row, call, items, numbers, print_table
 from tools.checkout import Checkout, NotFound
@@ -86,9 +87,9 @@ def compare(parts):
 def parts_of(args):
     """{quantity: () -> Rows} that the arguments ask for, and what is compared, in words. ValueError when they do not fit together."""
     if bool(args.model) != bool(args.data) or (args.trl and (not args.data or args.stage != "dpo")):
-        raise ValueError("--model and --data: expected both, or for --checkout neither; --trl needs both, and stage dpo")
+        raise UserError("--model and --data: expected both, or for --checkout neither; --trl needs both, and stage dpo")
     if bool(args.their_log) != bool(args.our_run) or not (args.checkout or args.trl or args.their_log):
-        raise ValueError("expected --checkout DIR, or --trl, or both --their-log FILE and --our-run FOLDER")
+        raise UserError("expected --checkout DIR, or --trl, or both --their-log FILE and --our-run FOLDER")
     parts, about = {}, []
     checkout = Checkout(args.checkout) if args.checkout else None
     case = Case(args, checkout) if args.data else None

@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import torch
 
+from plumbing.files import UserError
 from tools.agreement import NotCompared, call, numbers
 from tools.quantities import LOSSES, TOLERANCE, gradient, gradients, our_pairs
 from train_dpo import answer_logps
@@ -18,7 +19,7 @@ def version():
     try:
         return importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError("--trl: TRL is not installed; expected `pip install trl`") from error
+        raise UserError("--trl: TRL is not installed; expected `pip install trl`") from error
 
 
 def padded(case):

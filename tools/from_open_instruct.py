@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 from plumbing.config import SECTIONS
+from plumbing.files import UserError
 from tools import open_instruct_yaml as theirs
 
 
@@ -74,7 +75,7 @@ def translate(given, stage, processes):
         except ValueError as error:
             t.problems.append(f"as a config of ours: {error}")
     if t.problems:
-        raise ValueError("\n".join(t.problems))
+        raise UserError("\n".join(t.problems))
     return t
 
 

@@ -5,6 +5,8 @@ The facts hold for its commit e6c3044aa (2026-08-20); a date and a commit say si
 
 from pathlib import Path
 
+from plumbing.files import UserError
+
 DPO_ONLY = {f"{prefix}{key}" for key in ("loss_type", "beta", "label_smoothing", "gamma_beta_ratio") for prefix in ("", "dpo_")}
 DPO_ONLY |= {"num_epochs", "concatenated_forward"}
 
@@ -97,15 +99,15 @@ def read_yaml(path):
         def construct_mapping(self, node, deep=False):
             names = [key.value for key, _ in node.value]
             if twice := sorted({str(name) for name in names if names.count(name) > 1}):
-                raise ValueError(f"{', '.join(twice)}: given twice; expected once (YAML would keep the last)")
+                raise UserError(f"{', '.join(twice)}: given twice; expected once (YAML would keep the last)")
             return super().construct_mapping(node, deep)
 
     try:
         given = yaml.load(Path(path).read_text(), Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from error
+        raise UserError(f"not YAML: {error}") from error
     if not isinstance(given, dict):
-        raise ValueError(f"a {type(given).__name__}; expected a mapping of keys to values")
+        raise UserError(f"a {type(given).__name__}; expected a mapping of keys to values")
     return given
 
 
@@ -138,5 +140,5 @@ def stage_of(given):
     if DPO_ONLY & given.keys():
         return "dpo"
     if "num_train_epochs" not in given:
-        raise ValueError("the keys do not say which stage this is: expected --stage sft or --stage dpo")
+        raise UserError("the keys do not say which stage this is: expected --stage sft or --stage dpo")
     return "sft"

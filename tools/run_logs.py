@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from optim import learning_rate
+from plumbing.files import UserError
 from tools.agreement import DIFFERS, EQUAL, NotCompared, Row, items, numbers
 
 NUMBER = r"([-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))"
@@ -21,7 +22,7 @@ def read_theirs(path):
     text = Path(path).read_text(errors="replace")
     lines = {int(step): (int(step), float(rate), float(loss)) for step, rate, loss in STEP_LINE.findall(text)}  # many ranks may print one
     if not lines:
-        raise ValueError(f"--their-log {path}: no line like 'Step: 1, LR: 1e-05, Loss: 0.69'; expected what an open-instruct run printed")
+        raise UserError(f"--their-log {path}: no line like 'Step: 1, LR: 1e-05, Loss: 0.69'; expected what an open-instruct run printed")
     found = [re.search(rf"{name}[^=\n]*= (\d+)", text) for name in SETTINGS]
     total, per_device, accumulation = (int(match[1]) for match in found) if all(found) else (None, 1, 1)
     return [lines[step] for step in sorted(lines)], total and total // (per_device * accumulation)
@@ -31,7 +32,7 @@ def read_ours(folder):
     """({step: its metrics}, config, manifest) of a run folder. ValueError when it has no metrics."""
     folder = Path(folder)
     if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"--our-run {folder}: no metrics.jsonl in it; expected the out_dir of a run")
+        raise UserError(f"--our-run {folder}: no metrics.jsonl in it; expected the out_dir of a run")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", "manifest.json"))
     return {line["step"]: line for line in lines if "loss" in line}, config, manifest

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import encode_chat, find_schema, open_source
+from data import encode_chat, find_schema
+from families import load_pretrained
 from packing import pack
-from plumbing.weights import load_pretrained
+from plumbing.files import UserError
+from plumbing.sources import open_source
 from tools.agreement import call
 from tools.checkout import NotFound
 from train_dpo import answer_logps
@@ -90,7 +92,7 @@ class Case:
         size, answered = len(self.sides), [any(mask[1:]) for _, mask in self.their_documents]
         kept = [i for i in range(len(answered) // size) if all(answered[i * size : (i + 1) * size])]
         if not kept:
-            raise ValueError(
+            raise UserError(
                 f"--rows {self.args.rows} --max-seq-len {self.args.max_seq_len}: no row has a supervised token; expected longer"
             )
         return kept

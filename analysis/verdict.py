@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from indices import OVERALL, SEED, two_cluster_indices
+from analysis.indices import OVERALL, SEED, two_cluster_indices
+from plumbing.files import UserError
 
 FEWEST = 5  # texts of a label; with fewer no change is called one: of 60 simulated curves without any, 22 alarms at 2, 1 at 3, 0 at 5
 BLOCK = 100  # resamples at a time: (100, 2A, D) sums, 23 MB at A = 7 and D = 4,096
@@ -38,7 +39,7 @@ class Curve:
     def index(self, category):
         names = [*self.axioms, OVERALL]
         if category not in names:
-            raise ValueError(f"category={category!r}: expected one of {names}")
+            raise UserError(f"category={category!r}: expected one of {names}")
         return names.index(category)
 
     def column(self, category):
@@ -87,11 +88,11 @@ def _curve(embeddings, axiom, label, axioms, draws, seed, draw_weights, totals):
     order = group.argsort(stable=True)  # groups end to end: a product needs a slice of the states, not a copy
     sizes = torch.bincount(group, minlength=2 * len(axioms)).view(-1, 2).cpu()  # (A, 2), the same in every resample
     if sizes.min() < 2:
-        raise ValueError(f"curve: {sizes.tolist()} unsafe and safe texts per axiom; expected at least two each")
+        raise UserError(f"curve: {sizes.tolist()} unsafe and safe texts per axiom; expected at least two each")
     estimates, drawn = [], []
     for k, states in enumerate(embeddings):
         if states.shape[0] != len(axiom) or not torch.isfinite(states).all():
-            raise ValueError(f"curve: embeddings {k} of shape {tuple(states.shape)}; expected {len(axiom)} rows of finite numbers")
+            raise UserError(f"curve: embeddings {k} of shape {tuple(states.shape)}; expected {len(axiom)} rows of finite numbers")
         states = states[order].double()
         states = states - states.mean(0)
         states = torch.cat([states, states.square().sum(1, keepdim=True)], 1)  # the sum of squares comes with the same product
@@ -103,7 +104,7 @@ def _curve(embeddings, axiom, label, axioms, draws, seed, draw_weights, totals):
         weights = (draw_weights(generator, sizes, block).to(states) for block in blocks)
         drawn.append(torch.cat([_separation(sizes.to(states), totals(w, states, sizes)) for w in weights]).double())
     if len(estimates) < 2:
-        raise ValueError(f"curve: {len(estimates)} lambdas; expected at least two")
+        raise UserError(f"curve: {len(estimates)} lambdas; expected at least two")
     rarer = torch.cat([sizes, sizes.sum(0, keepdim=True)]).amin(1)
     return Curve(torch.stack(estimates), torch.stack(drawn, 1), list(axioms), rarer.tolist())
 

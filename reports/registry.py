@@ -1,4 +1,4 @@
-"""The index of what was trained and validated: `runs/index.json`, an entry per folder, which `python -m tools.ladder` prints.
+"""The index of what was trained and validated: `runs/index.json`, an entry per folder, which `python -m reports.ladder` prints.
 
 Entries are joined by content, not by name: a DPO run's `start` is the `weights` of its SFT run, a validation's `sft` and `dpo` are the
 weights that it steered. A model that was trained again has other weights, so an old validation no longer counts as its own.
@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from plumbing.config import config_hash
-from plumbing.folders import read
-from plumbing.logbook import write_json
+from plumbing.files import UserError, write_json
 from plumbing.weights import fingerprint
+from reports.folders import read
 
 METRICS = ("loss", "eval/loss", "eval/perplexity", "eval/rewards/accuracies", "eval/rewards/margins")
 
@@ -34,7 +34,7 @@ def read_index(path):
     except (json.JSONDecodeError, AttributeError, TypeError):
         fits = False
     if not fits:
-        raise ValueError(f"{path}: expected an index of runs, or no such file; move it away, the same commands register again")
+        raise UserError(f"{path}: expected an index of runs, or no such file; move it away, the same commands register again")
     return entries
 
 

@@ -9,14 +9,17 @@ import torch
 from data import TEMPLATES, end_of_turn, resolve_template
 from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from optim import keep_masters
-from plumbing import card, hub, parallel, registry
-from plumbing.weights import check_vocabulary, load_weights, open_safetensors, save_adapter, save_pretrained, weight_files
+from plumbing import hub, parallel
+from plumbing.files import UserError
+from plumbing.tensors import open_safetensors
+from plumbing.weights import check_vocabulary, load_weights, save_adapter, save_pretrained, weight_files
+from reports import card, registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: float8 lives inside the blocks' matmuls only
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64
 
 
-def read_shape(config, directory, tokenizer, device):
+def read_model_config(config, directory, tokenizer, device):
     """The LlamaConfig of a Hugging Face folder; no weight is read, so that what cannot be trained is found before the data are tokenised.
 
     ValueError when tokenizer and model do not fit together, a weight file is missing or cut short, or the model cannot read documents of
@@ -29,13 +32,13 @@ def read_shape(config, directory, tokenizer, device):
     for key in ("sliding_window", "max_position_embeddings"):
         limit = getattr(model_config, key)
         if limit and config.max_seq_len > limit:
-            raise ValueError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
+            raise UserError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
     if config.precision == "fp8":
         check_float8(model_config, device)
     return model_config
 
 
-def load_trainee(config, directory, model_config, device):
+def load_model(config, directory, model_config, device):
     """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, in this order; then weights are streamed in.
 
     Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process, unless it computes
@@ -67,9 +70,9 @@ def check_float8(model_config, device):
     heads = model_config.num_attention_heads, model_config.num_key_value_heads
     sizes = (model_config.hidden_size, model_config.intermediate_size, *(n * model_config.head_dim for n in heads))
     if any(size % 16 for size in sizes):
-        raise ValueError(f"precision='fp8': expected linears whose sizes are multiples of 16, the model has {sizes}")
+        raise UserError(f"precision='fp8': expected linears whose sizes are multiples of 16, the model has {sizes}")
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        raise ValueError(f"precision='fp8': expected a GPU of compute capability 8.9 (Ada, Hopper) or newer, got {capability}")
+        raise UserError(f"precision='fp8': expected a GPU of compute capability 8.9 (Ada, Hopper) or newer, got {capability}")
 
 
 def sample(model, documents, tokenizer, config):
@@ -96,7 +99,7 @@ def sample(model, documents, tokenizer, config):
     return [tokenizer.decode(ids) for ids in prompts], [tokenizer.decode(ids) for ids in answers]
 
 
-def save_trainee(model, tokenizer, config):
+def save_model(model, tokenizer, config):
     """Write out_dir/final, a Hugging Face folder in the compute precision with adapters merged, and out_dir/adapter under LoRA.
 
     Returns the folder `final`."""
@@ -110,15 +113,15 @@ def save_trainee(model, tokenizer, config):
     return final
 
 
-def finish(model, tokenizer, config, ranks):
+def finish(model, tokenizer, config, world):
     """What a run ends with: save_trainee, the model card, the run's entry in the index of runs, and the push that was asked for."""
-    ranks.say(f"wrote {save_trainee(model, tokenizer, config)}")
-    if ranks.main:
+    world.say(f"wrote {save_model(model, tokenizer, config)}")
+    if world.main:
         card.write(config.out_dir)
-        ranks.say(f"registered: python -m tools.ladder {registry.add_run(config)} prints it")
+        world.say(f"registered: python -m reports.ladder {registry.add_run(config)} prints it")
         if config.push:
             hub.push(config.out_dir, config.push)
-            ranks.say(f"pushed to {config.push}")
+            world.say(f"pushed to {config.push}")
 
 
 def _stop_id(config, tokenizer):

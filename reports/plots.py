@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from plumbing.charts import MARKED, smoothed
+from reports.charts import MARKED, smoothed
 
 
 def _figure(path, draw, size=(7.0, 4.5), **axes):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from plumbing.files import UserError
+
 SEED = 42
 OVERALL = "overall"  # the category of all axioms together
 
@@ -73,12 +75,12 @@ def _checked(X, labels):
     X = torch.as_tensor(X).double()
     values, labels = np.unique(np.asarray(labels), return_inverse=True)
     if X.ndim != 2 or len(X) != len(labels):
-        raise ValueError(f"X has shape {tuple(X.shape)} with {len(labels)} labels; expected (n, D) with n labels")
+        raise UserError(f"X has shape {tuple(X.shape)} with {len(labels)} labels; expected (n, D) with n labels")
     if len(values) != 2 or len(X) < 3:
         found = f"{len(values)} distinct ({', '.join(map(str, values[:5]))}) on {len(X)} points"
-        raise ValueError(f"labels: {found}; expected two, on 3 points or more")
+        raise UserError(f"labels: {found}; expected two, on 3 points or more")
     if not torch.isfinite(X).all():
-        raise ValueError(f"X: {int((~torch.isfinite(X)).any(1).sum())} of {len(X)} points hold NaN or infinity; expected finite embeddings")
+        raise UserError(f"X: {int((~torch.isfinite(X)).any(1).sum())} of {len(X)} points hold NaN or infinity; expected finite embeddings")
     return X, torch.as_tensor(labels, device=X.device).long()
 
 
@@ -148,10 +150,10 @@ class Moments:
         """
         if not torch.isfinite(self.square).all():
             layers = (~torch.isfinite(self.square)).flatten(1).any(1).nonzero().flatten().tolist()
-            raise ValueError(f"embeddings hold NaN or infinity in layers {layers}; expected finite ones")
+            raise UserError(f"embeddings hold NaN or infinity in layers {layers}; expected finite ones")
         if not (self.n >= 2).all():
             few = int((self.n < 2).sum())
-            raise ValueError(f"moments: {few} groups of layer, axiom and label have fewer than two texts; expected none")
+            raise UserError(f"moments: {few} groups of layer, axiom and label have fewer than two texts; expected none")
         parts = [torch.cat([x, x.sum(1, keepdim=True)], 1) for x in (self.n, self.total, self.square)]  # (L, A + 1, ...)
         indices = {name: values.tolist() for name, values in two_cluster_indices(*parts).items()}
         return [
@@ -179,7 +181,7 @@ def probe_auc(X, labels, folds=5, penalty=0.1):
     """
     X, labels = _checked(X, labels)
     if torch.bincount(labels).min() < folds:
-        raise ValueError(f"probe: {torch.bincount(labels).tolist()} points per label; expected at least {folds} for {folds} folds")
+        raise UserError(f"probe: {torch.bincount(labels).tolist()} points per label; expected at least {folds} for {folds} folds")
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(SEED)).to(X.device)
     order = order[labels[order].argsort(stable=True)]  # label by label, shuffled inside
     fold = torch.empty_like(labels)

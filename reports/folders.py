@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from plumbing.files import UserError, read_json
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,7 +49,7 @@ def read(folder):
         config, manifest = (read_json(folder / f"{name}.json") for name in ("config", "manifest"))
         lines = _json_lines(folder / "metrics.jsonl")
         if not any("loss" in line for line in lines):
-            raise ValueError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
+            raise UserError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
         lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]  # logbook.finite
         if manifest["stage"] == "dpo" and config["loss"] != "simpo":  # which has no reference
             for line in [line for line in lines if "rewards/chosen" in line]:
@@ -59,19 +61,11 @@ def read(folder):
         spectrum = [layer | {"centred": layer["explained_centred"][0]} for layer in layers]
         sweeps = {path.parent: read_json(path) for path in sorted(folder.glob("*/aqi.json"))}
         if not sweeps and not spectrum:
-            raise ValueError(f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run")
+            raise UserError(f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run")
         return Steering(folder, read_json(folder / "manifest.json"), spectrum, sweeps)
     if (folder / "aqi.json").is_file():
         return Steering(folder, {}, [], {folder: read_json(folder / "aqi.json")})
-    raise ValueError(f"{folder}: expected a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)")
-
-
-def read_json(path):
-    """What a JSON file holds. ValueError naming the file when it is missing or torn."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:  # the latter: no JSON, or no text
-        raise ValueError(f"{path}: missing or torn ({error})") from error
+    raise UserError(f"{folder}: expected a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)")
 
 
 def _json_lines(path):
@@ -80,7 +74,7 @@ def _json_lines(path):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {row} is torn; going on with the run mends it") from error
+            raise UserError(f"{path}: line {row} is torn; going on with the run mends it") from error
     return lines
 
 

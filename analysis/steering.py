@@ -14,6 +14,7 @@ from torch import nn
 
 from kernels import segment_sums, token_logps
 from packing import PackedBatch, pack, plan_step
+from plumbing.files import UserError
 
 POOLINGS = ("last", "mean")  # over a text's tokens
 TOKENS_PER_BATCH = 16384
@@ -238,7 +239,7 @@ def bake(model, additions, strength):
     """
     config = model.config
     if config.model_type not in ("llama", "mistral"):
-        raise ValueError(f"model_type={config.model_type!r}: its Hugging Face class has no bias on down_proj; expected a Llama or Mistral")
+        raise UserError(f"model_type={config.model_type!r}: its Hugging Face class has no bias on down_proj; expected a Llama or Mistral")
     longest = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
     baked = copy.deepcopy(model)
     baked.config = dataclasses.replace(config, mlp_bias=True, model_type="llama", sliding_window=None, max_position_embeddings=longest)

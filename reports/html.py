@@ -3,7 +3,7 @@
 from html import escape
 from pathlib import Path
 
-from plumbing.charts import number, smoothed, svg
+from reports.charts import number, smoothed, svg
 
 COLOURS = (
     ("#1f6fb2", "#6db3f2"),

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import attention, rotate_reference
-from model import RopeScaling, read_config, rope_frequencies, rope_from_hf
+from kernels import attention, reference
+from model import RopeScaling, rope_frequencies, rope_from_hf
+from plumbing.files import UserError, read_config
 
 # what the code below takes for granted; a key that is absent has this value in transformers too
 _FIXED = {"new_decoder_architecture": False, "alibi": False, "bias": False, "parallel_attn": True, "multi_query": True,
@@ -62,7 +63,7 @@ class FalconConfig:
         if not problems and raw["hidden_size"] % (2 * raw["num_attention_heads"]):
             problems.append(f"hidden_size={raw['hidden_size']}: expected an even head size for each of num_attention_heads")
         if problems:
-            raise ValueError(f"{source}: " + "; ".join(problems))
+            raise UserError(f"{source}: " + "; ".join(problems))
         optional = ("layer_norm_epsilon", "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id")
         values = {key: raw[key] for key in required + optional if key in raw}
         if isinstance(values.get("eos_token_id"), list):
@@ -83,7 +84,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, attend):
         T = x.shape[0]
         q, k, v = self.query_key_value(x).view(T, -1, self.head_dim).split((self.num_heads, 1, 1), dim=1)  # (T, H, K), twice (T, 1, K)
-        mixed = attend(rotate_reference(q, cos, sin), rotate_reference(k, cos, sin), v, cu_seqlens, max_seqlen)
+        mixed = attend(reference.rotate(q, cos, sin), reference.rotate(k, cos, sin), v, cu_seqlens, max_seqlen)
         return self.dense(mixed.reshape(T, -1))
 
 

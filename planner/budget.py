@@ -16,6 +16,7 @@ import torch
 
 from kernels import token_logps
 from model import Llama, apply_lora, training_flops
+from plumbing.files import UserError
 
 # ---------------------------------------------------------------- the GPUs
 
@@ -59,7 +60,7 @@ def find_gpu(name):
         lower = (name or "").lower()
         near = [gpu for gpu in GPUS if lower and gpu.startswith(lower)] or difflib.get_close_matches(lower, GPUS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"gpu={name!r} (--gpu): expected one of {', '.join(GPUS)}{hint}")
+        raise UserError(f"gpu={name!r} (--gpu): expected one of {', '.join(GPUS)}{hint}")
     return GPUS[name]
 
 

@@ -1,7 +1,7 @@
 """Plan before renting: memory, time and cost of a config on a named GPU. No GPU is touched and no run folder is written.
 
     python train_dpo.py configs/tulu10.py --plan --gpu a100-80 --count 8 [--usd-per-hour 16] [--key=value ...]
-    python -m plumbing.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]              one line per config and stage
+    python -m planner.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]              one line per config and stage
 
 The arithmetic is budget.py's. Reading order: the counts, the plan, what to turn when it does not fit, the text, the command line.
 """
@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
-from data import Tokenizer, load_preferences, load_sft
+from data import load_preferences, load_sft
 from model import LlamaConfig, training_flops
 from packing import steps_per_epoch
-from plumbing import hub, parallel
-from plumbing.budget import (
+from planner.budget import (
     GPUS,
     WITHOUT_FLOAT8,
     Pass,
@@ -35,7 +34,10 @@ from plumbing.budget import (
     training_seconds,
     with_communication,
 )
+from plumbing import hub, parallel
 from plumbing.config import SECTIONS, check_world_size, load, sections_of
+from plumbing.files import UserError
+from plumbing.tokenizer import Tokenizer
 
 GIB = 2**30
 CONTEXT_GIB = 0.6  # CUDA context and libraries, beside what the allocator counts
@@ -85,7 +87,7 @@ def find_model(stage, config, path):
     name = hub.repository(config.model_path)
     if name not in SHAPES:
         known = f"a folder (its config.json is enough), or one of {', '.join(SHAPES)}"
-        raise ValueError(f"model_path={config.model_path!r}: not on this machine; expected {known}")
+        raise UserError(f"model_path={config.model_path!r}: not on this machine; expected {known}")
     return LlamaConfig.preset(SHAPES[name]), None, f"{config.model_path} (known shape; not on this machine)"
 
 
@@ -127,14 +129,14 @@ def _estimated_pass(stage, config, data, share, shape):
     for name, amount in data.items():
         if (known := ESTIMATES.get(hub.repository(name))) is None:
             hint = f"a local file (with a model folder, for its tokenizer), or one of {', '.join(ESTIMATES)}"
-            raise ValueError(f"data {name!r}: cannot be counted here; expected {hint}")
+            raise UserError(f"data {name!r}: cannot be counted here; expected {hint}")
         rows = int(share * (amount * known.rows if isinstance(amount, float) else amount))
         prompt, length = (min(tokens, config.max_seq_len) for tokens in (known.prompt, known.prompt + known.answer))
         for column, value in ((lengths, length), (targets, length - prompt), (prefixes, prompt)):
             column.append(np.full(rows, value, dtype=np.int64))
     lengths, targets, prefixes = map(np.concatenate, (lengths, targets, prefixes))
     if not len(lengths):
-        raise ValueError(f"data={data!r}: no rows; expected at least one")
+        raise UserError(f"data={data!r}: no rows; expected at least one")
     if stage == "sft":
         return Pass.of(shape, [(lengths, targets)])
     return Pass.of(shape, [(lengths, targets)] * 2, prefixes if config.share_prefix else 0)
@@ -278,7 +280,7 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     card, config = find_gpu(gpu), load(stage, [path, *overrides])
     check_world_size(config, count)
     if config.precision == "fp8" and gpu in WITHOUT_FLOAT8:
-        raise ValueError(f"precision='fp8' on {gpu} (--gpu): expected a GPU of compute capability 8.9 (Ada, Hopper) or newer")
+        raise UserError(f"precision='fp8' on {gpu} (--gpu): expected a GPU of compute capability 8.9 (Ada, Hopper) or newer")
     shape, folder, origin = find_model(stage, config, path)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
     prices = tuple(price * count for price in card.usd_per_hour) if usd_per_hour is None else (usd_per_hour, usd_per_hour)
@@ -359,17 +361,17 @@ def main(stage, argv):
     options, rest = _options(argv)
     paths = [arg for arg in rest if not arg.startswith("-")]
     if len(paths) != 1:
-        raise ValueError(f"expected one config file, got {paths}: train_{stage}.py CONFIG.py --plan --gpu NAME --count N")
+        raise UserError(f"expected one config file, got {paths}: train_{stage}.py CONFIG.py --plan --gpu NAME --count N")
     overrides = [arg for arg in rest if arg.startswith("-")]
     print(describe(*make(stage, paths[0], overrides, options.gpu, options.count, options.usd_per_hour)))
     return 0
 
 
 def ladder(argv):
-    """`python -m plumbing.plan CONFIG.py ... --gpu NAME --count N [--usd-per-hour X]`: one line per config and stage. Returns 0."""
+    """`python -m planner.plan CONFIG.py ... --gpu NAME --count N [--usd-per-hour X]`: one line per config and stage. Returns 0."""
     options, paths = _options(argv)
     if not paths or any(path.startswith("-") for path in paths):
-        raise ValueError(f"expected config files, --gpu, --count and --usd-per-hour, got {paths}")
+        raise UserError(f"expected config files, --gpu, --count and --usd-per-hour, got {paths}")
     find_gpu(options.gpu)
     width = max(map(len, paths)) + 2
     prices = "prices are assumed: see --usd-per-hour" if options.usd_per_hour is None else f"at {options.usd_per_hour} USD an hour"
@@ -401,11 +403,11 @@ def _options(argv):
     try:
         options, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     if options.count < 1:
-        raise ValueError(f"count={options.count}: expected at least 1 GPU")
+        raise UserError(f"count={options.count}: expected at least 1 GPU")
     if options.usd_per_hour is not None and not 0 <= options.usd_per_hour < math.inf:
-        raise ValueError(f"usd-per-hour={options.usd_per_hour}: expected a price of 0 or more, of all GPUs together")
+        raise UserError(f"usd-per-hour={options.usd_per_hour}: expected a price of 0 or more, of all GPUs together")
     return options, rest
 
 

@@ -4,7 +4,7 @@ The plain twin is Block.plain in model.py, differentiated by autograd. Per token
 this keeps 92: the block's input, rotated q, k and v, the attention's output, the middle of the residual stream, gate and up. Normalised
 inputs and silu(gate) * up are made again from them, inside the kernels that read them anyway.
 
-With fp8 the matmuls of x, W and dy run in float8 (kernels.Float8): x8 and w8 are x and W in float8, and None without fp8. Everything else,
+With fp8 the matmuls of x, W and dy run in float8 (reference.Float8): x8 and w8 are x and W in float8, and None without fp8. Everything else,
 LoRA's matmuls included, is unchanged. Of x8 only the scales are kept for the backward pass: 4 bytes per token and linear.
 
 Shapes: T tokens, D hidden size, V vocabulary, r LoRA rank. dy is the gradient of the loss in y. Reading order: leaf to root.
@@ -13,8 +13,9 @@ Shapes: T tokens, D hidden size, V vocabulary, r LoRA rank. dy is the gradient o
 import torch
 import torch.nn.functional as F
 
-import kernels
-from kernels import matmul, weight_gradient
+from kernels import block as pieces
+from kernels import float8
+from kernels.block import matmul, weight_gradient
 
 # ---------------------------------------------------------------- the embedding
 
@@ -49,7 +50,7 @@ def embed(weight, input_ids):
 # ---------------------------------------------------------------- a linear layer with a LoRA adapter, and its gradients
 
 
-def parts(linear):
+def weight_and_adapter(linear):
     """(scale, weight, bias, lora_A, lora_B) of a plain linear layer or a LoRALinear: None for what it has not."""
     if not getattr(linear, "enabled", False):
         return 0.0, linear.weight, linear.bias, None, None
@@ -63,8 +64,8 @@ def project(x, x8, low, scale, weight, bias, lora_A, lora_B, residual=None):
     The adapter comes last: one whose B is zero leaves the bits of the frozen model. Returns it with the scales of w8 (out,), or None."""
     w_scale = None
     if x8 is not None:
-        w8 = kernels.quantize(weight)
-        y, w_scale = kernels.matmul_float8(x8, w8), w8.scale
+        w8 = float8.quantize(weight)
+        y, w_scale = float8.matmul_float8(x8, w8), w8.scale
         y = y if residual is None else y.add_(residual)
         y = y if bias is None else y.add_(bias)
     elif residual is None:
@@ -84,22 +85,22 @@ def gradient_float8(dy, x_scale, w_scale, weight_wanted):
     """dy8 (T, out) for the gradient of x and dy8^T (out, T) for that of the weight; None for what is not taken in float8 or not wanted."""
     if w_scale is None:
         return None, None
-    return kernels.quantize_gradient(dy, w_scale, x_scale) if weight_wanted else (kernels.quantize(dy, w_scale), None)
+    return float8.quantize_gradient(dy, w_scale, x_scale) if weight_wanted else (float8.quantize(dy, w_scale), None)
 
 
 def input_gradient(dy, dy8, w_scale, weight, dx):
     """dy W, (T, in), added to `dx` where that is given."""
     if dy8 is None:
         return dy @ weight if dx is None else dx.addmm_(dy, weight)
-    product = kernels.matmul_float8(dy8, kernels.quantize_transposed(weight, w_scale))
+    product = float8.matmul_float8(dy8, float8.quantize_transposed(weight, w_scale))
     return product if dx is None else dx.add_(product)
 
 
-def part_gradients(dy, dy8t, d_lora_A, x, x8t, low, wanted, scale, weight, bias, lora_A, lora_B):
+def parameter_gradients(dy, dy8t, d_lora_A, x, x8t, low, wanted, scale, weight, bias, lora_A, lora_B):
     """Gradients of weight, bias, lora_A and lora_B; None where not wanted, or where the weight has taken its own already."""
     d_weight = None
     if wanted[0]:
-        d_weight = kernels.weight_gradient_float8(weight, dy8t, x8t) if dy8t is not None else weight_gradient(weight, dy, x)
+        d_weight = float8.weight_gradient_float8(weight, dy8t, x8t) if dy8t is not None else weight_gradient(weight, dy, x)
     d_bias = dy.sum(0) if wanted[1] else None
     return d_weight, d_bias, d_lora_A, None if low is None else matmul(dy.T, low, lora_B.dtype).mul_(scale)
 
@@ -115,7 +116,7 @@ def stack_lora_A(linears):
     return torch.cat(present) if present else None
 
 
-def lower(x, linears):
+def lora_down(x, linears):
     """x A^T of all adapters, (T, R); None without any."""
     lora_A = stack_lora_A(linears)
     return None if lora_A is None else x @ lora_A.to(x.dtype).T
@@ -129,7 +130,7 @@ def of_each(stacked, linears, dim):
     return [part if rank else None for part, rank in zip(stacked.split(ranks, dim), ranks, strict=True)]
 
 
-def lower_backward(dys, scales, linears):
+def lora_down_backward(dys, scales, linears):
     """Gradient of x A^T, (T, R), and what of x's gradient goes through it, (T, in); None, None without adapters."""
     lora_A = stack_lora_A(linears)
     if lora_A is None:
@@ -166,9 +167,9 @@ class _NormProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fp8, norm_weight, eps, scales, *flat):
         linears = _by_linear(flat)
-        normed = kernels.rms_norm_forward(x, norm_weight, eps) if reads_bf16(fp8, linears) else None
-        x8 = kernels.rms_norm_float8(x, norm_weight, eps) if fp8 else None
-        low = lower(normed, linears)
+        normed = pieces.rms_norm_forward(x, norm_weight, eps) if reads_bf16(fp8, linears) else None
+        x8 = float8.rms_norm_float8(x, norm_weight, eps) if fp8 else None
+        low = lora_down(normed, linears)
         each = zip(of_each(low, linears, 1), scales, linears, strict=True)
         ys, w_scales = zip(*[project(normed, x8, part, scale, *linear) for part, scale, linear in each], strict=True)
         ctx.save_for_backward(x, norm_weight, low, _scale_of(x8), *w_scales)
@@ -179,16 +180,16 @@ class _NormProject(torch.autograd.Function):
     def backward(ctx, d_residual, *dys):
         x, norm_weight, low, x_scale, *w_scales = ctx.saved_tensors
         scales, linears, wanted = ctx.scales, ctx.linears, _by_linear(ctx.needs_input_grad[5:])
-        normed = kernels.rms_norm_forward(x, norm_weight, ctx.eps)
-        x8t = kernels.quantize_transposed(normed, x_scale) if x_scale is not None and any(weight for weight, *_ in wanted) else None
-        d_low, d_normed = lower_backward(dys, scales, linears)
+        normed = pieces.rms_norm_forward(x, norm_weight, ctx.eps)
+        x8t = float8.quantize_transposed(normed, x_scale) if x_scale is not None and any(weight for weight, *_ in wanted) else None
+        d_low, d_normed = lora_down_backward(dys, scales, linears)
         adapters = of_each(low, linears, 1), lora_A_gradients(d_low, normed, linears)
         d_flat = []
         for dy, w_scale, wants, scale, linear, part, d_lora_A in zip(dys, w_scales, wanted, scales, linears, *adapters, strict=True):
             dy8, dy8t = gradient_float8(dy, x_scale, w_scale, wants[0])
             d_normed = input_gradient(dy, dy8, w_scale, linear[0], d_normed)
-            d_flat += part_gradients(dy, dy8t, d_lora_A, normed, x8t, part, wants, scale, *linear)
-        dx, d_norm_weight = kernels.rms_norm_backward(d_normed, x, norm_weight, ctx.eps, d_residual)
+            d_flat += parameter_gradients(dy, dy8t, d_lora_A, normed, x8t, part, wants, scale, *linear)
+        dx, d_norm_weight = pieces.rms_norm_backward(d_normed, x, norm_weight, ctx.eps, d_residual)
         return dx, None, d_norm_weight.to(norm_weight.dtype) if ctx.needs_input_grad[2] else None, None, None, *d_flat
 
 
@@ -196,7 +197,7 @@ def norm_project(x, fp8, norm, *linears):
     """(x, y_1, y_2, ..) with y_i = linears[i](norm(x)); go on with the x returned, not with the argument."""
     scales, flat = [], []
     for linear in linears:
-        scale, *tensors = parts(linear)
+        scale, *tensors = weight_and_adapter(linear)
         scales.append(scale)
         flat += tensors
     return _NormProject.apply(x, fp8, norm.weight, norm.eps, scales, *flat)
@@ -208,12 +209,12 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return kernels.rotate(x, cos, sin)
+        return pieces.rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
-        return kernels.rotate(dy, cos, sin, back=True), None, None
+        return pieces.rotate(dy, cos, sin, back=True), None, None
 
 
 class _ProjectAdd(torch.autograd.Function):
@@ -221,8 +222,8 @@ class _ProjectAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, residual, fp8, scale, *linear):
-        a8 = kernels.quantize(a) if fp8 else None
-        low = lower(a, [linear])
+        a8 = float8.quantize(a) if fp8 else None
+        low = lora_down(a, [linear])
         y, w_scale = project(a, a8, low, scale, *linear, residual=residual)
         ctx.save_for_backward(a, _scale_of(a8), w_scale, low)
         ctx.scale, ctx.linear = scale, linear
@@ -233,11 +234,11 @@ class _ProjectAdd(torch.autograd.Function):
         (a, a_scale, w_scale, low), linear = ctx.saved_tensors, ctx.linear
         wanted = ctx.needs_input_grad[4:]
         dy8, dy8t = gradient_float8(dy, a_scale, w_scale, wanted[0])
-        d_low, da = lower_backward([dy], [ctx.scale], [linear])
+        d_low, da = lora_down_backward([dy], [ctx.scale], [linear])
         da = input_gradient(dy, dy8, w_scale, linear[0], da)
         (d_lora_A,) = lora_A_gradients(d_low, a, [linear])
-        a8t = None if dy8t is None else kernels.quantize_transposed(a, a_scale)
-        return da, dy, None, None, *part_gradients(dy, dy8t, d_lora_A, a, a8t, low, wanted, ctx.scale, *linear)
+        a8t = None if dy8t is None else float8.quantize_transposed(a, a_scale)
+        return da, dy, None, None, *parameter_gradients(dy, dy8t, d_lora_A, a, a8t, low, wanted, ctx.scale, *linear)
 
 
 class _SwiGLUProjectAdd(torch.autograd.Function):
@@ -245,9 +246,9 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, residual, fp8, scale, *linear):
-        inner = kernels.swiglu(gate, up) if reads_bf16(fp8, [linear]) else None
-        inner8 = kernels.swiglu_float8(gate, up) if fp8 else None
-        low = lower(inner, [linear])
+        inner = pieces.swiglu(gate, up) if reads_bf16(fp8, [linear]) else None
+        inner8 = float8.swiglu_float8(gate, up) if fp8 else None
+        low = lora_down(inner, [linear])
         y, w_scale = project(inner, inner8, low, scale, *linear, residual=residual)
         ctx.save_for_backward(gate, up, _scale_of(inner8), w_scale, low)
         ctx.scale, ctx.linear = scale, linear
@@ -258,15 +259,15 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
         (gate, up, inner_scale, w_scale, low), linear = ctx.saved_tensors, ctx.linear
         wanted = ctx.needs_input_grad[5:]
         dy8, dy8t = gradient_float8(dy, inner_scale, w_scale, wanted[0])
-        d_low, d_inner = lower_backward([dy], [ctx.scale], [linear])
+        d_low, d_inner = lora_down_backward([dy], [ctx.scale], [linear])
         d_inner = input_gradient(dy, dy8, w_scale, linear[0], d_inner)
         inner, inner8t = None, None  # the linear's input again: one of the two, for the weight's gradient
         if dy8t is None:
-            d_gate, d_up, inner = kernels.swiglu_backward(d_inner, gate, up)
+            d_gate, d_up, inner = pieces.swiglu_backward(d_inner, gate, up)
         else:
-            d_gate, d_up, inner8t = kernels.swiglu_backward_float8(d_inner, gate, up, inner_scale)
+            d_gate, d_up, inner8t = float8.swiglu_backward_float8(d_inner, gate, up, inner_scale)
         (d_lora_A,) = lora_A_gradients(d_low, inner, [linear])
-        return d_gate, d_up, dy, None, None, *part_gradients(dy, dy8t, d_lora_A, inner, inner8t, low, wanted, ctx.scale, *linear)
+        return d_gate, d_up, dy, None, None, *parameter_gradients(dy, dy8t, d_lora_A, inner, inner8t, low, wanted, ctx.scale, *linear)
 
 
 # ---------------------------------------------------------------- the block
@@ -278,6 +279,6 @@ def block(layer, hidden, cos, sin, cu_seqlens, max_seqlen, attend):
     hidden, q, k, v = norm_project(hidden, layer.fp8, layer.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
     q, k, v = (x.view(T, -1, attn.head_dim) for x in (q, k, v))
     mixed = attend(_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin), v, cu_seqlens, max_seqlen).reshape(T, -1)
-    hidden = _ProjectAdd.apply(mixed, hidden, layer.fp8, *parts(attn.o_proj))
+    hidden = _ProjectAdd.apply(mixed, hidden, layer.fp8, *weight_and_adapter(attn.o_proj))
     hidden, gate, up = norm_project(hidden, layer.fp8, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-    return _SwiGLUProjectAdd.apply(gate, up, hidden, layer.fp8, *parts(mlp.down_proj))
+    return _SwiGLUProjectAdd.apply(gate, up, hidden, layer.fp8, *weight_and_adapter(mlp.down_proj))

@@ -2,12 +2,14 @@
 
 Letters: n points, D dimensions in, d dimensions out (3), r rows of one block. The largest tensors are P, (n, n) float32 (196 MB at
 n = 7,000, 3.1 GB at 28,000), and a handful of (r, n) blocks. Leaf to root: P at a given perplexity, the gradient, the descent.
-What is slow here, the search for beta and the gradient, has a fast path in tsne_kernels.py.
+What is slow here, the search for beta and the gradient, has a fast path in triton_tsne.py.
 """
 
 import math
 
 import torch
+
+from plumbing.files import UserError
 
 # scikit-learn's defaults, so that both descend alike from the same start
 EXAGGERATION, EXAGGERATED_STEPS = 12.0, 250  # p is 12 p in the first 250 steps, in which the clusters form
@@ -42,7 +44,7 @@ def conditional_probabilities(d2, own, perplexity, tolerance=1e-5, max_steps=100
 def joint_probabilities(X, perplexity, chunk=1024, conditional=conditional_probabilities):
     """(n, D) -> P (n, n) float32, P_ij = (p(j|i) + p(i|j)) / 2n: symmetric, zero diagonal, sum 1. Distances are float64.
 
-    (On an H200 a product in float64 is as fast as one in float32.) conditional: the plain search for beta or tsne_kernels'.
+    (On an H200 a product in float64 is as fast as one in float32.) conditional: the plain search for beta or triton_tsne'.
     """
     n = len(X)
     X = X.double() - X.double().mean(0)  # |x_i|^2 + |x_j|^2 - 2 x_i x_j loses digits to an offset
@@ -137,10 +139,10 @@ def _path(X, dims, path):
     if path == "plain":
         return conditional_probabilities, lambda Y, P, exaggeration: gradient_reference(Y, P, exaggeration)[0]
     if path != "fused" or not X.is_cuda or dims != 3:
-        raise ValueError(f"tsne: path={path!r} for {dims} dimensions on {X.device}; expected 'plain', or 'fused' for 3 on CUDA")
-    import tsne_kernels
+        raise UserError(f"tsne: path={path!r} for {dims} dimensions on {X.device}; expected 'plain', or 'fused' for 3 on CUDA")
+    from kernels import triton_tsne
 
-    return tsne_kernels.conditional_probabilities, tsne_kernels.gradient
+    return triton_tsne.conditional_probabilities, triton_tsne.gradient
 
 
 def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, path=None):
@@ -149,18 +151,18 @@ def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, path=None
     Starts from the principal components, the first with a standard deviation of 1e-4; from a normal sample of that size where a seed is
     given; from `start` (n, dims) where that is. Gradient descent with momentum and a gain per coordinate, learning rate n / 48, at
     least min(n, 50). KL after 500 steps from one start, here and scikit-learn's exact and tree codes (same formula): n = 200: 0.99, 1.77,
-    1.72; 400: 1.64, 2.00, 2.33; 1,400: 2.42, 3.54, 2.45. path: "plain", "fused" (tsne_kernels.py), or None: fused for three dimensions
+    1.72; 400: 1.64, 2.00, 2.33; 1,400: 2.42, 3.54, 2.45. path: "plain", "fused" (triton_tsne.py), or None: fused for three dimensions
     on CUDA.
     ValueError for values that are not finite, fewer points than 2 + perplexity, points that are all the same (they have no principal
     component to start from), or a path that cannot run.
     """
     n = len(X)
     if not torch.isfinite(X).all():
-        raise ValueError(f"tsne: X has {int((~torch.isfinite(X)).sum())} values that are NaN or infinite; expected none")
+        raise UserError(f"tsne: X has {int((~torch.isfinite(X)).sum())} values that are NaN or infinite; expected none")
     if n < perplexity + 2:
-        raise ValueError(f"tsne: {n} points at perplexity {perplexity:g}; expected at least {math.ceil(perplexity) + 2} points")
+        raise UserError(f"tsne: {n} points at perplexity {perplexity:g}; expected at least {math.ceil(perplexity) + 2} points")
     if (X == X[0]).all():
-        raise ValueError(f"tsne: all {n} points are the same; expected two that differ")
+        raise UserError(f"tsne: all {n} points are the same; expected two that differ")
     path = path or ("fused" if X.is_cuda and dims == 3 else "plain")
     conditional, gradient = _path(X, dims, path)
     P = joint_probabilities(X, perplexity, conditional=conditional)

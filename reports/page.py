@@ -1,6 +1,6 @@
 """A report on runs: one HTML page that needs no network, no script and no other file, and a PNG of every chart beside it.
 
-    python report.py RUN [RUN ...] [--out PAGE.html]
+    python -m reports.page RUN [RUN ...] [--out PAGE.html]
 
 RUN is a folder of train_sft.py or train_dpo.py, or one of steer.py: what extract or validate wrote, with its sweeps, or a sweep's own.
 Runs of one stage are drawn over each other. PAGE is report.html in the first RUN; the PNGs, in the folder PAGE, need matplotlib.
@@ -16,9 +16,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from plumbing.charts import Chart, Line, number
-from plumbing.folders import Run, Steering, read, short_names
-from plumbing.page import COLOURS, page, table
+from plumbing.files import UserError
+from reports.charts import Chart, Line, number
+from reports.folders import Run, Steering, read, short_names
+from reports.html import COLOURS, page, table
 
 SMOOTHING = 40  # noisy curves are means over a 40th of the run: 25 of 1,000 steps; runs below 80 steps are drawn as they are
 LOSS_UNITS = {"token_mean": "nats per token", "tulu3_release": "nats per document", "ipo": "squared nats per token"}  # else nats per pair
@@ -279,7 +280,7 @@ def main(argv):
     steered = [one for one in found if isinstance(one, Steering)]
     largest = max(*map(len, kinds.values()), len(steered), sum(len(one.sweeps) for one in steered))
     if largest > len(COLOURS):
-        raise ValueError(f"{largest} runs, or sweeps, of one kind; expected at most {len(COLOURS)}, as many as colours can tell apart")
+        raise UserError(f"{largest} runs, or sweeps, of one kind; expected at most {len(COLOURS)}, as many as colours can tell apart")
     sections = [training_section(stage, runs) for stage, runs in kinds.items() if runs]
     sections += [steering_section(steered)] if steered else []
     out = args.out or args.run[0] / "report.html"
@@ -288,7 +289,7 @@ def main(argv):
     if importlib.util.find_spec("matplotlib") is None:
         print("no PNGs: they need matplotlib")
         return
-    from plumbing.plots import plot_chart
+    from reports.plots import plot_chart
 
     stems = set()
     for title, parts in sections:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plumbing import hub
 from plumbing.config import SECTIONS
-from plumbing.folders import read
+from reports.folders import read
 
 WHAT = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimisation"}
 SETUP = ("loss_reduction", "clipping", "parameter_dtype", "warmup_steps", "processes", "weights", "data", "hub", "versions")

@@ -1,6 +1,6 @@
-"""The ladder as a table, `python -m tools.ladder [runs/index.json]`: what was trained, what steering did to it, the published curves.
+"""The ladder as a table, `python -m reports.ladder [runs/index.json]`: what was trained, what steering did to it, the published curves.
 
-Every finished run and every pair that `steer.py validate` has measured is in the index (plumbing/registry.py); they are joined by the hash
+Every finished run and every pair that `steer.py validate` has measured is in the index (reports/registry.py); they are joined by the hash
 of their weights. A model that was trained again after its validation is a line of its own, not validated.
 """
 
@@ -9,7 +9,9 @@ import runpy
 import sys
 from pathlib import Path
 
-from plumbing import parallel, registry
+from plumbing import parallel
+from plumbing.files import UserError
+from reports import registry
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # AQI at LAMBDAS as published: every lambda on its own scale (per_run), where 55.00 is saturation, so no curve says how much changed.
@@ -82,11 +84,11 @@ def table(lines):
 
 def main(argv):
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.ladder", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(prog="python -m reports.ladder", description=__doc__, formatter_class=form)
     parser.add_argument("index", nargs="?", type=Path, help="default: runs/index.json, if it is there")
     given = parser.parse_args(argv).index
     if given and not given.is_file():
-        raise ValueError(f"{given}: no such index; a run or a validation that ends writes it")
+        raise UserError(f"{given}: no such index; a run or a validation that ends writes it")
     path = given or Path("runs/index.json")
     pairs = runpy.run_path(str(Path(__file__).parent.parent / "configs/pairs.py"))["PAIRS"]
     entries = registry.read_index(path)

@@ -1,0 +1,75 @@
+"""Any model folder as the model it is: model.py's Llama, or one of the files beside this one."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from families.falcon import Falcon, FalconConfig
+from model import Llama, LlamaConfig, apply_fused, apply_lora, has_lora, merge_lora
+from plumbing import parallel, weights
+from plumbing.files import read_config, read_json
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import check_vocabulary, load_weights, resolve
+
+
+def model_config(directory):
+    """The LlamaConfig or FalconConfig of a model folder. ValueError when it is of neither, or of a variant that neither represents."""
+    is_falcon = read_config(directory).get("model_type") == "falcon"
+    return (FalconConfig if is_falcon else LlamaConfig).from_hf(directory)
+
+
+def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
+    """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded. ValueError when its parts do not fit together."""
+    directory = resolve(path_or_repo)
+    config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
+    check_vocabulary(config, tokenizer)
+    with torch.device("meta"):
+        model = (Falcon if isinstance(config, FalconConfig) else Llama)(config).to(dtype)
+    parallel.materialize(model, device)
+    load_weights(model, directory)
+    return model, tokenizer
+
+
+def load_adapter(model, directory):
+    """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none. ValueError as weights.load_adapter."""
+    if not has_lora(model):
+        apply_lora(model, **weights.adapter_settings(directory))
+    weights.load_adapter(model, directory)
+
+
+def locate(path):
+    """(model folder, adapter folder or None) of a folder, hub name or PEFT adapter."""
+    folder = weights.find_folder(path)
+    if not (folder / "adapter_config.json").is_file():
+        return weights.resolve(folder), None  # which refuses a run folder and says where its model is
+    raw = read_json(folder / "adapter_config.json")
+    base, revision = raw["base_model_name_or_path"], raw.get("revision")  # the revision is the base model's
+    return weights.resolve(f"{base}@{revision}" if revision and not Path(base).is_dir() else base), folder
+
+
+def weights_hash(path):
+    """sha256 of what decides the states: the weights' and config's contents, and the adapter's. Seconds for an 8B model."""
+    folder, adapter = locate(path)
+    if adapter is None:
+        return weights.fingerprint(folder)
+    own = b"".join((adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return f"{weights.fingerprint(folder)}+{hashlib.sha256(own).hexdigest()}"
+
+
+def load_model(path):
+    """(model, tokenizer), an adapter merged, in bf16 on a GPU and fp32 on a CPU."""
+    folder, adapter = locate(path)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model, tokenizer = load_pretrained(folder, dtype, device)
+    if adapter is not None:
+        load_adapter(model, adapter)
+        merge_lora(model)
+    if isinstance(model, Llama):  # Falcon has plain blocks only
+        apply_fused(model)
+    return model, tokenizer
+
+
+def device_of(model):
+    """Where the model is."""
+    return model.lm_head.weight.device

@@ -1,0 +1,21 @@
+"""The fast paths, and reference.py, which says in plain PyTorch what each of them computes. What others may use is named here."""
+
+from kernels.adamw import adamw
+from kernels.attention import attention, attention_path
+from kernels.block import rms_norm, rotate
+from kernels.logps import segment_sums, token_logps
+from kernels.reference import IGNORE_INDEX, SharedPrefix, join_master, split_master
+
+__all__ = [
+    "IGNORE_INDEX",
+    "SharedPrefix",
+    "adamw",
+    "attention",
+    "attention_path",
+    "join_master",
+    "rms_norm",
+    "rotate",
+    "segment_sums",
+    "split_master",
+    "token_logps",
+]
