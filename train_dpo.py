@@ -10,7 +10,9 @@ import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,13 +27,47 @@ from optim import adamw, apply_gradients, implicit, learning_rate, sample_weight
 from packing import in_order, local_batches, step_examples, steps_per_epoch
 from planner import plan
 from plumbing import checkpoint, hub, parallel
-from plumbing.config import check_world_size, load, resume_dict
+from plumbing.config import Config, check_world_size, load, resume_dict, setting
 from plumbing.files import UserError
 from plumbing.logbook import Logbook
 from plumbing.tensors import write_safetensors
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import fingerprint, resolve
 from training import DTYPES, finish, load_model, read_model_config, sample
+
+# ---------------------------------------------------------------- the keys of this command
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(Config):
+    """Keys of train_dpo.py."""
+
+    loss: Literal["dpo_norm", "dpo", "simpo", "ipo", "wpo"] = setting(
+        "loss", "name", "dpo_norm: DPO on per-token mean log-probs", default="dpo_norm"
+    )
+    beta: float = setting(
+        "loss", "1/nat", "strength of the tie to the reference; about 5 for means (dpo_norm), 0.1 for sums (dpo)", default=5.0, above=0
+    )
+    label_smoothing: float = setting("loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo", default=0.0, minimum=0, below=0.5)
+    gamma_beta_ratio: float | None = setting("loss", "nat/token", "target margin / beta; simpo only", default=None, minimum=0)
+    share_prefix: bool = setting(
+        "machine", "flag", "compute what chosen and rejected begin with once: faster, the same to rounding", default=True, affects_results=False
+    )
+    sft_weight: float = setting("loss", "-", "weight of an added token-mean NLL of the chosen answers", default=0.0, minimum=0)
+
+    @staticmethod
+    def conflicts(c):
+        yield from Config.conflicts(c)
+        if 2 * c.max_seq_len > c.tokens_per_microbatch:
+            expected = f"expected at least twice max_seq_len={c.max_seq_len} (a pair must fit one stream)"
+            yield ("max_seq_len", "tokens_per_microbatch"), f"tokens_per_microbatch={c.tokens_per_microbatch}: {expected}"
+        if (c.loss == "simpo") != (c.gamma_beta_ratio is not None):
+            both = f"loss={c.loss!r}, gamma_beta_ratio={c.gamma_beta_ratio}"
+            yield ("loss", "gamma_beta_ratio"), f"{both}: simpo needs one, no other loss has one"
+        if c.label_smoothing > 0 and c.loss not in ("dpo_norm", "dpo", "simpo"):
+            defined = f"defined for dpo_norm, dpo and simpo, not for loss={c.loss!r}"
+            yield ("label_smoothing", "loss"), f"label_smoothing={c.label_smoothing}: {defined}"
+
 
 # ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
 # Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.

@@ -6,6 +6,8 @@ are spread over ranks and micro-batches. Reading order: the loss, one optimizer 
 
 import math
 import sys
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,11 +18,30 @@ from optim import adamw, apply_gradients, implicit, learning_rate, sample_weight
 from packing import in_order, local_batches, step_examples, steps_per_epoch
 from planner import plan
 from plumbing import checkpoint, hub, parallel
-from plumbing.config import check_world_size, load, resume_dict
+from plumbing.config import Config, check_world_size, load, resume_dict, setting
 from plumbing.logbook import Logbook
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import fingerprint, resolve
 from training import DTYPES, finish, load_model, read_model_config, sample
+
+# ---------------------------------------------------------------- the keys of this command
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(Config):
+    """Keys of train_sft.py."""
+
+    loss: Literal["token_mean", "tulu3_release"] = setting(
+        "loss", "name", "token_mean: NLL sum / supervised tokens of the step; tulu3_release: NLL sum / its sequences", default="token_mean"
+    )
+
+    @staticmethod
+    def conflicts(c):
+        yield from Config.conflicts(c)
+        if c.max_seq_len > c.tokens_per_microbatch:
+            expected = f"expected at least max_seq_len={c.max_seq_len} (a document must fit one stream)"
+            yield ("max_seq_len", "tokens_per_microbatch"), f"tokens_per_microbatch={c.tokens_per_microbatch}: {expected}"
+
 
 # ---------------------------------------------------------------- the loss
 

@@ -35,7 +35,7 @@ from planner.budget import (
     with_communication,
 )
 from plumbing import hub, parallel
-from plumbing.config import SECTIONS, check_world_size, load, sections_of
+from plumbing.config import check_world_size, load, sections_of
 from plumbing.files import UserError
 from plumbing.tokenizer import Tokenizer
 
@@ -378,7 +378,7 @@ def ladder(argv):
     print(f"{options.count} x {options.gpu}; tokens* are estimates; {prices}")
     print(f"{'config':<{width}}{'stage':<6}{'steps':>8}{'tokens':>16}{'GiB':>8}{'hours':>9}  {'cost':<18}memory")
     for path in paths:
-        stages = [stage for stage in SECTIONS if stage != "common" and stage in sections_of(path)]
+        stages = [stage for stage in ("sft", "dpo") if stage in sections_of(path)]
         if not stages:
             print(f"{path:<{width}}not a training config")
         for stage in stages:

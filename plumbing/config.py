@@ -1,29 +1,32 @@
 """Configs: one frozen dataclass per stage, read from a Python file of plain dicts and from `--key=value`.
 
-    configs/x.py:   common = dict(...)   sft = dict(...)   dpo = dict(...)
-    precedence:     dataclass default < common < the stage's section < --key=value
+    configs/x.py:   common = dict(...)   sft = dict(...)   dpo = dict(...)   steer = dict(...)   aqi = dict(...)
+    precedence:     dataclass default < common < the command's section < --key=value
 
-Every section is checked whichever script starts (a typo in `dpo` should not wait for SFT to end), and every
-problem is named at once. No string becomes None, a tuple or a dict: what the command line cannot say, the file says.
+Every section is checked whichever command starts (a typo in `dpo` should not wait for SFT to end), and every problem is named at once.
+Strings are never converted to None, tuples or dicts: what the command line cannot say, the file says.
 """
 
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import importlib.util
-import inspect
 import json
 import math
 import runpy
 import traceback
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import ModuleType, SimpleNamespace, UnionType
 from typing import Literal, Union, get_args, get_origin
 
 from plumbing.files import UserError
 
-GROUPS = ("model", "data", "optimizer", "loss", "machine", "run")  # in the order of --help
+GROUPS = ("model", "data", "optimizer", "loss", "steering", "measure", "machine", "run")  # in the order of --help
+# The commands own their keys: DPOConfig stands beside the losses in train_dpo.py. They are named here and imported when a config is read:
+# plumbing is below the commands, and every section is checked whichever of them starts.
+SECTIONS = {"sft": "train_sft.SFTConfig", "dpo": "train_dpo.DPOConfig"}
 COMMAND_LINE_ONLY = {"fresh": "restart the run at every start", "push": "upload it at every end"}
 # {their name: ours}, of TRL, peft and open-instruct, where the spelling alone would suggest no key or another one
 THEIR_NAMES = {
@@ -39,15 +42,36 @@ Template = Literal["tulu", "zephyr", "llama3", "chatml"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def setting(group, unit, help, default=MISSING, above=None, minimum=None, below=None, identity=True):
-    """A dataclass field; above < value, minimum <= value and value < below. A key without identity may change when a run is resumed."""
+def setting(group, unit, help, default=MISSING, above=None, minimum=None, below=None, affects_results=True):
+    """A dataclass field; above < value, minimum <= value and value < below. affects_results=False: the key may change when a run is resumed."""
     bounds = {"above": above, "minimum": minimum, "below": below}
-    return dataclasses.field(default=default, metadata={"group": group, "unit": unit, "help": help, "identity": identity, **bounds})
+    return dataclasses.field(default=default, metadata={"group": group, "unit": unit, "help": help, "affects_results": affects_results, **bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """What both stages know. A parent class and not a nested part, so that scripts read `config.lr` and a key has one name everywhere."""
+class Section:
+    """The keys of one section of a config: fields made by `setting`. What exists is valid, also when a test or dataclasses.replace makes it."""
+
+    def __post_init__(self):
+        values, problems = _check_keys(_fields(type(self)), vars(self))
+        if problems := problems + _conflicts(type(self), values):
+            raise UserError("\n".join(problems))
+        vars(self).update(self.resolve(values))  # 5 became 5.0 where the key is a float
+
+    @staticmethod
+    def resolve(values):
+        """The values with those filled in that follow from others."""
+        return values
+
+    @staticmethod
+    def conflicts(c):
+        """Yield ((keys), message) of every combination of values that cannot be. c: the values by attribute."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """What both training stages know. A parent class and not a nested part, so that scripts read `config.lr` and a key has one name everywhere."""
 
     model_path: str = setting("model", "path or org/name[@revision]", "Hugging Face folder to start from (DPO: also the reference)")
     template: Template | None = setting("model", "name", "chat template; None: the tokenizer's own, if it is one of these", default="tulu")
@@ -63,7 +87,7 @@ class Config:
     )
     supervise: Literal["all", "last"] = setting("data", "turns", "assistant turns that are trained on", default="all")
     max_seq_len: int = setting("data", "tokens", "longer conversations (DPO: each of the two) are truncated", minimum=2)
-    cache_dir: str = setting("data", "path", "tokenised data and reference log-probs, by content", default="runs/cache", identity=False)
+    cache_dir: str = setting("data", "path", "tokenised data and reference log-probs, by content", default="runs/cache", affects_results=False)
     seed: int = setting("data", "-", "order of the examples, adapter initialisation", default=42, minimum=0, below=2**32)
 
     global_batch_size: int = setting("optimizer", "examples", "documents (DPO: pairs) of one optimizer step, over all GPUs", minimum=1)
@@ -76,15 +100,15 @@ class Config:
     weight_decay: float = setting("optimizer", "-", "decoupled, as in AdamW", default=0.0, minimum=0)
     max_grad_norm: float | None = setting("optimizer", "-", "clip the global gradient norm to this; None: never", default=1.0, above=0)
 
-    tokens_per_microbatch: int = setting("machine", "tokens", "packed stream of one GPU: sets memory, not results", minimum=2, identity=False)
+    tokens_per_microbatch: int = setting("machine", "tokens", "packed stream of one GPU: sets memory, not results", minimum=2, affects_results=False)
     recompute: Literal["none", "half", "full"] = setting(
-        "machine", "blocks", "whose activations are computed again in backward: less memory, more time", default="none", identity=False
+        "machine", "blocks", "whose activations are computed again in backward: less memory, more time", default="none", affects_results=False
     )
     kernels: Literal["fused", "plain"] = setting(
-        "machine", "name", "fused: blocks with a hand-written backward; plain: their twin, by autograd", default="fused", identity=False
+        "machine", "name", "fused: blocks with a hand-written backward; plain: their twin, by autograd", default="fused", affects_results=False
     )
     attention: Literal["flash2", "flash4"] = setting(
-        "machine", "name", "on GPUs; flash4: of the package flash-attn-4, long documents 6 to 9 % faster", default="flash2", identity=False
+        "machine", "name", "on GPUs; flash4: of the package flash-attn-4, long documents 6 to 9 % faster", default="flash2", affects_results=False
     )
     moments: Literal["fp32", "bf16"] = setting(
         "machine", "name", "of AdamW; bf16 (one process, full fine-tuning): 4 bytes a weight less, rounded stochastically", default="fp32"
@@ -97,102 +121,67 @@ class Config:
         "machine", "name", "of compute; fp8: bf16, but float8 in the blocks' linears; parameters and AdamW are fp32 in all", default="bf16"
     )
 
-    out_dir: str = setting("run", "path", "run folder: config, manifest, metrics, checkpoints, final model", identity=False)
-    log_every: int = setting("run", "steps", "between step lines", default=1, minimum=1, identity=False)
+    out_dir: str = setting("run", "path", "run folder: config, manifest, metrics, checkpoints, final model", affects_results=False)
+    log_every: int = setting("run", "steps", "between step lines", default=1, minimum=1, affects_results=False)
     eval_every: int | None = setting(
-        "run", "steps", "between evaluations on data_eval; None: at start and end only", default=None, minimum=1, identity=False
+        "run", "steps", "between evaluations on data_eval; None: at start and end only", default=None, minimum=1, affects_results=False
     )
     save_every: int | None = setting(
-        "run", "steps", "between resumable checkpoints; None: only when stopped", default=None, minimum=1, identity=False
+        "run", "steps", "between resumable checkpoints; None: only when stopped", default=None, minimum=1, affects_results=False
     )
     sample_every: int | None = setting(
-        "run", "steps", "between greedy answers to four fixed prompts, in samples.jsonl; None: never", default=None, minimum=1, identity=False
+        "run", "steps", "between greedy answers to four fixed prompts, in samples.jsonl; None: never", default=None, minimum=1, affects_results=False
     )
-    tensorboard: bool = setting("run", "flag", "also write the metrics as TensorBoard events, in out_dir", default=False, identity=False)
-    keep_last: int = setting("run", "checkpoints", "older ones are deleted", default=2, minimum=1, identity=False)
-    fresh: bool = setting("run", "flag", "start over although out_dir has a checkpoint (command line only)", default=False, identity=False)
+    tensorboard: bool = setting("run", "flag", "also write the metrics as TensorBoard events, in out_dir", default=False, affects_results=False)
+    keep_last: int = setting("run", "checkpoints", "older ones are deleted", default=2, minimum=1, affects_results=False)
+    fresh: bool = setting("run", "flag", "start over although out_dir has a checkpoint (command line only)", default=False, affects_results=False)
     push: str | None = setting(
-        "run", "org/name", "hub repository that gets final/ and adapter/ after the run (command line only)", default=None, identity=False
+        "run", "org/name", "hub repository that gets final/ and adapter/ after the run (command line only)", default=None, affects_results=False
     )
 
-    def __post_init__(self):
-        """A config that exists is a valid one, also when a test or dataclasses.replace makes it."""
-        values, problems = _check_keys(type(self), vars(self))
-        if problems := problems + _check_rules(type(self), values):
-            raise UserError("\n".join(problems))
-        vars(self).update(values)  # 5 became 5.0 where the key is a float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig(Config):
-    """Keys of train_sft.py."""
-
-    loss: Literal["token_mean", "tulu3_release"] = setting(
-        "loss", "name", "token_mean: NLL sum / supervised tokens of the step; tulu3_release: NLL sum / its sequences", default="token_mean"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPOConfig(Config):
-    """Keys of train_dpo.py."""
-
-    loss: Literal["dpo_norm", "dpo", "simpo", "ipo", "wpo"] = setting(
-        "loss", "name", "dpo_norm: DPO on per-token mean log-probs", default="dpo_norm"
-    )
-    beta: float = setting(
-        "loss", "1/nat", "strength of the tie to the reference; about 5 for means (dpo_norm), 0.1 for sums (dpo)", default=5.0, above=0
-    )
-    label_smoothing: float = setting("loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo", default=0.0, minimum=0, below=0.5)
-    gamma_beta_ratio: float | None = setting("loss", "nat/token", "target margin / beta; simpo only", default=None, minimum=0)
-    share_prefix: bool = setting(
-        "machine", "flag", "compute what chosen and rejected begin with once: faster, the same to rounding", default=True, identity=False
-    )
-    sft_weight: float = setting("loss", "-", "weight of an added token-mean NLL of the chosen answers", default=0.0, minimum=0)
-
-
-SECTIONS = {"common": Config, "sft": SFTConfig, "dpo": DPOConfig}
-
-# (what must not be, what to say). A rule reads the keys that its parameters name, and is skipped while one of them is itself wrong.
-COMMON_RULES = (
-    (lambda model_path, out_dir: Path(model_path).resolve() == (Path(out_dir) / "final").resolve(),
-     "out_dir={out_dir!r}: its final/ is model_path, which the end of the run would replace; expected another folder"),
-    (lambda eval_every, data_eval: eval_every and data_eval is None, "eval_every={eval_every}: needs data_eval"),
-    (lambda warmup_ratio, warmup_steps: warmup_ratio > 0 and warmup_steps is not None,
-     "warmup_ratio={warmup_ratio}, warmup_steps={warmup_steps}: expected one of the two"),
-    (lambda lora_rank, lora_alpha: (lora_rank > 0) != (lora_alpha is not None),
-     "lora_rank={lora_rank}, lora_alpha={lora_alpha}: expected both (the scale is lora_alpha / lora_rank) or neither"),
-    (lambda moments, gradients, precision, lora_rank: "bf16" in (moments, gradients) and (precision == "fp32" or lora_rank > 0),
-     "moments={moments!r}, gradients={gradients!r}: bf16 needs precision='bf16' or 'fp8' and full fine-tuning (lora_rank=0)"),
-    (lambda kernels, precision: kernels == "plain" and precision == "fp8",
-     "kernels='plain', precision='fp8': float8 is in the fused blocks only; expected kernels='fused'"),
-    (lambda attention, precision: attention == "flash4" and precision == "fp32",
-     "attention='flash4', precision='fp32': flash kernels take 16 bits; expected precision='bf16' or 'fp8'"),
-    (lambda attention: attention == "flash4" and not _is_installed("flash_attn.cute"),
-     "attention={attention!r}: expected the package flash-attn-4, which is not installed (pip install --pre flash-attn-4)"),
-    (lambda tensorboard: tensorboard and not _is_installed("tensorboard"),
-     "tensorboard={tensorboard}: expected the package, which is not installed (pip install tensorboard)"),
-)  # fmt: skip
-RULES = {
-    Config: (),
-    SFTConfig: COMMON_RULES + (
-        (lambda max_seq_len, tokens_per_microbatch: max_seq_len > tokens_per_microbatch,
-         "tokens_per_microbatch={tokens_per_microbatch}: expected at least max_seq_len={max_seq_len} (a document must fit one stream)"),
-    ),
-    DPOConfig: COMMON_RULES + (
-        (lambda max_seq_len, tokens_per_microbatch: 2 * max_seq_len > tokens_per_microbatch,
-         "tokens_per_microbatch={tokens_per_microbatch}: expected at least twice max_seq_len={max_seq_len} (a pair must fit one stream)"),
-        (lambda loss, gamma_beta_ratio: (loss == "simpo") != (gamma_beta_ratio is not None),
-         "loss={loss!r}, gamma_beta_ratio={gamma_beta_ratio}: simpo needs one, no other loss has one"),
-        (lambda loss, label_smoothing: label_smoothing > 0 and loss not in ("dpo_norm", "dpo", "simpo"),
-         "label_smoothing={label_smoothing}: defined for dpo_norm, dpo and simpo, not for loss={loss!r}"),
-    ),
-}  # fmt: skip
+    @staticmethod
+    def conflicts(c):
+        """Yield ((keys), message) of every combination of values that cannot be. c: the values by attribute."""
+        if Path(c.model_path).resolve() == (Path(c.out_dir) / "final").resolve():
+            message = f"out_dir={c.out_dir!r}: its final/ is model_path, which the end of the run would replace; expected another folder"
+            yield ("model_path", "out_dir"), message
+        if c.eval_every and c.data_eval is None:
+            yield ("eval_every", "data_eval"), f"eval_every={c.eval_every}: needs data_eval"
+        if c.warmup_ratio > 0 and c.warmup_steps is not None:
+            both = f"warmup_ratio={c.warmup_ratio}, warmup_steps={c.warmup_steps}"
+            yield ("warmup_ratio", "warmup_steps"), f"{both}: expected one of the two"
+        if (c.lora_rank > 0) != (c.lora_alpha is not None):
+            both = f"lora_rank={c.lora_rank}, lora_alpha={c.lora_alpha}"
+            yield ("lora_rank", "lora_alpha"), f"{both}: expected both (the scale is lora_alpha / lora_rank) or neither"
+        if "bf16" in (c.moments, c.gradients) and (c.precision == "fp32" or c.lora_rank > 0):
+            needs = "bf16 needs precision='bf16' or 'fp8' and full fine-tuning (lora_rank=0)"
+            yield ("moments", "gradients", "precision", "lora_rank"), f"moments={c.moments!r}, gradients={c.gradients!r}: {needs}"
+        if c.kernels == "plain" and c.precision == "fp8":
+            needs = "float8 is in the fused blocks only; expected kernels='fused'"
+            yield ("kernels", "precision"), f"kernels='plain', precision='fp8': {needs}"
+        if c.attention == "flash4" and c.precision == "fp32":
+            needs = "flash kernels take 16 bits; expected precision='bf16' or 'fp8'"
+            yield ("attention", "precision"), f"attention='flash4', precision='fp32': {needs}"
+        if c.attention == "flash4" and not _is_installed("flash_attn.cute"):
+            needs = "expected the package flash-attn-4, which is not installed (pip install --pre flash-attn-4)"
+            yield ("attention",), f"attention={c.attention!r}: {needs}"
+        if c.tensorboard and not _is_installed("tensorboard"):
+            needs = "expected the package, which is not installed (pip install tensorboard)"
+            yield ("tensorboard",), f"tensorboard={c.tensorboard}: {needs}"
 
 
 def _is_installed(module):
     """Whether a module can be imported, of a package that may be missing itself or be of another version."""
     parent = module.rpartition(".")[0]
     return (not parent or _is_installed(parent)) and importlib.util.find_spec(module) is not None
+
+
+def section(name):
+    """The class of a section: Config for "common", else the one that its command defines."""
+    if name == "common":
+        return Config
+    module, _, cls = SECTIONS[name].partition(".")
+    return getattr(importlib.import_module(module), cls)
 
 
 INVALID = object()  # stands where a key was given a wrong value: neither missing nor fit for a rule
@@ -212,27 +201,37 @@ def load(stage, argv):
         hint = " (a value goes behind =, as in --lr=1e-4)" if len(paths) > 1 else ""
         usage = f"train_{stage}.py CONFIG.py [--key=value ...]; --help lists the keys"
         raise UserError(f"expected one config file, got {paths}{hint}: {usage}")
-    path = paths[0]
-    sections, problems = _read_sections(path)
-    overrides, unfit = _read_overrides(SECTIONS[stage], [arg for arg in argv if arg.startswith("-")])
+    return load_sections(paths[0], [stage], [arg for arg in argv if arg.startswith("-")])[stage]
+
+
+def load_sections(path, stages, overrides):
+    """{stage: its checked section} of a config file. path None: of defaults and overrides alone.
+
+    overrides: `--key=value` arguments; each goes to those of `stages` that have the key. Every section of the file is checked, also those
+    that are not asked for. UserError: every problem of file and overrides, one per line.
+    """
+    sections, problems = ({stage: {} for stage in stages}, []) if path is None else _read_sections(path)
+    given, unfit = _read_overrides([section(stage) for stage in stages], overrides)
     problems += [f"command line: {problem}" for problem in unfit]
-    if stage not in sections:
-        problems.append(f"{path}: no section {stage!r}: expected {stage} = dict(...)")
+    problems += [f"{path}: no section {stage!r}: expected {stage} = dict(...)" for stage in stages if stage not in sections]
 
     checked = {"common": {}}
-    for section, given in sections.items():
-        checked[section], unfit = _check_keys(SECTIONS[section], given)
-        problems += [f"{path}: {section}: {problem}" for problem in unfit]
+    for name, values in sections.items():
+        checked[name], unfit = _check_keys(_fields(section(name)), values)
+        problems += [f"{path}: {name}: {problem}" for problem in unfit]
     resolved = {}
-    for section in [name for name in sections if name != "common"]:
-        cls = SECTIONS[section]
-        values = _defaults(cls) | checked["common"] | checked[section] | (overrides if section == stage else {})
+    for name in [name for name in sections if name != "common"]:
+        cls = section(name)
+        values = _defaults(cls)
+        for source in (checked["common"], checked[name], given if name in stages else {}):
+            values |= {key: value for key, value in source.items() if key in _fields(cls)}
         missing = [f"missing {f.name!r}: {f.metadata['help']}" for f in dataclasses.fields(cls) if f.name not in values]
-        problems += [f"{path}: {section}: {problem}" for problem in missing + _check_rules(cls, values)]
-        resolved[section] = values
+        where = f"{path}: {name}: " if path else ""
+        problems += [f"{where}{problem}" for problem in missing + _conflicts(cls, values)]
+        resolved[name] = values
     if problems:
         raise UserError("\n".join(problems))
-    return SECTIONS[stage](**resolved[stage])
+    return {stage: section(stage)(**resolved[stage]) for stage in stages}
 
 
 def check_world_size(config, world_size):
@@ -257,7 +256,7 @@ def config_dict(config):
 def resume_dict(config):
     """The keys that must be equal for a run to go on from a checkpoint: all but those that only say where, how often or on what machine."""
     values = config_dict(config)
-    return {f.name: values[f.name] for f in dataclasses.fields(config) if f.metadata["identity"]}
+    return {f.name: values[f.name] for f in dataclasses.fields(config) if f.metadata["affects_results"]}
 
 
 def config_hash(config):
@@ -274,13 +273,17 @@ def help_text(stage):
     ]
     for group in GROUPS:
         lines.append(f"\n{group}")
-        for field in dataclasses.fields(SECTIONS[stage]):
+        for field in dataclasses.fields(section(stage)):
             if field.metadata["group"] == group:
                 default = "required" if field.default is MISSING else f"default {field.default!r}"
                 place = "" if _scalars(field.type) else " (in the file only)"
                 lines.append(f"  {field.name}: {_describe(field)}, {default}{place}")
                 lines.append(f"      [{field.metadata['unit']}] {field.metadata['help']}")
     return "\n".join(lines)
+
+
+def _fields(cls):
+    return {field.name: field for field in dataclasses.fields(cls)}
 
 
 def _defaults(cls):
@@ -308,8 +311,9 @@ def _read_sections(path):
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, ModuleType):
             continue
-        if name not in SECTIONS:
-            hint = _did_you_mean(name, SECTIONS) or "; expected common, sft or dpo (a private name starts with _)"
+        if name not in ("common", *SECTIONS):
+            expected = f"; expected common, {', '.join(SECTIONS)} (a private name starts with _)"
+            hint = _did_you_mean(name, ("common", *SECTIONS)) or expected
             problems.append(f"{path}: unknown section {name!r}{hint}")
         elif not isinstance(value, dict):
             problems.append(f"{path}: {name}: expected a dict, got {type(value).__name__}")
@@ -321,9 +325,11 @@ def _read_sections(path):
     return sections, problems
 
 
-def _read_overrides(cls, args):
+def _read_overrides(classes, args):
     """`--key=value` by the key's declared type, a bare `--key` for a true bool -> (values, problems)."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {}
+    for cls in classes:
+        fields |= _fields(cls)
     given, problems = {}, []
     for arg in args:
         name, equals, text = arg.removeprefix("--").partition("=")
@@ -337,7 +343,7 @@ def _read_overrides(cls, args):
             given[name] = INVALID
         else:
             given[name] = _parse(text, types)
-    values, unfit = _check_keys(cls, given)
+    values, unfit = _check_keys(fields, given)
     return values, problems + unfit
 
 
@@ -351,13 +357,12 @@ def _parse(text, types):
     return text
 
 
-def _check_keys(cls, given):
-    """-> (the known keys, floats as float and WRONG in place of a wrong value; problems)."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+def _check_keys(fields, given):
+    """-> (the known keys, floats as float and INVALID in place of a wrong value; problems). fields: {name: dataclass field}."""
     values, problems = {}, []
     for name, value in given.items():
         if name not in fields:
-            others = [section for section, other in SECTIONS.items() if name in {field.name for field in dataclasses.fields(other)}]
+            others = [stage for stage in SECTIONS if name in _fields(section(stage))]
             ours = THEIR_NAMES.get(name)
             if others:
                 hint = f" (a key of {' and '.join(others)})"
@@ -402,13 +407,20 @@ def _unfit(field, value):
     return None if fits else f"{field.name}={value!r}: expected {_describe(field)}"
 
 
-def _check_rules(cls, values):
-    problems = []
-    for fails, message in RULES[cls]:
-        read = {name: values.get(name, INVALID) for name in inspect.signature(fails).parameters}
-        if INVALID not in read.values() and fails(**read):
-            problems.append(message.format(**values))
-    return problems
+def _conflicts(cls, values):
+    """The messages of cls.conflicts, but for those of which a key is missing or itself wrong."""
+    known = {name for name, value in values.items() if value is not INVALID}
+    stand_ins = {field.name: _stand_in(field) for field in dataclasses.fields(cls) if field.name not in known}
+    found = cls.conflicts(SimpleNamespace(**(values | stand_ins)))
+    return [message for keys, message in found if known.issuperset(keys)]
+
+
+def _stand_in(field):
+    """A value that a rule can compute with, for a key that has none."""
+    if field.default is not MISSING:
+        return field.default
+    scalars = _scalars(field.type)
+    return scalars[0]() if scalars else None
 
 
 def _did_you_mean(name, known):

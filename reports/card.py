@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from plumbing import hub
-from plumbing.config import SECTIONS
+from plumbing.config import section
 from reports.folders import read
 
 WHAT = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimisation"}
@@ -26,7 +26,7 @@ def card(run_dir):
     run = read(run_dir)
     stage = run.manifest["stage"]
     lineage = _lineage(Path(run_dir))
-    decisive = {field.name: run.config[field.name] for field in dataclasses.fields(SECTIONS[stage]) if field.metadata["identity"]}
+    decisive = {field.name: run.config[field.name] for field in dataclasses.fields(section(stage)) if field.metadata["affects_results"]}
     name = "/".join(Path(run_dir).absolute().parts[-2:])
     steps = run.points("loss")[0][-1]
     parts = [

@@ -9,8 +9,6 @@ import pytest
 from data import TEMPLATES
 from plumbing.config import (
     THEIR_NAMES,
-    DPOConfig,
-    SFTConfig,
     Template,
     check_world_size,
     config_dict,
@@ -19,6 +17,8 @@ from plumbing.config import (
     load,
     resume_dict,
 )
+from train_dpo import DPOConfig
+from train_sft import SFTConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "pairs")  # which holds no training config
@@ -126,7 +126,7 @@ IN_THE_FILE = [
     ),
     ("dpo |= dict(dpo_beta=0.1)", "x.py: dpo: unknown key 'dpo_beta', did you mean 'beta'?"),
     ("stf = dict()", "x.py: unknown section 'stf', did you mean 'sft'?"),
-    ("root = 'runs'", "x.py: unknown section 'root'; expected common, sft or dpo (a private name starts with _)"),
+    ("root = 'runs'", "x.py: unknown section 'root'; expected common, sft, dpo (a private name starts with _)"),
     ("sft = [1]", "x.py: sft: expected a dict, got list"),
     ("del common['lr']", "x.py: dpo: missing 'lr': peak learning rate of AdamW"),
     ("sft |= dict(fresh=True)", "x.py: sft: fresh: expected on the command line only; here it would restart the run at every start"),

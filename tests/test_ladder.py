@@ -11,7 +11,7 @@ import pytest
 from world import ROOT, launch, write_config
 
 from families import load_pretrained
-from plumbing.config import SECTIONS
+from plumbing.config import section
 from plumbing.weights import fingerprint
 from reports import card, ladder, registry
 
@@ -143,7 +143,7 @@ def test_an_entry_holds_first_and_last_values_and_the_overall_verdict(tmp_path, 
     (run / "config.json").write_text('{"loss": "simpo"}')
     (run / "manifest.json").write_text(json.dumps({"stage": "dpo", "data": "d", "commit": "c", "weights": "before"}))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = SECTIONS["dpo"](model_path="m", out_dir=str(run), data={"a": 1.0}, max_seq_len=8, global_batch_size=1,
+    config = section("dpo")(model_path="m", out_dir=str(run), data={"a": 1.0}, max_seq_len=8, global_batch_size=1,
                              tokens_per_microbatch=16, lr=1.0)  # fmt: skip
     registry.add_run(config)
     verdicts = [{"category": name, "verdict": name, "estimate": [x, 2 * x], "low": [x] * 2, "high": [x] * 2, "change": x,
@@ -186,7 +186,7 @@ def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
     The table holds every metric's first and last value."""
     monkeypatch.chdir(tmp_path)
     manifest = dict.fromkeys(card.SETUP, None) | {"stage": "dpo"}
-    shared = dict.fromkeys([field.name for field in dataclasses.fields(SECTIONS["dpo"])])
+    shared = dict.fromkeys([field.name for field in dataclasses.fields(section("dpo"))])
     shared |= dict(lora_rank=8, global_batch_size=4, loss="simpo")
     configs = {
         "sft": shared | dict(model_path="org/base@v1", data={"org/chats@main": 1.0, "data/gone.jsonl": 1.0}),

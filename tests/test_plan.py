@@ -29,8 +29,10 @@ from planner.budget import (
     training_seconds,
     with_communication,
 )
-from plumbing.config import DPOConfig, SFTConfig, load
+from plumbing.config import load
 from plumbing.tokenizer import Tokenizer
+from train_dpo import DPOConfig
+from train_sft import SFTConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 2**30

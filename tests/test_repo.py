@@ -19,6 +19,7 @@ import pytest
 import kernels
 from planner import plan
 from planner.budget import find_gpu
+from plumbing import config
 from plumbing.config import SECTIONS, load
 
 ROOT = Path(__file__).parent.parent
@@ -127,8 +128,8 @@ def test_functions_fit_a_screen(path):
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 KEYS = {}  # {key: the types that it has in some stage}
-for section in SECTIONS.values():
-    for field in dataclasses.fields(section):
+for section in SECTIONS:
+    for field in dataclasses.fields(config.section(section)):
         KEYS.setdefault(field.name, []).append(field.type)
 NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
 CONSTANTS = {node.value for node in NODES if isinstance(node, ast.Constant) and isinstance(node.value, str)}

@@ -12,7 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from plumbing.config import SECTIONS
+from plumbing.config import section
 from plumbing.files import UserError
 from tools import open_instruct_yaml as theirs
 
@@ -71,7 +71,7 @@ def translate(given, stage, processes):
         t.problems.append(f"{key}: no key of stage {stage!r} that this tool knows" + (f", did you mean {near[0]!r}?" if near else ""))
     if not t.problems:
         try:
-            SECTIONS[stage](**{key: value for key, value in t.values.items() if value is not None})
+            section(stage)(**{key: value for key, value in t.values.items() if value is not None})
         except ValueError as error:
             t.problems.append(f"as a config of ours: {error}")
     if t.problems:
