@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all; progress for people; UserError. No torch: reports read runs without it."""
+"""Small files written whole or not at all, text tables, progress bars, UserError. No torch: reports read runs without it."""
 
 import json
 import math
@@ -11,35 +11,44 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """What a user can mend: one line that names key, value, expectation and, where there is one, file or row.
+    """A mistake that a user can mend: one line that names key, value, expectation and, where there is one, file or row.
 
-    Scripts print it without a traceback (parallel.run). Everything else that is raised is a fault of ours and keeps its traceback.
+    Commands print it without a traceback (parallel.run). Every other exception is a bug of ours and keeps its traceback.
     """
-
 
 
 # ---------------------------------------------------------------- JSON
 
 
 def read_json(path):
-    """What a JSON file holds. ValueError naming the file when it is missing or torn."""
+    """The value in a JSON file. UserError naming the file when it is missing or torn."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:  # the latter: no JSON, or no text
+    except (FileNotFoundError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise UserError(f"{path}: missing or torn ({error})") from error
 
 
+def read_config(directory):
+    """config.json of a model folder, as a dict. UserError when there is none, or a torn one."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no config.json there; expected a Hugging Face model folder")
+    return read_json(path)
+
+
 def finite(value):
-    """`value` with None for NaN and infinity: JSON has neither, and a measurement of hours is not lost to one of its numbers."""
+    """`value` with None for NaN and infinity, which JSON cannot express: one bad number must not cost hours of measurements."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write_json(path, value):
-    """Write `finite(value)` atomically, and through to the disk: a reader, also after a power cut, sees the old file or the new one."""
+    """Write `finite(value)` atomically and durably: a reader sees the old file or the new one, also after a power cut."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
@@ -52,7 +61,7 @@ def write_json(path, value):
 
 
 def publish(folder, target):
-    """Rename a finished folder to its name, replacing an older one; at any moment a whole copy of old or new is on the disk."""
+    """Rename a finished folder to its name, replacing an older one. At any moment a whole copy of old or new is on the disk."""
     old = target.with_name(f".old_{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -63,23 +72,30 @@ def publish(folder, target):
 
 
 def sync_folder(path):
-    """fsync a folder: the names in it, which the fsync of a file does not cover."""
+    """fsync a folder. Its entries, the names of the files, are not covered by the fsync of a file."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-# ---------------------------------------------------------------- progress
+# ---------------------------------------------------------------- text for people
+
+
+def table(head, rows, left=(0,)):
+    """Rows of strings as one text, in columns two spaces apart. Columns whose numbers are in `left` (-1: the last) hold words and
+    are aligned to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = [column % len(head) for column in left]
+    text = []
+    for line in lines:
+        cells = []
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            cells.append(cell.ljust(width) if column in left else cell.rjust(width))
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
 
 
 def progress_bar(items=None, **options):
-    """tqdm, with rate and ETA: two refreshes a second on a terminal; where each stays, in a log file, one in ten seconds."""
+    """tqdm with rate and ETA, refreshed twice a second on a terminal, every ten seconds in a log file, which keeps each refresh."""
     return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
-
-
-def read_config(directory):
-    """config.json of a model folder, as a dict. ValueError when there is none, or a torn one."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{directory}: no config.json there; expected a Hugging Face model folder")
-    return read_json(path)
