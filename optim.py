@@ -51,13 +51,14 @@ def learning_rate(step, total_steps, peak, schedule, warmup):
 
 
 def keep_masters(model, grad_dtype):
-    """Make every bf16 parameter of an unsharded model a split master: `low_bits` (int16) holds what bf16 cuts off its float32 value.
+    """Make every bf16 parameter of an unsharded model a split master, and keep its gradient in grad_dtype.
 
-    Its gradient is kept in grad_dtype, and matrices take theirs inside the matmul (block.weight_gradient).
+    Matrices take theirs inside the matmul (kernels.masters).
     """
     for param in model.parameters():
-        param.low_bits = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
-        param.grad_dtype, param.accumulates = grad_dtype, param.ndim == 2
+        low_bits = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+        param.master = kernels.Master(low_bits, accumulates=param.ndim == 2)
+        param.grad_dtype = grad_dtype
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -77,7 +78,7 @@ class SplitAdamW(torch.optim.Optimizer):
             state = self.state[p]
             state["step"] += 1
             step = int(state["step"])
-            kernels.adamw(p, p.low_bits, state["exp_avg"], state["exp_avg_sq"], p.grad, grad_scale, group["lr"], group["weight_decay"],
+            kernels.adamw(p, p.master.low_bits, state["exp_avg"], state["exp_avg_sq"], p.grad, grad_scale, group["lr"], group["weight_decay"],
                           *ADAM_BETAS, ADAM_EPS, step, seed=(step << 12) + index)  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def adamw(model, weight_decay, moments=torch.float32):
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    if all(hasattr(p, "low_bits") for p in trainable):
+    if all(kernels.is_split(p) for p in trainable):
         return SplitAdamW(groups, moments)
     assert moments == torch.float32, moments
     # lr is set before every step; fused is one kernel over all tensors
@@ -124,7 +125,9 @@ def sample_weights(model, per_tensor=1 << 16):
 
     def master(p):
         local = parallel.local_rows(p)[1].flatten()[:per_tensor]
-        return kernels.join_master(local, p.low_bits.flatten()[:per_tensor]) if hasattr(p, "low_bits") else local.clone()
+        if kernels.is_split(p):
+            return kernels.join_master(local, p.master.low_bits.flatten()[:per_tensor])
+        return local.clone()
 
     return [master(p) for p in model.parameters() if p.requires_grad]
 

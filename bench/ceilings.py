@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kernels import attention, token_logps
+from kernels import Master, attention, token_logps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS, ROWS, TOKENS = 2.0, 8192, 16384
@@ -87,7 +87,7 @@ def head_table(chunks=(1024, 2048, 4096, 8192)):
     inner, vocabulary = MATMULS["head"]
     hidden, weight = (torch.randn(n, inner, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (ROWS, vocabulary))
     targets = torch.randint(vocabulary, (ROWS,), device=DEVICE)
-    weight.accumulates, weight.grad_dtype = True, torch.float32  # as training has it on one GPU
+    weight.grad_dtype, weight.master = torch.float32, Master(low_bits=None, accumulates=True)  # as training has it on one GPU
     flops = 8 * ROWS * inner * vocabulary  # logits twice, and two gradients
     print(f"\n{'token_logps, rows a chunk':<28}{'ms':>6}  TFLOP/s   GiB beside the gradients")
     for chunk in chunks:

@@ -4,14 +4,17 @@ from kernels.adamw import adamw
 from kernels.attention import attention, attention_path
 from kernels.block import rms_norm, rotate
 from kernels.logps import segment_sums, token_logps
+from kernels.masters import Master, is_split
 from kernels.reference import IGNORE_INDEX, SharedPrefix, join_master, split_master
 
 __all__ = [
     "IGNORE_INDEX",
+    "Master",
     "SharedPrefix",
     "adamw",
     "attention",
     "attention_path",
+    "is_split",
     "join_master",
     "rms_norm",
     "rotate",

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import reference
+from kernels.masters import accumulates
 
 
 @functools.cache
@@ -63,10 +64,9 @@ def matmul(a, b, dtype, into=None):
 def weight_gradient(weight, dy, x):
     """dy^T x, the gradient of weight (out, in) in y = x weight^T.
 
-    A weight with the attribute `accumulates` (optim.keep_masters sets it where one process owns the whole model) takes its gradient here: it
-    is added to weight.grad, in weight.grad_dtype, inside the matmul, which saves a pass over all gradients, and None is returned.
+    A weight that accumulates (masters.Master) takes it here: it is added to weight.grad inside the matmul, and None is returned.
     """
-    if not getattr(weight, "accumulates", False):
+    if not accumulates(weight):
         return dy.T @ x
     weight.grad = matmul(dy.T, x, weight.grad_dtype, into=weight.grad)
     return None

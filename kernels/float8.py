@@ -6,6 +6,7 @@ import torch
 
 from kernels import reference
 from kernels.block import gpu_kernels
+from kernels.masters import accumulates
 from kernels.reference import Float8
 
 
@@ -64,7 +65,7 @@ def matmul_float8(a, b):
 def weight_gradient_float8(weight, dy, x):
     """`weight_gradient` in float8; dy and x: Float8s of dy^T (out, T') and x^T (in, T'). The product is rounded to bf16, then added."""
     product = matmul_float8(dy, x)
-    if not getattr(weight, "accumulates", False):
+    if not accumulates(weight):
         return product
     # _scaled_mm cannot add to its result: a pass of 10 bytes a weight
     weight.grad = product.to(weight.grad_dtype) if weight.grad is None else weight.grad.add_(product)

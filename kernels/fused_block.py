@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from kernels import block as pieces
 from kernels import float8
 from kernels.block import matmul, weight_gradient
+from kernels.masters import accumulates
 
 # ---------------------------------------------------------------- the embedding
 
 
 class _Embed(torch.autograd.Function):
-    """Rows of the embedding, for a weight that `accumulates`: its gradient touches the stream's rows and not the whole (V, D)."""
+    """Rows of the embedding, for a weight that accumulates (masters.Master): its gradient touches the stream's rows and not the whole (V, D)."""
 
     @staticmethod
     def forward(ctx, weight, input_ids):
@@ -44,7 +45,7 @@ class _Embed(torch.autograd.Function):
 
 def embed(weight, input_ids):
     """weight (V, D), input_ids (T,) -> (T, D)."""
-    return _Embed.apply(weight, input_ids) if getattr(weight, "accumulates", False) else F.embedding(input_ids, weight)
+    return _Embed.apply(weight, input_ids) if accumulates(weight) else F.embedding(input_ids, weight)
 
 
 # ---------------------------------------------------------------- a linear layer with a LoRA adapter, and its gradients

@@ -4,6 +4,7 @@ import torch
 
 from kernels import reference
 from kernels.block import gpu_kernels, matmul, weight_gradient
+from kernels.masters import accumulates
 
 
 def token_logps(hidden, weight, targets, chunk=2048):
@@ -38,8 +39,9 @@ class _TokenLogps(torch.autograd.Function):
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # summed over chunks in float32; a weight that accumulates has its own dtype for that, and bf16 gradients are rounded every chunk
-        accumulates = getattr(weight, "accumulates", False)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight and not accumulates else None
+        grad_weight = None
+        if wants_weight and not accumulates(weight):
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             dlogits = logits_gradient(matmul(hidden[rows], weight.T, torch.float32), log_z[rows], targets[rows], g[rows], hidden.dtype)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kernels import join_master
+from kernels import is_split, join_master
 from plumbing import parallel
 from plumbing.files import UserError, publish, read_json, sync_folder, write_json
 from plumbing.tensors import open_safetensors, write_safetensors
@@ -186,12 +186,12 @@ def _local_rows(tensors):
     """(key, (first row, this rank's rows)) of each tensor that has any here; a split master as the float32 that it is."""
 
     def width(tensor):
-        return 4 if hasattr(tensor, "low_bits") else tensor.dtype.itemsize
+        return 4 if is_split(tensor) else tensor.dtype.itemsize
 
     for key, tensor in sorted(tensors.items(), key=lambda item: -width(item[1])):  # stable: wider dtypes first, as the writer wants
         first, local = parallel.local_rows(tensor)
         if local.numel():
-            yield key, (first, join_master(local, tensor.low_bits) if hasattr(tensor, "low_bits") else local)
+            yield key, (first, join_master(local, tensor.master.low_bits) if is_split(tensor) else local)
 
 
 def _allocate_state(optimizer):

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from kernels import split_master
+from kernels import is_split, split_master
 from plumbing import hub, parallel
 from plumbing.files import UserError, progress_bar, publish, read_json, write_json
 from plumbing.tensors import DTYPES, num_bytes, open_safetensors, write_safetensors
@@ -123,10 +123,10 @@ def copy_rows(tensor, rows):
     if not local.numel():  # with more ranks than rows, the last ranks own none
         return
     values = rows[first : first + local.shape[0]]
-    if hasattr(tensor, "low_bits"):
+    if is_split(tensor):
         weight, low_bits = split_master(values.to(local.device).float())
         local.copy_(weight)
-        tensor.low_bits.copy_(low_bits)
+        tensor.master.low_bits.copy_(low_bits)
     else:
         local.copy_(values)
 

@@ -510,7 +510,7 @@ def check_exact_resume():
         step(0, 3)
         step(1, 3)
         for p, q in zip(*(model.parameters() for model in models), strict=True):
-            assert torch.equal(p, q) and torch.equal(p.low_bits, q.low_bits)
+            assert torch.equal(p, q) and torch.equal(p.master.low_bits, q.master.low_bits)
             assert all(torch.equal(optimizers[0].state[p][key], optimizers[1].state[q][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
         return {}
     finally:

@@ -143,7 +143,8 @@ def test_matrices_take_their_gradients_in_float32(is_tied, recompute):
 def test_bf16_gradients_of_a_frequent_token():
     """A token that occurs 4,000 times, every time with the gradient 1: added one by one, bf16 would stop at 256, where 257 rounds back."""
     weight = torch.nn.Parameter(torch.zeros(5, 2, dtype=torch.bfloat16))
-    weight.grad_dtype, weight.accumulates = torch.bfloat16, True
+    weight.grad_dtype = torch.bfloat16
+    weight.master = kernels.Master(low_bits=None, accumulates=True)
     ids = torch.tensor([3] * 4000 + [1])
     for _ in range(2):
         embed(weight, ids).sum().backward()
@@ -200,7 +201,7 @@ def test_split_adamw_is_torch_adamw():
         norms = step_both(split, whole, optimizers, step)
         assert norms[0] == norms[1] > 0.05
     for p, q, before in zip(split.parameters(), whole.parameters(), start, strict=True):
-        torch.testing.assert_close(join_master(p.detach(), p.low_bits), q.detach(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(join_master(p.detach(), p.master.low_bits), q.detach(), rtol=1e-6, atol=1e-8)
         assert (q - before).abs().max() > 1e-3
         for key in ("exp_avg", "exp_avg_sq", "step"):
             assert relative_error(optimizers[0].state[p][key], optimizers[1].state[q][key]) < 1e-6
