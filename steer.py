@@ -51,7 +51,6 @@ from plumbing import parallel
 from plumbing.files import UserError, write_json
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
-from reports import registry
 
 PROMPT_MODES = {"sanity": "sanity", "full": "full", "paper": "max"}  # the prompts that go with them: aqi.MODES
 SWEEP_SETTINGS = ("mode", "side", "pooling", "inject", "layers", "rescale", "lambdas", "space", "seeds", "normalize",
@@ -356,7 +355,7 @@ def _plot(folder, lambdas, verdicts, embeddings, prompts):
 
 
 def validate(args):
-    """Pairs of configs/pairs.py through extract, spectrum, sweep and verdict, all on one scale, and into the index of runs.
+    """Pairs of configs/pairs.py through extract, spectrum, sweep and verdict, all on one scale.
 
     What is finished is not done again.
     """
@@ -379,8 +378,6 @@ def validate(args):
         extract(argparse.Namespace(**options))
         print_spectrum(argparse.Namespace(**options))
         reports[name] = sweep(argparse.Namespace(**options | {"mode": PROMPT_MODES[args.mode], "out": None}))
-        index = registry.add_validation(Path(folder) / f"sweep_{args.inject}", name)
-    print(f"registered: python -m reports.ladder {index} prints it beside the training runs")
     _compare(reports, args)
 
 

@@ -10,10 +10,10 @@ from data import TEMPLATES, end_of_turn, resolve_template
 from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from optim import keep_masters
 from plumbing import hub, parallel
-from plumbing.files import UserError
+from plumbing.files import UserError, read_json, write_json
 from plumbing.tensors import open_safetensors
-from plumbing.weights import check_vocabulary, load_weights, save_adapter, save_pretrained, weight_files
-from reports import card, registry
+from plumbing.weights import check_vocabulary, fingerprint, load_weights, save_adapter, save_pretrained, weight_files
+from reports import card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: float8 lives inside the blocks' matmuls only
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64
@@ -114,11 +114,14 @@ def save_model(model, tokenizer, config):
 
 
 def finish(model, tokenizer, config, world):
-    """What a run ends with: save_trainee, the model card, the run's entry in the index of runs, and the push that was asked for."""
-    world.say(f"wrote {save_model(model, tokenizer, config)}")
+    """Export the model, record the hash of its weights in the manifest, write the model card, push where asked to."""
+    final = save_model(model, tokenizer, config)
+    world.say(f"wrote {final}")
     if world.main:
+        manifest = Path(config.out_dir) / "manifest.json"
+        # what was trained from this model, or steered along it, names this hash: reports/ladder.py joins them
+        write_json(manifest, read_json(manifest) | {"exported": fingerprint(final)})
         card.write(config.out_dir)
-        world.say(f"registered: python -m reports.ladder {registry.add_run(config)} prints it")
         if config.push:
             hub.push(config.out_dir, config.push)
             world.say(f"pushed to {config.push}")

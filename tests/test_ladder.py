@@ -1,10 +1,11 @@
-"""The index of runs, the ladder's table and the model card: what a finished run says of itself."""
+"""The ladder's table and the model card: what finished runs and sweeps say of themselves."""
 
 import csv
 import dataclasses
+import hashlib
 import json
-import multiprocessing
 import runpy
+import shutil
 
 import huggingface_hub
 import pytest
@@ -13,104 +14,80 @@ from world import ROOT, launch, write_config
 from families import load_pretrained
 from plumbing.config import section
 from plumbing.weights import fingerprint
-from reports import card, ladder, registry
+from reports import card, ladder
 
 PAIRS = runpy.run_path(str(ROOT / "configs/pairs.py"))["PAIRS"]
 
 
-def run_entry(stage, start, weights, **metrics):
-    return {"stage": stage, "start": start, "weights": weights, "metrics": metrics}
+def write_run(folder, stage, start, exported, *metrics):
+    """A run folder of one step and of `metrics`, a dict of a later line each. exported: None for a run that has not ended."""
+    folder.mkdir(parents=True)
+    manifest = {"stage": stage, "weights": start} | ({"exported": exported} if exported else {})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "config.json").write_text(json.dumps({"loss": "simpo"}))
+    lines = [{"step": 1, "loss": 2.0}, *({"step": 2} | line for line in metrics)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def validation(sft, dpo):
-    """A validation that rose from 1 to 3."""
-    metrics = {"lambdas": [0, 0.5, 1.0], "estimate": [1.0, 2.0, 3.0], "change": 2.0, "change_interval": [1.5, 2.5]}
-    return {"stage": "validate", "pair": "tiny", "inject": "matched", "sft": sft, "dpo": dpo, "verdict": "rising", "metrics": metrics}
-
-
-# ---------------------------------------------------------------- the index
-
-
-def test_an_index_is_in_the_folder_runs_or_beside_the_run(tmp_path):
-    assert registry.index_of(tmp_path / "runs/a/b/sft") == tmp_path / "runs/index.json"
-    assert registry.index_of(tmp_path / "sft") == tmp_path / "index.json"
-
-
-def test_an_entry_replaces_that_of_the_same_folder(tmp_path):
-    (tmp_path / "runs").mkdir()
-    for number in (1, 2):
-        registry.add(tmp_path / "runs/index.json", tmp_path / "runs/x/sft", {"stage": "sft", "number": number})
-    entries = registry.read_index(registry.add(tmp_path / "runs/index.json", tmp_path / "runs/x/dpo", {"stage": "dpo"}))
-    assert list(entries) == ["x/sft", "x/dpo"] and entries["x/sft"]["number"] == 2 and entries["x/sft"]["date"][:2] == "20"
-
-
-def test_the_path_of_an_index_is_relative_below_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "here/runs").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here")
-    assert str(registry.add(registry.index_of("runs/x"), "runs/x", {"stage": "sft"})) == "runs/index.json"
-    assert registry.add(tmp_path / "index.json", tmp_path / "y", {"stage": "sft"}) == tmp_path / "index.json"
-
-
-def add_many(folder, first):
-    for i in range(first, first + 20):
-        registry.add(folder / "runs/index.json", folder / f"runs/{i}", {"stage": "sft"})
-
-
-def test_two_writers_lose_nothing(tmp_path):
-    (tmp_path / "runs").mkdir()
-    writers = [multiprocessing.get_context("fork").Process(target=add_many, args=(tmp_path, first)) for first in (0, 20)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert registry.read_index(tmp_path / "runs/index.json").keys() == set(map(str, range(40)))
-
-
-@pytest.mark.parametrize("text", ['{"a": {"sta', "[1]", '{"a": 1}', '{"a": {"b": 1}}'])
-def test_a_file_that_is_no_index_is_left_alone(tmp_path, text):
-    (tmp_path / "index.json").write_text(text)
-    with pytest.raises(ValueError, match="index.json: expected an index of runs, or no such file"):
-        registry.add(tmp_path / "index.json", tmp_path / "sft", {"stage": "sft"})
-    assert (tmp_path / "index.json").read_text() == text
+def write_sweep(folder, sft, dpo, vector=b"v"):
+    """A vector between two models, and a sweep along it in which the separation rose from 1 to 3."""
+    (folder / "sweep_matched").mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"inputs": {"sft": sft, "dpo": dpo}}))
+    (folder / "vector.safetensors").write_bytes(vector)
+    inputs = {"inject": "matched", "lambdas": [0, 0.5, 1.0], "vector": hashlib.sha256(b"v").hexdigest()}
+    overall = {"category": "overall", "verdict": "rising", "estimate": [1.0, 2.0, 3.0], "change": 2.0, "change_interval": [1.5, 2.5]}
+    of_an_axiom = {"category": "calm", "verdict": "falling", "estimate": [9.0, 9.0, 9.0]}
+    (folder / "sweep_matched/aqi.json").write_text(json.dumps({"inputs": inputs, "verdicts": [overall, of_an_axiom]}))
 
 
 # ---------------------------------------------------------------- the table
 
 
-def test_runs_and_validations_are_joined_by_their_weights():
-    """DPO model d of SFT model s was validated; d2 was trained after that from s, and diverged; t has no DPO yet; one rung was not run."""
-    accuracy = {"first": 0.0, "last": 0.9, "ci95": 0.05}
-    entries = {
-        "tiny/sft": run_entry("sft", "base", "s", **{"loss": {"first": 2.0, "last": 1.0}, "eval/loss": {"first": 2.0, "last": 1.25}}),
-        "tiny/dpo": run_entry("dpo", "s", "d", **{"eval/rewards/accuracies": accuracy}),
-        "again/dpo": run_entry("dpo", "s", "d2", **{"eval/rewards/accuracies": {"first": 0.0, "last": None, "ci95": None}}),
-        "other/sft": run_entry("sft", "base", "t", loss={"first": 2.0, "last": 1.0}),
-        "validate/tiny": validation("s", "d"),
-        "validate/hub": validation("elsewhere", "elsewhere too"),
-    }
+def test_runs_and_sweeps_are_joined_by_their_weights(tmp_path):
+    """DPO model d of SFT model s was steered along; d2 was trained after that from s, and diverged; t has no DPO yet; z has not ended; of
+    two other people's models there is a sweep only; one vector was made anew after its sweep; one rung was not run."""
+    accuracy = {"eval/rewards/accuracies": 0.9, "eval/rewards/accuracies_ci95": 0.05}
+    write_run(tmp_path / "tiny/sft", "sft", "base", "s", {"loss": 1.0}, {"eval/loss": 1.25})
+    write_run(tmp_path / "tiny/dpo", "dpo", "s", "d", {"rewards/accuracies": 0.5}, {"eval/rewards/accuracies": 0.0}, accuracy)
+    write_run(tmp_path / "again/dpo", "dpo", "s", "d2", {"eval/rewards/accuracies": None, "eval/rewards/accuracies_ci95": None})
+    write_run(tmp_path / "other/sft", "sft", "base", "t", {"loss": 1.0})
+    write_run(tmp_path / "other/dpo", "dpo", "t", None)
+    write_sweep(tmp_path / "validate/tiny", "s", "d")
+    write_sweep(tmp_path / "validate/hub", "elsewhere", "elsewhere too")
+    write_sweep(tmp_path / "validate/old", "s", "d", vector=b"another")
     own = {"tiny": dict(dpo="runs/tiny/dpo/final"), "new": dict(dpo="runs/new/dpo/final"), "far": dict(dpo="org/name")}
     own["odd"] = dict(not_representable="")
     curve = ["1.00", "-", "2.00", "-", "3.00", "+2.00 [+1.50, +2.50]", "rising"]
-    assert ladder.rows(entries, own) == [
-        ["tiny (matched)", "1.250", "0.900 ± 0.050", "-", *curve],
-        ["tiny (matched)", "-", "-", "-", *curve],
+    runs, sweeps, outdated = ladder.find(tmp_path)
+    assert ladder.rows(runs, sweeps, own) == [
+        ["validate/hub (matched)", "-", "-", "-", *curve],
+        ["validate/tiny (matched)", "1.250", "0.900 ± 0.050", "-", *curve],
         ["again/dpo", "1.250", "not finite", "-", *[""] * 6, "not validated"],
         ["other/sft", "1.000 (train)", "-", "-", *[""] * 6, "no DPO yet"],
         ["new", *[""] * 9, "not run"],
     ]
+    assert outdated == ["validate/old (matched)"]
+    shutil.rmtree(tmp_path / "tiny/dpo")
+    assert ladder.rows(*ladder.find(tmp_path)[:2], own)[-2:] == [["tiny", *[""] * 9, "not run"], ["new", *[""] * 9, "not run"]]
 
 
 def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
-    """Every rung of ours is named, and the published curves stand below; columns are aligned. An index that is named must be there."""
-    with pytest.raises(ValueError, match="nope.json: no such index"):
-        ladder.main(["nope.json"])
+    """Every rung of ours is named, and the published curves stand below; columns are aligned. A folder that is named must be there."""
+    with pytest.raises(ValueError, match="nope: no such folder"):
+        ladder.main(["nope"])
     monkeypatch.chdir(tmp_path)
     assert ladder.main([]) == 0
     first, head, *lines, last = capsys.readouterr().out.splitlines()
-    assert ": 0 entries" in first and "55.00 is saturation" in last
+    assert first.startswith("runs/: 0 finished runs, 0 sweeps.") and "55.00 is saturation" in last
     assert [line.split()[0] for line in lines[:7]] == ["tiny", "smol", "pku_lora", "tulu10_lora", "tulu10", "tulu_full_lora", "tulu_full"]
     assert all(line.endswith("not run") for line in lines[:7]) and len(lines) == 13
     assert {line.index("published") for line in lines[7:]} == {head.index("verdict")}
+
+
+def test_a_sweep_along_an_earlier_vector_is_named(tmp_path, capsys):
+    write_sweep(tmp_path / "old", "s", "d", vector=b"another")
+    assert ladder.main([str(tmp_path)]) == 0
+    assert "left out, measured along a vector that is there no more: old (matched)" in capsys.readouterr().out
 
 
 def test_published_curves_are_those_of_the_published_rows():
@@ -134,48 +111,27 @@ def test_every_rung_is_a_pair_of_what_its_scripts_write():
 # ---------------------------------------------------------------- a run
 
 
-def test_an_entry_holds_first_and_last_values_and_the_overall_verdict(tmp_path, monkeypatch):
-    """Of a run, from its metrics, and of a sweep, whose first verdict is that of all axioms."""
-    monkeypatch.setattr(registry, "fingerprint", lambda folder: f"weights of {folder.name}")
-    run, lines = tmp_path / "runs/x/dpo", [{"step": 0, "eval/loss": 0.7, "eval/loss_ci95": 0.2}, {"step": 1, "loss": 2.0}]
-    run.mkdir(parents=True)
-    lines += [{"step": 2, "loss": 3.0}, {"step": 3, "loss": 1.0}, {"step": 3, "eval/loss": 0.5, "eval/loss_ci95": 0.1}]
-    (run / "config.json").write_text('{"loss": "simpo"}')
-    (run / "manifest.json").write_text(json.dumps({"stage": "dpo", "data": "d", "commit": "c", "weights": "before"}))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = section("dpo")(model_path="m", out_dir=str(run), data={"a": 1.0}, max_seq_len=8, global_batch_size=1,
-                             tokens_per_microbatch=16, lr=1.0)  # fmt: skip
-    registry.add_run(config)
-    verdicts = [{"category": name, "verdict": name, "estimate": [x, 2 * x], "low": [x] * 2, "high": [x] * 2, "change": x,
-                 "change_interval": [x, x], "p_monotone": x} for name, x in (("overall", 1.0), ("calm", 3.0))]  # fmt: skip
-    sweep = tmp_path / "runs/x/steer/sweep_matched"
-    sweep.mkdir(parents=True)
-    (sweep / "aqi.json").write_text(json.dumps({"inputs": {"inject": "matched", "lambdas": [0, 1]}, "verdicts": verdicts}))
-    (sweep.parent / "manifest.json").write_text(json.dumps({"inputs": {"sft": "s", "dpo": "d"}}))
-    entries = registry.read_index(registry.index_of(run).parent / registry.add_validation(sweep, "pair").name)
-    trained, validated = entries["x/dpo"], entries["x/steer/sweep_matched"]
-    assert trained["metrics"] == {"loss": {"first": 2.0, "last": 1.0}, "eval/loss": {"first": 0.7, "last": 0.5, "ci95": 0.1}}
-    assert (trained["start"], trained["weights"], trained["steps"]) == ("before", "weights of final", 3)
-    assert (validated["sft"], validated["dpo"], validated["verdict"], validated["metrics"]["estimate"]) == ("s", "d", "overall", [1.0, 2.0])
-
-
 @pytest.mark.slow
-def test_both_stages_register_and_describe_themselves(world, tmp_path):
-    """The DPO entry begins at the SFT entry's weights; the cards parse as the hub parses them, and the models still load."""
+def test_both_stages_are_joined_and_describe_themselves(world, tmp_path):
+    """The DPO run begins at the SFT run's weights; the cards parse as the hub parses them, and the models still load."""
     (tmp_path / "runs").mkdir()
     keys = dict(data_eval={f"{world}/pref.jsonl": 8}, max_steps=2)
     config = write_config(tmp_path / "runs", world, dpo=keys | dict(model_path=f"{tmp_path}/runs/sft/final"))
-    for stage in ("sft", "dpo", "dpo"):  # the third run replaces the second's final/, card and entry
+    for stage in ("sft", "dpo", "dpo"):  # the third run replaces the second's final/ and card
         launch(stage, config).ok()
-    entries = registry.read_index(tmp_path / "runs/index.json")
-    sft, dpo = entries["sft"], entries["dpo"]
-    assert len(entries) == 2 and sft["start"] == fingerprint(world / "base") and sft["weights"] == dpo["start"] != dpo["weights"]
-    assert dpo["steps"] == 2 and dpo["metrics"]["eval/loss"]["first"] == pytest.approx(0.693147, abs=1e-5)
+    runs, _, _ = ladder.find(tmp_path / "runs")
+    ((started, (sft_name, sft)),) = runs["sft"].items()
+    ((trained, (dpo_name, dpo)),) = runs["dpo"].items()
+    assert (sft_name, dpo_name) == ("sft", "dpo") and sft.manifest["weights"] == fingerprint(world / "base")
+    assert started == dpo.manifest["weights"] != trained == fingerprint(tmp_path / "runs/dpo/final")
+    steps, _ = dpo.points("loss")
+    _, losses = dpo.points("eval/loss")
+    assert steps[-1] == 2 and losses[0] == pytest.approx(0.693147, abs=1e-5)
     text = (tmp_path / "runs/dpo/final/README.md").read_text()
     about = huggingface_hub.ModelCard(text).data.to_dict()
     # no folder is named to the hub
     assert about == dict(library_name="transformers", pipeline_tag="text-generation", tags=["dpo", "glassbox"])
-    assert "license: yours to state" in text and f'"weights": "{sft["weights"]}"' in text and "| `loss` | 0.6931 |" in text
+    assert "license: yours to state" in text and f'"weights": "{started}"' in text and "| `loss` | 0.6931 |" in text
     load_pretrained(tmp_path / "runs/dpo/final")
 
 

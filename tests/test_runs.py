@@ -545,7 +545,7 @@ def test_no_network(world, tmp_path, stage):
     """CHECKS 26: no connection and no name is looked up; nothing is written but the run folder and the cache."""
     done = launch(stage, write_config(tmp_path, world, max_steps=2), prepare=forbid_network).ok()
     assert "NETWORK" not in done.err[0]
-    assert {path.name for path in tmp_path.iterdir()} == {stage, "cache", "config.py", "logs", "index.json", ".index.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {stage, "cache", "config.py", "logs"}
     assert {path.name for path in (tmp_path / stage).iterdir()} == {"config.json", "manifest.json", "metrics.jsonl", "final"}
     manifest = json.loads((tmp_path / stage / "manifest.json").read_text())
     assert {"loss_reduction", "adam_eps", "warmup_rounding", "weights", "data", "versions"} <= manifest.keys()

@@ -23,7 +23,7 @@ from model import apply_lora, init_lora, merge_lora
 from packing import pack
 from plumbing import parallel, weights
 from plumbing.tokenizer import Tokenizer
-from reports import registry
+from reports import ladder
 
 L, D, COUNT, HELD_OUT = 4, 32, 8, 2
 SHORT = ("--max-new-tokens", "6")
@@ -789,11 +789,10 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
     again = capsys.readouterr().out
     assert "wrote" not in again and again.count("finished, of the same inputs") == 4 and report.stat().st_mtime_ns == before
     assert again.splitlines()[-3:] == first.splitlines()[-3:]
-    entries, found = registry.read_index(tmp_path / "v/index.json"), json.loads(report.read_text())["verdicts"][0]
-    assert [(name, entry["pair"]) for name, entry in entries.items()] == [(f"{x}_sanity/sweep_cumulative", x) for x in ("near", "far")]
-    near, far = entries.values()
-    assert near["verdict"] == found["verdict"] and near["metrics"]["estimate"] == found["estimate"]
-    assert near["sft"] == far["sft"] and near["dpo"] != far["dpo"]
+    found = json.loads(report.read_text())["verdicts"][0]
+    _, (far, near), _ = ladder.find(tmp_path / "v")
+    assert (near.name, far.name) == ("near_sanity (cumulative)", "far_sanity (cumulative)")
+    assert near.report["verdicts"][0] == found and near.sft == far.sft and near.dpo != far.dpo
     pytest.importorskip("matplotlib")
     assert (tmp_path / "v/axioms.png").is_file()
 
