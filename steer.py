@@ -341,11 +341,12 @@ def _plot(folder, lambdas, verdicts, embeddings, prompts):
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: they need matplotlib")
         return
-    from reports import plots
+    from reports import figures, plots
 
-    overall, *axioms = verdicts
-    plots.plot_curve(folder / "curve.png", lambdas, *(overall[key] for key in ("estimate", "low", "high", "permuted", "control")))
-    plots.plot_axioms(folder / "axioms.png", lambdas, {found["category"]: found["estimate"] for found in axioms})
+    swept = {"inputs": {"lambdas": lambdas}, "verdicts": verdicts}
+    overall, *_ = figures.separation_charts([("steered", swept)])
+    plots.plot_chart(folder / "curve.png", overall)
+    plots.plot_chart(folder / "axioms.png", figures.axioms_chart(swept))
     for strength, X in ((lambdas[0], embeddings[0]), (lambdas[-1], embeddings[-1])):
         title = f"lambda {strength:g}, three principal components"
         plots.plot_clusters(folder / f"clusters_{strength:g}.png", aqi.project(X, "pca:3").cpu().numpy(), prompts.label.numpy(), title)

@@ -1,9 +1,8 @@
-"""Line charts as inline SVG: sharp at any size, coloured by the page's CSS so that dark mode is the page's business, no dependency."""
+"""Line charts as inline SVG: no dependency, and the page's CSS colours them, in dark mode too."""
 
 import math
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 
 WIDTH, HEIGHT = 360, 190  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
@@ -25,6 +24,11 @@ class Line:
     smooth: int = 1  # the curve is the mean of the last so many points, with the raw one drawn faintly behind
     note: str = ""  # for the legend, after the last value
 
+    @property
+    def marked(self):
+        """Whether every point is shown, with its interval as a whisker."""
+        return bool(self.y) and len(self.x) <= MARKED
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -40,7 +44,11 @@ def smoothed(values, window):
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
+    means = []
+    for end in range(1, len(sums)):
+        start = max(0, end - window)
+        means.append((sums[end] - sums[start]) / (end - start))
+    return means
 
 
 def number(value):
@@ -55,60 +63,97 @@ def number(value):
 
 
 def ticks(low, high, count=4, whole=False):
-    """About `count` round numbers in [low, high], 1, 2 or 5 times a power of ten apart; whole: integers."""
+    """About `count` round numbers in [low, high], 1, 2 or 5 times a power of ten apart. whole: integers."""
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
-    step = max(1, step) if whole else step
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    step = 10 * power
+    for multiple in (5, 2, 1):
+        if multiple * power >= rough * 0.999:
+            step = multiple * power
+    if whole:
+        step = max(1, step)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The ranges of a chart's axes: places of values in user units."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    @classmethod
+    def around(cls, lines):
+        xs, ys = [], []
+        for line in lines:
+            xs += line.x
+            ys += [*line.y, *line.low, *line.high]
+        return cls(*_range(xs, margin=0), *_range(ys, margin=0.04))
+
+    def across(self, x):
+        return LEFT + (x - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+
+    def down(self, y):
+        return HEIGHT - BOTTOM - (y - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
+
+    def at(self, x, y):
+        return f"{self.across(x):.1f},{self.down(y):.1f}"
+
+    def path(self, points):
+        return " ".join(self.at(x, y) for x, y in points)
 
 
 def svg(chart):
     """The chart as an <svg> element. Colours come from the CSS variables --c0, --c1, .. and from currentColor."""
-    xs = [x for line in chart.lines for x in line.x]
-    ys = [y for line in chart.lines for part in (line.y, line.low, line.high) for y in part]
-    (x0, x1), (y0, y1) = _range(xs, 0), _range(ys, 0.04)
-
-    def at(x, y):
-        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
-        return f"{LEFT + across * (WIDTH - LEFT - RIGHT):.1f},{HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM):.1f}"
-
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}, {escape(chart.unit)}">']
-    for y in ticks(y0, y1):
-        (left, height), (right, _) = (at(x, y).split(",") for x in (x0, x1))
-        out.append(f'<path class="grid" d="M{left},{height}H{right}"/><text x="{LEFT - 5}" y="{height}" dy=".32em">{y:,.6g}</text>')
-    out.append(f'<text x="{LEFT - 10}" y="{HEIGHT - 6}">{escape(chart.xlabel)}</text>')
-    for x in ticks(x0, x1, whole=all(isinstance(x, int) for x in xs)):
-        out.append(f'<text class="x" x="{at(x, y0).split(",")[0]}" y="{HEIGHT - 6}">{x:,.6g}</text>')
+    frame = Frame.around(chart.lines)
+    label = f"{escape(chart.title)}, {escape(chart.unit)}"
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">', *_axes(chart, frame)]
     for y in chart.levels:
-        if y0 <= y <= y1:
-            out.append(f'<path class="level" d="M{at(x0, y)}L{at(x1, y)}"/>')
+        if frame.y0 <= y <= frame.y1:
+            out.append(f'<path class="level" d="M{frame.at(frame.x0, y)}L{frame.at(frame.x1, y)}"/>')
     colours = sorted({line.colour for line in chart.lines})
     for line in chart.lines:
-        out += _line(line, at, 3 * (colours.index(line.colour) - (len(colours) - 1) / 2))
+        # markers with whiskers of several runs stand side by side, 3 units apart
+        aside = 3 * (colours.index(line.colour) - (len(colours) - 1) / 2)
+        out += _line(line, frame, aside)
     return "".join([*out, "</svg>"])
 
 
-def _line(line, at, aside):
-    """The elements of one line. aside: user units by which markers with whiskers move, so that those of several runs stand side by side."""
+def _axes(chart, frame):
+    """Rules and numbers."""
+    for y in ticks(frame.y0, frame.y1):
+        height = f"{frame.down(y):.1f}"
+        yield f'<path class="grid" d="M{LEFT:.1f},{height}H{WIDTH - RIGHT:.1f}"/>'
+        yield f'<text x="{LEFT - 5}" y="{height}" dy=".32em">{y:,.6g}</text>'
+    yield f'<text x="{LEFT - 10}" y="{HEIGHT - 6}">{escape(chart.xlabel)}</text>'
+    whole = True
+    for line in chart.lines:
+        whole = whole and all(isinstance(x, int) for x in line.x)
+    for x in ticks(frame.x0, frame.x1, whole=whole):
+        yield f'<text class="x" x="{frame.across(x):.1f}" y="{HEIGHT - 6}">{x:,.6g}</text>'
+
+
+def _line(line, frame, aside):
+    """The elements of one line; `aside`: user units by which its markers move to the right."""
     style = f'style="--c:var(--c{line.colour})"'
-    marked = line.y and len(line.x) <= MARKED
-    if line.low and not marked:
+    if line.low and not line.marked:
         edge = _thin(line.x, line.high) + _thin(line.x, line.low)[::-1]
-        yield f'<polygon class="band" {style} points="{_points(edge, at)}"/>'
+        yield f'<polygon class="band" {style} points="{frame.path(edge)}"/>'
     if line.smooth > 1:
-        yield f'<polyline class="raw" {style} points="{_points(_thin(line.x, line.y), at)}"/>'
+        yield f'<polyline class="raw" {style} points="{frame.path(_thin(line.x, line.y))}"/>'
     curve = _thin(line.x, smoothed(line.y, line.smooth))
-    yield f'<polyline class="curve{" dashed" if line.dashed else ""}" {style} points="{_points(curve, at)}"/>'
-    if marked:
-        whiskers = [f"M{at(x, low)}L{at(x, high)}" for x, low, high in zip(line.x, line.low, line.high)]
-        dots = [f"M{at(*point)}h0" for point in curve]  # a stroke of no length with round ends is a dot
-        place = f'transform="translate({aside:g})"' if whiskers else ""
-        yield f'<path class="whisker" {style} {place} d="{"".join(whiskers)}"/><path class="dot" {style} {place} d="{"".join(dots)}"/>'
-
-
-def _points(points, at):
-    return " ".join(at(x, y) for x, y in points)
+    kind = "curve dashed" if line.dashed else "curve"
+    yield f'<polyline class="{kind}" {style} points="{frame.path(curve)}"/>'
+    if not line.marked:
+        return
+    place = f'transform="translate({aside:g})"' if line.low else ""
+    whiskers = [f"M{frame.at(x, low)}L{frame.at(x, high)}" for x, low, high in zip(line.x, line.low, line.high)]
+    yield f'<path class="whisker" {style} {place} d="{"".join(whiskers)}"/>'
+    dots = [f"M{frame.at(x, y)}h0" for x, y in curve]  # a stroke of no length with round ends is a dot
+    yield f'<path class="dot" {style} {place} d="{"".join(dots)}"/>'
 
 
 def _range(values, margin):
@@ -120,8 +165,12 @@ def _range(values, margin):
 
 def _thin(x, y):
     """(x, y) points: of a long line the lowest and the highest in each of BUCKETS stretches, so that no spike is lost."""
-    count, kept = len(y), range(len(y))
-    if count > 2 * BUCKETS:
-        edges = [count * i // BUCKETS for i in range(BUCKETS + 1)]
-        kept = sorted({pick(range(a, b), key=y.__getitem__) for a, b in pairwise(edges) for pick in (min, max)} | {0, count - 1})
-    return [(x[i], y[i]) for i in kept]
+    count = len(y)
+    if count <= 2 * BUCKETS:
+        return list(zip(x, y))
+    kept = {0, count - 1}
+    for bucket in range(BUCKETS):
+        stretch = range(count * bucket // BUCKETS, count * (bucket + 1) // BUCKETS)
+        kept.add(min(stretch, key=y.__getitem__))
+        kept.add(max(stretch, key=y.__getitem__))
+    return [(x[i], y[i]) for i in sorted(kept)]

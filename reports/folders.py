@@ -21,16 +21,19 @@ class Run:
 
     def points(self, metric):
         """([step], [value]) of the lines that have the metric."""
-        return [line["step"] for line in self.lines if metric in line], [line[metric] for line in self.lines if metric in line]
+        found = [line for line in self.lines if metric in line]
+        return [line["step"] for line in found], [line[metric] for line in found]
 
     def last(self, metric):
         """Its last value; None without any."""
-        return (self.points(metric)[1] or [None])[-1]
+        _, values = self.points(metric)
+        return values[-1] if values else None
 
     def clipped(self):
         """Number of steps whose gradient was longer than max_grad_norm."""
         limit = self.config["max_grad_norm"]
-        return sum(norm > limit for norm in self.points("grad_norm")[1]) if limit is not None else 0
+        _, norms = self.points("grad_norm")
+        return 0 if limit is None else sum(norm > limit for norm in norms)
 
 
 @dataclass(frozen=True)
@@ -44,28 +47,42 @@ class Steering:
 
 
 def read(folder):
-    """The Run or the Steering of a folder. ValueError, naming folder or file, when it is neither, or a file of it is torn."""
+    """The Run or the Steering of a folder. UserError, naming folder or file, when it is neither, or a file of it is torn."""
     if (folder / "metrics.jsonl").is_file():
-        config, manifest = (read_json(folder / f"{name}.json") for name in ("config", "manifest"))
-        lines = _json_lines(folder / "metrics.jsonl")
-        if not any("loss" in line for line in lines):
-            raise UserError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
-        lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]  # logbook.finite
-        if manifest["stage"] == "dpo" and config["loss"] != "simpo":  # which has no reference
-            for line in [line for line in lines if "rewards/chosen" in line]:
-                line |= {f"logratios/{side}": line[f"rewards/{side}"] / config["beta"] for side in ("chosen", "rejected")}
-        samples = folder / "samples.jsonl"
-        return Run(folder, config, manifest, lines, _json_lines(samples) if samples.is_file() else [])
+        return _read_run(folder)
     if (folder / "vector.safetensors").is_file():
-        layers = read_json(folder / "spectrum.json")["layers"] if (folder / "spectrum.json").is_file() else []
-        spectrum = [layer | {"centred": layer["explained_centred"][0]} for layer in layers]
-        sweeps = {path.parent: read_json(path) for path in sorted(folder.glob("*/aqi.json"))}
-        if not sweeps and not spectrum:
-            raise UserError(f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run")
-        return Steering(folder, read_json(folder / "manifest.json"), spectrum, sweeps)
+        return _read_steering(folder)
     if (folder / "aqi.json").is_file():
         return Steering(folder, {}, [], {folder: read_json(folder / "aqi.json")})
-    raise UserError(f"{folder}: expected a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)")
+    expected = "a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)"
+    raise UserError(f"{folder}: expected {expected}")
+
+
+def _read_run(folder):
+    config, manifest = read_json(folder / "config.json"), read_json(folder / "manifest.json")
+    lines = _json_lines(folder / "metrics.jsonl")
+    if not any("loss" in line for line in lines):
+        raise UserError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
+    has_reference = manifest["stage"] == "dpo" and config["loss"] != "simpo"
+    for line in lines:
+        for name, value in line.items():
+            line[name] = math.nan if value is None else value  # files.finite wrote None
+        if has_reference and "rewards/chosen" in line:
+            for side in ("chosen", "rejected"):
+                line[f"logratios/{side}"] = line[f"rewards/{side}"] / config["beta"]
+    samples = folder / "samples.jsonl"
+    return Run(folder, config, manifest, lines, _json_lines(samples) if samples.is_file() else [])
+
+
+def _read_steering(folder):
+    spectrum = []
+    if (folder / "spectrum.json").is_file():
+        for layer in read_json(folder / "spectrum.json")["layers"]:
+            spectrum.append(layer | {"centred": layer["explained_centred"][0]})
+    sweeps = {path.parent: read_json(path) for path in sorted(folder.glob("*/aqi.json"))}
+    if not sweeps and not spectrum:
+        raise UserError(f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run")
+    return Steering(folder, read_json(folder / "manifest.json"), spectrum, sweeps)
 
 
 def _json_lines(path):

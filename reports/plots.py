@@ -1,38 +1,16 @@
-"""Figures of AQI sweeps and reports. matplotlib is optional (`pip install matplotlib`), imported here only; each function writes a png."""
+"""PNGs, for slides and papers: the charts of a sweep, clusters of texts, a map of pairs. matplotlib is imported here only."""
 
 from pathlib import Path
 
-from reports.charts import MARKED, smoothed
-
-
-def _figure(path, draw, size=(7.0, 4.5), **axes):
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display on a rented machine
-    from matplotlib import pyplot
-
-    figure, ax = pyplot.subplots(figsize=size, subplot_kw=axes, layout="constrained")
-    draw(figure, ax)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+from reports.charts import smoothed
 
 
 def plot_chart(path, chart):
-    """A charts.Chart, drawn as charts.svg draws it."""
+    """A charts.Chart: curves, intervals and levels as charts.svg shows them on the page."""
 
     def draw(figure, ax):
         for line in chart.lines:
-            colour, label = f"C{line.colour}", " ".join(filter(None, (line.name, line.note)))
-            if line.low and not (line.y and len(line.x) <= MARKED):
-                ax.fill_between(line.x, line.low, line.high, alpha=0.15, color=colour, label=None if line.y else label)
-            if line.smooth > 1:
-                ax.plot(line.x, line.y, color=colour, alpha=0.25, linewidth=0.8)
-            if line.y:
-                ax.plot(line.x, smoothed(line.y, line.smooth), "--" if line.dashed else "-", color=colour, linewidth=1.4, label=label)
-            if line.y and len(line.x) <= MARKED:
-                ax.plot(line.x, line.y, "o", color=colour, markersize=4)
-                ax.vlines(line.x if line.low else [], line.low, line.high, color=colour)
+            _draw_line(ax, line)
         bottom, top = ax.get_ylim()
         for level in chart.levels:
             if bottom <= level <= top:
@@ -45,30 +23,19 @@ def plot_chart(path, chart):
     _figure(path, draw)
 
 
-def plot_curve(path, lambdas, estimate, low, high, shuffled, control):
-    """AQI over lambda with its interval. shuffled: (low, high) of permuted labels; control: a random direction's curve; all of length K."""
-
-    def draw(_, ax):
-        ax.fill_between(lambdas, low, high, alpha=0.25, color="C0", label="95 % interval")
-        ax.plot(lambdas, estimate, "o-", color="C0", label="steered")
-        ax.plot(lambdas, control, "s--", color="C1", label="random direction, same norm")
-        ax.fill_between(lambdas, *shuffled, alpha=0.25, color="grey", label="shuffled labels")
-        ax.set(xlabel="lambda", ylabel="AQI (sweep)", xticks=lambdas)
-        ax.legend()
-
-    _figure(path, draw)
-
-
-def plot_axioms(path, lambdas, curves):
-    """One line per axiom; curves: {axiom: (K,) AQI}."""
-
-    def draw(_, ax):
-        for axiom, values in curves.items():
-            ax.plot(lambdas, values, "o-", label=axiom, linewidth=1.2)
-        ax.set(xlabel="lambda", ylabel="AQI (sweep)", xticks=lambdas)
-        ax.legend(fontsize="small")
-
-    _figure(path, draw)
+def _draw_line(ax, line):
+    colour, label = f"C{line.colour}", f"{line.name} {line.note}".strip()
+    if line.low and not line.marked:
+        ax.fill_between(line.x, line.low, line.high, alpha=0.15, color=colour, label=None if line.y else label)
+    if not line.y:
+        return
+    if line.smooth > 1:
+        ax.plot(line.x, line.y, color=colour, alpha=0.25, linewidth=0.8)
+    style = "--" if line.dashed else "-"
+    ax.plot(line.x, smoothed(line.y, line.smooth), style, color=colour, linewidth=1.4, label=label)
+    if line.marked:
+        ax.plot(line.x, line.y, "o", color=colour, markersize=4)
+        ax.vlines(line.x if line.low else [], line.low, line.high, color=colour)
 
 
 def plot_heatmap(path, rows, columns, values, title):
@@ -98,3 +65,16 @@ def plot_clusters(path, points, label, title):
         ax.legend()
 
     _figure(path, draw, projection="3d")
+
+
+def _figure(path, draw, size=(7.0, 4.5), **axes):
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display on a rented machine
+    from matplotlib import pyplot
+
+    figure, ax = pyplot.subplots(figsize=size, subplot_kw=axes, layout="constrained")
+    draw(figure, ax)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import aqi
 from aqi import chi, measure, project, read_prompts, read_rows, restore_xb, score, table, warnings_for, write_report, xie_beni
-from reports import plots
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "aqi_published_runs.csv"
@@ -397,16 +396,6 @@ def test_rows_that_know_their_n_beside_rows_that_do_not(tmp_path):
     rows = read_rows(write_csv(tmp_path / "a.csv", [("a", 10, 3.5, 1400), ("b", 12, 2, "")], ("category", "chi", "xb", "n")))
     assert rows[0]["n"] == 1400 and not rows[1]["n"]
     assert [row["aqi"] for row in score(rows, "sweep")] == pytest.approx([100 * 9 / (10 + 1398), 100 * 11 / 108])
-
-
-def test_plots_are_written(tmp_path):
-    pytest.importorskip("matplotlib")
-    steps = [0.0, 0.5, 1.0]
-    plots.plot_curve(tmp_path / "curve.png", steps, [1, 2, 3], [0, 1, 2], [2, 3, 4], shuffled=([0, 0, 0], [1, 1, 1]), control=[1, 1, 1])
-    plots.plot_axioms(tmp_path / "axioms.png", steps, {"a": [1, 2, 3], "b": [3, 2, 1]})
-    plots.plot_heatmap(tmp_path / "heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]], "title")
-    plots.plot_clusters(tmp_path / "clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]), "title")
-    assert all((tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in ("curve", "axioms", "heat", "clusters"))
 
 
 def test_a_sweeps_own_csv_is_scored_as_the_sweep_did(tmp_path, capsys):

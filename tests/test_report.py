@@ -7,11 +7,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from world import ROOT, launch, write_config
 
 from reports import page as report
+from reports import plots
 from reports.charts import BUCKETS, Chart, Line, number, smoothed, svg, ticks
+from reports.figures import PANELS, axioms_chart, separation_charts
 from reports.folders import read, short_names
 from reports.html import COLOURS, table
 
@@ -119,16 +122,10 @@ def show(tmp_path, *folders):
     return out.read_text(), Reader(out.read_text())
 
 
-@pytest.fixture
-def no_pngs(monkeypatch):
-    """They take most of the time."""
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-
-
 # ---------------------------------------------------------------- training runs
 
 
-def test_one_run(tmp_path, no_pngs, capsys):
+def test_one_run(tmp_path, capsys):
     """Last rewards 0.3 and -0.9 over beta 2 are log-ratios 0.15 and -0.45; 20 + 40 + 60 s are 2 minutes; a median of 4,000."""
     _, page = show(tmp_path, write_run(tmp_path / "one"))
     head, row = page.tables["DPO", "Outcome"]
@@ -149,15 +146,15 @@ def test_one_run(tmp_path, no_pngs, capsys):
         ["one", "0", "0.6000", "0.000 ± 0.000", "2.00 ± 0.50", "1.000", "-1.000"],
         ["one", "3", "0.6000", "0.982 ± 0.016", "2.00 ± 0.50", "1.000", "-1.000"],
     ]
-    manifest = dict(page.tables["DPO", "Manifest"][1:])
+    manifest = dict(page.tables["Manifests", "DPO"][1:])
     assert (
         manifest["weights"] == "0123456789abcdef…" and manifest["versions.torch"] == "2.13" and manifest["commit"] == "a" * 16 + "…+changes"
     )
     assert ("DPO", "Settings that differ") not in page.tables
-    assert "no PNGs: they need matplotlib" in capsys.readouterr().out and not (tmp_path / "page").exists()
+    assert capsys.readouterr().out == f"wrote {tmp_path}/page.html\n"
 
 
-def test_runs_are_drawn_over_each_other(tmp_path, no_pngs):
+def test_runs_are_drawn_over_each_other(tmp_path):
     """Of one stage, with the settings that differ; a key that one run lacks is a dash; sft runs are a section of their own."""
     one = write_run(tmp_path / "x/one")
     two = write_run(tmp_path / "y/two", beta=4.0, data={"b.jsonl": 1.0}, out_dir="elsewhere", loss="dpo")
@@ -177,14 +174,14 @@ def test_runs_are_drawn_over_each_other(tmp_path, no_pngs):
     assert 'aria-label="Log-ratio to the reference, nats per answer or nats per token"' in text
 
 
-def test_simpo_has_no_reference_and_a_gpu_an_mfu(tmp_path, no_pngs):
+def test_simpo_has_no_reference_and_a_gpu_an_mfu(tmp_path):
     lines = [line | {"mfu": share} for line, share in zip(LINES[1:-1], (0.1, 0.2, 0.6))]
     _, page = show(tmp_path, write_run(tmp_path / "one", lines, loss="simpo"))
     assert dict(zip(*page.tables["DPO", "Outcome"]))["MFU"] == "20.0%"  # the median
     assert ("DPO", "Rewards") in page.figures and ("DPO", "Log-ratio to the reference") not in page.figures
 
 
-def test_smoothing_is_stated(tmp_path, no_pngs):
+def test_smoothing_is_stated(tmp_path):
     """Of 80 steps the last two are averaged: of 1/79 and 1/80, 0.0126; the learning rate is as it is."""
     text, page = show(tmp_path, write_run(tmp_path / "one", [step(i, 1.0) for i in range(1, 81)]))
     assert page.figures["DPO", "Loss"] == {"one": "0.0126"} and page.units["Loss"] == "nats per pair; mean of the last 2 steps"
@@ -193,7 +190,7 @@ def test_smoothing_is_stated(tmp_path, no_pngs):
     assert loss.count('class="raw"') == 1
 
 
-def test_answers_side_by_side_and_escaped(tmp_path, no_pngs):
+def test_answers_side_by_side_and_escaped(tmp_path):
     """What a model writes is text, never markup."""
     samples = [{"step": i, "prompts": [PROMPT, "b"], "answers": [f"<b>{i}</b>", "&amp;"]} for i in (0, 1000)]
     text, page = show(tmp_path, write_run(tmp_path / "one", samples=samples))
@@ -205,9 +202,10 @@ def test_answers_side_by_side_and_escaped(tmp_path, no_pngs):
     assert "<script" not in text
 
 
-def test_the_page_stands_alone(tmp_path, no_pngs):
+def test_the_page_stands_alone(tmp_path):
     """Nothing is fetched, nothing is run; it fits a phone and follows the dark mode."""
     text, page = show(tmp_path, write_run(tmp_path / "one"), write_steering(tmp_path / "steer"))
+    assert re.findall("<h2>(.*?)</h2>", text) == ["Steering", "DPO", "Manifests"], "verdicts first, manifests last"
     assert not re.search(r"https?:|//|url\(|@import|javascript", text)
     attributes = {name for _, attrs in page.tags for name in attrs}
     assert not attributes & {"src", "href", "srcset", "data", "action"} and not [name for name in attributes if name.startswith("on")]
@@ -216,33 +214,10 @@ def test_the_page_stands_alone(tmp_path, no_pngs):
     assert "prefers-color-scheme:dark" in text
 
 
-@pytest.mark.slow
-def test_a_png_per_chart(tmp_path, capsys):
-    text, _ = show(tmp_path, write_run(tmp_path / "one"), write_steering(tmp_path / "steer"))
-    files = list((tmp_path / "page").iterdir())
-    assert len(files) == text.count("<figure>") and {"dpo_loss.png", "steering_aqi_overall.png"} <= {path.name for path in files}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
-
-
-def test_no_png_overwrites_another(tmp_path, monkeypatch):
-    """Axioms in any script keep their letters, those that differ in punctuation or case alone get names of their own."""
-    path = write_steering(tmp_path / "steer") / "sweep_matched/aqi.json"
-    sweep = json.loads(path.read_text())
-    names = ("公平", "隐私", "Free speech", "free-speech")
-    sweep["verdicts"] += [sweep["verdicts"][1] | {"category": name} for name in names]
-    path.write_text(json.dumps(sweep))
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: object())
-    written = []
-    monkeypatch.setattr("reports.plots.plot_chart", lambda path, chart: written.append(path.stem))
-    text, _ = show(tmp_path, tmp_path / "steer")
-    assert len(set(written)) == len(written) == text.count("<figure>")
-    assert {f"steering_aqi_{name}" for name in ("公平", "隐私", "free_speech", "free_speech_")} < set(written)
-
-
 # ---------------------------------------------------------------- steering
 
 
-def test_steering(tmp_path, no_pngs):
+def test_steering(tmp_path):
     _, page = show(tmp_path, write_steering(tmp_path / "steer"))
     assert page.tables["Steering", "Verdicts"] == [
         ["axiom", "sweep", "verdict", "change", "its interval", "level", "P(monotone)"],
@@ -258,12 +233,12 @@ def test_steering(tmp_path, no_pngs):
         ],
     ]
     nulls = {"sweep_matched random direction": "1.250", "sweep_matched permuted labels 95 % of them": None}
-    assert page.figures["Steering", "AQI, overall"] == {"sweep_matched rising": "2.000"} | nulls
-    assert page.figures["Steering", "AQI, Privacy"] == {"sweep_matched flat": "2.000"} | nulls
-    assert "99 % interval" in page.units["AQI, Privacy"]
+    assert page.figures["Steering", "Separation, overall"] == {"sweep_matched rising": "2.000"} | nulls
+    assert page.figures["Steering", "Separation, Privacy"] == {"sweep_matched flat": "2.000"} | nulls
+    assert "99 % interval" in page.units["Separation, Privacy"]
     last = ["sweep_matched", "1", "2.000", "[1.500, 2.500]", "1.250", "0.8750", "0.1250", "0.0625", "-1.500", "-2.500", "0"]
     assert page.tables["Steering", "By lambda"][-1] == last
-    assert page.figures["Steering", "AQI after each block"] == {
+    assert page.figures["Steering", "Separation after each block"] == {
         "sweep_matched at the last lambda": "2.000",
         "sweep_matched unsteered": "1.000",
     }
@@ -272,14 +247,14 @@ def test_steering(tmp_path, no_pngs):
     assert page.tables["Steering", "Notes"][1] == ["sweep_matched", "saturated at 55.00"]
     error = page.tables["Steering", "Relative error of the last layer's mean state at lambda 1"][1]
     assert error == ["sweep_matched", "matched", "0", "0.2214"]
-    assert ["inputs.sft", "f" * 16 + "…"] in page.tables["Steering", "Manifest of the vectors"]
+    assert ["inputs.sft", "f" * 16 + "…"] in page.tables["Manifests", "Vectors"]
 
 
-def test_a_sweeps_own_folder(tmp_path, no_pngs):
+def test_a_sweeps_own_folder(tmp_path):
     """Two sweeps of different vectors in one chart, without their spectra."""
     folders = [write_steering(tmp_path / name) / "sweep_matched" for name in ("a", "b")]
     _, page = show(tmp_path, *folders)
-    shown = page.figures["Steering", "AQI, Privacy"]
+    shown = page.figures["Steering", "Separation, Privacy"]
     assert shown.items() >= {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}.items() and len(shown) == 2 * 3
     assert ("Steering", "Effective rank") not in page.figures
 
@@ -299,7 +274,7 @@ def test_a_number_that_was_not_finite_is_shown(tmp_path):
     assert ">nan</td>" in (folder / "report.html").read_text()
 
 
-def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path, no_pngs):
+def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
     """The last update broke the model: its evaluation has no number, which the legend says."""
     last = evaluation(3, 0.0, 0.0) | dict.fromkeys(("eval/loss", "eval/rewards/margins", "eval/rewards/margins_ci95"))
     _, page = show(tmp_path, write_run(tmp_path / "one", [*LINES[:-1], last]))
@@ -351,6 +326,24 @@ def test_command_line(tmp_path):
     done = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (folder / "report.html").is_file()
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.slow
+def test_pictures_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    sweep = json.loads((write_steering(tmp_path / "steer") / "sweep_matched/aqi.json").read_text())
+    charts = [*separation_charts([("steered", sweep)]), axioms_chart(sweep)]
+    long = list(range(100))
+    charts.append(Chart("Loss", "nats", "step", [Line("run", 0, long, long, long, long, smooth=2)], (50, 1000)))
+    for i, chart in enumerate(charts):
+        plots.plot_chart(tmp_path / f"png/{i}.png", chart)
+    plots.plot_heatmap(tmp_path / "png/heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]], "title")
+    plots.plot_clusters(tmp_path / "png/clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]), "title")
+    files = list((tmp_path / "png").iterdir())
+    assert len(files) == len(charts) + 2 and all(path.read_bytes().startswith(b"\x89PNG") for path in files)
 
 
 # ---------------------------------------------------------------- charts
@@ -432,13 +425,13 @@ def test_short_names(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_runs(world, tmp_path, no_pngs):
+def test_real_runs(world, tmp_path):
     """What the training scripts write is what the report reads: every chart that a CPU has numbers for."""
     config = write_config(tmp_path, world, data_eval=0.2, sample_every=2)
     for stage in ("sft", "dpo"):
         launch(stage, config).ok()
     _, page = show(tmp_path, tmp_path / "sft", tmp_path / "dpo")
-    titles = {title for title, *_ in report.TRAINING_CHARTS} - {"MFU"}
+    titles = {panel.title for panel in PANELS} - {"MFU"}
     assert {title for section, title in page.figures if section == "DPO"} == titles
     preferences = {"Reward margin", "Held-out reward margin", "Reward accuracy", "Held-out reward accuracy", "Rewards",
                    "Log-ratio to the reference", "Log-prob of the answers"}  # fmt: skip
