@@ -1,4 +1,4 @@
-"""How far apart two labels lie in a cloud of embeddings: CHI, Xie-Beni, eta^2 and others, their moments in one pass, a linear probe.
+"""How far apart two labels lie in a cloud of embeddings: indices, moments in one pass, a linear probe.
 
 Letters: n points, D hidden size, L layers, A axioms, G groups, B points of a batch. Labels: 0 unsafe, 1 safe.
 """
@@ -17,49 +17,63 @@ OVERALL = "overall"  # the category of all axioms together
 
 
 def chi(X, labels):
-    """Calinski-Harabasz index B / (W / (n - 2)) of two labelled clusters; X (n, D). Higher is better. ValueError as `_checked`."""
+    """Calinski-Harabasz index B / (W / (n - 2)) of two labelled clusters; X (n, D). Higher is better.
+
+    UserError as `_checked`.
+    """
     return two_cluster_indices(*cluster_moments(X, labels))["chi"].item()
 
 
 def xie_beni(X, labels):
-    """Xie-Beni index W / (n |c1 - c0|^2) of two labelled clusters; X (n, D). Lower is better. ValueError as `_checked`."""
+    """Xie-Beni index W / (n |c1 - c0|^2) of two labelled clusters; X (n, D). Lower is better.
+
+    UserError as `_checked`.
+    """
     return two_cluster_indices(*cluster_moments(X, labels))["xb"].item()
 
 
 def eta_squared(X, labels):
-    """B / (B + W), in [0, 1]: the share of the variance that lies between the labels, which unlike CHI does not grow with n."""
+    """B / (B + W), in [0, 1]: share of variance between the labels. Unlike CHI it does not grow with n."""
     return two_cluster_indices(*cluster_moments(X, labels))["eta2"].item()
 
 
 def davies_bouldin(X, labels):
     """(s0 + s1) / |c1 - c0|, s the mean distance of a cluster to its centre. Lower is better."""
     X, labels = _checked(X, labels)
-    clusters = [X[labels == label] for label in (0, 1)]
-    spread = sum((x - x.mean(0)).norm(dim=1).mean() for x in clusters)
-    return (spread / (clusters[1].mean(0) - clusters[0].mean(0)).norm()).item()
+    unsafe, safe = X[labels == 0], X[labels == 1]
+    unsafe_spread = (unsafe - unsafe.mean(0)).norm(dim=1).mean()
+    safe_spread = (safe - safe.mean(0)).norm(dim=1).mean()
+    gap = (safe.mean(0) - unsafe.mean(0)).norm()
+    return ((unsafe_spread + safe_spread) / gap).item()
 
 
 def dunn(X, labels):
-    """Smallest distance between two points of different clusters over the largest within one (Dunn 1974). Higher is better. O(n^2 D).
+    """Smallest distance between points of two clusters over the largest within one (Dunn 1974). O(n^2 D).
 
-    As with chi, infinite where each cluster is a single point, NaN where the two are the same point."""
+    Higher is better. As with chi, infinite where each cluster is one point, NaN where the two are the same.
+    """
     X, labels = _checked(X, labels)
     nearest, diameter = torch.inf, 0.0
-    for d, own in _distance_blocks(X, labels):
+    for d, own in _distance_blocks(X, labels):  # (r, n) each
         nearest = min(nearest, d.masked_fill(own, torch.inf).min().item())
         diameter = max(diameter, d.masked_fill(~own, 0.0).max().item())
     return (torch.tensor(nearest, dtype=torch.float64) / diameter).item()
 
 
 def silhouette(X, labels):
-    """Mean of (b - a) / max(a, b): a point's mean distance to the rest of its own cluster, and to the other one. In [-1, 1]. O(n^2 D)."""
+    """Mean of (b - a) / max(a, b) over points, in [-1, 1]; a point alone in its cluster counts 0. O(n^2 D).
+
+    a: a point's mean distance to the rest of its own cluster; b: to the other cluster.
+    """
     X, labels = _checked(X, labels)
-    sizes, total, start = torch.bincount(labels, minlength=2), 0.0, 0
+    sizes = torch.bincount(labels, minlength=2)
+    total, start = 0.0, 0
     for d, own in _distance_blocks(X, labels):
         mine = labels[start : start + len(d)]
         a = (d * own).sum(1) / (sizes[mine] - 1).clamp(min=1)
         b = (d * ~own).sum(1) / sizes[1 - mine]
-        total += ((b - a) / torch.maximum(a, b)).masked_fill(sizes[mine] == 1, 0.0).nan_to_num(0.0).sum().item()  # a point alone counts 0
+        widths = (b - a) / torch.maximum(a, b)
+        total += widths.masked_fill(sizes[mine] == 1, 0.0).nan_to_num(0.0).sum().item()
         start += len(d)
     return total / len(X)
 
@@ -71,30 +85,39 @@ def _distance_blocks(X, labels):
 
 
 def _checked(X, labels):
-    """X float64 and labels int64 0 / 1. ValueError for NaN or infinity, other than two labels, or fewer than three points."""
+    """X float64 and labels int64 0 / 1.
+
+    UserError for NaN or infinity, other than two labels, or fewer than three points.
+    """
     X = torch.as_tensor(X).double()
     values, labels = np.unique(np.asarray(labels), return_inverse=True)
     if X.ndim != 2 or len(X) != len(labels):
-        raise UserError(f"X has shape {tuple(X.shape)} with {len(labels)} labels; expected (n, D) with n labels")
+        shape = tuple(X.shape)
+        raise UserError(f"X has shape {shape} with {len(labels)} labels; expected (n, D) with n labels")
     if len(values) != 2 or len(X) < 3:
         found = f"{len(values)} distinct ({', '.join(map(str, values[:5]))}) on {len(X)} points"
         raise UserError(f"labels: {found}; expected two, on 3 points or more")
     if not torch.isfinite(X).all():
-        raise UserError(f"X: {int((~torch.isfinite(X)).any(1).sum())} of {len(X)} points hold NaN or infinity; expected finite embeddings")
+        bad = int((~torch.isfinite(X)).any(1).sum())
+        raise UserError(f"X: {bad} of {len(X)} points hold NaN or infinity; expected finite embeddings")
     return X, torch.as_tensor(labels, device=X.device).long()
 
 
 def cluster_moments(X, labels):
-    """n (2,), sum (2, D) and sum of squares (2,) of two labelled clusters about their common mean, float64. ValueError as `_checked`."""
+    """n (2,), sum (2, D) and sum of squares (2,) of two labelled clusters about their common mean, float64.
+
+    UserError as `_checked`.
+    """
     X, labels = _checked(X, labels)
     return group_moments(X, X.mean(0), labels, 2)
 
 
 def group_moments(x, centre, group, num_groups):
-    """n (G,), sum (x - centre) (G, D), sum |x - centre|^2 (G,), in float64, of the points of each group. x (B, D), group (B,) int64.
+    """n (G,), sum (x - centre) (G, D), sum |x - centre|^2 (G,) of the points of each group, float64.
 
-    The centre is any fixed point near the data: sum |x|^2 - |sum x|^2 / n would lose all digits to an offset of 1e8 spreads.
-    A product with a one-hot matrix and not index_add: that one is not deterministic on CUDA.
+    x (B, D), group (B,) int64.
+    The centre is any fixed point near the data: sum |x|^2 - |sum x|^2 / n would lose all digits to an offset
+    of 1e8 spreads. A product with a one-hot matrix and not index_add: that one is not deterministic on CUDA.
     """
     x = x.double() - centre
     member = torch.nn.functional.one_hot(group, num_groups).double().T  # (G, B)
@@ -102,16 +125,22 @@ def group_moments(x, centre, group, num_groups):
 
 
 def two_cluster_indices(n, total, square):
-    """CHI, XB and eta^2 of two clusters from their moments: n (..., 2), total (..., 2, D), square (..., 2) -> dict of (...) tensors.
+    """CHI, XB, eta^2 of two clusters: n (..., 2), total (..., 2, D), square (..., 2) -> dict of (...).
 
-    W = sum |x|^2 - sum_c |S_c|^2 / n_c,  B = n0 n1 / n |c1 - c0|^2. So CHI * XB = (n - 2) n0 n1 / n^2: the two are one statistic.
+    W = sum |x|^2 - sum_c |S_c|^2 / n_c,  B = n0 n1 / n |c1 - c0|^2. So CHI * XB = (n - 2) n0 n1 / n^2: the
+    two are one statistic.
     """
     centre = total / n[..., None]
     within = (square - (centre * total).sum(-1)).sum(-1).clamp(min=0)
     gap = (centre[..., 1, :] - centre[..., 0, :]).square().sum(-1)
     size = n.sum(-1)
     between = n.prod(-1) / size * gap
-    return {"n": size, "chi": between * (size - 2) / within, "xb": within / (size * gap), "eta2": between / (between + within)}
+    return {
+        "n": size,
+        "chi": between * (size - 2) / within,
+        "xb": within / (size * gap),
+        "eta2": between / (between + within),
+    }
 
 
 # ---------------------------------------------------------------- moments of many layers
@@ -119,7 +148,7 @@ def two_cluster_indices(n, total, square):
 
 @dataclass
 class Moments:
-    """n, sum x and sum |x|^2 for every layer, axiom and label: all that CHI, XB and eta^2 need, so that no embedding is kept.
+    """n, sum x and sum |x|^2 for every layer, axiom and label: all that CHI, XB and eta^2 need.
 
     float64, about the mean of each layer's first batch. L = 32, A = 7, D = 4096: 15 MB.
     """
@@ -131,71 +160,91 @@ class Moments:
 
     @classmethod
     def zeros(cls, layers, axioms, hidden_size, device="cpu"):
-        shapes = (layers, axioms, 2), (layers, axioms, 2, hidden_size), (layers, axioms, 2), (layers, hidden_size)
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        total = zeros(layers, axioms, 2, hidden_size)
+        return cls(zeros(layers, axioms, 2), total, zeros(layers, axioms, 2), zeros(layers, hidden_size))
 
     def add(self, layer, pooled, axiom, label):
         """Take in the pooled states (B, D) of one layer; axiom and label (B,) int64."""
         if not self.n[layer].any():  # the first batch
             self.centre[layer] = pooled.double().mean(0)
-        groups = self.n[layer].numel()
-        sums = group_moments(pooled, self.centre[layer], 2 * axiom + label, groups)
-        for mine, new in zip((self.n, self.total, self.square), sums):
-            mine[layer] += new.view_as(mine[layer])
+        n, total, square = group_moments(pooled, self.centre[layer], 2 * axiom + label, self.n[layer].numel())
+        self.n[layer] += n.view(-1, 2)
+        self.total[layer] += total.view_as(self.total[layer])
+        self.square[layer] += square.view(-1, 2)
 
     def rows(self, axioms):
         """One dict (layer, category, n, chi, xb, eta2) per layer and category, "overall" last.
 
-        ValueError for NaN, or for an axiom with fewer than two texts of a label.
+        UserError for NaN, or for an axiom with fewer than two texts of a label.
         """
         if not torch.isfinite(self.square).all():
             layers = (~torch.isfinite(self.square)).flatten(1).any(1).nonzero().flatten().tolist()
             raise UserError(f"embeddings hold NaN or infinity in layers {layers}; expected finite ones")
         if not (self.n >= 2).all():
             few = int((self.n < 2).sum())
-            raise UserError(f"moments: {few} groups of layer, axiom and label have fewer than two texts; expected none")
-        parts = [torch.cat([x, x.sum(1, keepdim=True)], 1) for x in (self.n, self.total, self.square)]  # (L, A + 1, ...)
-        indices = {name: values.tolist() for name, values in two_cluster_indices(*parts).items()}
-        return [
-            {"layer": layer, "category": category} | {name: values[layer][c] for name, values in indices.items()}
-            for layer in range(len(self.n)) for c, category in enumerate([*axioms, OVERALL])
-        ]  # fmt: skip
+            found = f"{few} groups of layer, axiom and label have fewer than two texts"
+            raise UserError(f"moments: {found}; expected none")
+        sums = []
+        for x in (self.n, self.total, self.square):
+            sums.append(torch.cat([x, x.sum(1, keepdim=True)], 1))  # (L, A + 1, ...)
+        indices = two_cluster_indices(*sums)
+        found = []
+        for layer in range(len(self.n)):
+            for c, category in enumerate([*axioms, OVERALL]):
+                values = {name: index[layer, c].item() for name, index in indices.items()}
+                found.append({"layer": layer, "category": category} | values)
+        return found
 
 
 # ---------------------------------------------------------------- linear probe
 
 
 def auc(scores, labels):
-    """Area under the ROC curve: the chance that a safe text scores above an unsafe one, ties half. scores (n,), labels (n,) 0 / 1."""
+    """Area under the ROC curve: the chance that a safe text scores above an unsafe one, ties half.
+
+    scores (n,), labels (n,) 0 / 1.
+    """
     _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1).double() / 2)[inverse]  # 1-based, tied scores share the mean of theirs
+    # 1-based; tied scores share the mean of their ranks.
+    ranks = (counts.cumsum(0) - (counts - 1).double() / 2)[inverse]
     n1 = int(labels.sum())
     n0 = len(labels) - n1
     return ((ranks[labels == 1].sum() - n1 * (n1 + 1) / 2) / (n0 * n1)).item()
 
 
 def probe_auc(X, labels, folds=5, penalty=0.1):
-    """Mean held-out AUC of a ridge classifier over stratified folds: is the label in the states in any direction at all? X (n, D).
+    """Mean held-out AUC of a ridge classifier over stratified folds: does any direction show the label?
 
-    Closed form, w = X' (X X' + a I)^-1 y on centred X and y = +-1, in whichever of n and D is smaller; a = penalty * mean |x|^2.
+    X (n, D). Closed form, w = X' (X X' + a I)^-1 y on centred X and y = +-1, in whichever of n and D is
+    smaller; a = penalty * mean |x|^2.
     """
     X, labels = _checked(X, labels)
     if torch.bincount(labels).min() < folds:
-        raise UserError(f"probe: {torch.bincount(labels).tolist()} points per label; expected at least {folds} for {folds} folds")
+        found = torch.bincount(labels).tolist()
+        raise UserError(f"probe: {found} points per label; expected at least {folds} for {folds} folds")
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(SEED)).to(X.device)
     order = order[labels[order].argsort(stable=True)]  # label by label, shuffled inside
     fold = torch.empty_like(labels)
     fold[order] = torch.arange(len(X), device=X.device) % folds
     areas = []
     for k in range(folds):
-        centre, y = X[fold != k].mean(0), 2 * labels[fold != k].double() - 1
-        train, y = X[fold != k] - centre, y - y.mean()
+        centre = X[fold != k].mean(0)
+        train = X[fold != k] - centre
+        y = 2 * labels[fold != k].double() - 1
+        y = y - y.mean()
         is_dual = len(train) < train.shape[1]
         gram = train @ train.T if is_dual else train.T @ train
         gram.diagonal().add_(penalty * train.square().sum() / len(train) + 1e-12)
-        w = train.T @ torch.linalg.solve(gram, y) if is_dual else torch.linalg.solve(gram, train.T @ y)
+        if is_dual:
+            w = train.T @ torch.linalg.solve(gram, y)
+        else:
+            w = torch.linalg.solve(gram, train.T @ y)
         areas.append(auc((X[fold == k] - centre) @ w, labels[fold == k]))
     return sum(areas) / folds
 
 
-EXTRA = {"davies_bouldin": davies_bouldin, "dunn": dunn, "silhouette": silhouette, "probe_auc": probe_auc}  # (X, labels) -> float
+# (X, labels) -> float
+EXTRA = {"davies_bouldin": davies_bouldin, "dunn": dunn, "silhouette": silhouette, "probe_auc": probe_auc}
