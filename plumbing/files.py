@@ -1,4 +1,5 @@
-"""Small files written whole or not at all, text tables, progress bars, UserError. No torch: reports read runs without it."""
+"""Small files written whole or not at all, text tables, progress bars, UserError. No torch: reports read runs
+without it."""
 
 import json
 import math
@@ -11,9 +12,11 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """A mistake that a user can mend: one line that names key, value, expectation and, where there is one, file or row.
+    """A mistake that a user can mend: one line that names key, value, expectation and, where there is one,
+    file or row.
 
-    Commands print it without a traceback (parallel.run). Every other exception is a bug of ours and keeps its traceback.
+    Commands print it without a traceback (parallel.run). Every other exception is a bug of ours and keeps its
+    traceback.
     """
 
 
@@ -37,7 +40,8 @@ def read_config(directory):
 
 
 def finite(value):
-    """`value` with None for NaN and infinity, which JSON cannot express: one bad number must not cost hours of measurements."""
+    """`value` with None for NaN and infinity, which JSON cannot express: one bad number must not cost hours
+    of measurements."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -48,7 +52,8 @@ def finite(value):
 
 
 def write_json(path, value):
-    """Write `finite(value)` atomically and durably: a reader sees the old file or the new one, also after a power cut."""
+    """Write `finite(value)` atomically and durably: a reader sees the old file or the new one, also after a
+    power cut."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
@@ -61,7 +66,8 @@ def write_json(path, value):
 
 
 def publish(folder, target):
-    """Rename a finished folder to its name, replacing an older one. At any moment a whole copy of old or new is on the disk."""
+    """Rename a finished folder to its name, replacing an older one. At any moment a whole copy of old or new
+    is on the disk."""
     old = target.with_name(f".old_{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -82,8 +88,8 @@ def sync_folder(path):
 
 
 def table(head, rows, left=(0,)):
-    """Rows of strings as one text, in columns two spaces apart. Columns whose numbers are in `left` (-1: the last) hold words and
-    are aligned to the left, the others to the right."""
+    """Rows of strings as one text, in columns two spaces apart. Columns whose numbers are in `left` (-1: the
+    last) hold words and are aligned to the left, the others to the right."""
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = [column % len(head) for column in left]
@@ -97,5 +103,6 @@ def table(head, rows, left=(0,)):
 
 
 def progress_bar(items=None, **options):
-    """tqdm with rate and ETA, refreshed twice a second on a terminal, every ten seconds in a log file, which keeps each refresh."""
+    """tqdm with rate and ETA, refreshed twice a second on a terminal, every ten seconds in a log file, which
+    keeps each refresh."""
     return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 10, **options)

@@ -1,15 +1,18 @@
-"""The process group and the sharding; nothing outside plumbing/ says `torch.distributed`.
+"""The process group and the sharding. Nothing outside plumbing/ imports `torch.distributed`.
 
-A single process is a group of one. On several, parameters are FSDP2 DTensors, split into contiguous rows (dim 0), rank r owning
-rows [r*ceil(n/W), (r+1)*ceil(n/W)). On one they stay plain tensors: gathering from and reducing to oneself would copy every weight twice
-and every gradient three times.
+On several processes parameters are FSDP2 DTensors, split into contiguous rows (dim 0): rank r owns rows
+[r*ceil(n/W), (r+1)*ceil(n/W)). A single process is a group of one. Its parameters stay plain tensors:
+gathering from and reducing to oneself would copy every weight twice and every gradient three times.
 """
 
+import errno
 import json
 import math
 import os
 import signal
 import sys
+import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,18 +48,21 @@ class World:
 
 
 def init():
-    """Join torchrun's process group, or make a group of one: NCCL on GPUs, gloo on CPUs. Returns Ranks."""
+    """Join torchrun's process group, or make a group of one: NCCL on GPUs, gloo on CPUs. Returns the
+    World."""
     global _background_group
-    rank, local_rank, world_size = (int(os.environ.get(key, alone)) for key, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patience = timedelta(hours=2)  # rank 0 may tokenise or hash, or write to a slow disk, while the others wait
+    where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    patience = timedelta(hours=2)  # the others wait while rank 0 tokenises, hashes, or writes to a slow disk
     dist.init_process_group(backend, timeout=patience, **where)
     _background_group = dist.new_group(backend="gloo", timeout=patience)
-    return World(rank, world_size, device)
+    return World(rank, dist.get_world_size(), device)
 
 
 def world_size():
@@ -71,7 +77,8 @@ def shutdown():
 
 
 def background_group():
-    """A gloo group of all ranks that only the checkpoint writer threads use, so that they never meet the training collectives."""
+    """A gloo group of all ranks for the checkpoint writer threads: their collectives run beside those of
+    training and never mix."""
     return _background_group
 
 
@@ -81,11 +88,12 @@ def barrier():
 
 
 def main_first(world, work):
-    """work() on rank 0, then on the others, which find what rank 0 left on disk. Returns work()'s result on every rank.
+    """work() on rank 0, then on the others, which find on disk what rank 0 left there. Returns work()'s
+    result on every rank.
 
-    When rank 0 fails, the others raise SystemExit: the one message is rank 0's.
+    When rank 0 fails, the others raise SystemExit without a message: the one message is rank 0's.
     """
-    result, error = None, None
+    result = error = None
     if world.main:
         try:
             result = work()
@@ -100,7 +108,7 @@ def main_first(world, work):
 
 
 def from_main(world, work):
-    """The text that work() returns on rank 0, on every rank."""
+    """The text that work() returns on rank 0, on every rank. Only rank 0 calls it."""
     text = work().encode() if world.main else b""
     (length,) = sum_across_ranks([len(text)])
     shared = torch.zeros(int(length), dtype=torch.uint8)
@@ -110,34 +118,82 @@ def from_main(world, work):
     return bytes(shared.tolist()).decode()
 
 
+# ---------------------------------------------------------------- how a command ends
+
+# OSErrors whose cause is outside the program: no permission, read-only, full, over quota
+DISK_REFUSES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
+
 def run(main, argv):
     """main(argv), then leave the process group. Returns the exit code.
 
-    What a user can mend (UserError), numbers gone wrong and failing disks are one line; everything else keeps its traceback.
+    UserErrors, numbers that are not finite and refusals of the disk are one line; every other exception keeps
+    its traceback.
     """
     try:
         return main(argv)
-    except (UserError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:  # --help
+            raise
+        message = _message(error)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            _yield_to_the_cause(error)
+            if not isinstance(error, SystemExit):
+                _write_error_file(message or traceback.format_exc())
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return 1
     finally:
         shutdown()
+
+
+def _message(error):
+    """The line for an error that needs no traceback; None for any other. An OSError without a path is not
+    one: it must name it."""
+    if isinstance(error, UserError | FloatingPointError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_REFUSES and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _yield_to_the_cause(error):
+    """Under torchrun, wait for the rank that failed first to print why: torchrun ends all others as soon as
+    one has exited.
+
+    Rank 0 does not wait: an error that every rank has is printed by it alone. A rank that stopped for
+    another's sake (SystemExit of main_first, a connection that broke) waits longest, rank 0 too.
+    """
+    is_consequence = isinstance(error, SystemExit | dist.DistError) or "gloo" in str(error)
+    seconds = 10 if is_consequence else 5 * min(int(os.environ["RANK"]), 1)  # an exit takes one or two
+    sys.stdout.flush()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # 0: torchrun's summary then lists the cause alone
+    time.sleep(seconds)
+
+
+def _write_error_file(message):
+    """Tell torchrun, in torch.distributed.elastic's format, what its summary shows instead of `error_file:
+    <N/A>`."""
+    content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
 
 
 # ---------------------------------------------------------------- sharding
 
 
 def shard(model, precision):
-    """Apply FSDP2 to every block and to the model itself (embedding, final norm and lm_head form the root's group).
+    """Apply FSDP2 to every block and to the model itself (embedding, final norm and lm_head form the root's
+    group).
 
-    precision "fp32": everything in float32. "bf16" and "fp8": weights are gathered as bf16, gradients reduced in float32; shards stay as
-    they are. The root stays gathered from its forward to its backward, because lm_head.weight is read in between, outside any module's
-    forward.
+    precision "fp32": all in float32. "bf16" and "fp8": weights are gathered as bf16, gradients reduced in
+    float32, shards keep their dtype. The root stays gathered from its forward to its backward: lm_head.weight
+    is read in between, outside of any module's forward.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    # inputs are not cast: cos and sin stay float32
     dtypes = {} if precision == "fp32" else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    # inputs are not cast: cos and sin stay float32
     policy = MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -146,19 +202,22 @@ def shard(model, precision):
 
 def materialize(model, device):
     """Allocate, uninitialised, the shards of a model that was built and sharded on the meta device."""
-    tied_to = next(name for name, param in model.named_parameters() if param is model.lm_head.weight)  # the embedding's, or its own
+    names = {param: name for name, param in model.named_parameters()}
+    tied_to = names[model.lm_head.weight]  # the embedding's, or its own
     model.to_empty(device=device)
     model.lm_head.weight = model.get_parameter(tied_to)
 
 
 def gather(model):
-    """Gather the root's weights, in the precision of compute, for code that reads lm_head.weight before a forward. `release` drops them."""
+    """Gather the root's weights in the compute precision, for code that reads lm_head.weight before a
+    forward. `release` drops them."""
     if isinstance(model, FSDPModule):
         model.unshard()
 
 
 def release(model):
-    """Drop the root's gathered weights after a pass without a backward, which would otherwise outlive the next optimizer step."""
+    """Drop the root's gathered weights after a pass without a backward: they would outlive the next optimizer
+    step, and be stale."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
@@ -167,7 +226,7 @@ def local_rows(param):
     """(first row, local tensor): this rank's rows of dim 0. A plain tensor is all rows, from 0."""
     if not isinstance(param, DTensor):
         return 0, param.detach()
-    rows = -(-param.shape[0] // param.device_mesh.size())
+    rows = -(-param.shape[0] // param.device_mesh.size())  # rounded up: the last ranks may own fewer, or none
     local = param.to_local().detach()
     first = min(rows * param.device_mesh.get_local_rank(), param.shape[0])
     assert local.shape[0] == max(0, min(rows, param.shape[0] - first)), (local.shape, param.shape)
@@ -186,7 +245,8 @@ def assign(param, values):
 
 
 def sum_across_ranks(values):
-    """Element-wise sum over ranks of their lists of numbers, equally long, in float64. Returns a list of floats."""
+    """Element-wise sum over ranks of their lists of numbers, equally long, in float64. Returns a list of
+    floats."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)  # on the CPU group: nothing is queued on the GPU
     return total.tolist()
@@ -200,30 +260,53 @@ def max_across_ranks(value):
 
 
 def require_same(world, **found):
-    """ValueError on every rank, naming the keys, where a rank's text is not rank 0's: each reads data and folders by itself."""
+    """UserError on every rank, naming the keys, where a rank found another text than rank 0: each reads data
+    and folders by itself."""
     wanted = json.loads(from_main(world, lambda: json.dumps(found)))
+    differing = []
     counts = sum_across_ranks([found[key] != wanted[key] for key in found])
-    if differing := [key for key, count in zip(found, counts, strict=True) if count]:
-        raise UserError(f"{', '.join(differing)}: not the same on all ranks; expected files that do not change while a run starts")
+    for key, count in zip(found, counts, strict=True):
+        if count:
+            differing.append(key)
+    if differing:
+        names = ", ".join(differing)
+        expected = "expected files that do not change while a run starts"
+        raise UserError(f"{names}: not the same on all ranks; {expected}")
 
 
 def require_finite(values, rows):
-    """FloatingPointError on every rank when any rank's value is NaN or infinite; rows[i] names the examples behind values[i]."""
-    suspects = [str(row) for value, names in zip(values, rows, strict=True) for row in names if not math.isfinite(value)]
+    """FloatingPointError on every rank when any rank's value is NaN or infinite. rows[i] names the examples
+    behind values[i]."""
+    suspects = []
+    for value, names in zip(values, rows, strict=True):
+        if not math.isfinite(value):
+            suspects += map(str, names)
+    # Every rank must take the same branch here: a rank that goes on alone waits in the next collective for
+    # ever.
     (count,) = sum_across_ranks([len(suspects)])
     if count:
-        raise FloatingPointError(f"the loss is not finite; no step was taken. Examples of the micro-batch: {suspects or 'on another rank'}")
+        examples = suspects or "on another rank"
+        problem = "the loss is not finite; no step was taken. Examples of the micro-batch"
+        raise FloatingPointError(f"{problem}: {examples}")
 
 
 def clip_grad_norm(params, max_norm):
-    """Scale all gradients so that their global L2 norm is at most max_norm (None: never). Returns the norm before scaling, a float.
+    """Scale all gradients so that their global L2 norm is at most max_norm (None: never). Returns the norm
+    before scaling, a float.
 
-    The norm of the *whole* gradient: squares are summed over this rank's rows in float32 per tensor, in float64 across them and over ranks.
+    Squares are summed in float32 within a tensor's rows of this rank, in float64 across tensors and ranks.
     """
-    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in params if p.grad is not None]
-    grads = [g for g in grads if g.numel()]  # a rank may own no row of a short parameter
-    norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).double() if grads else torch.zeros(1, dtype=torch.float64)
-    (square,) = sum_across_ranks([norms.square().sum().item()])
+    grads = []
+    for param in params:
+        if param.grad is not None:
+            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+            if grad.numel():  # a rank may own no row of a short parameter
+                grads.append(grad)
+    square = 0.0
+    if grads:
+        norms = torch._foreach_norm(grads, dtype=torch.float32)
+        square = torch.stack(norms).double().square().sum().item()
+    (square,) = sum_across_ranks([square])
     norm = square**0.5
     if grads and max_norm is not None and norm > max_norm:
         torch._foreach_mul_(grads, max_norm / norm)
@@ -234,7 +317,8 @@ def clip_grad_norm(params, max_norm):
 
 
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C; `received()` agrees on it across ranks, so that all of them stop after the same step."""
+    """Records SIGTERM or Ctrl-C. received() takes the maximum over ranks, so that all of them stop after the
+    same step."""
 
     def __init__(self):
         self._signal = 0

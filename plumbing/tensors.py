@@ -1,4 +1,4 @@
-"""safetensors files, written tensor by tensor and read by rows: only one tensor is ever in memory."""
+"""safetensors files, written tensor by tensor and read by rows: one tensor is in memory at a time."""
 
 import json
 import os
@@ -16,13 +16,16 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 def write_safetensors(path, tensors, read, metadata=None):
     """Write one safetensors file (8-byte length, JSON header, raw bytes) and fsync it.
 
-    tensors: {name: (dtype, shape)}, wider dtypes first. read(name) is called in that order, its result cast and dropped: only one tensor is
-    in memory, where the library's own writer wants them all. OSError (disk full, quota) names the path and the bytes needed.
+    tensors: {name: (dtype, shape)}, wider dtypes first. read(name) is called in that order, its result cast
+    and dropped: one tensor is in memory, where the library's own writer needs all of them. OSError (disk
+    full, quota) names the path and the bytes needed.
     """
-    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    header = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         assert end % dtype.itemsize == 0, f"{name}: unaligned"
-        start, end = end, end + num_bytes(dtype, shape)
+        start = end
+        end += num_bytes(dtype, shape)
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -34,10 +37,11 @@ def write_safetensors(path, tensors, read, metadata=None):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        size, free = 8 + len(head) + end, shutil.disk_usage(path.parent).free
+        size = 8 + len(head) + end
+        free = shutil.disk_usage(path.parent).free
         path.unlink(missing_ok=True)  # a torn file is of no use, and its space may be needed to go on
-        message = f"{error.strerror}: {size:,} bytes needed, {free:,} free; what was saved earlier is untouched; writing"
-        raise OSError(error.errno, message, str(path)) from error
+        needs = f"{size:,} bytes needed, {free:,} free; what was saved earlier is untouched"
+        raise OSError(error.errno, f"{error.strerror}: {needs}", str(path)) from error
 
 
 def _raw_bytes(tensor, dtype, shape):
@@ -47,15 +51,16 @@ def _raw_bytes(tensor, dtype, shape):
 
 
 def num_bytes(dtype, shape):
-    """Bytes of a tensor."""
+    """Bytes of a tensor of that dtype and shape."""
     return dtype.itemsize * torch.Size(shape).numel()
 
 
 def open_safetensors(path):
-    """Memory-map a safetensors file. ValueError when it is missing, truncated or something else."""
+    """Memory-map a safetensors file. UserError when it is missing, truncated or something else."""
     if not path.is_file():
         raise UserError(f"{path}: missing file")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise UserError(f"{path}: truncated, or not a safetensors file ({path.stat().st_size:,} bytes): {error}") from error
+        size = path.stat().st_size
+        raise UserError(f"{path}: truncated, or not a safetensors file ({size:,} bytes): {error}") from error

@@ -1,5 +1,6 @@
 """Tokenised columns on disk, under a key that is a hash of all they depend on: written whole or not at all, checked whenever they are read."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -25,7 +26,8 @@ def write(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
             (new / "meta.json").write_text(json.dumps(meta, indent=1))
         except OSError as error:  # numpy's own names no file
             needed, free = sum(column.nbytes for column in columns.values()), shutil.disk_usage(folder.parent).free
-            raise OSError(f"{folder}: not written, {needed:,} bytes needed, {free:,} free: {error}") from error
+            message = f"not written, {needed:,} bytes needed, {free:,} free: {error}"
+            raise OSError(error.errno or errno.ENOSPC, message, str(folder)) from error
         try:
             new.rename(folder)
         except OSError:

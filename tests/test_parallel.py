@@ -1,5 +1,6 @@
 """Sharding, sums and clipping: the checks of parallel_ranks.py in this process, a group of one, and on 2 and 3 processes."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from parallel_ranks import CHECKS
 
 from plumbing import parallel
+from plumbing.files import UserError
 from plumbing.weights import resolve
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +32,49 @@ def test_what_a_user_can_mend_is_one_line(capsys):
         parallel.run(lambda argv: json.loads("{"), [])
 
 
+def fails(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def test_a_disk_that_refuses_is_one_line_with_its_path(capsys):
+    """No space, no permission. An OSError of another kind, or one that names no path, keeps its traceback."""
+    full = OSError(errno.ENOSPC, "No space left on device: 9 bytes needed", "runs/x/metrics.jsonl")
+    assert parallel.run(fails(full), []) == 1
+    assert capsys.readouterr().err == "error: runs/x/metrics.jsonl: No space left on device: 9 bytes needed\n"
+    assert parallel.run(fails(FloatingPointError("the loss is not finite")), []) == 1
+    assert capsys.readouterr().err == "error: the loss is not finite\n"
+    for foreign in (OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error", "x"), OSError("odd")):
+        with pytest.raises(OSError) as caught:
+            parallel.run(fails(foreign), [])
+        assert caught.value is foreign
+
+
+# The ranks of test_torchrun_ends_with_the_message: each fails in its own way.
+FAILURES = {
+    "a key that every rank refuses": lambda world: fails(UserError("beta=-1: expected float > 0"))([]),
+    "rank 0 alone, the others wait for it": lambda world: parallel.main_first(world, lambda: fails(UserError("beta=-1: expected float > 0"))([])),
+    "rank 1 alone, rank 0 in a collective": lambda world: fails(UserError("beta=-1: expected float > 0"))([]) if world.rank else parallel.barrier(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", FAILURES)
+def test_torchrun_ends_with_the_message(failure):
+    """One line on the screen, from one rank, and the same line as the last of torchrun's own summary."""
+    arguments = ["--standalone", "--nproc-per-node", "2", "tests/test_parallel.py", failure]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.count("error: beta=-1: expected float > 0\n") == 1, result.stderr
+    summary = result.stderr.partition("Root Cause")[2]
+    assert "beta=-1: expected float > 0" in summary.splitlines()[-2] and "<N/A>" not in summary
+    assert result.stderr.count("Traceback") == 1 and "ChildFailedError" in result.stderr  # torchrun's own
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_processes(num_ranks):
@@ -38,3 +83,7 @@ def test_processes(num_ranks):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr[-6000:]
     assert result.stdout.count(f"holds on {num_ranks} rank(s)") == len(CHECKS)
+
+
+if __name__ == "__main__":  # one rank of test_torchrun_ends_with_the_message
+    sys.exit(parallel.run(lambda argv: FAILURES[argv[0]](parallel.init()), sys.argv[1:]))
