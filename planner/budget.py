@@ -1,7 +1,7 @@
 """What a training step takes, by arithmetic: bytes on one GPU, term by term, and seconds. Pure functions; no GPU is touched.
 
-Calibrated on the 8B shape on one H200 with torch 2.11: tests/test_plan.py holds the measured peaks (met within 1.5 % on one GPU, 3 % on
-two) and seconds of a step (within 4.5 %). Other GPUs are scaled by their datasheets, several by what FSDP2 gathers and reduces: estimates.
+Calibrated on the 8B shape on one and two H200s with torch 2.11: tests/test_plan.py holds the measured peaks (met within 1.5 % on one GPU,
+3 % on two) and seconds of a step (within 4.5 %). Other GPUs are scaled by their datasheets: estimates.
 
 Letters as in model.py; sizes are bytes, rates per second. Reading order: the GPUs, a model's size, a pass over data, memory, time.
 """
@@ -26,23 +26,32 @@ class GPU:
     """One card. All but `gib` is from NVIDIA's datasheets, or assumed."""
 
     gib: float  # memory, as torch reports it: 2 to 8 % less than on the datasheet
-    tflops: float  # dense bf16 matmul, datasheet
+    tflops: float  # dense bf16 matmul with float32 sums, datasheet
     tb_s: float  # memory bandwidth, datasheet
-    link_gb_s: float  # to the other cards, one direction, datasheet: NVLink, or PCIe 4.0 x16 where there is none
+    link_gb_s: float  # to the other cards, one direction, datasheet: NVLink, or PCIe x16 where there is none
+    capability: tuple[int, int]  # compute capability, for check_capability
     usd_per_hour: tuple[float, float]  # an assumption: what clouds ask for one card, from cheap to dear
 
+    @property
+    def pcie(self):
+        """Whether cards exchange over PCIe, which is 5 to 20 times slower than NVLink."""
+        return self.link_gb_s < 100
 
+
+# The GeForce cards' TFLOP/s are of the whitepapers of GA102, AD102 and GB202: 71, 165.2 and 209.5 (half of their "sparse" rates).
+# PCIe is 4.0 (32 GB/s a direction), 5.0 (64) on the RTX 5090; an NVLink bridge between RTX 3090s is not counted.
 GPUS = {
-    "a40": GPU(44.4, 149.7, 0.696, 32, (0.40, 1.30)),
-    "l40s": GPU(44.4, 362.1, 0.864, 32, (0.80, 1.90)),
-    "rtx4090": GPU(23.5, 165.2, 1.008, 32, (0.35, 0.80)),
-    "a100-40": GPU(39.4, 312, 1.555, 300, (1.00, 2.00)),
-    "a100-80": GPU(79.2, 312, 2.039, 300, (1.20, 2.80)),
-    "h100": GPU(79.1, 989.4, 3.35, 450, (2.00, 4.50)),
-    "h200": GPU(139.8, 989.4, 4.8, 450, (2.50, 5.50)),
-    "b200": GPU(178.3, 2250, 7.7, 900, (4.00, 8.00)),
+    "rtx3090": GPU(23.6, 71, 0.936, 32, (8, 6), (0.20, 0.50)),
+    "rtx4090": GPU(23.5, 165.2, 1.008, 32, (8, 9), (0.35, 0.80)),
+    "rtx5090": GPU(31.4, 209.5, 1.792, 64, (12, 0), (0.50, 1.20)),
+    "a40": GPU(44.4, 149.7, 0.696, 32, (8, 6), (0.40, 1.30)),
+    "l40s": GPU(44.4, 362.1, 0.864, 32, (8, 9), (0.80, 1.90)),
+    "a100-40": GPU(39.4, 312, 1.555, 300, (8, 0), (1.00, 2.00)),
+    "a100-80": GPU(79.2, 312, 2.039, 300, (8, 0), (1.20, 2.80)),
+    "h100": GPU(79.1, 989.4, 3.35, 450, (9, 0), (2.00, 4.50)),
+    "h200": GPU(139.8, 989.4, 4.8, 450, (9, 0), (2.50, 5.50)),
+    "b200": GPU(178.3, 2250, 7.7, 900, (10, 0), (4.00, 8.00)),
 }
-WITHOUT_FLOAT8 = ("a40", "a100-40", "a100-80")  # of the Ampere generation
 
 # Shares of the datasheet's rates, measured on the H200.
 MATMUL = 0.80  # 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; the next four are shares of this
@@ -50,6 +59,10 @@ FULL, LORA, FORWARD = 0.76, 0.69, 0.82  # forward and backward of blocks and lm_
 ATTENTION, ATTENTION_HALF = 0.434, 916  # varlen_attn over long documents; tokens of a document at which it has half of that
 OPTIMIZER = 0.82  # of the memory bandwidth: 49 ms for 24 bytes a parameter, 8.03 B parameters
 LINK = 0.60  # all-gather and reduce-scatter: 250 to 290 of 450 GB/s
+# Sharded, a GPU computes at this share of its rate alone: NCCL's kernels take SMs from the matmuls, gradients are added outside of them,
+# weights are copied in and out. 2 x H200 over NVLink, 8B, 49,152 tokens a GPU and step, micro-batches of 12,288 (2026-11-28, 982dfe7):
+# full 4.75 s a step beside 4.20 alone, LoRA 3.67 beside 3.35. Other counts and links were not measured.
+SHARDED_FULL, SHARDED_LORA = 0.885, 0.91
 
 HEAD_ROWS = inspect.signature(token_logps).parameters["chunk"].default
 
@@ -87,9 +100,14 @@ class Sizes:
 
     @classmethod
     def of(cls, model):
-        counts = {name: (p.numel(), p.requires_grad) for name, p in model.named_parameters()}  # a tied lm_head is there once
-        trained, total = sum(n for n, trains in counts.values() if trains), sum(n for n, _ in counts.values())
-        blocks = sum(n for name, (n, _) in counts.items() if name.startswith("model.layers."))
+        trained = total = blocks = 0
+        for name, parameter in model.named_parameters():  # a tied lm_head is there once
+            count = parameter.numel()
+            total += count
+            if parameter.requires_grad:
+                trained += count
+            if name.startswith("model.layers."):
+                blocks += count
         return cls(trained, total - trained, total - blocks, blocks // model.config.num_hidden_layers)
 
 
@@ -113,13 +131,17 @@ class Pass:
         """documents: (lengths (n,), targets (n,)) of every side; prefixes (n,) tokens that the second side leaves out."""
 
         def total(f):  # in float64: the FLOPs of a million documents overflow int64
-            return float(sum(f(np.asarray(lengths, float)).sum() for lengths, _ in documents) - np.sum(f(np.asarray(prefixes, float))))
+            computed = 0.0
+            for lengths, _ in documents:
+                computed += f(np.asarray(lengths, float)).sum()
+            return float(computed - np.sum(f(np.asarray(prefixes, float))))
 
-        keys, targets = (int(sum(side[i].sum() for side in documents)) for i in (0, 1))
+        keys = int(sum(lengths.sum() for lengths, _ in documents))
+        targets = int(sum(targets.sum() for _, targets in documents))
         flops = total(lambda length: shape.flops(length, logits=0)) + shape.flops(0, logits=targets)
         slow = total(lambda length: shape.attention_flops(length) / np.maximum(length, 1) * (length + ATTENTION_HALF))
-        tokens = keys - int(np.sum(prefixes))
-        return cls(len(documents[0][0]), tokens, keys, targets, flops, total(shape.attention_flops), slow)
+        examples, tokens = len(documents[0][0]), keys - int(np.sum(prefixes))
+        return cls(examples, tokens, keys, targets, flops, total(shape.attention_flops), slow)
 
     def times(self, factor):
         """The pass made `factor` times."""
@@ -155,11 +177,11 @@ def block_bytes(shape, config, tokens, keys):
     return kept, tokens * width * D, backward
 
 
-def peak_bytes(shape, config, sizes, count, tokens, targets, keys, accumulates):
-    """(moment, {term: bytes on one GPU}) of a training step's peak: what torch.cuda.max_memory_allocated would say is their sum.
+def peak_bytes(shape, config, sizes, count, tokens, targets, keys, *, accumulates):
+    """(moment, {term: bytes on one GPU}) of a training step's peak: their sum is torch.cuda.max_memory_allocated.
 
-    tokens, targets, keys: of the largest micro-batch. accumulates: a step has more than one, so the gradients are there from the second
-    on; otherwise they appear while the activations go. The largest of three moments: lm_head's backward, the last block's, the end's.
+    tokens, targets, keys: of the largest micro-batch. accumulates: a step has several, so gradients are there from the second
+    on; otherwise they appear while the activations go. The largest of three moments: lm_head's backward, the last block's, the end.
     """
     width, D, V, L = compute_width(config), shape.hidden_size, shape.vocab_size, shape.num_hidden_layers
     full, sharded = not config.lora_rank, count > 1
@@ -218,6 +240,14 @@ def optimizer_seconds(config, sizes, count, gpu):
     return (2 * kept + 2 * state["gradients"]) / (gpu.tb_s * 1e12 * OPTIMIZER)
 
 
-def with_communication(compute, passes, size, count, gpu):
-    """Seconds of a part in which every GPU computes for `compute`, and sends and receives `size` bytes in each of `passes`, meanwhile."""
-    return max(compute, passes * size * (count - 1) / count / (gpu.link_gb_s * 1e9 * LINK))
+def exchange_seconds(size, count, gpu):
+    """Seconds in which every one of `count` GPUs sends and receives its part of `size` bytes: one all-gather or reduce-scatter."""
+    return size * (count - 1) / count / (gpu.link_gb_s * 1e9 * LINK)
+
+
+def sharded_seconds(compute, exchange, config, count):
+    """Seconds of a part in which each of `count` GPUs alone would compute for `compute`, and exchanges for `exchange` meanwhile."""
+    if count == 1:
+        return compute
+    share = SHARDED_LORA if config.lora_rank else SHARDED_FULL
+    return max(compute / share, exchange)

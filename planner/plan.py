@@ -22,21 +22,21 @@ from model import LlamaConfig, training_flops
 from packing import steps_per_epoch
 from planner.budget import (
     GPUS,
-    WITHOUT_FLOAT8,
     Pass,
     Sizes,
     compute_width,
+    exchange_seconds,
     find_gpu,
     forward_seconds,
     optimizer_seconds,
     peak_bytes,
+    sharded_seconds,
     skeleton,
     training_seconds,
-    with_communication,
 )
 from plumbing import hub, parallel
-from plumbing.config import check_world_size, load, sections_of
-from plumbing.files import UserError
+from plumbing.config import check_capability, check_world_size, load, sections_of
+from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
 
 GIB = 2**30
@@ -104,11 +104,13 @@ def count_data(stage, config, shape, folder, log=print):
 
     Exact where tokenizer and rows are on this machine: the data is then tokenised into cache_dir, where the run will find it.
     """
-    sources = list(config.data) + (list(config.data_eval) if isinstance(config.data_eval, dict) else [])
+    sources = list(config.data)
+    if isinstance(config.data_eval, dict):
+        sources += config.data_eval
     if folder is not None and all(Path(name.partition("[")[0]).exists() for name in sources):
-        splits = (load_sft if stage == "sft" else load_preferences)(config, Tokenizer.from_dir(folder), log)
-        train, held_out = (split and _pass_over(split, shape) for split in splits)
-        return train, held_out, "exact: tokenised here"
+        read = load_sft if stage == "sft" else load_preferences
+        train, held_out = read(config, Tokenizer.from_dir(folder), log)
+        return _pass_over(train, shape), held_out and _pass_over(held_out, shape), "exact: tokenised here"
     share = config.data_eval if isinstance(config.data_eval, float) else 0.0
     train = _estimated_pass(stage, config, config.data, 1 - share, shape)
     held_out = _estimated_pass(stage, config, config.data, share, shape) if share else None
@@ -131,12 +133,14 @@ def _estimated_pass(stage, config, data, share, shape):
             hint = f"a local file (with a model folder, for its tokenizer), or one of {', '.join(ESTIMATES)}"
             raise UserError(f"data {name!r}: cannot be counted here; expected {hint}")
         rows = int(share * (amount * known.rows if isinstance(amount, float) else amount))
-        prompt, length = (min(tokens, config.max_seq_len) for tokens in (known.prompt, known.prompt + known.answer))
-        for column, value in ((lengths, length), (targets, length - prompt), (prefixes, prompt)):
-            column.append(np.full(rows, value, dtype=np.int64))
-    lengths, targets, prefixes = map(np.concatenate, (lengths, targets, prefixes))
-    if not len(lengths):
+        prompt = min(known.prompt, config.max_seq_len)
+        length = min(known.prompt + known.answer, config.max_seq_len)
+        lengths += [length] * rows
+        targets += [length - prompt] * rows
+        prefixes += [prompt] * rows
+    if not lengths:
         raise UserError(f"data={data!r}: no rows; expected at least one")
+    lengths, targets, prefixes = np.array(lengths), np.array(targets), np.array(prefixes)
     if stage == "sft":
         return Pass.of(shape, [(lengths, targets)])
     return Pass.of(shape, [(lengths, targets)] * 2, prefixes if config.share_prefix else 0)
@@ -191,10 +195,12 @@ class Plan:
     @property
     def peak(self):
         """(moment, {term: bytes}) on one GPU, with a full micro-batch of the data's mean share of answers and prefixes."""
+        tokens = self.config.tokens_per_microbatch
+        targets = round(tokens * self.train.targets / self.train.tokens)
+        keys = round(tokens * self.train.keys / self.train.tokens)
         # a step that fills half of one micro-batch at the mean may now and then need two
-        tokens, accumulates = self.config.tokens_per_microbatch, self.microbatches > 0.5
-        shares = [n / self.train.tokens for n in (self.train.targets, self.train.keys)]
-        return peak_bytes(self.shape, self.config, self.sizes, self.count, tokens, *(round(tokens * s) for s in shares), accumulates)
+        accumulates = self.microbatches > 0.5
+        return peak_bytes(self.shape, self.config, self.sizes, self.count, tokens, targets, keys, accumulates=accumulates)
 
     @property
     def gib(self):
@@ -206,28 +212,52 @@ class Plan:
         return self.gib <= self.gpu.gib
 
     @property
+    def turns(self):
+        """Micro-batches of a step on one GPU, the last one partial."""
+        return math.ceil(self.microbatches)
+
+    @property
+    def gathered(self):
+        """Bytes of all weights, as they are gathered for a pass."""
+        return compute_width(self.config) * (self.sizes.trained + self.sizes.frozen)
+
+    @property
+    def step(self):
+        """(seconds of one GPU's computing, seconds of its exchange with the others) in one step; the optimizer's not counted."""
+        compute = training_seconds(self.trained, self.model, self.config, self.gpu) / self.count / self.steps
+        # weights are gathered for the forward and again for the backward, gradients summed in float32
+        size = 2 * self.gathered + 4 * self.sizes.trained
+        return compute, self.turns * exchange_seconds(size, self.count, self.gpu)
+
+    @property
     def seconds(self):
         """{part: seconds}."""
-        config, sizes, gpu, count = self.config, self.sizes, self.gpu, self.count
-        gathered = compute_width(config) * (sizes.trained + sizes.frozen)
-        turns = math.ceil(self.microbatches)
-        train = training_seconds(self.trained, self.model, config, gpu) / count
-        # weights are gathered for the forward and again for the backward, gradients summed in float32
-        parts = {"training": with_communication(train, self.steps * turns, 2 * gathered + 4 * sizes.trained, count, gpu)}
-        parts["optimizer"] = self.steps * optimizer_seconds(config, sizes, count, gpu)
-
-        def without_gradients(work):
-            passes = work.examples / config.global_batch_size * turns
-            return with_communication(forward_seconds(work, gpu) / count, passes, gathered, count, gpu)
-
-        if self.stage == "dpo" and config.loss != "simpo":
-            seen = min(1.0, self.trained.examples / self.train.examples)  # pairs of the first epoch that some step trains
-            parts["reference log-probs"] = without_gradients(self.train.times(seen))
-            parts["reference log-probs"] += without_gradients(self.held_out) if self.held_out else 0
+        parts = {
+            "training": self.steps * sharded_seconds(*self.step, self.config, self.count),
+            "optimizer": self.steps * optimizer_seconds(self.config, self.sizes, self.count, self.gpu),
+        }
+        if self.stage == "dpo" and self.config.loss != "simpo":
+            # pairs of the first epoch that some step trains
+            seen = min(1.0, self.trained.examples / self.train.examples)
+            parts["reference log-probs"] = self._without_gradients(self.train.times(seen))
+            if self.held_out:
+                parts["reference log-probs"] += self._without_gradients(self.held_out)
         if self.held_out:
-            evaluations = 2 + ((self.steps - 1) // config.eval_every if config.eval_every else 0)
-            parts["evaluation"] = evaluations * without_gradients(self.held_out)
+            every = self.config.eval_every
+            evaluations = 2 + ((self.steps - 1) // every if every else 0)
+            parts["evaluation"] = evaluations * self._without_gradients(self.held_out)
         return parts
+
+    def _without_gradients(self, work):
+        """Seconds of a pass that only reads the weights."""
+        passes = work.examples / self.config.global_batch_size * self.turns
+        exchange = passes * exchange_seconds(self.gathered, self.count, self.gpu)
+        return sharded_seconds(forward_seconds(work, self.gpu) / self.count, exchange, self.config, self.count)
+
+    @property
+    def speedup(self):
+        """Times as fast as one such GPU that held the same."""
+        return self.turned(count=1).hours / self.hours
 
     @property
     def hours(self):
@@ -279,8 +309,7 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     """
     card, config = find_gpu(gpu), load(stage, [path, *overrides])
     check_world_size(config, count)
-    if config.precision == "fp8" and gpu in WITHOUT_FLOAT8:
-        raise UserError(f"precision='fp8' on {gpu} (--gpu): expected a GPU of compute capability 8.9 (Ada, Hopper) or newer")
+    check_capability(config, card.capability, gpu)
     shape, folder, origin = find_model(stage, config, path)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
     prices = tuple(price * count for price in card.usd_per_hour) if usd_per_hour is None else (usd_per_hour, usd_per_hour)
@@ -292,7 +321,7 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
 
 def describe(plan, origin, counted):
     """The lines of `--plan`."""
-    config, sizes, work, (moment, terms) = plan.config, plan.sizes, plan.trained, plan.peak
+    config, sizes, work = plan.config, plan.sizes, plan.trained
     flops = training_flops(plan.model, work.flops, work.tokens)
     kind, total = ("pairs" if plan.stage == "dpo" else "documents"), sizes.trained + sizes.frozen
     lines = [
@@ -302,22 +331,37 @@ def describe(plan, origin, counted):
         f"         {counted}",
         f"steps    {plan.steps:,} of {config.global_batch_size} {kind}; {work.tokens:,.0f} tokens in all",
         f"FLOPs    {flops / work.tokens / 1e9:.2f} G a token, {flops:.3g} in all (the model's; recompute is time, not work)",
-        f"memory   of one GPU at its peak, {moment}, {config.tokens_per_microbatch:,} tokens, recompute={config.recompute}:",
-        *(f"         {size / GIB:7.2f} GiB  {term}" for term, size in terms.items()),
-        f"         {CONTEXT_GIB:7.2f} GiB  CUDA",
-        f"         {plan.gib:7.2f} GiB  of {plan.gpu.gib} GiB: {_verdict(plan)}",
     ]
-    if not plan.fits:
-        lines.append("turn, in this order, each together with those above it:")
-        tried = remedies(plan)
-        lines += [f"         {what:<34} {other.gib:7.2f} GiB  {_price(other)}; {_verdict(other)}" for what, other in tried]
-        if not any(other.fits for _, other in tried):
-            lines.append(f"         nothing that this program has makes it fit on {plan.gpu_name}: take a larger GPU")
-    seconds = plan.seconds
+    return "\n".join([*lines, *_memory_lines(plan), *_time_lines(plan)])
+
+
+def _memory_lines(plan):
+    moment, terms = plan.peak
+    tokens = f"{plan.config.tokens_per_microbatch:,} tokens, recompute={plan.config.recompute}"
+    lines = [f"memory   of one GPU at its peak, {moment}, {tokens}:"]
+    for term, size in terms.items():
+        lines.append(f"         {size / GIB:7.2f} GiB  {term}")
+    lines.append(f"         {CONTEXT_GIB:7.2f} GiB  CUDA")
+    lines.append(f"         {plan.gib:7.2f} GiB  of {plan.gpu.gib} GiB: {_verdict(plan)}")
+    if plan.fits:
+        return lines
+    lines.append("turn, in this order, each together with those above it:")
+    tried = remedies(plan)
+    for what, other in tried:
+        lines.append(f"         {what:<34} {other.gib:7.2f} GiB  {_price(other)}; {_verdict(other)}")
+    if not any(other.fits for _, other in tried):
+        lines.append(f"         nothing that this program has makes it fit on {plan.gpu_name}: take a larger GPU")
+    return lines
+
+
+def _time_lines(plan):
+    seconds, config = plan.seconds, plan.config
     spent = ", ".join(f"{part} {_duration(value)}" for part, value in seconds.items())
     unless = "" if plan.fits else "if it did fit: "
-    lines += [f"time     {unless}{spent}"]
-    lines += [f"         {work.tokens / seconds['training']:,.0f} tokens/s in training; {_scaling(plan)}"]
+    source = "calibrated on an H200" if plan.gpu_name == "h200" else "an estimate: H200 measurements scaled by the datasheets"
+    lines = [f"time     {unless}{spent}"]
+    lines += [f"         {plan.trained.tokens / seconds['training']:,.0f} tokens/s in training; {source}"]
+    lines += _scaling_lines(plan) if plan.count > 1 else []
     if config.precision == "fp32":
         lines.append("         precision='fp32' does not run on the bf16 matmul units: expect several times these hours")
     if config.precision == "fp8":
@@ -325,7 +369,26 @@ def describe(plan, origin, counted):
     assumed = " (assumed: see --usd-per-hour)" if plan.usd_per_hour[0] < plan.usd_per_hour[1] else ""
     lines += [f"total    {unless}{_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"]
     lines += ["         not counted: loading, tokenising, checkpoints (in the background, after a copy to host memory), the final save,"]
-    return "\n".join([*lines, "         and ranks that wait for the longest stream of a micro-batch"])
+    return [*lines, "         and ranks that wait for the longest stream of a micro-batch"]
+
+
+def _scaling_lines(plan):
+    """How many GPUs compare with one, and what their link takes of a step."""
+    compute, exchange = plan.step
+    share = f"{plan.speedup:.2f} times one {plan.gpu_name}, {plan.speedup / plan.count:.0%} of {plan.count}"
+    fitted = "fitted to 2 x H200 over NVLink"
+    if (plan.gpu_name, plan.count) != ("h200", 2):
+        fitted += ", other cards and counts not measured"
+    lines = [f"scaling  {share}; {fitted}"]
+    link = "PCIe" if plan.gpu.pcie else "NVLink"
+    hidden = "hidden behind it where it overlaps" if exchange < compute else "the GPUs wait for it"
+    times = f"exchange {exchange:.2f} s a step beside {compute:.2f} s of computing: {hidden}"
+    lines.append(f"         {link}, {plan.gpu.link_gb_s} GB/s by the datasheet: {times}")
+    if plan.gpu.pcie:
+        lines.append("         no run over PCIe has been measured: take these hours as a lower bound")
+    if plan.speedup < 1:
+        lines.append(f"         SLOWER THAN ONE {plan.gpu_name}: larger steps or --lora_rank exchange less; NVLink cards exchange faster")
+    return lines
 
 
 def _verdict(plan):
@@ -333,11 +396,6 @@ def _verdict(plan):
     if spare < 0:
         return f"does not fit, {-spare:.1f} GiB too much"
     return "fits" if spare > ERROR * plan.gib else f"fits with {spare:.1f} GiB to spare: tight, within the error of this estimate"
-
-
-def _scaling(plan):
-    measured = "calibrated on an H200" if plan.gpu_name == "h200" else "an estimate: H200 measurements scaled by the datasheets"
-    return measured if plan.count == 1 else f"{measured}; communication by the datasheet's link, taken to overlap"
 
 
 def _price(plan):
@@ -373,24 +431,33 @@ def ladder(argv):
     if not paths or any(path.startswith("-") for path in paths):
         raise UserError(f"expected config files, --gpu, --count and --usd-per-hour, got {paths}")
     find_gpu(options.gpu)
-    width = max(map(len, paths)) + 2
     prices = "prices are assumed: see --usd-per-hour" if options.usd_per_hour is None else f"at {options.usd_per_hour} USD an hour"
     print(f"{options.count} x {options.gpu}; tokens* are estimates; {prices}")
-    print(f"{'config':<{width}}{'stage':<6}{'steps':>8}{'tokens':>16}{'GiB':>8}{'hours':>9}  {'cost':<18}memory")
+    rows = []
     for path in paths:
-        stages = [stage for stage in ("sft", "dpo") if stage in sections_of(path)]
-        if not stages:
-            print(f"{path:<{width}}not a training config")
-        for stage in stages:
-            try:
-                plan, _, counted = make(stage, path, [], options.gpu, options.count, options.usd_per_hour, log=lambda line: None)
-            except ValueError as error:  # one config's; the others have their lines
-                print(f"{path:<{width}}{stage:<6}error: {error}")
-                continue
-            tokens = f"{plan.trained.tokens:,.0f}{'' if counted.startswith('exact') else '*'}"
-            row = f"{path:<{width}}{stage:<6}{plan.steps:>8,}{tokens:>16}{plan.gib:>8.1f}{plan.hours:>9.2f}"
-            print(f"{row}  {_usd(plan.usd):<18}{_verdict(plan)}")
+        rows += _rows(path, options)
+    print(table(["config", "stage", "steps", "tokens", "GiB", "hours", "cost", "memory"], rows, left=(0, 1, -1)))
     return 0
+
+
+def _rows(path, options):
+    """The table's lines of one config."""
+    stages = [stage for stage in ("sft", "dpo") if stage in sections_of(path)]
+    if not stages:
+        return [[path, *[""] * 6, "not a training config"]]
+    rows = []
+    for stage in stages:
+        try:
+            plan, _, counted = make(stage, path, [], options.gpu, options.count, options.usd_per_hour, log=lambda line: None)
+        except UserError as error:  # one config's; the others have their lines
+            rows.append([path, stage, *[""] * 5, f"error: {error}"])
+            continue
+        tokens = f"{plan.trained.tokens:,.0f}{'' if counted.startswith('exact') else '*'}"
+        verdict = _verdict(plan)
+        if plan.count > 1 and plan.speedup < 1:
+            verdict += f"; slower than one {plan.gpu_name}"
+        rows.append([path, stage, f"{plan.steps:,}", tokens, f"{plan.gib:.1f}", f"{plan.hours:.2f}", _usd(plan.usd), verdict])
+    return rows
 
 
 def _options(argv):

@@ -248,6 +248,17 @@ def check_world_size(config, world_size):
         )
 
 
+def check_capability(config, capability, device="this GPU"):
+    """UserError if a key needs a GPU of a newer compute capability, (major, minor), than the one it is to run on."""
+    for key, value, needed, cards in (
+        ("precision", "fp8", (8, 9), "Ada, Hopper"),
+        ("attention", "flash4", (9, 0), "Hopper, Blackwell"),  # older cards compile its forward and fail in the backward
+    ):
+        if getattr(config, key) == value and capability < needed:
+            wanted = f"expected a GPU of compute capability {needed[0]}.{needed[1]} ({cards}) or newer"
+            raise UserError(f"{key}={value!r} on {device}, {capability[0]}.{capability[1]}: {wanted}")
+
+
 def config_dict(config):
     """Every key as JSON holds it: for the run folder's config.json."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
