@@ -20,8 +20,9 @@ import torch
 from clocks import Clocks
 from record import append
 
-from analysis.tsne import gradient_reference, joint_probabilities, principal_components, tsne
+from analysis.tsne import joint_probabilities, principal_components, tsne
 from kernels import triton_tsne
+from kernels.tsne import gradient_and_divergence
 
 HERE = Path(__file__).parent
 SIZES = {1400: 30.0, 7000: 50.0, 28000: 50.0}  # points: perplexity
@@ -63,7 +64,7 @@ def peer(X, perplexity, method):
     seconds, Y = timed(lambda: estimator.fit_transform(X))
     P = joint_probabilities(torch.tensor(X, device="cuda"), perplexity)
     negentropy = torch.xlogy(P, P).sum(dtype=torch.float64)
-    return seconds, gradient_reference(torch.tensor(Y, device="cuda"), P, 1.0, negentropy)[1].item()
+    return seconds, gradient_and_divergence(torch.tensor(Y, device="cuda"), P, 1.0, negentropy)[1].item()
 
 
 def show(n, what, seconds, kl, note=""):
@@ -78,7 +79,7 @@ def parts(X, perplexity):
         "components": lambda: principal_components(X, 3),
         "P": lambda: joint_probabilities(X, perplexity, conditional=triton_tsne.conditional_probabilities),
         "gradient": lambda: [triton_tsne.gradient(Y, P) for _ in range(20)],
-        "divergence": lambda: gradient_reference(Y, P, 1.0, torch.zeros((), device="cuda")),
+        "divergence": lambda: gradient_and_divergence(Y, P, 1.0, torch.zeros((), device="cuda")),
     }
     times = {name: [timed(f)[0] for _ in range(3)][-1] * 1e3 / (20 if name == "gradient" else 1) for name, f in work.items()}
     return ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())

@@ -1,4 +1,5 @@
-"""The fast paths, and reference.py, which says in plain PyTorch what each of them computes. What others may use is named here."""
+"""reference.py is the specification, in plain PyTorch; beside it are the fast paths. Others may use what is
+named here."""
 
 from kernels.adamw import adamw
 from kernels.attention import attention, attention_path

@@ -1,4 +1,4 @@
-"""Causal attention inside each document of a packed stream: flash kernels on GPUs, scaled_dot_product_attention elsewhere."""
+"""Causal attention inside each document of a packed stream: flash kernels on GPUs, torch's own on CPUs."""
 
 import inspect
 
@@ -11,11 +11,12 @@ from kernels import reference
 def attention(q, k, v, cu_seqlens, max_seqlen, shared=None, kernel="flash2"):
     """Causal attention inside each document of a packed stream.
 
-    q (T, H, K), k and v (T, G, K) with H a multiple of G (grouped heads are not repeated by the caller); cu_seqlens (N+1,) int32;
-    max_seqlen: length of the longest document, prefix included, a Python int; shared: a SharedPrefix where documents have one.
-    Returns (T, H, K). Softmax scale is 1/sqrt(K).
-    16-bit tensors on CUDA take a flash kernel: torch's own ("flash2") or, twice as fast on long documents, the package flash-attn-4's
-    ("flash4"). Everything else takes scaled_dot_product_attention document by document.
+    q (T, H, K), k and v (T, G, K) with H a multiple of G (grouped heads are not repeated by the caller);
+    cu_seqlens (N+1,) int32; max_seqlen: length of the longest document, prefix included, a Python int;
+    shared: a SharedPrefix where documents have one. Returns (T, H, K). Softmax scale is 1/sqrt(K). 16-bit
+    tensors on CUDA take a flash kernel: torch's own ("flash2") or, twice as fast on long documents, the
+    package flash-attn-4's ("flash4"). Everything else takes scaled_dot_product_attention document by
+    document.
     """
     k, v, cu_seqlens_k = reference.keys_and_values(k, v, cu_seqlens, shared)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -28,31 +29,39 @@ def attention(q, k, v, cu_seqlens, max_seqlen, shared=None, kernel="flash2"):
 
 def _flash2(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen):
     """Causal, a document's last query beside its last key, by torch's flash kernel."""
-    from torch.nn.attention.varlen import varlen_attn  # imports the compiler: a second, and only needed on a GPU
+    # here, because it imports the compiler: a second, and only needed on a GPU
+    from torch.nn.attention.varlen import varlen_attn
 
+    lengths = (cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen)
     # torch 2.11 takes grouped heads without being asked; later versions refuse them unless asked
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen, window_size=(-1, 0), **grouped)
+    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), **grouped)
 
 
 def _flash4(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen):
-    """The same by the package flash-attn-4."""
-    from flash_attn.cute import flash_attn_varlen_func  # optional, and its kernels are compiled at the first call
+    """The same by the package flash-attn-4, which is optional and compiles its kernels at the first call."""
+    from flash_attn.cute import flash_attn_varlen_func
 
-    lengths = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
-    return flash_attn_varlen_func(q, k, v, **lengths, causal=True)[0]
+    boundaries = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+    lengths = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+    return flash_attn_varlen_func(q, k, v, **boundaries, **lengths, causal=True)[0]
 
 
 def attention_path(device, precision, kernel="flash2"):
     """Name of the path that `attention` takes, for cache keys: log-probs of two paths differ by rounding."""
-    return kernel if torch.device(device).type == "cuda" and precision != "fp32" else f"sdpa-{torch.device(device).type}"
+    device_type = torch.device(device).type
+    return kernel if device_type == "cuda" and precision != "fp32" else f"sdpa-{device_type}"
 
 
 def _causal_sdpa(q, k, v):
     """One document: q (T, H, K), the last T of its U tokens; k and v (U, G, K) -> (T, H, K)."""
     T, U = q.shape[0], k.shape[0]
-    # is_causal would align the first query with the first key
-    causal = {"is_causal": True} if T == U else {"attn_mask": q.new_ones(T, U, dtype=torch.bool).tril(U - T)}
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T or U, K)
-    return F.scaled_dot_product_attention(*heads_first, **causal)[0].transpose(0, 1)
+    repeats = q.shape[1] // k.shape[1]
+    q = q.transpose(0, 1)[None]  # (1, H, T, K)
+    k = k.repeat_interleave(repeats, dim=1).transpose(0, 1)[None]  # (1, H, U, K)
+    v = v.repeat_interleave(repeats, dim=1).transpose(0, 1)[None]
+    if T == U:
+        causal = {"is_causal": True}
+    else:  # is_causal would align the first query with the first key
+        causal = {"attn_mask": q.new_ones(T, U, dtype=torch.bool).tril(U - T)}
+    return F.scaled_dot_product_attention(q, k, v, **causal)[0].transpose(0, 1)

@@ -1,14 +1,20 @@
-"""A Llama block whose backward pass is written by hand, so that only what it needs is kept and each tensor is read as rarely as it can be.
+"""A Llama block whose backward pass is written by hand: only what it needs is kept, and each tensor is read
+as rarely as it can be.
 
-The plain twin is Block.plain in model.py, differentiated by autograd. Per token and layer of the 8B shape, in bf16, that keeps some 200 KB;
-this keeps 92: the block's input, rotated q, k and v, the attention's output, the middle of the residual stream, gate and up. Normalised
-inputs and silu(gate) * up are made again from them, inside the kernels that read them anyway.
+The plain block is Block.plain in model.py, differentiated by autograd. Per token and layer of the 8B shape,
+in bf16, that keeps some 200 KB; this keeps 92: the block's input, rotated q, k and v, the attention's output,
+the middle of the residual stream, gate and up. Normalised inputs and silu(gate) * up are made again from
+them, inside the kernels that read them anyway.
 
-With fp8 the matmuls of x, W and dy run in float8 (reference.Float8): x8 and w8 are x and W in float8, and None without fp8. Everything else,
-LoRA's matmuls included, is unchanged. Of x8 only the scales are kept for the backward pass: 4 bytes per token and linear.
+With fp8 the matmuls of x, W and dy run in float8 (reference.Float8): x8 and w8 are x and W in float8, and
+None without fp8. Everything else, LoRA's matmuls included, is unchanged. Of x8 only the scales are kept for
+the backward pass: 4 bytes per token and linear.
 
-Shapes: T tokens, D hidden size, V vocabulary, r LoRA rank. dy is the gradient of the loss in y. Reading order: leaf to root.
+Shapes: T tokens, D hidden size, V vocabulary, r LoRA rank, R sum of the ranks of linears that share an input.
+dy is the gradient of the loss in y. Reading order: leaf to root.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +28,8 @@ from kernels.masters import accumulates
 
 
 class _Embed(torch.autograd.Function):
-    """Rows of the embedding, for a weight that accumulates (masters.Master): its gradient touches the stream's rows and not the whole (V, D)."""
+    """Rows of the embedding, for a weight that accumulates (masters.Master): its gradient touches the
+    stream's rows, not all of (V, D)."""
 
     @staticmethod
     def forward(ctx, weight, input_ids):
@@ -36,10 +43,12 @@ class _Embed(torch.autograd.Function):
             weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
         if weight.grad_dtype == torch.float32:
             weight.grad.index_put_((input_ids,), dy.float(), accumulate=True)  # sorts the ids, so bits repeat
-        else:  # in bf16 a frequent token's later occurrences would vanish into the sum of its earlier ones: rounded once, at the end
+        else:
+            # in bf16 a frequent token's later occurrences would vanish into the sum of its earlier ones:
+            # round once, at the end
             rows, place = input_ids.unique(return_inverse=True)
-            sums = torch.zeros(len(rows), dy.shape[1], device=dy.device).index_put_((place,), dy.float(), accumulate=True)
-            weight.grad[rows] += sums
+            sums = torch.zeros(len(rows), dy.shape[1], device=dy.device)
+            weight.grad[rows] += sums.index_put_((place,), dy.float(), accumulate=True)
         return None, None
 
 
@@ -48,45 +57,63 @@ def embed(weight, input_ids):
     return _Embed.apply(weight, input_ids) if accumulates(weight) else F.embedding(input_ids, weight)
 
 
-# ---------------------------------------------------------------- a linear layer with a LoRA adapter, and its gradients
+# ---------------------------------------------------------------- a linear layer with a LoRA adapter
 
 
-def weight_and_adapter(linear):
-    """(scale, weight, bias, lora_A, lora_B) of a plain linear layer or a LoRALinear: None for what it has not."""
-    if not getattr(linear, "enabled", False):
-        return 0.0, linear.weight, linear.bias, None, None
-    assert linear.dropout == 0 or not linear.training, "LoRA dropout is in the plain block only"
-    return linear.scale, linear.weight, linear.bias, linear.lora_A, linear.lora_B
+class Linear(NamedTuple):
+    """A linear layer with a LoRA adapter: y = x weight^T + bias + scale x lora_A^T lora_B^T. None for what it
+    has not."""
+
+    weight: torch.Tensor  # (out, in)
+    bias: torch.Tensor | None  # (out,)
+    lora_A: torch.Tensor | None  # (r, in)
+    lora_B: torch.Tensor | None  # (out, r)
+    scale: float  # of the adapter
 
 
-def project(x, x8, low, scale, weight, bias, lora_A, lora_B, residual=None):
-    """x W^T + b + scale low B^T, (T, in) -> (T, out), added to `residual` where that is given: in bf16, inside the matmul. low: x A^T.
+def weight_and_adapter(module):
+    """The Linear of an nn.Linear or a LoRALinear; a switched-off adapter is None."""
+    if not getattr(module, "enabled", False):
+        return Linear(module.weight, module.bias, None, None, 0.0)
+    assert module.dropout == 0 or not module.training, "LoRA dropout is in the plain block only"
+    return Linear(module.weight, module.bias, module.lora_A, module.lora_B, module.scale)
 
-    The adapter comes last: one whose B is zero leaves the bits of the frozen model. Returns it with the scales of w8 (out,), or None."""
+
+def project(linear, x, x8, low, residual=None):
+    """(y, scales of w8 (out,) or None): y = x W^T + b + scale low B^T, (T, in) -> (T, out), with low = x A^T.
+
+    `residual` (T, out), where it is given, is added inside the matmul, in bf16. The adapter comes last: one
+    whose B is zero leaves the bits of the frozen model.
+    """
     w_scale = None
     if x8 is not None:
-        w8 = float8.quantize(weight)
+        w8 = float8.quantize(linear.weight)
         y, w_scale = float8.matmul_float8(x8, w8), w8.scale
         y = y if residual is None else y.add_(residual)
-        y = y if bias is None else y.add_(bias)
+        y = y if linear.bias is None else y.add_(linear.bias)
     elif residual is None:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, linear.weight, linear.bias)
     else:
-        y = torch.addmm(residual, x, weight.T)
-        y = y if bias is None else y.add_(bias)
-    return y if low is None else y.addmm_(low, lora_B.to(x.dtype).T, alpha=scale), w_scale
+        y = torch.addmm(residual, x, linear.weight.T)
+        y = y if linear.bias is None else y.add_(linear.bias)
+    if low is not None:
+        y.addmm_(low, linear.lora_B.to(x.dtype).T, alpha=linear.scale)
+    return y, w_scale
 
 
 def reads_bf16(fp8, linears):
-    """Is the input of these linears needed in bf16? In float8 only adapters read it."""
-    return not fp8 or any(lora_A is not None for _, _, lora_A, _ in linears)
+    """Whether the input of these linears is needed in bf16. In float8 only adapters read it."""
+    return not fp8 or any(linear.lora_A is not None for linear in linears)
 
 
 def gradient_float8(dy, x_scale, w_scale, weight_wanted):
-    """dy8 (T, out) for the gradient of x and dy8^T (out, T) for that of the weight; None for what is not taken in float8 or not wanted."""
+    """dy8 (T, out) for the gradient of x and dy8^T (out, T) for that of the weight; None for what is not in
+    float8 or not wanted."""
     if w_scale is None:
         return None, None
-    return float8.quantize_gradient(dy, w_scale, x_scale) if weight_wanted else (float8.quantize(dy, w_scale), None)
+    if not weight_wanted:
+        return float8.quantize(dy, w_scale), None
+    return float8.quantize_gradient(dy, w_scale, x_scale)
 
 
 def input_gradient(dy, dy8, w_scale, weight, dx):
@@ -97,23 +124,34 @@ def input_gradient(dy, dy8, w_scale, weight, dx):
     return product if dx is None else dx.add_(product)
 
 
-def parameter_gradients(dy, dy8t, d_lora_A, x, x8t, low, wanted, scale, weight, bias, lora_A, lora_B):
-    """Gradients of weight, bias, lora_A and lora_B; None where not wanted, or where the weight has taken its own already."""
-    d_weight = None
-    if wanted[0]:
-        d_weight = float8.weight_gradient_float8(weight, dy8t, x8t) if dy8t is not None else weight_gradient(weight, dy, x)
-    d_bias = dy.sum(0) if wanted[1] else None
-    return d_weight, d_bias, d_lora_A, None if low is None else matmul(dy.T, low, lora_B.dtype).mul_(scale)
+def parameter_gradients(linear, wanted, dy, dy8t, x, x8t, low, d_lora_A):
+    """Gradients of weight, bias, lora_A and lora_B; None where not wanted, or where the weight has taken its
+    own already.
+
+    wanted: the same four as booleans. dy8t and x8t: dy^T and x^T in float8, or None.
+    """
+    weight_wanted, bias_wanted, _, _ = wanted
+    d_weight, d_bias, d_lora_B = None, None, None
+    if weight_wanted and dy8t is not None:
+        d_weight = float8.weight_gradient_float8(linear.weight, dy8t, x8t)
+    elif weight_wanted:
+        d_weight = weight_gradient(linear.weight, dy, x)
+    if bias_wanted:
+        d_bias = dy.sum(0)
+    if low is not None:
+        d_lora_B = matmul(dy.T, low, linear.lora_B.dtype).mul_(linear.scale)
+    return d_weight, d_bias, d_lora_A, d_lora_B
 
 
 # ---------------------------------------------------------------- adapters of linears that share an input
-# Their A's lie one below the other, (R, in) with R the sum of ranks, so that q, k and v read x once, and their part of its gradient is
-# written once. It is written first, and the large matmuls add to it: a pass over (T, in) less than adding it to theirs.
+# Their A's lie one below the other, (R, in), so that q, k and v read x once, and their part of its gradient
+# is written once. It is written first, and the large matmuls add to it: a pass over (T, in) less than adding
+# it to theirs.
 
 
 def stack_lora_A(linears):
     """A of all adapters, (R, in); None without any."""
-    present = [lora_A for _, _, lora_A, _ in linears if lora_A is not None]
+    present = [linear.lora_A for linear in linears if linear.lora_A is not None]
     return torch.cat(present) if present else None
 
 
@@ -124,37 +162,48 @@ def lora_down(x, linears):
 
 
 def of_each(stacked, linears, dim):
-    """The part of each linear's adapter in a tensor with R along dim; None for a linear without, or without the tensor."""
-    ranks = [0 if lora_A is None else len(lora_A) for _, _, lora_A, _ in linears]
+    """The part of each linear's adapter in a tensor with R along dim; None for a linear without, or without
+    the tensor."""
     if stacked is None:
         return [None] * len(linears)
-    return [part if rank else None for part, rank in zip(stacked.split(ranks, dim), ranks, strict=True)]
+    ranks = [0 if linear.lora_A is None else len(linear.lora_A) for linear in linears]
+    parts = stacked.split(ranks, dim)
+    return [part if rank else None for part, rank in zip(parts, ranks, strict=True)]
 
 
-def lora_down_backward(dys, scales, linears):
-    """Gradient of x A^T, (T, R), and what of x's gradient goes through it, (T, in); None, None without adapters."""
+def lora_down_backward(dys, linears):
+    """Gradient of x A^T, (T, R), and what of x's gradient goes through it, (T, in); None, None without
+    adapters."""
     lora_A = stack_lora_A(linears)
     if lora_A is None:
         return None, None
-    d_low = dys[0].new_empty(len(dys[0]), len(lora_A))
-    for part, dy, scale, (_, _, _, lora_B) in zip(of_each(d_low, linears, 1), dys, scales, linears, strict=True):
+    d_low = dys[0].new_empty(len(dys[0]), len(lora_A))  # (T, R)
+    for part, dy, linear in zip(of_each(d_low, linears, 1), dys, linears, strict=True):
         if part is not None:
-            torch.addmm(part, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=part)
+            torch.addmm(part, dy, linear.lora_B.to(dy.dtype), beta=0, alpha=linear.scale, out=part)
     return d_low, d_low @ lora_A.to(d_low.dtype)
 
 
 def lora_A_gradients(d_low, x, linears):
     """Gradient of each linear's A; None for a linear without."""
-    return of_each(None if d_low is None else matmul(d_low.T, x, torch.float32), linears, 0)
+    d_lora_A = None if d_low is None else matmul(d_low.T, x, torch.float32)  # (R, in)
+    return of_each(d_lora_A, linears, 0)
 
 
 # ---------------------------------------------------------------- the pieces of a block
-# Parameters wait for the backward pass on ctx itself: what a recomputing block saves through save_for_backward comes back detached, without
-# the attributes by which a weight says how it takes its gradient.
+# Parameters wait for the backward pass on ctx itself: what a recomputing block saves through
+# save_for_backward comes back detached, without the attributes by which a weight says how it takes its
+# gradient. autograd.Function wants its tensors as separate arguments, and their gradients in the same places:
+# four of each Linear, last.
 
 
-def _by_linear(flat):
-    return [flat[i : i + 4] for i in range(0, len(flat), 4)]  # weight, bias, lora_A, lora_B
+def _tensors(linear):
+    """(weight, bias, lora_A, lora_B)."""
+    return linear[:4]
+
+
+def _in_fours(flat):
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
 
 def _scale_of(x8):
@@ -162,50 +211,58 @@ def _scale_of(x8):
 
 
 class _NormProject(torch.autograd.Function):
-    """x -> x, and y_i = rms_norm(x) W_i^T of linears that share an input. x is handed through so that the gradient of the residual
-    branch comes back here, to be added inside the norm's backward kernel."""
+    """x -> x, and y_i = rms_norm(x) W_i^T of linears that share an input. x is handed through so that the
+    gradient of the residual branch comes back here, to be added inside the norm's backward kernel."""
 
     @staticmethod
-    def forward(ctx, x, fp8, norm_weight, eps, scales, *flat):
-        linears = _by_linear(flat)
+    def forward(ctx, x, fp8, norm_weight, eps, linears, *tensors):
         normed = pieces.rms_norm_forward(x, norm_weight, eps) if reads_bf16(fp8, linears) else None
         x8 = float8.rms_norm_float8(x, norm_weight, eps) if fp8 else None
         low = lora_down(normed, linears)
-        each = zip(of_each(low, linears, 1), scales, linears, strict=True)
-        ys, w_scales = zip(*[project(normed, x8, part, scale, *linear) for part, scale, linear in each], strict=True)
+        ys, w_scales = [], []
+        for linear, part in zip(linears, of_each(low, linears, 1), strict=True):
+            y, w_scale = project(linear, normed, x8, part)
+            ys.append(y)
+            w_scales.append(w_scale)
         ctx.save_for_backward(x, norm_weight, low, _scale_of(x8), *w_scales)
-        ctx.eps, ctx.scales, ctx.linears = eps, scales, linears
+        ctx.eps, ctx.linears = eps, linears
         return x.view_as(x), *ys
 
     @staticmethod
     def backward(ctx, d_residual, *dys):
         x, norm_weight, low, x_scale, *w_scales = ctx.saved_tensors
-        scales, linears, wanted = ctx.scales, ctx.linears, _by_linear(ctx.needs_input_grad[5:])
+        linears, wanted = ctx.linears, _in_fours(ctx.needs_input_grad[5:])
         normed = pieces.rms_norm_forward(x, norm_weight, ctx.eps)
-        x8t = float8.quantize_transposed(normed, x_scale) if x_scale is not None and any(weight for weight, *_ in wanted) else None
-        d_low, d_normed = lora_down_backward(dys, scales, linears)
-        adapters = of_each(low, linears, 1), lora_A_gradients(d_low, normed, linears)
-        d_flat = []
-        for dy, w_scale, wants, scale, linear, part, d_lora_A in zip(dys, w_scales, wanted, scales, linears, *adapters, strict=True):
-            dy8, dy8t = gradient_float8(dy, x_scale, w_scale, wants[0])
-            d_normed = input_gradient(dy, dy8, w_scale, linear[0], d_normed)
-            d_flat += parameter_gradients(dy, dy8t, d_lora_A, normed, x8t, part, wants, scale, *linear)
+        x8t = None
+        if x_scale is not None and any(weight_wanted for weight_wanted, *_ in wanted):
+            x8t = float8.quantize_transposed(normed, x_scale)
+        d_low, d_normed = lora_down_backward(dys, linears)
+        lows = of_each(low, linears, 1)
+        d_lora_As = lora_A_gradients(d_low, normed, linears)
+        gradients = []
+        for i, linear in enumerate(linears):
+            dy8, dy8t = gradient_float8(dys[i], x_scale, w_scales[i], weight_wanted=wanted[i][0])
+            d_normed = input_gradient(dys[i], dy8, w_scales[i], linear.weight, d_normed)
+            gradients += parameter_gradients(
+                linear, wanted[i], dys[i], dy8t, normed, x8t, lows[i], d_lora_As[i]
+            )
         dx, d_norm_weight = pieces.rms_norm_backward(d_normed, x, norm_weight, ctx.eps, d_residual)
-        return dx, None, d_norm_weight.to(norm_weight.dtype) if ctx.needs_input_grad[2] else None, None, None, *d_flat
+        d_norm_weight = d_norm_weight.to(norm_weight.dtype) if ctx.needs_input_grad[2] else None
+        return dx, None, d_norm_weight, None, None, *gradients
 
 
-def norm_project(x, fp8, norm, *linears):
-    """(x, y_1, y_2, ..) with y_i = linears[i](norm(x)); go on with the x returned, not with the argument."""
-    scales, flat = [], []
+def norm_project(x, fp8, norm, *modules):
+    """(x, y_1, y_2, ..) with y_i = modules[i](norm(x)); go on with the x returned, not with the argument."""
+    linears = [weight_and_adapter(module) for module in modules]
+    tensors = []
     for linear in linears:
-        scale, *tensors = weight_and_adapter(linear)
-        scales.append(scale)
-        flat += tensors
-    return _NormProject.apply(x, fp8, norm.weight, norm.eps, scales, *flat)
+        tensors += _tensors(linear)
+    return _NormProject.apply(x, fp8, norm.weight, norm.eps, linears, *tensors)
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary positions. The gradient of a rotation is the rotation back, so only the angles are kept, once for all layers."""
+    """Rotary positions. The gradient of a rotation is the rotation back, so only the angles are kept, once
+    for all layers."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -222,53 +279,66 @@ class _ProjectAdd(torch.autograd.Function):
     """residual + a W^T."""
 
     @staticmethod
-    def forward(ctx, a, residual, fp8, scale, *linear):
+    def forward(ctx, a, residual, fp8, linear, *tensors):
         a8 = float8.quantize(a) if fp8 else None
         low = lora_down(a, [linear])
-        y, w_scale = project(a, a8, low, scale, *linear, residual=residual)
+        y, w_scale = project(linear, a, a8, low, residual)
         ctx.save_for_backward(a, _scale_of(a8), w_scale, low)
-        ctx.scale, ctx.linear = scale, linear
+        ctx.linear = linear
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (a, a_scale, w_scale, low), linear = ctx.saved_tensors, ctx.linear
-        wanted = ctx.needs_input_grad[4:]
-        dy8, dy8t = gradient_float8(dy, a_scale, w_scale, wanted[0])
-        d_low, da = lora_down_backward([dy], [ctx.scale], [linear])
-        da = input_gradient(dy, dy8, w_scale, linear[0], da)
+        a, a_scale, w_scale, low = ctx.saved_tensors
+        linear, wanted = ctx.linear, ctx.needs_input_grad[4:]
+        dy8, dy8t = gradient_float8(dy, a_scale, w_scale, weight_wanted=wanted[0])
+        d_low, da = lora_down_backward([dy], [linear])
+        da = input_gradient(dy, dy8, w_scale, linear.weight, da)
         (d_lora_A,) = lora_A_gradients(d_low, a, [linear])
         a8t = None if dy8t is None else float8.quantize_transposed(a, a_scale)
-        return da, dy, None, None, *parameter_gradients(dy, dy8t, d_lora_A, a, a8t, low, wanted, ctx.scale, *linear)
+        return da, dy, None, None, *parameter_gradients(linear, wanted, dy, dy8t, a, a8t, low, d_lora_A)
+
+
+def project_add(a, residual, fp8, module):
+    """residual + module(a)."""
+    linear = weight_and_adapter(module)
+    return _ProjectAdd.apply(a, residual, fp8, linear, *_tensors(linear))
 
 
 class _SwiGLUProjectAdd(torch.autograd.Function):
     """residual + (silu(gate) * up) W^T."""
 
     @staticmethod
-    def forward(ctx, gate, up, residual, fp8, scale, *linear):
+    def forward(ctx, gate, up, residual, fp8, linear, *tensors):
         inner = pieces.swiglu(gate, up) if reads_bf16(fp8, [linear]) else None
         inner8 = float8.swiglu_float8(gate, up) if fp8 else None
         low = lora_down(inner, [linear])
-        y, w_scale = project(inner, inner8, low, scale, *linear, residual=residual)
+        y, w_scale = project(linear, inner, inner8, low, residual)
         ctx.save_for_backward(gate, up, _scale_of(inner8), w_scale, low)
-        ctx.scale, ctx.linear = scale, linear
+        ctx.linear = linear
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (gate, up, inner_scale, w_scale, low), linear = ctx.saved_tensors, ctx.linear
-        wanted = ctx.needs_input_grad[5:]
-        dy8, dy8t = gradient_float8(dy, inner_scale, w_scale, wanted[0])
-        d_low, d_inner = lora_down_backward([dy], [ctx.scale], [linear])
-        d_inner = input_gradient(dy, dy8, w_scale, linear[0], d_inner)
+        gate, up, inner_scale, w_scale, low = ctx.saved_tensors
+        linear, wanted = ctx.linear, ctx.needs_input_grad[5:]
+        dy8, dy8t = gradient_float8(dy, inner_scale, w_scale, weight_wanted=wanted[0])
+        d_low, d_inner = lora_down_backward([dy], [linear])
+        d_inner = input_gradient(dy, dy8, w_scale, linear.weight, d_inner)
         inner, inner8t = None, None  # the linear's input again: one of the two, for the weight's gradient
         if dy8t is None:
             d_gate, d_up, inner = pieces.swiglu_backward(d_inner, gate, up)
         else:
             d_gate, d_up, inner8t = float8.swiglu_backward_float8(d_inner, gate, up, inner_scale)
         (d_lora_A,) = lora_A_gradients(d_low, inner, [linear])
-        return d_gate, d_up, dy, None, None, *parameter_gradients(dy, dy8t, d_lora_A, inner, inner8t, low, wanted, ctx.scale, *linear)
+        gradients = parameter_gradients(linear, wanted, dy, dy8t, inner, inner8t, low, d_lora_A)
+        return d_gate, d_up, dy, None, None, *gradients
+
+
+def swiglu_project_add(gate, up, residual, fp8, module):
+    """residual + module(silu(gate) * up)."""
+    linear = weight_and_adapter(module)
+    return _SwiGLUProjectAdd.apply(gate, up, residual, fp8, linear, *_tensors(linear))
 
 
 # ---------------------------------------------------------------- the block
@@ -276,10 +346,12 @@ class _SwiGLUProjectAdd(torch.autograd.Function):
 
 def block(layer, hidden, cos, sin, cu_seqlens, max_seqlen, attend):
     """Block.plain, fast: hidden (T, D) -> (T, D)."""
-    attn, mlp, T = layer.self_attn, layer.mlp, hidden.shape[0]
-    hidden, q, k, v = norm_project(hidden, layer.fp8, layer.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
-    q, k, v = (x.view(T, -1, attn.head_dim) for x in (q, k, v))
-    mixed = attend(_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin), v, cu_seqlens, max_seqlen).reshape(T, -1)
-    hidden = _ProjectAdd.apply(mixed, hidden, layer.fp8, *weight_and_adapter(attn.o_proj))
-    hidden, gate, up = norm_project(hidden, layer.fp8, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-    return _SwiGLUProjectAdd.apply(gate, up, hidden, layer.fp8, *weight_and_adapter(mlp.down_proj))
+    attn, mlp, fp8, T = layer.self_attn, layer.mlp, layer.fp8, hidden.shape[0]
+    hidden, q, k, v = norm_project(hidden, fp8, layer.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
+    q = _Rotate.apply(q.view(T, -1, attn.head_dim), cos, sin)  # (T, H, K)
+    k = _Rotate.apply(k.view(T, -1, attn.head_dim), cos, sin)  # (T, G, K)
+    v = v.view(T, -1, attn.head_dim)
+    mixed = attend(q, k, v, cu_seqlens, max_seqlen).reshape(T, -1)
+    hidden = project_add(mixed, hidden, fp8, attn.o_proj)
+    hidden, gate, up = norm_project(hidden, fp8, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+    return swiglu_project_add(gate, up, hidden, fp8, mlp.down_proj)

@@ -3,16 +3,17 @@
 import torch
 
 from kernels import reference
-from kernels.block import gpu_kernels, matmul, weight_gradient
+from kernels.block import matmul, path_of, weight_gradient
 from kernels.masters import accumulates
 
 
 def token_logps(hidden, weight, targets, chunk=2048):
     """log p(target) of every position under softmax(hidden @ weight.T), without ever holding (T, V) logits.
 
-    hidden (T, D), weight (V, D), targets (T,) int64 already shifted. Returns (T,) float32, nats; 0.0, with no gradient, where
-    targets == IGNORE_INDEX. Forward and backward each walk chunks of `chunk` rows, and the backward recomputes the chunk's logits: the
-    workspace is chunk * V * 4 bytes, 1 GiB at a 128k vocabulary (4,096 rows would be 3 % faster). Gradients reach hidden and weight.
+    hidden (T, D), weight (V, D), targets (T,) int64 already shifted. Returns (T,) float32, nats; 0.0, with no
+    gradient, where targets == IGNORE_INDEX. Gradients reach hidden and weight.
+    Forward and backward each walk chunks of `chunk` rows, and the backward recomputes the chunk's logits: the
+    workspace is chunk * V * 4 bytes, 1 GiB at a 128k vocabulary (4,096 rows would be 3 % faster).
     """
     assert hidden.ndim == 2 and targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
     return _TokenLogps.apply(hidden, weight, targets, chunk)
@@ -23,11 +24,12 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, chunk):
         ignored = targets == reference.IGNORE_INDEX
         targets = targets.clamp(min=0)
-        logps, log_z = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        log_z = torch.empty_like(logps)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            # a temporary without a name: gone before the next chunk's is allocated
-            logps[rows], log_z[rows] = pick_logps(matmul(hidden[rows], weight.T, torch.float32), targets[rows])
+            # the logits (C, V) have no name: they are gone before the next chunk's are allocated
+            logps[rows], log_z[rows] = pick_logps(_logits(hidden[rows], weight), targets[rows])
         ctx.save_for_backward(hidden, weight, targets, ignored, log_z)
         ctx.chunk = chunk
         return logps.masked_fill_(ignored, 0.0)
@@ -38,37 +40,45 @@ class _TokenLogps(torch.autograd.Function):
         g = grad_logps.masked_fill(ignored, 0.0)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # summed over chunks in float32; a weight that accumulates has its own dtype for that, and bf16 gradients are rounded every chunk
+        # summed over chunks in float32; a weight that accumulates has its own dtype, and bf16 is rounded
+        # every chunk
         grad_weight = None
         if wants_weight and not accumulates(weight):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            dlogits = logits_gradient(matmul(hidden[rows], weight.T, torch.float32), log_z[rows], targets[rows], g[rows], hidden.dtype)
+            logits = _logits(hidden[rows], weight)
+            d_logits = logits_gradient(logits, log_z[rows], targets[rows], g[rows], hidden.dtype)
+            del logits
             if wants_hidden:
-                torch.mm(dlogits, weight, out=grad_hidden[rows])
+                torch.mm(d_logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                matmul(dlogits.T, hidden[rows], torch.float32, into=grad_weight)
+                matmul(d_logits.T, hidden[rows], torch.float32, into=grad_weight)
             elif wants_weight:
-                weight_gradient(weight, dlogits, hidden[rows])
-            del dlogits
+                weight_gradient(weight, d_logits, hidden[rows])
+            del d_logits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
+def _logits(hidden, weight):
+    """(C, V) float32, never rounded to 16 bits."""
+    return matmul(hidden, weight.T, torch.float32)
+
+
 def pick_logps(logits, targets):
-    """log p(target) and log Z, each (C,) float32, of logits (C, V) float32 and targets (C,) int64."""
-    return gpu_kernels().pick_logps(logits, targets) if logits.is_cuda else reference.pick_logps(logits, targets)
+    """reference.pick_logps of one chunk, (C, V)."""
+    return path_of(logits).pick_logps(logits, targets)
 
 
 def logits_gradient(logits, log_z, targets, g, dtype):
-    """d(sum_t g_t log p_t) / d logits = g (onehot(target) - softmax), (C, V) in dtype; log_z and g (C,) float32."""
-    function = gpu_kernels().logits_gradient if logits.is_cuda else reference.logits_gradient
-    return function(logits, log_z, targets, g, dtype)
+    """reference.logits_gradient of one chunk, (C, V)."""
+    return path_of(logits).logits_gradient(logits, log_z, targets, g, dtype)
 
 
 def segment_sums(values, offsets):
-    """Sum of values (S,) over each segment offsets[n]:offsets[n+1]; offsets (N+1,) int64. Returns (N,); 0.0 for an empty segment.
+    """reference.segment_sums: sums of values (S,) over offsets[n]:offsets[n+1], (N,); offsets (N+1,) int64.
 
-    A segmented reduction, not index_add: CUDA's index_add is not deterministic, and the step-0 check compares two passes bit for bit.
+    A segmented reduction, not index_add: CUDA's index_add is not deterministic, and the step-0 check compares
+    two passes bit for bit.
     """
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0, axis=0)

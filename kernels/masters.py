@@ -1,7 +1,8 @@
-"""What a trained bf16 parameter carries beside its weight: the rest of its float32 master, and how it takes its gradient.
+"""What a trained bf16 parameter carries beside its weight: the rest of its float32 master, and how it takes
+its gradient.
 
-`param.master`, a Master, is the one attribute that this project adds to a parameter. `param.grad_dtype` is torch's own: the dtype of
-param.grad. Nothing outside this file asks a parameter whether it has them.
+`param.master`, a Master, is the one attribute that this project adds to a parameter. `param.grad_dtype` is
+torch's own: the dtype of param.grad. Nothing outside this file asks a parameter whether it has them.
 """
 
 from typing import NamedTuple
@@ -12,10 +13,12 @@ import torch
 class Master(NamedTuple):
     """How a process keeps one parameter, or the rows of it that this process updates."""
 
-    # int16, in the shape of those rows: what bf16 cuts off their float32 values (reference.split_master). None: kept elsewhere.
+    # int16, in the shape of those rows: what bf16 cuts off their float32 values (reference.split_master).
+    # None: kept elsewhere.
     low_bits: torch.Tensor | None
-    # True: the kernels add the gradient to param.grad themselves, in param.grad_dtype, inside the matmul, and give autograd None.
-    # That saves a pass over all gradients a micro-batch. param.grad must then be a plain tensor of all rows.
+    # True: the kernels add the gradient to param.grad themselves, in param.grad_dtype, inside the matmul, and
+    # give autograd None. That saves a pass over all gradients a micro-batch. param.grad must then be a plain
+    # tensor of all rows.
     accumulates: bool
 
 
@@ -26,6 +29,7 @@ def is_split(tensor):
 
 
 def accumulates(tensor):
-    """Whether the kernels add to tensor.grad themselves; False for a parameter whose gradient autograd collects."""
+    """Whether the kernels add to tensor.grad themselves; False for a parameter whose gradient autograd
+    collects."""
     master = getattr(tensor, "master", None)
     return master is not None and master.accumulates

@@ -1,9 +1,11 @@
-"""Triton kernels of a Llama block, of the vocabulary's softmax and of AdamW. Their plain twins, which say what they must compute, are in
-kernels.py; it imports this file only for CUDA tensors, because Triton is not installed with every torch.
+"""Triton kernels of a Llama block, of the vocabulary's softmax and of AdamW. kernels/reference.py has what
+each must compute, under the same name. This file is imported for the first CUDA tensor (block.gpu_kernels),
+because Triton is not installed with every torch.
 
-All of them move memory and compute next to nothing, so what counts is that each tensor is touched once. Shapes: T tokens, D hidden size,
-H heads, K head size, V vocabulary, C rows of a chunk. Arithmetic is float32 whatever the tensors are. The only atomics are maxima, which do
-not depend on the order, so results repeat bit for bit.
+All of them move memory and compute next to nothing, so what counts is that each tensor is touched once.
+Shapes: T tokens, D hidden size, H heads, K head size, V vocabulary, C rows of a chunk, M x N a matrix.
+Arithmetic is float32 whatever the tensors are. The only atomics are maxima, which do not depend on the order,
+so results repeat bit for bit.
 """
 
 import torch
@@ -23,7 +25,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, D, eps, BLOCK: tl.constexpr):
 
 
 def rms_norm(x, weight, eps):
-    """Fast path of kernels.rms_norm_reference: x (T, D) -> (T, D)."""
+    """reference.rms_norm by Triton: x (T, D) -> (T, D)."""
     assert x.is_contiguous()
     y, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
     _rms_norm_kernel[(len(x),)](x, weight, y, x.shape[1], eps, block, num_warps=_warps(block))
@@ -31,7 +33,9 @@ def rms_norm(x, weight, eps):
 
 
 @triton.jit
-def _rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_residual_ptr, dx_ptr, dw_ptr, T, D, eps, span, BLOCK: tl.constexpr):
+def _rms_norm_backward_kernel(
+    dy_ptr, x_ptr, weight_ptr, d_residual_ptr, dx_ptr, dw_ptr, T, D, eps, span, BLOCK: tl.constexpr
+):
     """One program takes `span` rows, so that its part of the weight's gradient stays in registers."""
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, d < D, other=0.0).to(tl.float32)
@@ -52,13 +56,15 @@ def _rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_residual_ptr, dx_ptr,
 
 
 def rms_norm_backward(dy, x, weight, eps, d_residual):
-    """Fast path of kernels.rms_norm_backward_reference: dy, x, d_residual (T, D) -> dx (T, D), dweight (D,) float32."""
+    """reference.rms_norm_backward by Triton: dy, x, d_residual (T, D) -> dx (T, D), dweight (D,) float32."""
     assert dy.is_contiguous() and x.is_contiguous() and d_residual.is_contiguous()
     T, D = x.shape
     span = triton.cdiv(T, 1024)  # 1,024 programs keep 132 multiprocessors busy
     programs, block = triton.cdiv(T, span), triton.next_power_of_2(D)
     dx, dw = torch.empty_like(x), torch.empty(programs, D, dtype=torch.float32, device=x.device)
-    _rms_norm_backward_kernel[(programs,)](dy, x, weight, d_residual, dx, dw, T, D, eps, span, block, num_warps=_warps(block))
+    _rms_norm_backward_kernel[(programs,)](
+        dy, x, weight, d_residual, dx, dw, T, D, eps, span, block, num_warps=_warps(block)
+    )
     return dx, dw.sum(0)
 
 
@@ -83,7 +89,7 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, y_ptr, H, half, sign, HEADS: tl.cons
 
 
 def rotate(x, cos, sin, sign):
-    """Fast path of kernels.rotate_reference: x (T, H, K); cos, sin (T, 1, K/2) float32; sign -1 turns back."""
+    """reference.rotate by Triton: x (T, H, K); cos, sin (T, 1, K/2) float32; sign -1 turns back."""
     T, H, K = x.shape
     x, y = x.contiguous(), torch.empty(T, H, K, dtype=x.dtype, device=x.device)
     heads, half = triton.next_power_of_2(H), triton.next_power_of_2(K // 2)
@@ -104,7 +110,7 @@ def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 def swiglu(gate, up):
-    """Fast path of kernels.swiglu_reference: same shapes in and out."""
+    """reference.swiglu by Triton: same shapes in and out."""
     assert gate.is_contiguous() and up.is_contiguous()
     out = torch.empty_like(gate)
     _swiglu_kernel[(triton.cdiv(gate.numel(), _SPAN),)](gate, up, out, gate.numel(), _SPAN, num_warps=4)
@@ -125,10 +131,12 @@ def _swiglu_backward_kernel(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_
 
 
 def swiglu_backward(dout, gate, up):
-    """Fast path of kernels.swiglu_backward_reference: -> dgate, dup, and silu(gate) * up again, for the weight's gradient."""
+    """reference.swiglu_backward by Triton: all (T, F)."""
     assert dout.is_contiguous() and gate.is_contiguous() and up.is_contiguous()
-    dgate, dup, out = (torch.empty_like(gate) for _ in range(3))
-    _swiglu_backward_kernel[(triton.cdiv(gate.numel(), _SPAN),)](dout, gate, up, dgate, dup, out, gate.numel(), _SPAN, num_warps=4)
+    dgate, dup, out = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    _swiglu_backward_kernel[(triton.cdiv(gate.numel(), _SPAN),)](
+        dout, gate, up, dgate, dup, out, gate.numel(), _SPAN, num_warps=4
+    )
     return dgate, dup, out
 
 
@@ -143,8 +151,9 @@ def _inverse(scale):
 
 @triton.jit
 def _scale(top):
-    """kernels.float8_scale, and one over it."""
-    scale = (tl.maximum(((top.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 27) << 23).to(tl.float32, bitcast=True)
+    """reference.float8_scale, and one over it."""
+    exponent = ((top.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8
+    scale = (tl.maximum(exponent, 27) << 23).to(tl.float32, bitcast=True)
     return tl.where(top < float("inf"), scale, float("nan")), _inverse(scale)
 
 
@@ -157,9 +166,13 @@ def _store_row(values_ptr, scale_ptr, x, row, n, N):
 
 
 def _by_row(kernel, x, *inputs):
-    """kernel(x, *inputs, values, scale, N, BLOCK) over the rows of x (M, N), which stay in registers: e4m3 (M, N), scale (M,)."""
+    """(values (M, N) e4m3, scale (M,)) of kernel(x, *inputs, values, scale, N, BLOCK) over the rows of x (M,
+    N).
+
+    A row stays in registers."""
     M, N = x.shape
-    values, scale = torch.empty(M, N, dtype=torch.float8_e4m3fn, device=x.device), torch.empty(M, dtype=torch.float32, device=x.device)
+    values = torch.empty(M, N, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(N)
     kernel[(M,)](x, *inputs, values, scale, N, block, num_warps=_warps(block))
     return values, scale
@@ -175,7 +188,7 @@ def _quantize_kernel(x_ptr, columns_ptr, values_ptr, scale_ptr, N, BLOCK: tl.con
 
 
 def quantize(x, columns):
-    """Fast path of kernels.quantize_reference. 3 bytes a number."""
+    """reference.quantize by Triton. 3 bytes a number."""
     return _by_row(_quantize_kernel, x, columns)
 
 
@@ -189,7 +202,7 @@ def _rms_norm_float8_kernel(x_ptr, weight_ptr, eps, values_ptr, scale_ptr, N, BL
 
 
 def rms_norm_float8(x, weight, eps):
-    """Fast path of kernels.rms_norm_float8_reference. 3 bytes a number, not 4 + 3."""
+    """reference.rms_norm_float8 by Triton. 3 bytes a number, not 4 + 3."""
     assert x.is_contiguous()
     return _by_row(_rms_norm_float8_kernel, x, weight, eps)
 
@@ -199,17 +212,19 @@ def _swiglu_float8_kernel(gate_ptr, up_ptr, values_ptr, scale_ptr, N, BLOCK: tl.
     row, n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + row * N + n, n < N, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * N + n, n < N, other=0.0).to(tl.float32)
-    y = (gate * (1 / (1 + tl.exp(-gate))) * up).to(gate_ptr.dtype.element_ty)  # in the backward's order: the same numbers
+    # in the backward's order: the same numbers
+    y = (gate * (1 / (1 + tl.exp(-gate))) * up).to(gate_ptr.dtype.element_ty)
     _store_row(values_ptr, scale_ptr, y.to(tl.float32), row, n, N)
 
 
 def swiglu_float8(gate, up):
-    """Fast path of kernels.swiglu_float8_reference. 5 bytes a number, not 6 + 3."""
+    """reference.swiglu_float8 by Triton. 5 bytes a number, not 6 + 3."""
     assert gate.is_contiguous() and up.is_contiguous()
     return _by_row(_swiglu_float8_kernel, gate, up)
 
 
-_TILE = (128, 64)  # rows x columns of a program: loads of 128 bytes along a row, stores of 128 bytes along a column
+# rows x columns of a program: loads of 128 bytes along a row, stores of 128 bytes along a column
+_TILE = (128, 64)
 
 
 def _tiles(M, N, tile=_TILE):
@@ -218,7 +233,8 @@ def _tiles(M, N, tile=_TILE):
 
 @triton.jit
 def _tile(x_ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's numbers (ROWS, COLUMNS) in float32, zero beyond M and N; their rows, int64; their columns."""
+    """(this program's numbers (ROWS, COLUMNS) in float32, zero beyond M and N; their rows, int64; their
+    columns)."""
     m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.load(x_ptr + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :], other=0.0)
@@ -232,13 +248,16 @@ def _store_transposed(values_ptr, x, m, n, N, padded):
 
 
 @triton.jit
-def _quantize_transposed_kernel(x_ptr, scale_ptr, values_ptr, M, N, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _quantize_transposed_kernel(
+    x_ptr, scale_ptr, values_ptr, M, N, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     x, m, n = _tile(x_ptr, M, N, ROWS, COLUMNS)
-    _store_transposed(values_ptr, x * _inverse(tl.load(scale_ptr + m, m < M, other=1.0))[:, None], m, n, N, padded)
+    inverse = _inverse(tl.load(scale_ptr + m, m < M, other=1.0))
+    _store_transposed(values_ptr, x * inverse[:, None], m, n, N, padded)
 
 
 def quantize_transposed(x, scale):
-    """Fast path of kernels.quantize_transposed_reference. 3 bytes a number."""
+    """reference.quantize_transposed by Triton. 3 bytes a number."""
     M, N = x.shape
     padded = triton.cdiv(M, 16) * 16
     values = torch.empty(N, padded, dtype=torch.float8_e4m3fn, device=x.device)
@@ -248,8 +267,9 @@ def quantize_transposed(x, scale):
 
 @triton.jit
 def _swiglu_backward_float8_kernel(
-    dout_ptr, gate_ptr, up_ptr, scale_ptr, dgate_ptr, dup_ptr, values_ptr, M, N, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    dout_ptr, gate_ptr, up_ptr, scale_ptr, dgate_ptr, dup_ptr, values_ptr, M, N, padded,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     dout, m, n = _tile(dout_ptr, M, N, ROWS, COLUMNS)
     gate, _, _ = _tile(gate_ptr, M, N, ROWS, COLUMNS)
     up, _, _ = _tile(up_ptr, M, N, ROWS, COLUMNS)
@@ -264,20 +284,27 @@ def _swiglu_backward_float8_kernel(
 
 
 def swiglu_backward_float8(dout, gate, up, scale):
-    """Fast path of kernels.swiglu_backward_float8_reference. 11 bytes a number, not 12 + 3."""
+    """reference.swiglu_backward_float8 by Triton. 11 bytes a number, not 12 + 3."""
     assert dout.is_contiguous() and gate.is_contiguous() and up.is_contiguous()
     M, N = gate.shape
     padded = triton.cdiv(M, 16) * 16
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     values = torch.empty(N, padded, dtype=torch.float8_e4m3fn, device=gate.device)
     tile = 64, 64  # six tensors in registers: half as large, three programs to a multiprocessor
-    _swiglu_backward_float8_kernel[_tiles(M, N, tile)](dout, gate, up, scale, dgate, dup, values, M, N, padded, *tile, num_warps=4)
+    _swiglu_backward_float8_kernel[_tiles(M, N, tile)](
+        dout, gate, up, scale, dgate, dup, values, M, N, padded, *tile, num_warps=4
+    )
     return dgate, dup, values
 
 
 @triton.jit
-def _maxima_kernel(dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Largest |dy * w_scale| of each row and |dy * x_scale| of each column; float32 numbers from 0 up are in the order of their bits."""
+def _maxima_kernel(
+    dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr, M, N,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Largest |dy * w_scale| of each row and |dy * x_scale| of each column, as integers.
+
+    float32 numbers from 0 up are in the order of their bits."""
     dy, m, n = _tile(dy_ptr, M, N, ROWS, COLUMNS)
     dy = tl.abs(dy)
     row_top = tl.max(dy * tl.load(w_scale_ptr + n, n < N, other=0.0)[None, :], 1)
@@ -288,27 +315,32 @@ def _maxima_kernel(dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr
 
 @triton.jit
 def _quantize_gradient_kernel(
-    dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr, values_ptr, scale_ptr, turned_ptr, turned_scale_ptr, M, N, padded,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dy_ptr, w_scale_ptr, x_scale_ptr, row_top_ptr, column_top_ptr, values_ptr, scale_ptr, turned_ptr,
+    turned_scale_ptr, M, N, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     dy, m, n = _tile(dy_ptr, M, N, ROWS, COLUMNS)
     scale, inverse = _scale(tl.load(row_top_ptr + m, m < M, other=0).to(tl.float32, bitcast=True))
     x = dy * tl.load(w_scale_ptr + n, n < N, other=0.0)[None, :] * inverse[:, None]
-    tl.store(values_ptr + m[:, None] * N + n[None, :], x.to(tl.float8e4nv), (m < M)[:, None] & (n < N)[None, :])
+    real = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(values_ptr + m[:, None] * N + n[None, :], x.to(tl.float8e4nv), real)
     if tl.program_id(0) == 0:
         tl.store(scale_ptr + m, scale, m < M)
     scale, inverse = _scale(tl.load(column_top_ptr + n, n < N, other=0).to(tl.float32, bitcast=True))
-    _store_transposed(turned_ptr, dy * tl.load(x_scale_ptr + m, m < M, other=0.0)[:, None] * inverse[None, :], m, n, N, padded)
+    x = dy * tl.load(x_scale_ptr + m, m < M, other=0.0)[:, None] * inverse[None, :]
+    _store_transposed(turned_ptr, x, m, n, N, padded)
     if tl.program_id(1) == 0:
         tl.store(turned_scale_ptr + n, scale, n < N)
 
 
 def quantize_gradient(dy, w_scale, x_scale):
-    """Fast path of kernels.quantize_gradient_reference: 2 bytes a number for the maxima, then 2 read and 2 written."""
+    """reference.quantize_gradient by Triton: 2 bytes a number for the maxima, then 2 read and 2 written."""
     M, N = dy.shape
     padded = triton.cdiv(M, 16) * 16
-    values, turned = (torch.empty(shape, dtype=torch.float8_e4m3fn, device=dy.device) for shape in ((M, N), (N, padded)))
-    scale, turned_scale = (torch.empty(n, dtype=torch.float32, device=dy.device) for n in (M, N))  # not views of one: see matmul_float8
+    values = torch.empty(M, N, dtype=torch.float8_e4m3fn, device=dy.device)
+    turned = torch.empty(N, padded, dtype=torch.float8_e4m3fn, device=dy.device)
+    # not views of one tensor: matmul_float8 wants both aligned
+    scale = torch.empty(M, dtype=torch.float32, device=dy.device)
+    turned_scale = torch.empty(N, dtype=torch.float32, device=dy.device)
     tops = torch.zeros(M + N, dtype=torch.int32, device=dy.device).split((M, N))
     _maxima_kernel[_tiles(M, N)](dy, w_scale, x_scale, *tops, M, N, *_TILE, num_warps=4)
     _quantize_gradient_kernel[_tiles(M, N)](
@@ -331,7 +363,8 @@ def _pick_logps_kernel(logits_ptr, targets_ptr, logps_ptr, log_z_ptr, V, BLOCK: 
         x = tl.load(logits_ptr + start + v, start + v < V, other=float("-inf"))
         higher = tl.maximum(top, x)
         # a lane beyond V sees -inf only, and -inf - -inf is NaN
-        total = total * tl.where(top == higher, 1.0, tl.exp(top - higher)) + tl.where(x == float("-inf"), 0.0, tl.exp(x - higher))
+        shrink = tl.where(top == higher, 1.0, tl.exp(top - higher))
+        total = total * shrink + tl.where(x == float("-inf"), 0.0, tl.exp(x - higher))
         top = higher
     highest = tl.max(top, 0)
     log_z = highest + tl.log(tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - highest)), 0))
@@ -340,9 +373,10 @@ def _pick_logps_kernel(logits_ptr, targets_ptr, logps_ptr, log_z_ptr, V, BLOCK: 
 
 
 def pick_logps(logits, targets):
-    """Fast path of kernels.pick_logps_reference: logits (C, V) float32, targets (C,) int64 -> log p(target), log Z, both (C,) float32."""
+    """reference.pick_logps by Triton: logits (C, V) float32, targets (C,) int64."""
     assert logits.is_contiguous() and logits.dtype == torch.float32 and targets.is_contiguous()
-    logps, log_z = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+    logps = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    log_z = torch.empty_like(logps)
     _pick_logps_kernel[(len(logits),)](logits, targets, logps, log_z, logits.shape[1], 4096, num_warps=8)
     return logps, log_z
 
@@ -357,7 +391,7 @@ def _logits_gradient_kernel(logits_ptr, log_z_ptr, targets_ptr, g_ptr, out_ptr, 
 
 
 def logits_gradient(logits, log_z, targets, g, dtype):
-    """Fast path of kernels.logits_gradient_reference: (C, V) float32 -> (C, V) in dtype."""
+    """reference.logits_gradient by Triton: (C, V) float32 -> (C, V) in dtype."""
     assert logits.is_contiguous() and targets.is_contiguous() and g.is_contiguous()
     C, V = logits.shape
     out = torch.empty(C, V, dtype=dtype, device=logits.device)
@@ -370,7 +404,7 @@ def logits_gradient(logits, log_z, targets, g, dtype):
 
 @triton.jit
 def _mix(index, seed):
-    """32 well-mixed bits of a counter (MurmurHash3's finalizer): random numbers without a state, the same wherever they are drawn."""
+    """reference.random_bits."""
     h = index.to(tl.uint32) * 0x9E3779B1 ^ seed.to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
@@ -389,8 +423,8 @@ def _round(x, bits, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def _adamw_kernel(
-    weight_ptr, low_bits_ptr, m_ptr, v_ptr, grad_ptr, n, grad_scale, lr, decay, beta1, beta2, new1, new2, eps, correction1, correction2,
-    seed, COMPACT: tl.constexpr, BLOCK: tl.constexpr,
+    weight_ptr, low_bits_ptr, m_ptr, v_ptr, grad_ptr, n, grad_scale, lr, decay, beta1, beta2, new1, new2, eps,
+    correction1, correction2, seed, first, COMPACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < n
@@ -402,7 +436,7 @@ def _adamw_kernel(
     m = beta1 * m + new1 * g
     v = beta2 * v + new2 * g * g
     master = master * (1 - lr * decay) - lr * (m / correction1) / (tl.sqrt(v / correction2) + eps)
-    bits = _mix(at, seed)
+    bits = _mix(first + at, seed)
     tl.store(m_ptr + at, _round(m, bits & 0xFFFF, COMPACT), real)
     tl.store(v_ptr + at, _round(v, bits >> 16, COMPACT), real)
     whole = master.to(tl.int32, bitcast=True)
@@ -411,12 +445,13 @@ def _adamw_kernel(
     tl.store(low_bits_ptr + at, (whole - (high << 16)).to(tl.int16), real)
 
 
-def adamw(weight, low_bits, m, v, grad, grad_scale, lr, decay, beta1, beta2, eps, step, seed):
-    """Fast path of kernels.adamw_reference, in place: 16 or 20 bytes read and 8 or 12 written per weight, once."""
+def adamw(weight, low_bits, m, v, grad, grad_scale, lr, decay, beta1, beta2, eps, step, seed, first=0):
+    """reference.adamw by Triton, in place: 16 or 20 bytes read and 8 or 12 written per weight, once."""
     assert all(tensor.is_contiguous() for tensor in (weight, low_bits, m, v, grad))
     n = weight.numel()
-    corrections = 1 - beta1**step, 1 - beta2**step  # like 1 - beta, in double: float32's 1 - 0.999 is off by 1.3e-5 of itself
+    # like 1 - beta, in double: float32's 1 - 0.999 is off by 1.3e-5 of itself
+    corrections = 1 - beta1**step, 1 - beta2**step
     _adamw_kernel[(triton.cdiv(n, _SPAN),)](
-        weight, low_bits, m, v, grad, n, grad_scale, lr, decay, beta1, beta2, 1 - beta1, 1 - beta2, eps, *corrections, seed,
-        COMPACT=m.dtype == torch.bfloat16, BLOCK=_SPAN, num_warps=4,
+        weight, low_bits, m, v, grad, n, grad_scale, lr, decay, beta1, beta2, 1 - beta1, 1 - beta2, eps,
+        *corrections, seed, first, COMPACT=m.dtype == torch.bfloat16, BLOCK=_SPAN, num_warps=4,
     )  # fmt: skip

@@ -1,7 +1,9 @@
-"""Two Triton kernels for t-SNE on a GPU. Their plain twins, which say what they must compute, are in tsne.py; tsne imports this file
-only where it takes the fused path, because Triton is not installed with every torch.
+"""Two Triton kernels for t-SNE on a GPU: reference.tsne_probabilities and reference.tsne_gradient.
+kernels/tsne.py imports this file where the fused path is taken, because Triton is not installed with every
+torch.
 
-n points, r rows of a block. Neither kernel holds an (r, n) temporary: what the twins read and write a dozen times is touched once.
+n points, r rows of a block. Neither kernel holds an (r, n) temporary: what plain torch reads and writes a
+dozen times is touched once.
 """
 
 import math
@@ -10,19 +12,25 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS, WARPS, STAGES = 8, 128, 4, 3  # a tile of P, the warps that share it, and how many tiles are on their way at once
+# a tile of P, the warps that share it, and how many tiles are on their way at once
+ROWS, COLUMNS, WARPS, STAGES = 8, 128, 4, 3
 PROGRAMS = 2048  # enough for 132 multiprocessors: with few points each row is cut into spans
 
 
 @triton.jit
-def _forces_kernel(y_ptr, p_ptr, forces_ptr, z_ptr, n, span, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
-    """Sums over one span of columns j, for ROWS points i: forces (spans, 6, n) of p w (y_i - y_j) and u w (y_i - y_j), z of u."""
+def _forces_kernel(
+    y_ptr, p_ptr, forces_ptr, z_ptr, n, span, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
+):
+    """Sums over one span of columns j, for ROWS points i.
+
+    forces (spans, 6, n): of p w (y_i - y_j) and u w (y_i - y_j); z (spans, n): of u."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = i < n
     a0, b0, c0 = tl.load(y_ptr + i, real), tl.load(y_ptr + n + i, real), tl.load(y_ptr + 2 * n + i, real)
     p_rows = p_ptr + i.to(tl.int64)[:, None] * n
     begin = tl.program_id(1) * span
-    pull_a = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed over columns once, at the end: in the loop that would be most of the work
+    # summed over columns once, at the end: in the loop that would be most of the work
+    pull_a = tl.zeros((ROWS, COLUMNS), tl.float32)
     pull_b, pull_c, push_a, push_b, push_c, z = pull_a, pull_a, pull_a, pull_a, pull_a, pull_a
     for start in tl.range(begin, begin + span, COLUMNS, num_stages=STAGES):
         j = start + tl.arange(0, COLUMNS)
@@ -32,7 +40,8 @@ def _forces_kernel(y_ptr, p_ptr, forces_ptr, z_ptr, n, span, ROWS: tl.constexpr,
         b = b0[:, None] - tl.load(y_ptr + n + j, inside, other=0.0)[None, :]
         c = c0[:, None] - tl.load(y_ptr + 2 * n + j, inside, other=0.0)[None, :]
         root = tl.math.rsqrt(1.0 + 0.5 * (a * a + b * b + c * c))
-        w = tl.where(p < 0, 0.0, root * root)  # no pair; also lays w out as p, else Triton computes it in two layouts
+        # p < 0 is no pair; this also lays w out as p, else Triton computes it in two layouts
+        w = tl.where(p < 0, 0.0, root * root)
         u = w * root  # w^((nu + 1) / 2) with nu = 2
         z += u
         pull = p * w
@@ -54,17 +63,21 @@ def _forces_kernel(y_ptr, p_ptr, forces_ptr, z_ptr, n, span, ROWS: tl.constexpr,
 
 
 def gradient(Y, P, exaggeration=1.0):
-    """Fast path of tsne.gradient_reference in three dimensions, without its divergence: Y (n, 3) and P (n, n) float32 -> (n, 3).
+    """reference.tsne_gradient in three dimensions: Y (n, 3) and P (n, n) float32 -> (n, 3).
 
-    P is read once and is all that is read from memory: n = 28,000, 3.1 GB, 0.73 ms at 4.3 TB/s. No atomics: bits repeat.
+    P is read once and is all that is read from memory: n = 28,000, 3.1 GB, 0.73 ms at 4.3 TB/s. No atomics:
+    bits repeat.
     """
     n = len(Y)
-    assert Y.shape == (n, 3) and P.shape == (n, n) and P.is_contiguous() and Y.dtype == P.dtype == torch.float32
+    assert Y.shape == (n, 3) and P.shape == (n, n) and P.is_contiguous()
+    assert Y.dtype == P.dtype == torch.float32
     blocks = triton.cdiv(n, ROWS)
     span = COLUMNS * triton.cdiv(n, COLUMNS * triton.cdiv(PROGRAMS, blocks))
     spans = triton.cdiv(n, span)
     forces, z = Y.new_empty(spans, 6, n), Y.new_empty(spans, n)
-    _forces_kernel[blocks, spans](Y.T.contiguous(), P, forces, z, n, span, ROWS, COLUMNS, STAGES, num_warps=WARPS)
+    _forces_kernel[blocks, spans](
+        Y.T.contiguous(), P, forces, z, n, span, ROWS, COLUMNS, STAGES, num_warps=WARPS
+    )
     pull, push = forces.sum(0).split(3)
     Z = z.sum(dtype=torch.float64) - n  # u_ii = 1
     return (3 * (exaggeration * pull - push / Z)).T  # 2 (nu + 1) / nu = 3
@@ -72,7 +85,8 @@ def gradient(Y, P, exaggeration=1.0):
 
 @triton.jit
 def _conditional_kernel(d2_ptr, own_ptr, p_ptr, n, log_perplexity, tolerance, max_steps, BLOCK: tl.constexpr):
-    """One row. The float32 distances live in the row of the output, which stays in the cache, until p replaces them."""
+    """One row. The float32 distances live in the row of the output, which stays in the cache, until p
+    replaces them."""
     row = tl.program_id(0)
     own = tl.load(own_ptr + row)
     d2_ptr += row.to(tl.int64) * n
@@ -81,7 +95,8 @@ def _conditional_kernel(d2_ptr, own_ptr, p_ptr, n, log_perplexity, tolerance, ma
     nearest = tl.full((BLOCK,), float("inf"), tl.float64)
     for start in range(0, n, BLOCK):
         j = start + lanes
-        nearest = tl.minimum(nearest, tl.load(d2_ptr + j, (j < n) & (j != own), other=float("inf")).to(tl.float64))
+        d2 = tl.load(d2_ptr + j, (j < n) & (j != own), other=float("inf"))
+        nearest = tl.minimum(nearest, d2.to(tl.float64))
     least = tl.min(nearest, 0)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, n, BLOCK):
@@ -121,12 +136,16 @@ def _conditional_kernel(d2_ptr, own_ptr, p_ptr, n, log_perplexity, tolerance, ma
 
 
 def conditional_probabilities(d2, own, perplexity, tolerance=1e-5, max_steps=100):
-    """Fast path of tsne.conditional_probabilities: d2 (r, n) float64, own (r,) int64 -> (r, n) float32. The same bisection in float32.
+    """reference.tsne_probabilities, its bisection in float32: d2 (r, n) float64, own (r,) int64 -> (r, n)
+    float32.
 
-    One program per row, which reads it from the cache in each of its 20 or so steps: the twin passes over a block a dozen times a step.
+    One program per row, which reads it from the cache in each of its 20 or so steps; plain torch passes over
+    a block a dozen times.
     """
     assert d2.is_contiguous() and d2.dtype == torch.float64 and own.shape == d2.shape[:1]
     p = torch.empty_like(d2, dtype=torch.float32)
     block = min(2048, triton.next_power_of_2(d2.shape[1]))
-    _conditional_kernel[len(d2),](d2, own, p, d2.shape[1], math.log(perplexity), tolerance, max_steps, block, num_warps=8)
+    _conditional_kernel[len(d2),](
+        d2, own, p, d2.shape[1], math.log(perplexity), tolerance, max_steps, block, num_warps=8
+    )
     return p

@@ -11,7 +11,7 @@ from world import SilentLog, final_weights, launch, metrics, stage_parts, trace,
 
 import train_dpo
 from kernels.float8 import matmul_float8, quantize, quantize_gradient, quantize_transposed
-from kernels.fused_block import _ProjectAdd, weight_and_adapter
+from kernels.fused_block import project_add
 from kernels.reference import float8_scale
 from model import LlamaConfig, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from optim import keep_masters
@@ -98,7 +98,7 @@ def test_gradient_is_rounded_for_both_products():
 
 def linear_and_gradients(a, residual, linear, dy, fp8):
     a, residual = (x.clone().requires_grad_() for x in (a, residual))
-    y = _ProjectAdd.apply(a, residual, fp8, *weight_and_adapter(linear))
+    y = project_add(a, residual, fp8, linear)
     return y.detach(), *torch.autograd.grad(y, (a, residual, *linear.parameters()), dy)
 
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import IGNORE_INDEX, SharedPrefix, attention, reference, rms_norm, segment_sums, token_logps
+from kernels import IGNORE_INDEX, Master, SharedPrefix, attention, block, reference, rms_norm, segment_sums, token_logps
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -142,6 +142,23 @@ def test_rms_norm_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), inputs)
 
 
+# ---------------------------------------------------------------- weight gradients
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_add_up_in_the_dtype_asked_for(grad_dtype):
+    """Two micro-batches of a weight that accumulates, and of one whose gradients autograd collects."""
+    weight = torch.nn.Parameter(randn(6, 4).bfloat16())
+    dy, x = randn(5, 6, seed=1).bfloat16(), randn(5, 4, seed=2).bfloat16()
+    once = reference.weight_gradient(dy, x, grad_dtype)
+    assert torch.equal(block.weight_gradient(weight, dy, x), reference.weight_gradient(dy, x, torch.bfloat16))
+    weight.grad_dtype, weight.master = grad_dtype, Master(low_bits=None, accumulates=True)
+    for _ in range(2):
+        assert block.weight_gradient(weight, dy, x) is None
+    assert weight.grad.dtype == grad_dtype
+    torch.testing.assert_close(weight.grad, 2 * once, rtol=1e-2 if grad_dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
 # ---------------------------------------------------------------- token_logps
 
 T, D, V = 13, 8, 31
@@ -256,14 +273,10 @@ def test_token_logps_never_hold_all_logits():
 
 
 @pytest.mark.parametrize("lengths", [(4,), (2, 0, 3), (0, 5, 0), (0, 0), (1, 1, 1, 7)])
-def test_segment_sums_equal_a_loop(lengths):
+def test_segment_sums_equal_reference(lengths):
     values = randn(sum(lengths))
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-
-    def loop(values):
-        return torch.stack([piece.sum() for piece in values.split(list(lengths))])
-
-    assert_twins(lambda v: segment_sums(v, offsets), loop, (values,))
+    assert_twins(lambda v: segment_sums(v, offsets), lambda v: reference.segment_sums(v, offsets), (values,))
 
 
 def test_segment_sums_gradcheck():

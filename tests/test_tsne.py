@@ -1,4 +1,4 @@
-"""tsne.py against scikit-learn's exact t-SNE, autograd and arithmetic."""
+"""t-SNE and its specification against scikit-learn's exact t-SNE, autograd and arithmetic."""
 
 import importlib.util
 import json
@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.tsne import (
-    START_STD,
-    _descend,
-    conditional_probabilities,
-    gradient_reference,
-    joint_probabilities,
-    principal_components,
-    tsne,
-)
+from analysis.tsne import START_STD, _descend, joint_probabilities, principal_components, tsne
+from kernels.reference import tsne_divergence, tsne_gradient, tsne_probabilities
+from kernels.tsne import gradient_and_divergence
 
 
 def clouds(n, dims=20, seed=0, offset=0.0):
@@ -47,25 +41,28 @@ def test_gradient_is_the_derivative_of_the_divergence(dims, chunk):
     Y = torch.randn(30, dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     expected = divergence(Y, P)
     (slope,) = torch.autograd.grad(expected, Y)
-    grad, kl = gradient_reference(Y.detach(), P, negentropy=torch.xlogy(P, P).sum(), chunk=chunk)
-    torch.testing.assert_close(kl, expected.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(grad, slope, rtol=1e-9, atol=1e-14)
-    assert gradient_reference(Y.detach(), P)[1] is None
+    grad, kl = gradient_and_divergence(Y.detach(), P, negentropy=torch.xlogy(P, P).sum(), chunk=chunk)
+    for value in (kl, tsne_divergence(Y.detach(), P)):
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
+    for value in (grad, tsne_gradient(Y.detach(), P)):
+        torch.testing.assert_close(value, slope, rtol=1e-9, atol=1e-14)
+    assert gradient_and_divergence(Y.detach(), P)[1] is None
 
 
 def test_exaggeration_scales_the_attraction_only():
     """Exaggeration e adds (e - 1) times the attraction, which is linear in P; the divergence stays that of P."""
     P, Y = joint_probabilities(clouds(20), perplexity=4), clouds(20, dims=3, seed=2)
-    once, kl = gradient_reference(Y, P, 1.0, torch.tensor(0.0))
-    twice, kl2 = gradient_reference(Y, P, 2.0, torch.tensor(0.0))
-    none, _ = gradient_reference(Y, P, 0.0)
+    once, kl = gradient_and_divergence(Y, P, 1.0, torch.tensor(0.0))
+    twice, kl2 = gradient_and_divergence(Y, P, 2.0, torch.tensor(0.0))
+    none, _ = gradient_and_divergence(Y, P, 0.0)
     torch.testing.assert_close(twice - once, once - none, rtol=1e-4, atol=1e-6)
     assert kl == kl2
+    torch.testing.assert_close(tsne_gradient(Y, P, 2.0), twice, rtol=1e-4, atol=1e-6)
 
 
 def test_each_row_has_the_wanted_perplexity():
     d2 = torch.cdist(clouds(60).double(), clouds(60).double()).square()
-    p = conditional_probabilities(d2, torch.arange(60), perplexity=12)
+    p = tsne_probabilities(d2, torch.arange(60), perplexity=12)
     entropy = -torch.xlogy(p, p).sum(1)
     torch.testing.assert_close(entropy.exp(), torch.full((60,), 12.0, dtype=torch.float64), rtol=2e-5, atol=0)
     assert torch.equal(p.diagonal(), torch.zeros(60, dtype=torch.float64))
@@ -119,7 +116,7 @@ def test_divergence_is_at_most_scikit_learns_from_the_same_start():
     assert Y.shape == (150, 3) and Y.dtype == torch.float32
     assert kl <= 1.02 * oracle.kl_divergence_
     P = joint_probabilities(X, 30.0).double()
-    _, theirs = gradient_reference(torch.tensor(oracle.embedding_), P, 1.0, torch.xlogy(P, P).sum())
+    _, theirs = gradient_and_divergence(torch.tensor(oracle.embedding_), P, 1.0, torch.xlogy(P, P).sum())
     assert kl <= 1.02 * theirs  # the same formula on both embeddings (scikit-learn reports its value one step earlier)
 
 
@@ -149,7 +146,12 @@ def test_steps_by_hand(n, rate):
 @pytest.mark.parametrize("steps, taken", [(500, [12.0] * 250 + [1.0] * 250), (20, [12.0] * 20), (251, [12.0] * 250 + [1.0])])
 def test_exaggeration_ends_after_250_steps(monkeypatch, steps, taken):
     seen = []
-    monkeypatch.setattr("analysis.tsne.gradient_reference", lambda Y, P, e, *_: seen.append(e) or (torch.zeros_like(Y), torch.zeros(())))
+
+    def still(Y, P, exaggeration, *_):
+        seen.append(exaggeration)
+        return torch.zeros_like(Y), torch.zeros(())
+
+    monkeypatch.setattr("kernels.tsne.gradient_and_divergence", still)
     tsne(clouds(20), 5.0, steps=steps)
     assert seen == taken + [1.0]  # and once for the divergence
 
@@ -182,7 +184,7 @@ def test_points_that_are_all_the_same():
 
 def test_equal_distances_share_the_probability():
     """Corners of a simplex: every beta gives the same row, 1 / 49 each."""
-    p = conditional_probabilities(2.0 * (1 - torch.eye(50, dtype=torch.float64)), torch.arange(50), 10.0)
+    p = tsne_probabilities(2.0 * (1 - torch.eye(50, dtype=torch.float64)), torch.arange(50), 10.0)
     torch.testing.assert_close(p, (1 - torch.eye(50, dtype=torch.float64)) / 49)
 
 
