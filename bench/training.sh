@@ -8,6 +8,11 @@ shift
 lora=(--lora_rank=64 --lora_alpha=128 --moments=fp32)
 peers=(--world runs/bench --out runs/bench/peers.jsonl)
 
+tree() { # PID: it and its descendants; torchrun gives each worker a session, so no process group holds them all
+  echo "$1"
+  for child in $(pgrep -P "$1"); do tree "$child"; done
+}
+
 ours() { # NAME SCRIPT [KEY..]: killed, because a run that ends would write 16 GB that nobody needs
   name=$1 script=$2 config=${config:-bench/llama8b.py}
   shift 2
@@ -17,10 +22,13 @@ ours() { # NAME SCRIPT [KEY..]: killed, because a run that ends would write 16 G
   sampler=$!
   run=(python3)
   [ "${gpus:-1}" = 1 ] || run+=(-m torch.distributed.run --nproc-per-node "$gpus")
-  (sleep "$seconds"; pkill -KILL -f "$script $config") > /dev/null 2>&1 & # torchrun's workers too, which are no children of its group
+  "${run[@]}" "$script" "$config" --out_dir="runs/bench/$name" "$@" > "runs/bench/$name.log" 2>&1 &
+  leader=$!
+  (sleep "$seconds"; kill -KILL $(tree "$leader")) > /dev/null 2>&1 &
   killer=$!
-  "${run[@]}" "$script" "$config" --out_dir="runs/bench/$name" "$@" 2>&1 | grep "^step \|rror:" | tail -n 4
-  kill $killer $sampler
+  wait "$leader" 2> /dev/null
+  kill "$killer" "$sampler" 2> /dev/null
+  grep "^step \|rror:" "runs/bench/$name.log" | tail -n 4
 }
 
 peer() { # NAME [OPTION..]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from plumbing.files import table
+
 EQUAL, INTENDED, DIFFERS, SKIPPED = "equal", "intended", "DIFFERS", "not compared"
 
 
@@ -72,13 +74,15 @@ def text_context(ours, theirs):
 
 def print_table(rows):
     """Print the table and the notes. Returns the exit code: 1 for a disagreement, else 2 for something not compared, else 0."""
-    width = max(len(row.quantity) for row in rows)
-    print(f"{'quantity':{width}}  {'compared':>22}  {'largest difference':>18}  verdict")
-    for row in rows:
-        print(f"{row.quantity:{width}}  {row.size:>22}  {row.difference:>18}  {row.verdict}")
+    lines = [[row.quantity, row.size, row.difference, row.verdict] for row in rows]
+    print(table(["quantity", "compared", "largest difference", "verdict"], lines, left=(0, -1)))
     for verdict, title in ((INTENDED, "Intended differences"), (DIFFERS, "Disagreements"), (SKIPPED, "Not compared")):
-        if noted := [row for row in rows if row.verdict == verdict]:
+        noted = [row for row in rows if row.verdict == verdict]
+        if noted:
             print(f"\n{title}: {len(noted)}")
-            print("\n".join(f"  {row.quantity}: {row.note}" for row in noted))
-    verdicts = [row.verdict for row in rows]
-    return 1 if DIFFERS in verdicts else 2 if SKIPPED in verdicts else 0
+        for row in noted:
+            print(f"  {row.quantity}: {row.note}")
+    verdicts = {row.verdict for row in rows}
+    if DIFFERS in verdicts:
+        return 1
+    return 2 if SKIPPED in verdicts else 0
