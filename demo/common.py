@@ -12,6 +12,7 @@ from data import HEADERS, load_preferences, render
 from families import load_pretrained
 from model import generate
 from packing import in_order
+from plumbing.files import table
 from train_dpo import answer_logps
 
 
@@ -79,9 +80,12 @@ def read_metrics(run):
 def print_curve(run, rows=12):
     """The training curve of a run folder: about `rows` of its steps, one line each, with a bar as long as the loss."""
     steps = [line for line in read_metrics(run) if "loss" in line]
-    picked = [steps[i] for i in sorted(set(np.linspace(0, len(steps) - 1, rows).round().astype(int)))]
+    shown = np.unique(np.linspace(0, len(steps) - 1, rows).round().astype(int))
+    picked = [steps[i] for i in shown]
     highest = max(line["loss"] for line in picked)
     columns = [name for name in ("loss", "rewards/margins", "rewards/accuracies", "grad_norm") if name in picked[0]]
-    print("\n" + "step".rjust(5) + "".join(name.rjust(20) for name in columns))
+    lines = []
     for line in picked:
-        print(f"{line['step']:5}" + "".join(f"{line[name]:20.4f}" for name in columns) + "  " + "#" * round(30 * line["loss"] / highest))
+        values = [f"{line[name]:.4f}" for name in columns]
+        lines.append([str(line["step"]), *values, "#" * round(30 * line["loss"] / highest)])
+    print("\n" + table(["step", *columns, ""], lines, left=(-1,)))

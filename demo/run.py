@@ -16,6 +16,7 @@ import torch
 
 from demo import axioms, common, tiny
 from plumbing.config import load
+from plumbing.files import table
 from plumbing.weights import save_pretrained
 
 CONFIG = "configs/tiny.py"
@@ -91,7 +92,8 @@ def results(pretrain_loss):
         "DPO loss at the last step": steps[-1],
     }
     out = {name: (value, None, None) for name, value in single.items()}
-    before, after = (common.held_out_logps(ROOT / run / "final", config) for run in ("sft", "dpo"))
+    before = common.held_out_logps(ROOT / "sft/final", config)
+    after = common.held_out_logps(ROOT / "dpo/final", config)
     out |= common.preference_table(before, after, config.beta)
     for when, run in (("before", "sft"), ("after", "dpo")):
         out[f"safe greedy answers, {when}"] = greedy(run, when, config.template)
@@ -101,15 +103,34 @@ def results(pretrain_loss):
 
 def report(measured):
     """Print what to expect beside what came out; returns the names of what is out of range."""
-    print(f"\n{'':<44}{'expected':>20}{'came out':>11}   95 % interval")
-    outside = []
+    rows, outside = [], []
     for name, (low, high) in EXPECTED.items():
-        value, *bounds = measured[name]
-        outside += [] if low <= value <= high else [name]
-        between = "" if bounds[0] is None else f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
-        mark = "ok" if low <= value <= high else "OUT OF RANGE"
-        print(f"{name:<44}{low:>9.5g} to{high:>8.5g}{value:>11.4f}   {between:<18}{mark}")
+        value, lower, upper = measured[name]
+        between = "" if lower is None else f"[{lower:.3f}, {upper:.3f}]"
+        mark = "ok"
+        if not low <= value <= high:
+            mark = "OUT OF RANGE"
+            outside.append(name)
+        rows.append([name, f"{low:.5g} to {high:.5g}", f"{value:.4f}", between, mark])
+    print("\n" + table(["", "expected", "came out", "95 % interval", ""], rows, left=(0, -2, -1)))
     return outside
+
+
+def show():
+    """Write the report page of the runs and the sweep; print where it and the pictures are, and the verdict in plain words."""
+    steered = ROOT / "validate/tiny_sanity"
+    folders = [str(folder) for folder in (steered, ROOT / "dpo", ROOT / "sft")]
+    common.run_script("-m", "reports.page", *folders, f"--out={ROOT}/report.html")
+    for picture in sorted((steered / "sweep_matched").glob("*.png")):
+        print(f"      {picture}")
+    overall, *_ = json.loads((steered / "sweep_matched/aqi.json").read_text())["verdicts"]
+    first, last = overall["estimate"][0], overall["estimate"][-1]
+    low, high = overall["change_interval"]
+    because = f" ({'; '.join(overall['because'])})" if overall["because"] else ""
+    print(f"\nVerdict: {overall['verdict']}{because}. Steering moved the separation of safe from unsafe texts")
+    print(f"from {first:.2f} to {last:.2f} of 100, by {overall['change']:+.2f} with a 95 % interval of {low:+.2f} to {high:+.2f}.")
+    if overall["verdict"] == "flat":
+        print("Flat is no surprise: one vector is added to safe and unsafe texts alike, and moves both groups together.")
 
 
 def main(argv):
@@ -123,7 +144,8 @@ def main(argv):
     for script in ("train_sft.py", "train_dpo.py"):
         common.run_script(script, CONFIG, f"--seed={seed}")
     outside = report(results(pretrain_loss))
-    print(f"wall time {time.perf_counter() - start:.0f} s; about 90 s on two cores, more on busy ones")
+    show()
+    print(f"\nwall time {time.perf_counter() - start:.0f} s; about 90 s on two cores, more on busy ones")
     if outside:
         print(f"\nOut of range: {', '.join(outside)}. Something is wrong: the ranges hold for every seed that was tried.")
         return 1
