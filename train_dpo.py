@@ -1,7 +1,8 @@
-"""Direct preference optimisation: `python train_dpo.py configs/tiny.py` or `torchrun --nproc-per-node 8 train_dpo.py configs/tulu10.py`.
+"""Direct preference optimisation: `python train_dpo.py configs/tiny.py`, or with `torchrun --nproc-per-node 8` on eight GPUs.
 
-One model in memory: the reference's log-probs are taken from the step-0 weights, before the first update, and kept in a file.
-Reading order: the losses on four (N,) tensors, log-probs of answers, one optimizer step, evaluation, the reference cache, main.
+One model is in memory. The reference's log-probs are those of the step-0 weights; they are computed before the first
+update and kept in a file. Reading order: the losses on four (N,) tensors, their table, the keys, log-probs of answers,
+one optimizer step, evaluation, the reference cache, main.
 """
 
 import hashlib
@@ -10,9 +11,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,65 +22,29 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+import training
 from data import load_preferences
 from kernels import attention_path, segment_sums, token_logps
-from model import adapters_disabled, training_flops
-from optim import adamw, apply_gradients, implicit, learning_rate, sample_weights, warmup_steps, weights_changed
+from model import adapters_disabled
 from packing import in_order, local_batches, step_examples, steps_per_epoch
 from planner import plan
-from plumbing import checkpoint, hub, parallel
-from plumbing.config import Config, check_world_size, load, resume_dict, setting
+from plumbing import parallel
+from plumbing.config import Config, load, setting
 from plumbing.files import UserError
-from plumbing.logbook import Logbook
 from plumbing.tensors import write_safetensors
-from plumbing.tokenizer import Tokenizer
-from plumbing.weights import fingerprint, resolve
-from training import DTYPES, finish, load_model, read_model_config, sample
 
-# ---------------------------------------------------------------- the keys of this command
+# ---------------------------------------------------------------- the losses: (N,) tensors in, three (N,) tensors out
+# Log-probs are in nats, of an answer's supervised tokens: their sum or their mean, as the loss's row in LOSSES says.
 
 
-@dataclass(frozen=True, kw_only=True)
-class DPOConfig(Config):
-    """Keys of train_dpo.py."""
-
-    loss: Literal["dpo_norm", "dpo", "simpo", "ipo", "wpo"] = setting(
-        "loss", "name", "dpo_norm: DPO on per-token mean log-probs", default="dpo_norm"
-    )
-    beta: float = setting(
-        "loss", "1/nat", "strength of the tie to the reference; about 5 for means (dpo_norm), 0.1 for sums (dpo)", default=5.0, above=0
-    )
-    label_smoothing: float = setting("loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo", default=0.0, minimum=0, below=0.5)
-    gamma_beta_ratio: float | None = setting("loss", "nat/token", "target margin / beta; simpo only", default=None, minimum=0)
-    share_prefix: bool = setting(
-        "machine", "flag", "compute what chosen and rejected begin with once: faster, the same to rounding", default=True, affects_results=False
-    )
-    sft_weight: float = setting("loss", "-", "weight of an added token-mean NLL of the chosen answers", default=0.0, minimum=0)
-
-    @staticmethod
-    def conflicts(c):
-        yield from Config.conflicts(c)
-        if 2 * c.max_seq_len > c.tokens_per_microbatch:
-            expected = f"expected at least twice max_seq_len={c.max_seq_len} (a pair must fit one stream)"
-            yield ("max_seq_len", "tokens_per_microbatch"), f"tokens_per_microbatch={c.tokens_per_microbatch}: {expected}"
-        if (c.loss == "simpo") != (c.gamma_beta_ratio is not None):
-            both = f"loss={c.loss!r}, gamma_beta_ratio={c.gamma_beta_ratio}"
-            yield ("loss", "gamma_beta_ratio"), f"{both}: simpo needs one, no other loss has one"
-        if c.label_smoothing > 0 and c.loss not in ("dpo_norm", "dpo", "simpo"):
-            defined = f"defined for dpo_norm, dpo and simpo, not for loss={c.loss!r}"
-            yield ("label_smoothing", "loss"), f"label_smoothing={c.label_smoothing}: {defined}"
-
-
-# ---------------------------------------------------------------- the losses: four (N,) tensors in, three (N,) tensors out
-# Log-probs are in nats; "dpo" and "wpo" take an answer's *sum* over its supervised tokens, "dpo_norm", "ipo" and "simpo" the *mean*.
-
-
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
+def dpo_loss(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0
+):
     """DPO (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)), per pair.
 
-    All log-probs (N,). label_smoothing: the probability that a preference is the wrong way round (conservative DPO, Mitchell 2023, eq. 3).
+    All log-probs (N,). label_smoothing: the probability that a label is wrong (conservative DPO, Mitchell 2023, eq. 3).
     Returns (losses, chosen_rewards, rejected_rewards), each (N,); rewards are beta * log(policy / reference), detached.
-    With mean log-probs it is Tulu 3's length-normalised DPO (Lambert et al. 2024, eq. 6; loss="dpo_norm").
+    On mean log-probs it is Tulu 3's length-normalised DPO (Lambert et al. 2024, eq. 6; loss="dpo_norm").
     """
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
@@ -88,7 +54,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """IPO (Azar et al. 2023, eq. 17): (difference of log-ratios - 1 / (2 beta))^2, here on mean log-probs, as TRL takes them."""
+    """IPO (Azar et al. 2023, eq. 17): (difference of log-ratios - 1 / (2 beta))^2, here on means, as in TRL."""
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
     losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)).square()
@@ -106,118 +72,243 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta, gamma_beta_rati
 
 
 def wpo_weights(mean_chosen_logps, mean_rejected_logps):
-    """WPO (Zhou et al. 2024, eq. 4, without its alignment term): how likely the pair is under the policy, (N,) in (0, 1], detached."""
+    """WPO (Zhou et al. 2024, eq. 4, without its alignment term): the pair's likelihood, (N,) in (0, 1], detached."""
     return (mean_chosen_logps + mean_rejected_logps).detach().exp()
 
 
-def preference_loss(config, policy, reference, counts):
-    """The configured loss. policy, reference: (2, N) *summed* log-probs, chosen then rejected; counts (2, N) supervised tokens.
+# ---------------------------------------------------------------- the table of losses
 
-    Returns (losses, chosen_rewards, rejected_rewards), each (N,). The reference is ignored by simpo.
+
+@dataclass(frozen=True)
+class Loss:
+    """One preference loss. A row of LOSSES is all that config, plan, report and tools know of it."""
+
+    function: Callable  # of (N,) log-probs: policy chosen, policy rejected, the reference's two, beta, options
+    average: Literal["sum", "mean"]  # over an answer's supervised tokens
+    beta: float  # where the config gives none
+    usual_beta: tuple[float, float]  # what lies outside is trained, and said at the start
+    options: tuple[str, ...] = ()  # further keys of the config that the function takes
+    weights: Callable | None = None  # of the policy's mean log-probs, two (N,); they multiply the pairs' losses
+    needs_reference: bool = True
+    unit: str = "nats per pair"
+
+    @property
+    def ratio_unit(self):
+        """The unit of the log-ratios, which is the inverse of beta's."""
+        return {"sum": "nats per answer", "mean": "nats per token"}[self.average]
+
+    def facts(self):
+        """What the run's manifest says of the loss, for the report."""
+        return {"unit": self.unit, "ratio_unit": self.ratio_unit, "needs_reference": self.needs_reference}
+
+
+# Where the betas are from. A beta for sums is that for means divided by the answer's length (docs/loss.md).
+LOSSES = {
+    # Tulu 3 (Lambert et al. 2024, section 5): 5; usual: 0.01 to 0.1 on sums of 200 tokens
+    "dpo_norm": Loss(dpo_loss, "mean", beta=5.0, usual_beta=(2.0, 20.0), options=("label_smoothing",)),
+    # Rafailov et al. 2023, appendix B: 0.1; usual: the sweep of Hugging Face's "Preference tuning LLMs", 2024
+    "dpo": Loss(dpo_loss, "sum", beta=0.1, usual_beta=(0.01, 0.9), options=("label_smoothing",)),
+    # Meng et al. 2024, README of their code: 2.0 to 10
+    "simpo": Loss(
+        simpo_loss, "mean", beta=2.0, usual_beta=(2.0, 10.0), options=("gamma_beta_ratio", "label_smoothing"),
+        needs_reference=False,
+    ),
+    # TRL, which takes means: 0.1; usual: the same sweep as for "dpo"
+    "ipo": Loss(ipo_loss, "mean", beta=0.1, usual_beta=(0.01, 0.9), unit="squared nats per token"),
+    # Zhou et al. 2024, the model cards of their Llama-3 and Gemma-2: 0.01
+    "wpo": Loss(dpo_loss, "sum", beta=0.01, usual_beta=(0.01, 0.9), weights=wpo_weights),
+}  # fmt: skip
+
+
+def preference_loss(config, policy_logps, ref_logps, counts):
+    """The configured loss. policy_logps, ref_logps (2, N): *sums*, chosen then rejected; counts (2, N): their tokens.
+
+    Returns (losses, chosen_rewards, rejected_rewards), each (N,). A loss without a reference ignores ref_logps.
     """
-    if config.loss in ("dpo_norm", "ipo", "simpo"):
-        policy, reference = policy / counts, reference / counts
-    if config.loss == "simpo":
-        return simpo_loss(*policy, config.beta, config.gamma_beta_ratio, config.label_smoothing)
-    if config.loss == "ipo":
-        return ipo_loss(*policy, *reference, config.beta)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*policy, *reference, config.beta, config.label_smoothing)
-    if config.loss == "wpo":
-        losses = losses * wpo_weights(*(policy / counts))
+    loss = LOSSES[config.loss]
+    means = policy_logps / counts
+    if loss.average == "mean":
+        policy_logps, ref_logps = means, ref_logps / counts
+    logps = [*policy_logps, *ref_logps] if loss.needs_reference else [*policy_logps]
+    options = {key: getattr(config, key) for key in loss.options}
+    losses, chosen_rewards, rejected_rewards = loss.function(*logps, config.beta, **options)
+    if loss.weights:
+        losses = losses * loss.weights(*means)
     return losses, chosen_rewards, rejected_rewards
+
+
+# ---------------------------------------------------------------- the keys of this command
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(Config):
+    """Keys of train_dpo.py."""
+
+    loss: Literal[tuple(LOSSES)] = setting(
+        "loss", "name", "dpo_norm: DPO on per-token mean log-probs", default="dpo_norm"
+    )
+    beta: float | None = setting(
+        "loss", "1/nat", "strength of the tie to the reference; None: the loss's own, 5 for dpo_norm, 0.1 for dpo",
+        default=None, above=0,
+    )
+    label_smoothing: float = setting(
+        "loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo", default=0.0, minimum=0, below=0.5
+    )
+    gamma_beta_ratio: float | None = setting(
+        "loss", "nat/token", "target margin / beta; simpo only", default=None, minimum=0
+    )
+    share_prefix: bool = setting(
+        "machine", "flag", "compute what chosen and rejected begin with once: faster, the same to rounding",
+        default=True, affects_results=False,
+    )
+    sft_weight: float = setting(
+        "loss", "-", "weight of an added token-mean NLL of the chosen answers", default=0.0, minimum=0
+    )  # fmt: skip
+
+    example_documents: ClassVar = 2
+
+    @classmethod
+    def conflicts(cls, c):
+        yield from super().conflicts(c)
+        options = LOSSES[c.loss].options
+        if ("gamma_beta_ratio" in options) != (c.gamma_beta_ratio is not None):
+            takers = _losses_with("gamma_beta_ratio")
+            both = f"loss={c.loss!r}, gamma_beta_ratio={c.gamma_beta_ratio}"
+            yield ("loss", "gamma_beta_ratio"), f"{both}: {takers} needs one, no other loss has one"
+        if c.label_smoothing > 0 and "label_smoothing" not in options:
+            defined = f"defined for {_losses_with('label_smoothing')}, not for loss={c.loss!r}"
+            yield ("label_smoothing", "loss"), f"label_smoothing={c.label_smoothing}: {defined}"
+
+    @staticmethod
+    def resolve(values):
+        """A beta of None is the loss's own: config.json, manifest and hashes hold the number."""
+        own = LOSSES[values["loss"]].beta
+        return values | {"beta": own if values["beta"] is None else values["beta"]}
+
+    @property
+    def needs_reference(self):
+        """Whether a pass over all pairs precedes the training."""
+        return LOSSES[self.loss].needs_reference
+
+
+def _losses_with(option):
+    """`dpo_norm, dpo and simpo`: the losses that take a key."""
+    *names, last = [name for name, loss in LOSSES.items() if option in loss.options]
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def say_unusual_beta(config, world):
+    """One line where beta is outside the usual range of its loss: 5 on sums ties the policy 300 times too tightly."""
+    loss = LOSSES[config.loss]
+    low, high = loss.usual_beta
+    if not low <= config.beta <= high:
+        usual = f"usual are {low} to {high}, default {loss.beta}"
+        world.say(f"beta={config.beta}: unusual for loss={config.loss!r} (log-ratios in {loss.ratio_unit}); {usual}")
 
 
 # ---------------------------------------------------------------- log-probs of answers
 
 
 def answer_logps(model, batch, num_pairs):
-    """Summed log-probs of the answers of a packed batch, (2, N) float32, chosen then rejected; and their token counts (2, N).
+    """(summed log-probs (2, N) float32, their token counts (2, N)) of a packed batch's answers, chosen then rejected.
 
-    The policy and the reference both come from here, so at step 0 they are the same numbers to the last bit.
+    The policy's and the reference's both come from here, so at step 0 they are equal to the last bit.
     """
-    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, shared=batch.shared)  # (T, D)
+    stream = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+    hidden = model(*stream, shared=batch.shared)  # (T, D)
     logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)  # (S,)
     sums = segment_sums(logps, batch.supervised_offsets)  # one per document: the chosen ones, then the rejected ones
     counts = batch.supervised_offsets.diff()
-    answers = slice(2 * num_pairs)  # all documents, but for packing.PLACEHOLDER, which is no pair
+    answers = slice(2 * num_pairs)  # all documents, except packing.PLACEHOLDER, which is no pair
     return sums[answers].view(2, num_pairs), counts[answers].view(2, num_pairs)
 
 
 # ---------------------------------------------------------------- one step, and evaluation
 
-METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"
+)  # fmt: skip
 
 
-def pair_metrics(losses, chosen_rewards, rejected_rewards, policy):
+def pair_metrics(losses, chosen_rewards, rejected_rewards, policy_logps):
     """(len(METRICS), N): every metric per pair, detached."""
     margins = chosen_rewards - rejected_rewards
-    return torch.stack([losses.detach(), chosen_rewards, rejected_rewards, margins, (margins > 0).float(), *policy.detach()])
+    accuracies = (margins > 0).float()
+    rows = [losses.detach(), chosen_rewards, rejected_rewards, margins, accuracies, *policy_logps.detach()]
+    return torch.stack(rows)
 
 
 def forward_backward(model, pairs, reference, ids, config, world):
-    """Accumulate the gradient of the loss over the pairs `ids` (B,) of one optimizer step. reference (n, 2): summed log-probs per pair.
+    """Accumulate the gradient of the loss over the pairs `ids` (B,) of one step. reference (n, 2): sums, per pair.
 
-    Returns (metrics, gap), equal on every rank; gap is the largest |policy - reference| of an answer in the unit of TOLERANCE, rounding
-    before the first update. FloatingPointError, naming the rows, when a micro-batch's loss is not finite: no weight has changed then.
+    Returns (metrics, gap), equal on every rank; gap is the largest |policy - reference| of an answer in the unit of
+    TOLERANCE: before the first update it is rounding.
     """
     chosen_tokens = int(pairs.chosen.num_targets[ids].sum())
     totals = torch.zeros(len(METRICS), device=world.device)
     gaps = [torch.zeros(1, device=world.device)]  # a rank without a pair has no gap
-    losses, rows = [], []
-    for members, batch, step_waste in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world):
-        policy, counts = answer_logps(model, batch, len(members))
-        ref = torch.from_numpy(reference[members].T).to(world.device)  # (2, N)
-        pair_losses, chosen_rewards, rejected_rewards = preference_loss(config, policy, ref, counts)
+    losses = []  # of the micro-batches, with the rows behind each
+    micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
+    for micro_batch_ids, batch, padding_waste in micro_batches:
+        policy_logps, counts = answer_logps(model, batch, len(micro_batch_ids))
+        ref_logps = torch.from_numpy(reference[micro_batch_ids].T).to(world.device)  # (2, N)
+        pair_losses, *rewards = preference_loss(config, policy_logps, ref_logps, counts)
         loss = pair_losses.sum() / len(ids)  # this rank's share of the global mean over pairs
         if config.sft_weight:
-            loss = loss - config.sft_weight * policy[0].sum() / chosen_tokens
+            loss = loss - config.sft_weight * policy_logps[0].sum() / chosen_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; we want the sum
-        totals += pair_metrics(pair_losses, chosen_rewards, rejected_rewards, policy).sum(dim=1)
-        gaps.append(((policy.detach() - ref).abs() / counts.sqrt()).flatten())
-        losses.append(loss.detach())
-        rows.append([pairs.row_ids[i] for i in members])
-        waste = step_waste
-    losses = torch.stack(losses).tolist()
-    parallel.require_finite(losses, rows)
-    loss, *totals = parallel.sum_across_ranks([math.fsum(losses), *totals.tolist()])
+        totals += pair_metrics(pair_losses, *rewards, policy_logps).sum(dim=1)
+        gaps.append(((policy_logps.detach() - ref_logps).abs() / counts.sqrt()).flatten())
+        losses.append((loss.detach(), pairs.row_ids[micro_batch_ids]))
+    loss = training.sum_losses(losses)
+    totals = parallel.sum_across_ranks(totals.tolist())
     metrics = {name: total / len(ids) for name, total in zip(METRICS, totals, strict=True)}
-    return metrics | {"loss": loss, "padding_waste": waste}, parallel.max_across_ranks(torch.cat(gaps).max().item())
+    gap = parallel.max_across_ranks(torch.cat(gaps).max().item())
+    return metrics | {"loss": loss, "padding_waste": padding_waste}, gap
 
 
 @torch.no_grad()
 def evaluate(model, pairs, reference, config, world, log):
-    """Means over the held-out pairs, and half-widths of 95 % intervals (1.96 standard errors over pairs) of accuracy and margin."""
+    """Means over the held-out pairs; of accuracy and margin also half of a 95 % interval (1.96 standard errors)."""
     sums = torch.zeros(2, len(METRICS), dtype=torch.float64)  # of the values and of their squares
     for ids in log.progress("evaluate", in_order(len(pairs), config.global_batch_size)):
-        for members, batch, _ in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world):
-            policy, counts = answer_logps(model, batch, len(members))
-            ref = torch.from_numpy(reference[members].T).to(world.device)
-            values = pair_metrics(*preference_loss(config, policy, ref, counts), policy).double().cpu()
+        micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
+        for micro_batch_ids, batch, _ in micro_batches:
+            policy_logps, counts = answer_logps(model, batch, len(micro_batch_ids))
+            ref_logps = torch.from_numpy(reference[micro_batch_ids].T).to(world.device)
+            losses_and_rewards = preference_loss(config, policy_logps, ref_logps, counts)
+            values = pair_metrics(*losses_and_rewards, policy_logps).double().cpu()
             sums += torch.stack([values.sum(dim=1), values.square().sum(dim=1)])
     parallel.release(model)
     sums = torch.tensor(parallel.sum_across_ranks(sums.flatten().tolist()), dtype=torch.float64)
     means, squares = sums.view(2, -1) / len(pairs)
     errors = 1.96 * ((squares - means.square()).clamp(min=0) / len(pairs)).sqrt()
-    intervals = ("rewards/margins", "rewards/accuracies")
     metrics = {f"eval/{name}": mean.item() for name, mean in zip(METRICS, means, strict=True)}
-    if config.sft_weight:  # as in training
-        metrics["eval/loss"] -= config.sft_weight * len(pairs) * metrics["eval/logps/chosen"] / int(pairs.chosen.num_targets.sum())
-    return metrics | {f"eval/{name}_ci95": errors[METRICS.index(name)].item() for name in intervals}
+    if config.sft_weight:  # as in training: the token mean over all chosen answers
+        tokens = int(pairs.chosen.num_targets.sum())
+        metrics["eval/loss"] -= config.sft_weight * len(pairs) * metrics["eval/logps/chosen"] / tokens
+    for name in ("rewards/margins", "rewards/accuracies"):
+        metrics[f"eval/{name}_ci95"] = errors[METRICS.index(name)].item()
+    return metrics
 
 
 # ---------------------------------------------------------------- the reference cache
 
-# By how much an answer's summed log-prob may differ between two passes of the same weights, in nats over the root of its tokens: another
-# packing rounds each token differently and independently, so the sum's difference grows with the root. Largest of 48 pairs in bf16
-# (SmolLM2-135M, CPU): 0.11, and 0.30 for unlikely two-token answers; between its SFT and DPO weights 1.2 and 0.8 or more in any 8 pairs.
-# fp8 is not measured: what moves a bf16 number by its last bit can move a float8 one by a whole step.
+# Rounding errors of tokens are independent, so the error of an answer's sum grows with sqrt(tokens): tolerances are nats
+# per sqrt(token), between two passes of the same weights in different packings. Largest of 48 pairs in bf16
+# (SmolLM2-135M, CPU): 0.11, and 0.30 for unlikely two-token answers. Between its SFT and DPO weights the difference is
+# 1.2, and 0.8 or more in any 8 pairs. fp8 is not measured: the last bit of a bf16 number can move a float8 number by a
+# whole step.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp8": 1.0}
 SAVE_SECONDS = 60
 
 
 def reference_key(weights, pairs, config, world):
-    """sha256 of everything that the reference log-probs depend on: the weights' content, tokens and mask (hence template and supervised
-    turns), compute dtype, kernels and attention path, and whether prefixes are shared: policy and reference round alike."""
+    """sha256 of everything that the reference log-probs depend on.
+
+    The content of the weights; tokens and mask (hence template and supervised turns); dtype, kernels and attention
+    path of the computation, and whether prefixes are shared, because policy and reference must round alike.
+    """
     path = attention_path(world.device, config.precision, config.attention)
     parts = [weights, pairs.fingerprint, config.precision, config.kernels, path, pairs.share_prefix]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -225,22 +316,27 @@ def reference_key(weights, pairs, config, world):
 
 @torch.no_grad()
 def reference_logps(model, pairs, steps, key, config, world, log):
-    """Summed log-probs of the answers under `model`, which must still have its step-0 weights: (n, 2) float32, NaN for pairs in no step.
+    """Summed log-probs of the answers under the step-0 weights: (n, 2) float32, NaN for pairs in no step.
 
-    steps: the id arrays (B,) that will be asked for. They are walked in the packing of the first epoch, so that step 1 compares bit for
-    bit. The table lives in cache_dir/reference/<key>.safetensors, is saved every minute and goes on from there. One step of what was
-    loaded is computed again, in the packing that wrote it unless that has changed: ValueError when it differs by more than rounding.
+    steps: the id arrays (B,) that will be asked for, in the packing of the first epoch: step 1 compares bit for bit.
+    The table lives in cache_dir/reference/<key>.safetensors, is saved every minute and goes on from there. One step of
+    what was loaded is computed again: UserError when it differs by more than rounding.
     """
     path = Path(config.cache_dir) / "reference" / f"{key[:32]}.safetensors"
-    table = parallel.main_first(world, lambda: _read_table(path, len(pairs)) if world.main else np.zeros((len(pairs), 2)))
-    table = _sum_of_tables(table)  # rank 0's: another run may write between two reads, and ranks of two minds would wait for ever
+    nothing = np.zeros((len(pairs), 2))
+    table = parallel.main_first(world, lambda: _read_table(path, len(pairs)) if world.main else nothing)
+    # Use rank 0's copy everywhere: ranks that read different tables disagree on what is missing, and deadlock.
+    table = _sum_of_tables(table)
     known = ~np.isnan(table[:, 0])
-    found = [ids for ids in steps if known[ids].all()] or [ids[known[ids]] for ids in steps if known[ids].any()]
+    found = [ids for ids in steps if known[ids].all()]
+    if not found:
+        found = [ids[known[ids]] for ids in steps if known[ids].any()]
     if found:
         _verify_reference(model, pairs, table, found[0], path, config, world)
     missing = [ids for ids in steps if not known[ids].all()]
+    label = f"reference log-probs ({known.sum():,} of {len(pairs):,} pairs found)"
     saved = time.monotonic()
-    for done, ids in enumerate(log.progress(f"reference log-probs ({known.sum():,} of {len(pairs):,} pairs found)", missing), 1):
+    for done, ids in enumerate(log.progress(label, missing), 1):
         table[ids] = _compute_reference(model, pairs, ids, config, world)
         if world.main and (done == len(missing) or time.monotonic() - saved > SAVE_SECONDS):
             _write_table(path, table)
@@ -260,21 +356,22 @@ def _read_table(path, n):
 
 def _write_table(path, table):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # not another run's, which may fill the same table
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # another run may fill the same table
     write_safetensors(temporary, {"logps": (torch.float32, table.shape)}, lambda _: torch.from_numpy(table))
     temporary.rename(path)
 
 
 def _compute_reference(model, pairs, ids, config, world):
     """(B, 2) float32 log-probs of one step's pairs, on every rank."""
-    values, position = np.zeros((len(ids), 2)), {pair: i for i, pair in enumerate(ids.tolist())}
+    values = np.zeros((len(ids), 2))
+    row_of = {pair: row for row, pair in enumerate(ids.tolist())}
     with adapters_disabled(model):
-        for members, batch, _ in local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world):
-            logps, _ = answer_logps(model, batch, len(members))
-            values[[position[pair] for pair in members.tolist()]] = logps.T.cpu().numpy()
+        micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
+        for micro_batch_ids, batch, _ in micro_batches:
+            logps, _ = answer_logps(model, batch, len(micro_batch_ids))
+            values[[row_of[pair] for pair in micro_batch_ids.tolist()]] = logps.T.cpu().numpy()
     parallel.require_finite(values.sum(axis=1), [[pairs.row_ids[i]] for i in ids])
-    # every pair was on one rank: a sum with zeros, exact
-    return _sum_of_tables(values)
+    return _sum_of_tables(values)  # every pair was on one rank, zeros elsewhere: the sum is exact
 
 
 def _sum_of_tables(values):
@@ -283,21 +380,28 @@ def _sum_of_tables(values):
 
 
 def _verify_reference(model, pairs, table, ids, path, config, world):
+    """UserError when the pairs `ids`, computed again, differ from the table by more than rounding."""
     counts = np.stack([pairs.chosen.num_targets[ids], pairs.rejected.num_targets[ids]], axis=1)
-    gap = (np.abs(_compute_reference(model, pairs, ids, config, world) - table[ids]) / np.sqrt(counts)).max()
+    differences = np.abs(_compute_reference(model, pairs, ids, config, world) - table[ids])
+    gap = (differences / np.sqrt(counts)).max()
     world.say(f"{path}: {len(ids)} pairs computed again, largest difference {gap:.1e} nats/sqrt(tokens)")
-    if gap > TOLERANCE[config.precision]:
-        raise UserError(f"{path}: not this model's log-probs, expected at most {TOLERANCE[config.precision]:.0e}; delete the file")
+    tolerance = TOLERANCE[config.precision]
+    if gap > tolerance:
+        raise UserError(f"{path}: not this model's log-probs, expected at most {tolerance:.0e}; delete the file")
 
 
 def check_first_step(metrics, gap, config, world):
-    """Before any update policy and reference are one model, so the DPO loss is ln 2. ValueError when they differ by more than rounding."""
-    expected = f" (ln 2 = {math.log(2):.6f})" if config.loss in ("dpo", "dpo_norm") and not config.sft_weight else ""
-    world.say(f"step 1: loss {metrics['loss']:.6f}{expected}, largest |policy - reference| {gap:.1e} nats/sqrt(tokens)")
-    if gap > TOLERANCE[config.precision]:
+    """Before any update policy and reference are one model: the DPO loss is ln 2. UserError beyond rounding."""
+    loss = LOSSES[config.loss]
+    is_ln2 = loss.function is dpo_loss and not loss.weights and not config.sft_weight
+    expected = f" (ln 2 = {math.log(2):.6f})" if is_ln2 else ""
+    difference = f"{gap:.1e} nats/sqrt(tokens)"
+    world.say(f"step 1: loss {metrics['loss']:.6f}{expected}, largest |policy - reference| {difference}")
+    tolerance = TOLERANCE[config.precision]
+    if gap > tolerance:
         raise UserError(
-            f"policy and reference differ by {gap:.1e} nats/sqrt(tokens) before the first update, expected at most "
-            f"{TOLERANCE[config.precision]:.0e}: the reference is not of model_path={config.model_path!r}"
+            f"policy and reference differ by {difference} before the first update, expected at most {tolerance:.0e}: "
+            f"the reference is not of model_path={config.model_path!r}"
         )
 
 
@@ -308,81 +412,52 @@ def main(argv):
     if "--plan" in argv:
         return plan.main("dpo", argv)
     config = load("dpo", argv)
-    world = parallel.init()
-    check_world_size(config, world.size)
-    if config.push:  # a wrong name or token is found out before training, not after it
-        parallel.main_first(world, lambda: hub.open_for_push(config.push) if world.main else None)
+    run = training.start("dpo", config, load_preferences, {"loss": LOSSES[config.loss].facts()})
+    pairs, held_out, world = run.data, run.held_out, run.world
+    world.say(f"DPO: {len(pairs):,} pairs, {run.pace}{describe_sharing(pairs)}")
+    say_unusual_beta(config, world)
 
-    directory = parallel.main_first(world, lambda: resolve(config.model_path))
-    tokenizer = Tokenizer.from_dir(directory)
-    shape = parallel.main_first(world, lambda: read_model_config(config, directory, tokenizer, world.device))
-    pairs, held_out = parallel.main_first(world, lambda: load_preferences(config, tokenizer, world.say))
-    model = load_model(config, directory, shape, world.device)
-
-    epoch_steps = steps_per_epoch(len(pairs), config.global_batch_size)
-    total_steps = min(config.num_epochs * epoch_steps, config.max_steps or math.inf)
-    warmup = warmup_steps(config, total_steps)
-    optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
-
-    weights = parallel.from_main(world, lambda: fingerprint(directory))
-    provenance = {"weights": weights, "data": pairs.fingerprint}
-    checkpointer = checkpoint.Checkpointer(config.out_dir, config.keep_last, resume_dict(config) | provenance, fresh=config.fresh)
-    latest = checkpointer.latest()  # another configuration's is refused before anything is written over
-    parallel.require_same(world, data=pairs.fingerprint, data_eval=held_out and held_out.fingerprint, checkpoint=str(latest))
-    log = Logbook(config, world, total_steps, provenance | {"stage": "dpo", "warmup_steps": warmup, **implicit(config)})
-    computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
-    sharing = f"; prefix sharing computes {computed:.1%} of the tokens" if pairs.share_prefix else ""
-    size = f"{len(pairs):,} pairs, {config.global_batch_size} a step"
-    world.say(f"DPO: {size}; {total_steps} steps on {world.size} rank(s) of {world.device.type}{sharing}")
-
-    def batch_ids(step):
-        return step_examples(step, len(pairs), config.global_batch_size, config.seed)
-
-    def reference_of(dataset, steps):
-        if config.loss == "simpo":  # has none
-            return np.zeros((len(dataset), 2), dtype=np.float32)
-        return reference_logps(model, dataset, steps, reference_key(weights, dataset, config, world), config, world, log)
-
-    # taken here, from the step-0 weights, also when a checkpoint is about to be loaded
-    reference = reference_of(pairs, [batch_ids(step) for step in range(min(total_steps, epoch_steps))])
-    held_out_reference = reference_of(held_out, in_order(len(held_out), config.global_batch_size)) if held_out else None
-    first_step = checkpointer.load(latest, model, optimizer) if latest else 0
-    log.resume_at(first_step, latest)
-
-    stop = parallel.StopSignal()
-    for step in range(first_step, total_steps):
-        if held_out and (step == 0 or (config.eval_every and step % config.eval_every == 0)):
-            log.evaluation(step, evaluate(model, held_out, held_out_reference, config, world, log))
-        if config.sample_every and step % config.sample_every == 0:
-            log.samples(step, *sample(model, (held_out or pairs).chosen, tokenizer, config))
-        ids = batch_ids(step)
-        lr = learning_rate(step, total_steps, config.lr, config.lr_schedule, warmup)
-        before = sample_weights(model) if step == warmup else None  # at the peak rate
-
-        metrics, gap = forward_backward(model, pairs, reference, ids, config, world)
-        if step == 0 and config.loss != "simpo":
-            check_first_step(metrics, gap, config, world)
-        metrics |= {"grad_norm": apply_gradients(optimizer, lr, config.max_grad_norm, pairs.row_ids[ids]), "lr": lr}
-        if before:
-            metrics["weights_changed"] = weights_changed(before, model)
-        tokens = pairs.lengths[ids].sum()
-        log.step(step + 1, metrics, tokens, training_flops(model, pairs.flops(model.config, ids).sum(), tokens))
-
-        stopped, last = stop.received(), step + 1 == total_steps
-        if stopped or (config.save_every and (last or (step + 1) % config.save_every == 0)):
-            checkpointer.save(step + 1, model, optimizer)
-        if stopped:
-            checkpointer.wait()
-            world.say(f"stopped by signal {stopped} after step {step + 1}, saved; the same command goes on from there")
-            return 128 + stopped
-
-    checkpointer.wait()
+    # Taken here, under the step-0 weights, also when a checkpoint is about to be loaded.
+    epoch = min(run.total_steps, steps_per_epoch(len(pairs), config.global_batch_size))
+    first_epoch = [step_examples(step, len(pairs), config.global_batch_size, config.seed) for step in range(epoch)]
+    reference = reference_of(run, pairs, first_epoch)
     if held_out:
-        log.evaluation(total_steps, evaluate(model, held_out, held_out_reference, config, world, log))
-    if config.sample_every:
-        log.samples(total_steps, *sample(model, (held_out or pairs).chosen, tokenizer, config))
-    finish(model, tokenizer, config, world)
-    return 0
+        held_out_reference = reference_of(run, held_out, in_order(len(held_out), config.global_batch_size))
+
+    for step in range(run.resume(), run.total_steps):
+        if run.evaluates_before(step):
+            run.log.evaluation(step, evaluate(run.model, held_out, held_out_reference, config, world, run.log))
+        run.sample(step, (held_out or pairs).chosen)
+
+        ids = step_examples(step, len(pairs), config.global_batch_size, config.seed)
+        metrics, gap = forward_backward(run.model, pairs, reference, ids, config, world)
+        if step == 0 and config.needs_reference:
+            check_first_step(metrics, gap, config, world)
+        run.update(step, metrics, ids)
+        if exit_code := run.save(step + 1):
+            return exit_code
+
+    if held_out:
+        metrics = evaluate(run.model, held_out, held_out_reference, config, world, run.log)
+        run.log.evaluation(run.total_steps, metrics)
+    run.sample(run.total_steps, (held_out or pairs).chosen)
+    return run.finish()
+
+
+def describe_sharing(pairs):
+    """Text: the share of the tokens that are computed when chosen and rejected share their prompt's rows."""
+    if not pairs.share_prefix:
+        return ""
+    computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
+    return f"; prefix sharing computes {computed:.1%} of the tokens"
+
+
+def reference_of(run, pairs, steps):
+    """(n, 2) float32: the reference's log-probs of the pairs in `steps`; zeros for a loss that has no reference."""
+    if not run.config.needs_reference:
+        return np.zeros((len(pairs), 2), dtype=np.float32)
+    key = reference_key(run.weights, pairs, run.config, run.world)
+    return reference_logps(run.model, pairs, steps, key, run.config, run.world, run.log)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,192 @@
-"""What both training scripts do with the model around their loop: load, sample, save."""
+"""What both training scripts do around their loss: everything before the first step, the update, samples, the end.
+
+Reading order: start and Run, loading a model, sampling, saving.
+"""
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data import TEMPLATES, end_of_turn, resolve_template
-from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora
-from optim import keep_masters
+from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora, training_flops
+from optim import (
+    adamw,
+    apply_gradients,
+    implicit,
+    keep_masters,
+    learning_rate,
+    sample_weights,
+    warmup_steps,
+    weights_changed,
+)
+from packing import steps_per_epoch
 from plumbing import hub, parallel
+from plumbing.checkpoint import Checkpointer
+from plumbing.config import Config, check_world_size, resume_dict
 from plumbing.files import UserError, read_json, write_json
+from plumbing.logbook import Logbook
 from plumbing.tensors import open_safetensors
-from plumbing.weights import check_vocabulary, fingerprint, load_weights, save_adapter, save_pretrained, weight_files
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import (
+    check_vocabulary,
+    fingerprint,
+    load_weights,
+    resolve,
+    save_adapter,
+    save_pretrained,
+    weight_files,
+)
 from reports import card
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: float8 lives inside the blocks' matmuls only
+# fp8: float8 lives inside the blocks' matmuls only
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 64
 
 
-def read_model_config(config, directory, tokenizer, device):
-    """The LlamaConfig of a Hugging Face folder; no weight is read, so that what cannot be trained is found before the data are tokenised.
+# ---------------------------------------------------------------- a run
 
-    ValueError when tokenizer and model do not fit together, a weight file is missing or cut short, or the model cannot read documents of
-    max_seq_len or multiply in float8.
+
+@dataclass
+class Run:
+    """A run between `start` and `finish`. Every rank has one; all of them call its methods together."""
+
+    config: Config
+    world: parallel.World
+    tokenizer: Tokenizer
+    model: Llama
+    optimizer: torch.optim.Optimizer
+    data: object  # data.Documents or data.Pairs, in the order of their rows
+    held_out: object  # the same, or None
+    weights: str  # sha256 of the step-0 weights
+    total_steps: int
+    warmup: int  # steps
+    checkpointer: Checkpointer
+    latest: Path | None  # the checkpoint that the run goes on from
+    log: Logbook
+    stop: parallel.StopSignal | None = None  # listens from `resume` on
+
+    @property
+    def pace(self):
+        """Text: examples a step, steps, ranks."""
+        where = f"on {self.world.size} rank(s) of {self.world.device.type}"
+        return f"{self.config.global_batch_size} a step; {self.total_steps} steps {where}"
+
+    def resume(self):
+        """Load the latest checkpoint, if there is one. Returns the number of optimizer steps that are done."""
+        done = self.checkpointer.load(self.latest, self.model, self.optimizer) if self.latest else 0
+        self.log.resume_at(done, self.latest)
+        self.stop = parallel.StopSignal()
+        return done
+
+    def evaluates_before(self, step):
+        """Whether the held-out data are evaluated before optimizer step `step` (0-based)."""
+        every = self.config.eval_every
+        return self.held_out and (step == 0 or (every and step % every == 0))
+
+    def sample(self, step, documents):
+        """Answers to the first prompts of `documents` after `step` optimizer steps, where they are due."""
+        every = self.config.sample_every
+        if every and (step % every == 0 or step == self.total_steps):
+            self.log.samples(step, *sample(self.model, documents, self.tokenizer, self.config))
+
+    def update(self, step, metrics, ids):
+        """Clip, one step of AdamW at the schedule's rate, and the step line. ids (B,): the examples of the gradient."""
+        lr = learning_rate(step, self.total_steps, self.config.lr, self.config.lr_schedule, self.warmup)
+        before = sample_weights(self.model) if step == self.warmup else None  # at the peak rate
+        norm = apply_gradients(self.optimizer, lr, self.config.max_grad_norm, self.data.row_ids[ids])
+        metrics = metrics | {"grad_norm": norm, "lr": lr}
+        if before:
+            metrics["weights_changed"] = weights_changed(before, self.model)
+        tokens = self.data.lengths[ids].sum()
+        flops = training_flops(self.model, self.data.flops(self.model.config, ids).sum(), tokens)
+        self.log.step(step + 1, metrics, tokens, flops)
+
+    def save(self, step):
+        """A checkpoint after `step` steps, where one is due. Returns the exit code of a run that was told to stop, else 0."""
+        every, last = self.config.save_every, step == self.total_steps
+        # Every rank must take the same branch here: a save is collective.
+        stopped = self.stop.received()
+        if stopped or (every and (last or step % every == 0)):
+            self.checkpointer.save(step, self.model, self.optimizer)
+        if stopped or last:
+            self.checkpointer.wait()
+        if not stopped:
+            return 0
+        self.world.say(f"stopped by signal {stopped} after step {step}, saved; the same command goes on from there")
+        return 128 + stopped
+
+    def finish(self):
+        """Export the model, record its hash in the manifest, write its card, push it if that was asked for. Returns 0."""
+        final = save_model(self.model, self.tokenizer, self.config)
+        self.world.say(f"wrote {final}")
+        if self.world.main:
+            manifest = Path(self.config.out_dir) / "manifest.json"
+            # what was trained from this model, or steered along it, names this hash: reports/ladder.py joins them
+            write_json(manifest, read_json(manifest) | {"exported": fingerprint(final)})
+            card.write(self.config.out_dir)
+            if self.config.push:
+                hub.push(self.config.out_dir, self.config.push)
+                self.world.say(f"pushed to {self.config.push}")
+        return 0
+
+
+def start(stage, config, load_data, facts):
+    """Everything before the first step, in the order of its price: what can fail fails before what takes long.
+
+    load_data: data.load_sft or data.load_preferences. facts: what only the stage knows, for the manifest. Returns a Run
+    whose checkpoint is found and not yet loaded: DPO needs the step-0 weights first.
+    """
+    world = parallel.init()
+    check_world_size(config, world.size)
+    if config.push:  # a wrong name or token is found out before training, not after it
+        parallel.main_first(world, lambda: hub.open_for_push(config.push) if world.main else None)
+
+    directory = parallel.main_first(world, lambda: resolve(config.model_path))
+    tokenizer = Tokenizer.from_dir(directory)
+    model_config = parallel.main_first(world, lambda: read_model_config(config, directory, tokenizer, world.device))
+    data, held_out = parallel.main_first(world, lambda: load_data(config, tokenizer, world.say))
+    model = load_model(config, directory, model_config, world.device)
+
+    steps_of_epochs = config.num_epochs * steps_per_epoch(len(data), config.global_batch_size)
+    total_steps = min(steps_of_epochs, config.max_steps or math.inf)
+    warmup = warmup_steps(config, total_steps)
+    optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
+
+    weights = parallel.from_main(world, lambda: fingerprint(directory))
+    provenance = {"weights": weights, "data": data.fingerprint}
+    identity = resume_dict(config) | provenance
+    checkpointer = Checkpointer(config.out_dir, config.keep_last, identity, fresh=config.fresh)
+    latest = checkpointer.latest()  # another configuration's is refused before anything is written over
+    data_eval = held_out and held_out.fingerprint
+    parallel.require_same(world, data=data.fingerprint, data_eval=data_eval, checkpoint=str(latest))
+    manifest = provenance | {"stage": stage, "warmup_steps": warmup, **implicit(config), **facts}
+    log = Logbook(config, world, total_steps, manifest)
+    return Run(config, world, tokenizer, model, optimizer, data, held_out, weights, total_steps, warmup,
+               checkpointer, latest, log)  # fmt: skip
+
+
+def sum_losses(losses):
+    """The step's loss, over all ranks, of this rank's [(loss of a micro-batch, its row ids)].
+
+    FloatingPointError, naming the rows, when one is not finite: no weight has changed then.
+    """
+    values = torch.stack([loss for loss, _ in losses]).tolist()
+    parallel.require_finite(values, [rows for _, rows in losses])
+    (total,) = parallel.sum_across_ranks([math.fsum(values)])
+    return total
+
+
+# ---------------------------------------------------------------- loading a model
+
+
+def read_model_config(config, directory, tokenizer, device):
+    """The LlamaConfig of a Hugging Face folder. No weight is read: tokenising, which takes minutes, comes after this.
+
+    UserError when tokenizer and model do not fit together, a weight file is missing or cut short, or the model cannot
+    read documents of max_seq_len or multiply in float8.
     """
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
@@ -39,11 +202,11 @@ def read_model_config(config, directory, tokenizer, device):
 
 
 def load_model(config, directory, model_config, device):
-    """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, in this order; then weights are streamed in.
+    """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, then the weights.
 
-    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process, unless it computes
-    in fp32, as split masters. Under LoRA the frozen weights are kept in the compute precision.
-    model_config: what read_shape found. ValueError when the folder's weights do not fit it.
+    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process,
+    unless it computes in fp32, as split masters. Under LoRA the frozen weights are kept in the compute precision.
+    model_config: of read_model_config. UserError when the folder's weights do not fit it.
     """
     with torch.device("meta"):
         model = Llama(model_config)
@@ -66,43 +229,56 @@ def load_model(config, directory, model_config, device):
 
 
 def check_float8(model_config, device):
-    """ValueError where precision="fp8" cannot run: its matmuls need sizes that are multiples of 16 and, on a GPU, an Ada or Hopper card."""
-    heads = model_config.num_attention_heads, model_config.num_key_value_heads
-    sizes = (model_config.hidden_size, model_config.intermediate_size, *(n * model_config.head_dim for n in heads))
+    """UserError where precision="fp8" cannot run: sizes not multiples of 16, or a GPU before Ada and Hopper."""
+    queries = model_config.num_attention_heads * model_config.head_dim
+    keys = model_config.num_key_value_heads * model_config.head_dim
+    sizes = (model_config.hidden_size, model_config.intermediate_size, queries, keys)
     if any(size % 16 for size in sizes):
         raise UserError(f"precision='fp8': expected linears whose sizes are multiples of 16, the model has {sizes}")
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        raise UserError(f"precision='fp8': expected a GPU of compute capability 8.9 (Ada, Hopper) or newer, got {capability}")
+        needs = "expected a GPU of compute capability 8.9 (Ada, Hopper) or newer"
+        raise UserError(f"precision='fp8': {needs}, got {capability}")
+
+
+# ---------------------------------------------------------------- sampling and saving
 
 
 def sample(model, documents, tokenizer, config):
-    """(prompts, answers): the first SAMPLE_PROMPTS different prompts of `documents` and what the model answers greedily, as texts.
+    """(prompts, answers): the first SAMPLE_PROMPTS different prompts of `documents` and greedy answers, as texts.
 
-    Under a sliding window the prompts are taken from those that leave room for SAMPLE_TOKENS in it, and may be fewer, or none.
-    A prompt is what stands before a document's first trained token; an answer ends before the end-of-turn token, or after SAMPLE_TOKENS.
-    Every rank calls this and does the same work, because every forward gathers the blocks from all ranks: SAMPLE_TOKENS forwards, not
-    fewer when all answers have ended, so that a rank which rounds differently cannot leave the others waiting.
+    A prompt ends before a document's first trained token; an answer ends before the end-of-turn token, or after
+    SAMPLE_TOKENS. Under a sliding window a prompt leaves room for SAMPLE_TOKENS in it, so there may be fewer, or none.
     """
-    stop, prompts = _stop_id(config, tokenizer), {}
-    longest = (model.config.sliding_window or math.inf) - SAMPLE_TOKENS
-    for ids, mask in (documents[i] for i in range(len(documents))):
-        if len(prompt := tuple(ids[: mask.argmax()].tolist())) <= longest:
-            prompts[prompt] = None
-        if len(prompts) == SAMPLE_PROMPTS:
-            break
+    prompts = _first_prompts(documents, (model.config.sliding_window or math.inf) - SAMPLE_TOKENS)
     if not prompts:
         return [], []
+    # Every rank does the same work, because every forward gathers the blocks from all ranks: always SAMPLE_TOKENS
+    # forwards. Were they to stop once all answers have ended, a rank that rounds differently would deadlock the others.
     parallel.gather(model)
-    answers = generate(model, list(prompts), SAMPLE_TOKENS)
+    answers = generate(model, prompts, SAMPLE_TOKENS)
     parallel.release(model)
+    stop = _stop_id(config, tokenizer)
     answers = [ids[: ids.index(stop)] if stop in ids else ids for ids in answers]
     return [tokenizer.decode(ids) for ids in prompts], [tokenizer.decode(ids) for ids in answers]
 
 
-def save_model(model, tokenizer, config):
-    """Write out_dir/final, a Hugging Face folder in the compute precision with adapters merged, and out_dir/adapter under LoRA.
+def _first_prompts(documents, longest):
+    """Up to SAMPLE_PROMPTS different prompts, tuples of at most `longest` ids, in the order of the documents."""
+    prompts = []
+    for i in range(len(documents)):
+        ids, mask = documents[i]
+        prompt = tuple(ids[: mask.argmax()].tolist())
+        if len(prompt) <= longest and prompt not in prompts:
+            prompts.append(prompt)
+        if len(prompts) == SAMPLE_PROMPTS:
+            break
+    return prompts
 
-    Returns the folder `final`."""
+
+def save_model(model, tokenizer, config):
+    """Write out_dir/final, a Hugging Face folder in the compute precision, adapters merged; returns it.
+
+    Under LoRA also out_dir/adapter."""
     final = Path(config.out_dir) / "final"
     # generation must stop at the token that was trained, also on a base model
     model.config = dataclasses.replace(model.config, eos_token_id=_stop_id(config, tokenizer))
@@ -111,20 +287,6 @@ def save_model(model, tokenizer, config):
     if config.lora_rank:
         save_adapter(model, Path(config.out_dir) / "adapter", config.model_path)
     return final
-
-
-def finish(model, tokenizer, config, world):
-    """Export the model, record the hash of its weights in the manifest, write the model card, push where asked to."""
-    final = save_model(model, tokenizer, config)
-    world.say(f"wrote {final}")
-    if world.main:
-        manifest = Path(config.out_dir) / "manifest.json"
-        # what was trained from this model, or steered along it, names this hash: reports/ladder.py joins them
-        write_json(manifest, read_json(manifest) | {"exported": fingerprint(final)})
-        card.write(config.out_dir)
-        if config.push:
-            hub.push(config.out_dir, config.push)
-            world.say(f"pushed to {config.push}")
 
 
 def _stop_id(config, tokenizer):

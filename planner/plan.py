@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
 
 from data import load_preferences, load_sft
 from model import LlamaConfig, training_flops
@@ -95,7 +95,7 @@ def _folder(model_path):
     if Path(model_path).is_dir():
         return Path(model_path)
     name = hub.parse(model_path)
-    cached = try_to_load_from_cache(name[0], "config.json", revision=name[1]) if name else None
+    cached = huggingface_hub.try_to_load_from_cache(name[0], "config.json", revision=name[1]) if name else None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
@@ -236,7 +236,7 @@ class Plan:
             "training": self.steps * sharded_seconds(*self.step, self.config, self.count),
             "optimizer": self.steps * optimizer_seconds(self.config, self.sizes, self.count, self.gpu),
         }
-        if self.stage == "dpo" and self.config.loss != "simpo":
+        if self.stage == "dpo" and self.config.needs_reference:
             # pairs of the first epoch that some step trains
             seen = min(1.0, self.trained.examples / self.train.examples)
             parts["reference log-probs"] = self._without_gradients(self.train.times(seen))

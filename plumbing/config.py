@@ -19,7 +19,7 @@ import traceback
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
-from typing import Literal, Union, get_args, get_origin
+from typing import ClassVar, Literal, Union, get_args, get_origin
 
 from plumbing.files import UserError
 
@@ -63,8 +63,8 @@ class Section:
         """The values with those filled in that follow from others."""
         return values
 
-    @staticmethod
-    def conflicts(c):
+    @classmethod
+    def conflicts(cls, c):
         """Yield ((keys), message) of every combination of values that cannot be. c: the values by attribute."""
         yield from ()
 
@@ -139,9 +139,15 @@ class Config(Section):
         "run", "org/name", "hub repository that gets final/ and adapter/ after the run (command line only)", default=None, affects_results=False
     )
 
-    @staticmethod
-    def conflicts(c):
-        """Yield ((keys), message) of every combination of values that cannot be. c: the values by attribute."""
+    example_documents: ClassVar = 1  # of one training example, which must lie in one stream
+
+    @classmethod
+    def conflicts(cls, c):
+        if cls.example_documents * c.max_seq_len > c.tokens_per_microbatch:
+            pairs = ("twice ", "a pair must fit one stream")
+            times, why = pairs if cls.example_documents == 2 else ("", "a document must fit one stream")
+            needs = f"expected at least {times}max_seq_len={c.max_seq_len} ({why})"
+            yield ("max_seq_len", "tokens_per_microbatch"), f"tokens_per_microbatch={c.tokens_per_microbatch}: {needs}"
         if Path(c.model_path).resolve() == (Path(c.out_dir) / "final").resolve():
             message = f"out_dir={c.out_dir!r}: its final/ is model_path, which the end of the run would replace; expected another folder"
             yield ("model_path", "out_dir"), message

@@ -6,14 +6,20 @@ Nothing here connects unless a config names a hub repository or --push is given.
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+import huggingface_hub  # its parts, and an HTTP client with them, are loaded when they are first named
 
 from plumbing.files import UserError
 
-ERRORS = (OSError, HTTPError)  # offline, gated, unknown, no token; a refused connection is an HTTPError only
 # {"org/name@revision" or "datasets/org/name", as the config has it: commit}; manifests record it
 COMMITS = {}
+
+
+def errors():
+    """The exceptions of being offline, of gated and unknown names, of no token; a refused connection is an
+    HTTPError only."""
+    from huggingface_hub.errors import HTTPError
+
+    return OSError, HTTPError
 
 
 def parse(name):
@@ -36,8 +42,8 @@ def dataset_commit(name):
     if revision is None or re.fullmatch(r"[0-9a-f]{40}", revision):  # a whole hash needs no question
         return revision
     try:
-        return HfApi().dataset_info(repository, revision=revision).sha
-    except ERRORS as error:
+        return huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
+    except errors() as error:
         problem = f"data {name!r}: the hub names no commit for {revision!r}"
         expected = "expected a revision that exists, or offline the commit"
         raise UserError(f"{problem}; {expected}: {error}") from error
@@ -52,12 +58,12 @@ def open_for_push(repository):
     name = parse(repository)
     if name is None or name[1]:
         raise UserError(f"push={repository!r}: expected a hub name like 'org/name'")
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     try:
         api.whoami()
         api.create_repo(repository, private=True, exist_ok=True)
         api.auth_check(repository, write=True)
-    except ERRORS as error:
+    except errors() as error:
         expected = "expected a repository that the token (HF_TOKEN, or hf auth login) may write to"
         raise UserError(f"push={repository!r}: {expected}: {error}") from error
 
@@ -78,7 +84,7 @@ def push(run_dir, repository):
     """
     final = final_of(run_dir)
     adapter = Path(run_dir) / "adapter"
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     stale = ["*.safetensors", "*.safetensors.index.json", "adapter/*"]
     try:
         what = {"delete_patterns": stale, "commit_message": "Upload final/"}
@@ -86,7 +92,7 @@ def push(run_dir, repository):
         if adapter.is_dir():
             place = {"folder_path": adapter, "path_in_repo": "adapter"}
             api.upload_folder(repo_id=repository, **place, commit_message="Upload adapter/")
-    except (*ERRORS, RuntimeError) as error:
+    except (*errors(), RuntimeError) as error:
         reason = error
         if isinstance(error, RuntimeError):  # it only names the file; its cause says what happened
             reason = f"{error} {error.__cause__}"

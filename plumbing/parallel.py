@@ -19,9 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from plumbing.files import UserError
 
@@ -180,6 +177,15 @@ def _write_error_file(message):
 
 
 # ---------------------------------------------------------------- sharding
+# FSDP2 takes a second of CPU time to import. --help and --plan shard nothing: it is imported where it is used.
+
+
+def is_sharded(part):
+    """Whether a module is an FSDPModule, or a tensor a DTensor: split over the ranks by `shard`."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(part, (FSDPModule, DTensor))
 
 
 def shard(model, precision):
@@ -190,6 +196,9 @@ def shard(model, precision):
     float32, shards keep their dtype. The root stays gathered from its forward to its backward: lm_head.weight
     is read in between, outside of any module's forward.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     dtypes = {} if precision == "fp32" else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
@@ -211,20 +220,20 @@ def materialize(model, device):
 def gather(model):
     """Gather the root's weights in the compute precision, for code that reads lm_head.weight before a
     forward. `release` drops them."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.unshard()
 
 
 def release(model):
     """Drop the root's gathered weights after a pass without a backward: they would outlive the next optimizer
     step, and be stale."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.reshard()
 
 
 def local_rows(param):
     """(first row, local tensor): this rank's rows of dim 0. A plain tensor is all rows, from 0."""
-    if not isinstance(param, DTensor):
+    if not is_sharded(param):
         return 0, param.detach()
     rows = -(-param.shape[0] // param.device_mesh.size())  # rounded up: the last ranks may own fewer, or none
     local = param.to_local().detach()
@@ -299,7 +308,7 @@ def clip_grad_norm(params, max_norm):
     grads = []
     for param in params:
         if param.grad is not None:
-            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+            grad = param.grad.to_local() if is_sharded(param.grad) else param.grad
             if grad.numel():  # a rank may own no row of a short parameter
                 grads.append(grad)
     square = 0.0

@@ -66,7 +66,7 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
             if hasattr(builder.config, key):  # as of a local file
                 setattr(builder.config, key, value)
         builder.download_and_prepare()
-    except hub.ERRORS as error:
+    except hub.errors() as error:
         raise UserError(f"data {name!r}: no such file or folder, and no such data from the hub: {error}") from error
     if wanted not in (None, builder.hash):  # offline, the library takes the commit it read last
         raise UserError(f"data {name!r}: the hub cannot be reached, the latest copy here is of commit {builder.hash}; expected {wanted}")

@@ -12,11 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from kernels import is_split, split_master
 from plumbing import hub, parallel
@@ -64,8 +62,8 @@ def find_folder(path_or_repo):
     # of the top folder only
     files = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": "*/*"}
     try:
-        folder = Path(snapshot_download(repository, revision=revision, **files))
-    except hub.ERRORS as error:
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, **files))
+    except hub.errors() as error:
         raise UserError(f"{key}: no such folder, and no such download from the hub: {error}") from error
     hub.COMMITS[str(path_or_repo)] = folder.name  # snapshots are named by their commit
     return folder
@@ -128,7 +126,7 @@ def sharded_parameters(model):
     or the gathered copies would be taken for the parameters.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if parallel.is_sharded(module):
             module.reshard()
     return dict(model.named_parameters())
 
@@ -308,7 +306,7 @@ def _full_weight(model, name, param):
 
 
 def _gather(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if parallel.is_sharded(tensor) else tensor
 
 
 def _plan_files(tensors):

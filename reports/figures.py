@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from reports.charts import Chart, Line
 
 SMOOTHING = 40  # noisy curves are means over a 40th of the run: 25 of 1,000 steps; none below 80 steps
-LOSS_UNITS = {"token_mean": "nats per token", "tulu3_release": "nats per document", "ipo": "squared nats per token"}
-RATIO_UNITS = {"dpo": "nats per answer", "wpo": "nats per answer"}  # the others take means over an answer's tokens
 # Named as in aqi.py and analysis/verdict.py: 0 where the label explains no more than chance, 100 where it explains all.
 SEPARATION = "% of variance explained by the label, beyond chance"
 
@@ -87,11 +85,12 @@ def _unit(panel, runs, lines):
 
 
 def _unit_of(title, run):
+    facts = run.manifest.get("loss", {})  # of the loss's row; a run before 2026-11-28 has none
     if title == "Log-ratio to the reference":
-        return RATIO_UNITS.get(run.config["loss"], "nats per token")
+        return facts.get("ratio_unit", "nats")
     if title == "Held-out loss" and run.manifest["stage"] == "sft":
         return "nats per token"  # whatever the loss divides by
-    return LOSS_UNITS.get(run.config["loss"], "nats per pair")
+    return facts.get("unit", "nats")
 
 
 def _levels(panel, runs):

@@ -63,7 +63,7 @@ def _read_run(folder):
     lines = _json_lines(folder / "metrics.jsonl")
     if not any("loss" in line for line in lines):
         raise UserError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
-    has_reference = manifest["stage"] == "dpo" and config["loss"] != "simpo"
+    has_reference = manifest.get("loss", {}).get("needs_reference")  # a run before 2026-11-28 does not say
     for line in lines:
         for name, value in line.items():
             line[name] = math.nan if value is None else value  # files.finite wrote None

@@ -17,7 +17,7 @@ from plumbing.config import (
     load,
     resume_dict,
 )
-from train_dpo import DPOConfig
+from train_dpo import LOSSES, DPOConfig
 from train_sft import SFTConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -145,7 +145,7 @@ IN_THE_FILE = [
     ("sft |= dict(lr=float('nan'))", "x.py: sft: lr=nan: expected float > 0"),
     ("sft |= dict(lr=float('inf'))", "x.py: sft: lr=inf: expected float > 0"),
     ("sft |= dict(warmup_ratio=1.0)", "x.py: sft: warmup_ratio=1.0: expected float >= 0 and < 1"),
-    ("dpo |= dict(beta=-1.0)", "x.py: dpo: beta=-1.0: expected float > 0"),
+    ("dpo |= dict(beta=-1.0)", "x.py: dpo: beta=-1.0: expected float > 0 or None"),
     ("dpo |= dict(label_smoothing=0.5)", "x.py: dpo: label_smoothing=0.5: expected float >= 0 and < 0.5"),
     ("dpo |= dict(loss='kto')", "x.py: dpo: loss='kto': expected dpo_norm | dpo | simpo | ipo | wpo"),
     ("sft |= dict(loss='dpo')", "x.py: sft: loss='dpo': expected token_mean | tulu3_release"),
@@ -287,6 +287,18 @@ def test_help_lists_every_key_with_type_default_unit_and_meaning(stage, cls, cap
     assert "  lr: float > 0, required\n      [-] peak learning rate of AdamW" in printed
     assert "  max_steps: int >= 1 or None, default None\n" in printed
     assert "  data: dict {str: float or int > 0}, required (in the file only)\n" in printed
+
+
+def test_a_loss_has_its_own_beta(write):
+    """None and no beta are the loss's own, in the hash too; a beta of the file or of the command line stays."""
+    write("")
+    losses = {"dpo": 0.1, "dpo_norm": 5.0, "ipo": 0.1, "wpo": 0.01}
+    betas = {loss: load("dpo", ["x.py", f"--loss={loss}"]).beta for loss in losses}
+    assert betas == losses == {loss: LOSSES[loss].beta for loss in losses}
+    assert load("dpo", ["x.py", "--loss=simpo", "--gamma_beta_ratio=0.5"]).beta == 2.0
+    assert load("dpo", ["x.py", "--loss=dpo", "--beta=5"]).beta == 5.0
+    assert config_hash(DPOConfig(**VALUES, beta=None)) == config_hash(DPOConfig(**VALUES, beta=5.0))
+    assert config_dict(DPOConfig(**VALUES, loss="dpo"))["beta"] == 0.1
 
 
 def test_hash_is_of_what_the_result_depends_on():

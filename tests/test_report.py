@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from world import ROOT, launch, write_config
 
+import train_dpo
+import train_sft
 from reports import page as report
 from reports import plots
 from reports.charts import BUCKETS, Chart, Line, number, smoothed, svg, ticks
@@ -19,7 +21,8 @@ from reports.folders import read, short_names
 from reports.html import COLOURS, table
 
 CONFIG = {"out_dir": "o", "loss": "dpo_norm", "beta": 2.0, "max_grad_norm": 1.0, "lr": 1e-3, "data": {"a.jsonl": 1.0}}
-MANIFEST = {"stage": "dpo", "weights": "0123456789abcdef" * 4, "versions": {"torch": "2.13"}, "commit": "a" * 40 + "+changes"}
+LOSSES = {name: loss.facts() for name, loss in train_dpo.LOSSES.items()}
+MANIFEST = {"stage": "dpo", "loss": LOSSES["dpo_norm"], "weights": "0123456789abcdef" * 4, "versions": {"torch": "2.13"}, "commit": "a" * 40 + "+changes"}
 NORMS = (0.5, 1.5, 1.0)  # one of three is clipped: 1.0 is not above 1.0
 PROMPT = "<|user|>\n<script>alert(\"x\")</script> & 'more'\n"
 
@@ -43,7 +46,8 @@ LINES = [evaluation(0, 0.0, 0.0), *[step(i + 1, norm) for i, norm in enumerate(N
 def write_run(folder, lines=LINES, samples=(), **config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
-    (folder / "manifest.json").write_text(json.dumps(MANIFEST))
+    loss = LOSSES.get(config.get("loss", "dpo_norm"))
+    (folder / "manifest.json").write_text(json.dumps(MANIFEST | {"loss": loss}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if samples:
         (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
@@ -159,7 +163,8 @@ def test_runs_are_drawn_over_each_other(tmp_path):
     one = write_run(tmp_path / "x/one")
     two = write_run(tmp_path / "y/two", beta=4.0, data={"b.jsonl": 1.0}, out_dir="elsewhere", loss="dpo")
     sft = write_run(tmp_path / "sft", [{"step": 0, "eval/loss": 2.0}, *LINES[1:-1]], loss="tulu3_release")
-    (sft / "manifest.json").write_text(json.dumps(MANIFEST | {"stage": "sft"}))
+    facts = {"unit": train_sft.UNITS["tulu3_release"]}
+    (sft / "manifest.json").write_text(json.dumps(MANIFEST | {"stage": "sft", "loss": facts}))
     text, page = show(tmp_path, one, two, sft)
     assert page.figures["DPO", "Loss"] == {"x/one": "0.3333", "y/two": "0.3333"}
     assert page.figures["DPO", "Log-ratio to the reference"]["y/two rejected"] == "-0.2250"

@@ -7,6 +7,7 @@ import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -33,8 +34,10 @@ from world import (
 import train_dpo
 from data import load_preferences
 from packing import in_order, local_batches, step_examples
+from planner import plan
 from plumbing.config import load
 from plumbing.tokenizer import Tokenizer
+from reports import figures, folders
 from train_dpo import answer_logps, dpo_loss, ipo_loss, preference_loss, simpo_loss, wpo_weights
 
 EIGHT = np.array([3, 0, 7, 12, 30, 21, 5, 6])
@@ -151,6 +154,67 @@ def test_losses_of_equal_models(loss, value):
     assert actual == pytest.approx([value], rel=1e-6)
 
 
+# ---------------------------------------------------------------- a new loss is one row
+
+
+def hinge_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """SLiC's ranking loss (Zhao et al. 2023) on log-ratios, as TRL's loss_type="hinge": max(0, 1 - beta * difference)."""
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    losses = torch.relu(1 - beta * (chosen_logratios - rejected_logratios))
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def add_hinge():
+    """The row; and the key's choices, which were read from the table before it was there."""
+    train_dpo.LOSSES["hinge"] = train_dpo.Loss(hinge_loss, "sum", beta=0.05, usual_beta=(0.01, 1.0), unit="hinges per pair")
+    train_dpo.DPOConfig.__dataclass_fields__["loss"].type = Literal[tuple(train_dpo.LOSSES)]
+
+
+@pytest.fixture
+def hinge(monkeypatch):
+    monkeypatch.setattr(train_dpo, "LOSSES", dict(train_dpo.LOSSES))
+    field = train_dpo.DPOConfig.__dataclass_fields__["loss"]
+    monkeypatch.setattr(field, "type", field.type)
+    add_hinge()
+
+
+@pytest.mark.slow
+def test_a_new_loss_is_one_row(world, tmp_path, hinge):
+    """It is trained at its own beta, planned with a pass over the reference, refused smoothing, and drawn in its units."""
+    path = write_config(tmp_path, world, dpo=dict(lr=3e-2))
+    out = launch("dpo", path, "--loss=hinge", prepare=add_hinge).ok().out[0]
+    assert "step 1: loss 1.000000, largest |policy - reference| 0.0e+00" in out
+    losses = trace(tmp_path / "dpo", "loss")[:, 0]
+    assert losses[0] == 1.0 and losses[-1] < 0.9
+    assert json.loads((tmp_path / "dpo/config.json").read_text())["beta"] == 0.05
+
+    planned, *_ = plan.make("dpo", str(path), ["--loss=hinge"], "h100", 1, log=lambda line: None)
+    assert "reference log-probs" in planned.seconds
+    with pytest.raises(ValueError, match="label_smoothing=0.1: defined for dpo_norm, dpo and simpo, not for loss='hinge'"):
+        load("dpo", [str(path), "--loss=hinge", "--label_smoothing=0.1"])
+
+    charts = {chart.title: chart for chart in figures.training_charts(["run"], [folders.read(tmp_path / "dpo")])}
+    assert charts["Loss"].unit == "hinges per pair"
+    assert charts["Log-ratio to the reference"].unit == "nats per answer"
+    # beta * log-ratio is the reward, so the report's log-ratios are the rewards over the row's beta
+    ratios = charts["Log-ratio to the reference"].lines[0].y
+    assert ratios == pytest.approx([reward / 0.05 for reward in charts["Rewards"].lines[0].y])
+
+
+def test_default_betas_are_usual():
+    for loss in train_dpo.LOSSES.values():
+        low, high = loss.usual_beta
+        assert low <= loss.beta <= high
+
+
+@pytest.mark.parametrize("loss, beta, is_said", [("dpo", 0.1, False), ("dpo", 5.0, True), ("dpo_norm", 0.1, True), ("dpo_norm", 5.0, False)])
+def test_an_unusual_beta_is_said(ranks, capsys, loss, beta, is_said):
+    """5 on sums, 0.1 on means: the two that are easily confused."""
+    train_dpo.say_unusual_beta(SimpleNamespace(loss=loss, beta=beta), ranks)
+    assert (f"beta={beta}: unusual for loss={loss!r}" in capsys.readouterr().out) == is_said
+
+
 # ---------------------------------------------------------------- one step in any cut
 
 
@@ -248,11 +312,11 @@ def test_train_mode_forwards_are_bit_equal(world, tmp_path, ranks):
         if name.endswith("lora_B"):
             param.data.fill_(0.02)
     model.train()
-    ((members, batch, _),) = local_batches(pairs, EIGHT[:3], model.config, 192, ranks)
-    first, second = (answer_logps(model, batch, len(members))[0] for _ in range(2))
+    ((micro_batch_ids, batch, _),) = local_batches(pairs, EIGHT[:3], model.config, 192, ranks)
+    first, second = (answer_logps(model, batch, len(micro_batch_ids))[0] for _ in range(2))
     assert torch.equal(first, second)
     with train_dpo.adapters_disabled(model):
-        assert not torch.allclose(first, answer_logps(model, batch, len(members))[0])
+        assert not torch.allclose(first, answer_logps(model, batch, len(micro_batch_ids))[0])
 
 
 def test_reference_is_without_adapters(world, tmp_path, ranks):

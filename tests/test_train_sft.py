@@ -119,9 +119,9 @@ def test_ranks_share_a_step_out(world, tmp_path, ranks, world_size):
         shares = []
         for rank in range(world_size):
             here = SimpleNamespace(rank=rank, size=world_size, device="cpu")
-            shares.append([members for members, *_ in local_batches(documents, ids, model.config, 192, here)])
+            shares.append([micro_batch_ids for micro_batch_ids, *_ in local_batches(documents, ids, model.config, 192, here)])
         assert len({len(share) for share in shares}) == 1
-        assert sorted(np.concatenate([members for share in shares for members in share])) == sorted(ids)
+        assert sorted(np.concatenate([micro_batch_ids for share in shares for micro_batch_ids in share])) == sorted(ids)
         sizes.append(len(ids))
     assert sizes == [16, 16, 3]
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 import train_dpo
 import train_sft
 from data import load_preferences, load_sft
-from plumbing import logbook, parallel
+from plumbing import checkpoint, logbook, parallel
 from plumbing.config import load
 from plumbing.tokenizer import Tokenizer
 from training import load_model, read_model_config
@@ -190,7 +190,7 @@ def signal_after(step, number, rank=0):
 
     def hooked(self, done, *args):
         original(self, done, *args)
-        if done == step and self.ranks.rank == rank:
+        if done == step and self.world.rank == rank:
             os.kill(os.getpid(), number)
 
     logbook.Logbook.step = hooked
@@ -198,7 +198,7 @@ def signal_after(step, number, rank=0):
 
 def save_at_once(kill_after=None):
     """Make every save wait for its writer, so that what a kill leaves behind does not depend on timing; kill once that step is saved."""
-    save = train_sft.checkpoint.Checkpointer.save
+    save = checkpoint.Checkpointer.save
 
     def hooked(self, step, *args):
         save(self, step, *args)
@@ -206,7 +206,7 @@ def save_at_once(kill_after=None):
         if step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train_sft.checkpoint.Checkpointer.save = hooked
+    checkpoint.Checkpointer.save = hooked
 
 
 # ---------------------------------------------------------------- what a run left
@@ -239,9 +239,9 @@ def stage_parts(stage, config_path, ranks, *args):
     """(config, training data, sharded model) of a stage, as its main() makes them."""
     config = load(stage, [str(config_path), *args])
     tokenizer = Tokenizer.from_dir(config.model_path)
-    shape = read_model_config(config, config.model_path, tokenizer, ranks.device)
+    model_config = read_model_config(config, config.model_path, tokenizer, ranks.device)
     data, _ = {"sft": load_sft, "dpo": load_preferences}[stage](config, tokenizer, ranks.say)
-    return config, data, load_model(config, Path(config.model_path), shape, ranks.device)
+    return config, data, load_model(config, Path(config.model_path), model_config, ranks.device)
 
 
 class SilentLog:

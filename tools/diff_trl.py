@@ -8,8 +8,8 @@ import torch
 
 from plumbing.files import UserError
 from tools.agreement import NotCompared, call, numbers
-from tools.quantities import LOSSES, TOLERANCE, gradient, gradients, our_pairs
-from train_dpo import answer_logps
+from tools.quantities import TOLERANCE, gradient, gradients, our_pairs
+from train_dpo import LOSSES, answer_logps
 
 LOSS_TYPES = {"dpo_norm": "sigmoid_norm", "dpo": "sigmoid"}
 
@@ -56,7 +56,7 @@ def rows(case):
     yield numbers("TRL: answers' log-probs", "answer", ours.flatten(), theirs, TOLERANCE["log-probs"])
     for loss, loss_type in LOSS_TYPES.items():
         expected, our_gradient = our_pairs(case, loss)
-        trainer = _trainer(loss_type, LOSSES[loss])
+        trainer = _trainer(loss_type, LOSSES[loss].beta)
         case.their_model.zero_grad(set_to_none=True)  # what a failed comparison left
         losses = []
         for pair in range(n):

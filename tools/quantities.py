@@ -16,10 +16,10 @@ from kernels import token_logps
 from optim import adamw
 from tools.agreement import EQUAL, INTENDED, Row, call, items, numbers, text_context
 from tools.same_rows import TOKENIZERS
-from train_dpo import answer_logps, preference_loss
+from train_dpo import LOSSES, answer_logps, preference_loss
 from train_sft import nll_sum
 
-LOSSES = {"dpo_norm": 5.0, "dpo": 0.1, "simpo": 2.0}  # loss: beta
+COMPARED = ("dpo_norm", "dpo", "simpo")  # the losses, at our default betas
 GAMMA_BETA_RATIO = 0.3
 # Relative to the largest number, for two fp32 implementations of one forward. A pair's loss is a difference of sums of thousands of nats.
 TOLERANCE = {"log-probs": 1e-5, "loss": 1e-5, "pair losses": 1e-4, "gradient": 1e-4}
@@ -128,7 +128,7 @@ def vocabulary(case):
 
 def their_pairs(case, loss):
     """(losses per pair, gradient of their mean) of theirs, two pairs at a time, by their collator."""
-    find, mean = case.checkout.find, loss != "dpo"
+    find, mean = case.checkout.find, LOSSES[loss].average == "mean"
     forward, collate = find(["concatenated_forward"], ["dpo_utils"]), find(["DataCollatorForSeq2SeqDPO"], ["dpo_utils"])
     function = find([{"simpo": "simpo_loss"}.get(loss, "dpo_loss")], ["dpo_utils"])
     case.their_model.zero_grad(set_to_none=True)  # what a failed comparison left
@@ -141,9 +141,9 @@ def their_pairs(case, loss):
             [case.their_rows[i] | {"index": i} for i in rows],
         )
         chosen, rejected, _ = call(forward, case.their_model, batch, average_log_prob=mean)
-        ref, extra = reference[:, start : start + 2], {"beta": LOSSES[loss]}
-        arguments = (chosen, rejected) if loss == "simpo" else (chosen, rejected, *ref)
-        extra |= {"gamma_beta_ratio": GAMMA_BETA_RATIO} if loss == "simpo" else {}
+        ref, extra = reference[:, start : start + 2], {"beta": LOSSES[loss].beta}
+        arguments = (chosen, rejected, *ref) if LOSSES[loss].needs_reference else (chosen, rejected)
+        extra |= {"gamma_beta_ratio": GAMMA_BETA_RATIO} if "gamma_beta_ratio" in LOSSES[loss].options else {}
         values, *_ = call(function, *arguments, **extra)
         (values.sum() / len(case.kept)).backward()
         losses += values.tolist()
@@ -152,7 +152,8 @@ def their_pairs(case, loss):
 
 def our_pairs(case, loss):
     """The same of ours, in one packed batch."""
-    config = SimpleNamespace(loss=loss, beta=LOSSES[loss], label_smoothing=0.0, gamma_beta_ratio=GAMMA_BETA_RATIO)
+    keys = dict(label_smoothing=0.0, gamma_beta_ratio=GAMMA_BETA_RATIO)
+    config = SimpleNamespace(loss=loss, beta=LOSSES[loss].beta, **keys)
     policy, counts = answer_logps(case.model, case.packed(case.kept), len(case.kept))
     losses, *_ = preference_loss(config, policy, case.reference, counts)
     losses.mean().backward()
@@ -161,7 +162,7 @@ def our_pairs(case, loss):
 
 def preference_losses(case):
     """Per loss: every pair's loss and the gradient of their mean, with a reference unlike the policy."""
-    for loss in LOSSES:
+    for loss in COMPARED:
         ours, theirs = our_pairs(case, loss), their_pairs(case, loss)
         yield numbers(f"{loss} losses", "pair", ours[0], theirs[0], TOLERANCE["pair losses"])
         yield gradients(f"{loss} gradient", ours[1], theirs[1])
