@@ -1,11 +1,16 @@
-"""Exact resume: `checkpoints/step_000123/`, written in the background, read on any number of ranks. safetensors and JSON only.
+"""Exact resume: `checkpoints/step_000123/`, written in the background, verified when read, on any number of
+ranks.
 
-A step folder holds one rank_00000.safetensors per rank (its rows of every trained parameter and of its optimizer state; the header says
-which row comes first), checkpoint.json, and COMPLETED, written last. A kill at any byte leaves an unfinished folder, which the next start
-removes, and the checkpoints before it as they were. Frozen weights are not stored: they come from model_path again.
+A step folder holds one rank_00000.safetensors per rank (its rows of every trained parameter and of its
+optimizer state; the header has the first row of each, the step and the run), checkpoint.json with the size
+and sha256 of these files, and COMPLETED, written last, with the sha256 of checkpoint.json. A kill at any byte
+leaves an unfinished folder, which the next start removes, and earlier checkpoints untouched. Frozen weights
+are not stored: they come from model_path again.
 """
 
+import hashlib
 import json
+import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -17,64 +22,186 @@ import torch.distributed as dist
 
 from kernels import is_split, join_master
 from plumbing import parallel
-from plumbing.files import UserError, publish, read_json, sync_folder, write_json
+from plumbing.files import UserError, publish, read_json, sha256_of, sync, write_json
 from plumbing.tensors import open_safetensors, write_safetensors
 from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
-OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+")  # a copy that someone called step_000100_good is theirs
+# A copy that somebody named step_000100_good is theirs: never read, never deleted.
+OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+(\.damaged)?")
+HASHERS = 4  # files hashed at once on a rank, at 1.6 GB/s a core
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was written; an earlier one is used instead, if there is one."""
 
 
 class Checkpointer:
-    """The resumable checkpoints of one run. All ranks construct it, and call save, load and wait together, between init and shutdown.
+    """The resumable checkpoints of one run. All ranks construct it, and call save, load and wait together.
 
-    identity: the configuration values that decide the numbers; a checkpoint saved under others is refused. keep_last: how many finished
-    checkpoints stay (a new one is finished before an old one goes). fresh=True deletes those of an earlier run.
-    ValueError, before anything is deleted, where the run's end could not write final/ or adapter/: other files are there.
+    run_identity: the configuration values that decide the numbers; a checkpoint saved under others is
+    refused. keep_last: how many finished checkpoints stay (a new one is finished before an old one goes).
+    fresh=True deletes those of an earlier run. UserError, before anything is deleted, when the end of the run
+    could not write final/ or adapter/ because other files are there.
     """
 
-    def __init__(self, run_dir, keep_last, identity, fresh=False):
+    def __init__(self, run_dir, keep_last, run_identity, fresh=False):
         self.run_dir = Path(run_dir)
         self.folder = self.run_dir / "checkpoints"
         self.keep_last, self.fresh = keep_last, fresh
-        self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+        # as it will be read back: tuples become lists
+        self.run_identity = json.loads(json.dumps(run_identity))
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._pending = None  # the save that is being written
         self._finished_step = None
+        self._damaged = {}  # {path: what is wrong with it} of checkpoints that were passed over
         check_replaceable(self.run_dir / "final", "config.json")
         check_replaceable(self.run_dir / "adapter", ADAPTER_CONFIG)
         if dist.get_rank() == 0:
-            for path in [path for path in self.folder.glob("*step_*") if OWN_NAME.fullmatch(path.name)]:
-                if fresh or not (path / "COMPLETED").exists():  # what a kill left behind
+            for path in list(self.folder.glob("*step_*")):
+                is_unfinished = not (path / "COMPLETED").exists() or path.suffix == ".damaged"
+                if OWN_NAME.fullmatch(path.name) and (fresh or is_unfinished):
                     _delete(path)
         parallel.barrier()
 
+    # ------------------------------------------------------------ reading
+
     def latest(self):
-        """The newest finished checkpoint, or None. ValueError when it, or a finished run without any, is of another configuration."""
-        finished = self._finished()
-        if finished:
-            self._read_index(finished[-1])
-        elif not self.fresh and (self.run_dir / "final").is_dir():
-            config, manifest = (read_json(self.run_dir / f"{name}.json") for name in ("config", "manifest"))
-            there = config | {key: manifest[key] for key in ("weights", "data")}  # there it is their content, as in the identity
-            _refuse_other(self.run_dir / "final", there, {key: self.identity[key] for key in self.identity.keys() & there.keys()})
-        return finished[-1] if finished else None
+        """The newest finished checkpoint whose checkpoint.json is intact, or None when there is none at all.
+
+        UserError when it, or a finished run without any, is of another configuration, and when all are
+        damaged.
+        """
+        for path in reversed(self._finished()):
+            try:
+                self._read_index(path)
+                return path
+            except Damaged as error:
+                self._damaged[path] = str(error)
+        self._refuse_if_damaged()
+        if not self.fresh and (self.run_dir / "final").is_dir():
+            self._check_finished_run()
+        return None
+
+    def _check_finished_run(self):
+        config = read_json(self.run_dir / "config.json")
+        manifest = read_json(self.run_dir / "manifest.json")
+        # config.json names weights and data by path; in the identity they are their content, as in the
+        # manifest
+        there = config | {key: manifest[key] for key in ("weights", "data")}
+        common = self.run_identity.keys() & there.keys()
+        _refuse_other(self.run_dir / "final", there, {key: self.run_identity[key] for key in common})
+
+    def load(self, path, model, optimizer):
+        """Fill the trained parameters and the optimizer state from a checkpoint of any number of ranks;
+        returns its step.
+
+        When a file of it is damaged, the newest intact one before it is loaded, and the lost steps are said.
+        UserError: no intact one, another configuration, other tensors than this model's.
+        """
+        for candidate in reversed(self._finished()):
+            if candidate > path or candidate in self._damaged:
+                continue
+            problem = self._load(candidate, model, optimizer)
+            if problem is None:
+                self._finished_step = _step_of(candidate)
+                if dist.get_rank() == 0:
+                    self._pass_over_damaged(candidate)
+                self._damaged = {}
+                return self._finished_step
+            self._damaged[candidate] = problem
+            optimizer.state.clear()  # the next one may be of step 0, without any state
+        self._refuse_if_damaged()
+        raise UserError(f"{path}: missing; expected a finished checkpoint")
+
+    def _load(self, path, model, optimizer):
+        """Copy one checkpoint while its files are hashed. Returns None, or, on every rank the same, what is
+        damaged."""
+        index = problem = error = None
+        try:
+            index = self._read_index(path)
+        except Damaged as damage:
+            problem = str(damage)
+        if index is not None:
+            _require_same_tensors(path, index["shapes"], model, optimizer)
+            names = sorted(index["files"])[dist.get_rank() :: dist.get_world_size()]
+            with ThreadPoolExecutor(HASHERS) as pool:  # hashlib releases the GIL
+                hashing = [pool.submit(_damage_of, path / name, index["files"][name]) for name in names]
+                try:
+                    _copy_tensors(path, index, model, optimizer)
+                except Exception as caught:  # raised below, unless the file turns out to be damaged
+                    error = caught
+                found = [future.result() for future in hashing]
+            damages = [*filter(None, found), *([str(error)] if isinstance(error, Damaged) else [])]
+            problem = damages[0] if damages else None
+        # Every rank must take the same branch here: the ranks load one checkpoint.
+        problems = list(filter(None, parallel.gather_texts(problem or "")))
+        if error and not problems:
+            raise error
+        return problems[0] if problems else None
+
+    def _read_index(self, path):
+        """checkpoint.json. Damaged when it is not what was written, UserError when it is of another
+        configuration."""
+        try:
+            expected = read_json(path / "COMPLETED").get("checkpoint.json")
+            index = read_json(path / "checkpoint.json")
+        except UserError as error:
+            raise Damaged(str(error)) from error
+        if sha256_of(path / "checkpoint.json") != expected:
+            raise Damaged(f"{path}/checkpoint.json: its sha256 is not the one in COMPLETED")
+        if index["step"] != _step_of(path):
+            raise Damaged(f"{path}/checkpoint.json: of step {index['step']}")
+        there = index["run_identity"]
+        _refuse_other(path, there, self.run_identity | dict.fromkeys(there.keys() - self.run_identity.keys()))
+        return index
+
+    def _refuse_if_damaged(self):
+        for problem in self._damaged.values():
+            advice = "restore it, or start over with --fresh"
+            raise UserError(f"{problem}. No earlier checkpoint is intact; {advice}")
+
+    def _pass_over_damaged(self, loaded):
+        """Say what was damaged and how many steps that costs, and put it out of the way of the next save."""
+        for path, problem in self._damaged.items():
+            lost = _step_of(path) - _step_of(loaded)
+            kept = path.with_name(f"{path.name}.damaged")
+            path.rename(kept)
+            print(f"{problem}. {loaded.name} is used instead: {lost} steps are trained again", flush=True)
+            print(f"{kept}: kept until the next start", flush=True)
+        # A kill right after the last save leaves one too many. Only now is the newest known to be whole.
+        self._delete_old()
 
     def _finished(self):
-        finished = [path.parent for path in self.folder.glob("step_*/COMPLETED") if OWN_NAME.fullmatch(path.parent.name)]
-        return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))
+        finished = []
+        for path in self.folder.glob("step_*/COMPLETED"):
+            if re.fullmatch(r"step_\d+", path.parent.name):
+                finished.append(path.parent)
+        return sorted(finished, key=_step_of)
+
+    # ------------------------------------------------------------ writing
 
     def save(self, step, model, optimizer):
         """Copy this rank's shards to host memory, then write them in the background.
 
-        Waits for the previous save first, and raises its error if it failed. The step that was saved or loaded last is not saved again.
+        Waits for the previous save first, and raises its error if it failed. The step that was saved or
+        loaded last is not saved again. FloatingPointError, naming tensors, when one of them is not finite:
+        nothing is written.
         """
         self.wait()
         if step == self._finished_step:
             return
         tensors = _trained_tensors(model, optimizer)
-        index = {"step": step, "world_size": dist.get_world_size(), "identity": self.identity, "shapes": _shapes(tensors)}
         rows = {key: (first, local.to("cpu", copy=True)) for key, (first, local) in _local_rows(tensors)}
+        _require_finite(step, rows)
+        index = {"step": step, "run_identity": self.run_identity, "shapes": _shapes(tensors)}
         self._pending = self._writer.submit(self._write, self.folder / f"step_{step:06d}", index, rows)
+
+    def check(self):
+        """Raise the error of a save that has failed in the background, on every rank at the same step."""
+        if self._pending:  # on all ranks or on none: a save is collective
+            failed = self._pending.done() and self._pending.exception() is not None
+            if parallel.max_across_ranks(failed):
+                self.wait()
 
     def wait(self):
         """Return once the last save is finished on every rank; if it failed on any, raise on all."""
@@ -82,47 +209,31 @@ class Checkpointer:
         if pending:
             pending.result()
 
-    def load(self, path, model, optimizer):
-        """Fill the trained parameters and the optimizer state from a checkpoint of any number of ranks; returns its step.
-
-        ValueError: another configuration, a truncated or missing file, other tensors than this model's.
-        """
-        index = self._read_index(path)
-        stored = _stored_rows(path, index["world_size"])
-        if index["shapes"].keys() - _trained_tensors(model, optimizer).keys():
-            _allocate_state(optimizer)
-        tensors = _trained_tensors(model, optimizer)
-        here, there = _shapes(tensors), index["shapes"]
-        problems = [key for key in here | there if here.get(key) != there.get(key)]
-        if problems:
-            listed = [f"{key}: {there.get(key, 'nothing')} stored, {here.get(key, 'nothing')} expected" for key in problems[:20]]
-            raise UserError(f"{path}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(listed))
-        with torch.no_grad():
-            for key, tensor in tensors.items():
-                copy_rows(tensor, stored[key])
-        self._finished_step = index["step"]
-        if dist.get_rank() == 0:
-            self._delete_old()  # a kill right after the last step was saved leaves one too many; only now is the newest known to be whole
-        return index["step"]
-
-    def _read_index(self, path):
-        index = read_json(path / "checkpoint.json")
-        _refuse_other(path, index["identity"], self.identity | dict.fromkeys(index["identity"].keys() - self.identity.keys()))
-        return index
-
     # ------------------------------------------------------------ in the writer thread
 
     def _write(self, path, index, rows):
         folder, rank = path.with_name(f".tmp_{path.name}"), dist.get_rank()
-        _on_all_ranks(lambda: _write_rows(folder, rank, rows))
+        header = {"step": str(index["step"]), "run": _hash_of(self.run_identity)}
+        name, about = f"rank_{rank:05d}.safetensors", {}
+
+        def write_rows():
+            about["sha256"] = _write_rows(folder / name, rows, header)
+            about["bytes"] = (folder / name).stat().st_size
+
+        _on_all_ranks(write_rows)
+        files = parallel.gather_texts(json.dumps({name: about}), parallel.background_group())
+        index["files"] = {}
+        for file in files:
+            index["files"] |= json.loads(file)
         _on_all_ranks(lambda: self._finish(folder, path, index) if rank == 0 else None)
         self._finished_step = index["step"]
 
     def _finish(self, folder, path, index):
         write_json(folder / "checkpoint.json", index)
+        digest = sha256_of(folder / "checkpoint.json")
         publish(folder, path)
-        write_json(path / "COMPLETED", {})
-        sync_folder(path)  # the new checkpoint is on the disk before an old one goes
+        write_json(path / "COMPLETED", {"checkpoint.json": digest})
+        sync(path)  # the new checkpoint is on the disk before an old one goes
         self._delete_old()
 
     def _delete_old(self):
@@ -130,11 +241,51 @@ class Checkpointer:
             _delete(old)
 
 
+def _step_of(path):
+    return int(path.name.removeprefix("step_"))
+
+
+def _hash_of(run_identity):
+    return hashlib.sha256(json.dumps(run_identity, sort_keys=True).encode()).hexdigest()
+
+
 def _refuse_other(path, there, here):
-    differing = [key for key in sorted(here) if there.get(key) != here[key]]
-    if differing:
-        changes = "; ".join(f"{key}={there.get(key)!r} there, {here[key]!r} now" for key in differing)
-        raise UserError(f"{path} was saved under another configuration: {changes}. Restore it, or take another out_dir, or --fresh")
+    """UserError naming the keys of `here` that `there` has otherwise."""
+    changes = []
+    for key in sorted(here):
+        if there.get(key) != here[key]:
+            changes.append(f"{key}={there.get(key)!r} there, {here[key]!r} now")
+    if changes:
+        advice = "Restore it, or take another out_dir, or --fresh"
+        raise UserError(f"{path} was saved under another configuration: {'; '.join(changes)}. {advice}")
+
+
+def _damage_of(path, about):
+    """How a file differs from what was written, by its size, then by its sha256; None when it does not."""
+    if not path.is_file():
+        return f"{path}: missing file"
+    size = path.stat().st_size
+    if size != about["bytes"]:
+        return f"{path}: truncated, or longer: {size:,} bytes, {about['bytes']:,} were written"
+    if sha256_of(path) != about["sha256"]:
+        return f"{path}: damaged, its sha256 is not the one in checkpoint.json"
+    return None
+
+
+def _require_finite(step, rows):
+    """FloatingPointError on every rank when a weight or a moment is NaN or infinite.
+
+    A later run would find them in the checkpoint and blame the rows of its own first step.
+    """
+    bad = []
+    for key, (_, local) in rows.items():
+        low, high = torch.aminmax(local)  # both NaN if any is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad.append(key)
+    names = ", ".join(filter(None, parallel.gather_texts(", ".join(bad[:3]))))
+    if names:
+        problem = f"step {step}: not finite, so not saved: {names}. Earlier checkpoints are untouched"
+        raise FloatingPointError(f"{problem}; a smaller lr, or a longer warmup, may help")
 
 
 def _on_all_ranks(work):
@@ -149,18 +300,24 @@ def _on_all_ranks(work):
     if error is not None:
         raise error
     if failures.item():
-        raise RuntimeError(f"the checkpoint failed on {failures.item()} other rank(s), see there; earlier checkpoints are untouched")
+        problem = f"the checkpoint failed on {failures.item()} other rank(s), see there"
+        raise RuntimeError(f"{problem}; earlier checkpoints are untouched")
 
 
-def _write_rows(folder, rank, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    specs = {key: (local.dtype, local.shape) for key, (_, local) in rows.items()}
-    first_rows = json.dumps({key: first for key, (first, _) in rows.items()})
-    write_safetensors(folder / f"rank_{rank:05d}.safetensors", specs, lambda key: rows[key][1], {"first_rows": first_rows})
+def _write_rows(path, rows, header):
+    """Write one rank's rows. Returns the sha256 of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    specs, first_rows = {}, {}
+    for key, (first, local) in rows.items():
+        specs[key] = (local.dtype, local.shape)
+        first_rows[key] = first
+    header = header | {"first_rows": json.dumps(first_rows)}
+    return write_safetensors(path, specs, lambda key: rows[key][1], header)
 
 
 def _delete(path):
-    (path / "COMPLETED").unlink(missing_ok=True)  # first, so that a kill half way leaves an unfinished checkpoint, not a torn one
+    # COMPLETED first: a kill half way leaves an unfinished checkpoint, not a torn one.
+    (path / "COMPLETED").unlink(missing_ok=True)
     shutil.rmtree(path)
 
 
@@ -168,7 +325,8 @@ def _delete(path):
 
 
 def _trained_tensors(model, optimizer):
-    """{"param/<name>" or "<state>/<name>": sharded tensor} of everything that training changes; a scalar state counts as one row."""
+    """{"param/<name>" or "<state>/<name>": sharded tensor} of all that training changes; a scalar state
+    counts as one row."""
     tensors = {}
     for name, param in sharded_parameters(model).items():
         if param.requires_grad:
@@ -183,19 +341,38 @@ def _shapes(tensors):
 
 
 def _local_rows(tensors):
-    """(key, (first row, this rank's rows)) of each tensor that has any here; a split master as the float32 that it is."""
+    """(key, (first row, this rank's rows)) of each tensor that has any here; a split master as one
+    float32."""
 
-    def width(tensor):
-        return 4 if is_split(tensor) else tensor.dtype.itemsize
+    def width(item):
+        return 4 if is_split(item[1]) else item[1].dtype.itemsize
 
-    for key, tensor in sorted(tensors.items(), key=lambda item: -width(item[1])):  # stable: wider dtypes first, as the writer wants
+    # The writer needs wider dtypes first; the sort is stable.
+    for key, tensor in sorted(tensors.items(), key=width, reverse=True):
         first, local = parallel.local_rows(tensor)
         if local.numel():
-            yield key, (first, join_master(local, tensor.master.low_bits) if is_split(tensor) else local)
+            if is_split(tensor):
+                local = join_master(local, tensor.master.low_bits)
+            yield key, (first, local)
+
+
+def _require_same_tensors(path, there, model, optimizer):
+    """UserError unless the stored tensors are those of this model; allocates the optimizer's state where they
+    include it."""
+    if there.keys() - _trained_tensors(model, optimizer).keys():
+        _allocate_state(optimizer)
+    here = _shapes(_trained_tensors(model, optimizer))
+    problems = [key for key in here | there if here.get(key) != there.get(key)]
+    if problems:
+        lines = [f"{path}: {len(problems)} tensors do not fit the model:"]
+        for key in problems[:20]:
+            lines.append(f"  {key}: {there.get(key, 'nothing')} stored, {here.get(key, 'nothing')} expected")
+        raise UserError("\n".join(lines))
 
 
 def _allocate_state(optimizer):
-    """Let the optimizer allocate its state as it would in training: a step of zero gradients at lr 0. The caller overwrites all of it."""
+    """Let the optimizer allocate its state as in training: a step of zero gradients at lr 0. The caller
+    overwrites all of it."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -207,14 +384,20 @@ def _allocate_state(optimizer):
         group["lr"] = rate
 
 
-def _stored_rows(path, world_size):
-    """{key: _StoredRows} of the files of all ranks that saved."""
+@torch.no_grad()
+def _copy_tensors(path, index, model, optimizer):
+    """Read this rank's rows of every trained tensor from the files of all ranks that saved."""
     stored = {}
-    for rank in range(world_size):
-        file = open_safetensors(path / f"rank_{rank:05d}.safetensors")
-        for key, first in json.loads(file.metadata()["first_rows"]).items():
-            stored.setdefault(key, _StoredRows(f"{path}: {key}", [])).pieces.append((first, file.get_slice(key)))
-    return stored
+    for name in sorted(index["files"]):
+        file = open_safetensors(path / name)
+        header = file.metadata()
+        if (header["step"], header["run"]) != (str(index["step"]), _hash_of(index["run_identity"])):
+            raise Damaged(f"{path / name}: of step {header['step']}, or of another run")
+        for key, first in json.loads(header["first_rows"]).items():
+            rows = stored.setdefault(key, _StoredRows(f"{path}: {key}", []))
+            rows.pieces.append((first, file.get_slice(key)))
+    for key, tensor in _trained_tensors(model, optimizer).items():
+        copy_rows(tensor, stored[key])
 
 
 @dataclass(frozen=True)
@@ -232,5 +415,5 @@ class _StoredRows:
                 parts.append(piece[row - start : stop - start])
                 row = stop
         if row < rows.stop:
-            raise UserError(f"{self.name}: rows {row}..{rows.stop} are in none of the files")
+            raise Damaged(f"{self.name}: rows {row}..{rows.stop} are in none of the files")
         return torch.cat(parts)

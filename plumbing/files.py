@@ -1,6 +1,7 @@
 """Small files written whole or not at all, text tables, progress bars, UserError. No torch: reports read runs
 without it."""
 
+import hashlib
 import json
 import math
 import os
@@ -62,23 +63,42 @@ def write_json(path, value):
     temporary.rename(path)
 
 
+# ---------------------------------------------------------------- hashes
+
+
+def sha256_of(path, advance=None):
+    """sha256 (hex) of a file's content. advance(bytes) is called after each piece, for a progress bar."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+            if advance:
+                advance(len(chunk))
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------- folders
 
 
 def publish(folder, target):
-    """Rename a finished folder to its name, replacing an older one. At any moment a whole copy of old or new
-    is on the disk."""
+    """Rename a finished folder to its name, replacing an older one, once all of it is on the disk.
+
+    At any moment, also of a power cut, a whole copy of old or new is there.
+    """
+    for path in [*folder.iterdir(), folder]:  # a file that was synced before costs nothing
+        sync(path)
     old = target.with_name(f".old_{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     folder.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync_folder(path):
-    """fsync a folder. Its entries, the names of the files, are not covered by the fsync of a file."""
+def sync(path):
+    """fsync a file or a folder. The fsync of a file does not cover its name, which is an entry of its
+    folder."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

@@ -115,6 +115,18 @@ def from_main(world, work):
     return bytes(shared.tolist()).decode()
 
 
+def gather_texts(text, group=None):
+    """The texts of all ranks, by rank, on every rank."""
+    data = text.encode()
+    length = torch.tensor(len(data))
+    dist.all_reduce(length, op=dist.ReduceOp.MAX, group=group)
+    mine = torch.zeros(int(length) + 1, dtype=torch.uint8)  # padded with zeros, which no text contains
+    mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    texts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(texts, mine, group=group)
+    return [bytes(text.tolist()).rstrip(b"\0").decode() for text in texts]
+
+
 # ---------------------------------------------------------------- how a command ends
 
 # OSErrors whose cause is outside the program: no permission, read-only, full, over quota

@@ -1,5 +1,6 @@
 """safetensors files, written tensor by tensor and read by rows: one tensor is in memory at a time."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 def write_safetensors(path, tensors, read, metadata=None):
-    """Write one safetensors file (8-byte length, JSON header, raw bytes) and fsync it.
+    """Write one safetensors file (8-byte length, JSON header, raw bytes) and fsync it. Returns its sha256
+    (hex).
 
     tensors: {name: (dtype, shape)}, wider dtypes first. read(name) is called in that order, its result cast
     and dropped: one tensor is in memory, where the library's own writer needs all of them. OSError (disk
@@ -30,18 +32,26 @@ def write_safetensors(path, tensors, read, metadata=None):
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     try:
+        digest = hashlib.sha256()
         with open(path, "wb") as file:
-            file.write(struct.pack("<Q", len(head)) + head)
-            for name, (dtype, shape) in tensors.items():
-                file.write(_raw_bytes(read(name), dtype, shape))
+            for data in _pieces(head, tensors, read):
+                file.write(data)
+                digest.update(data)
             file.flush()
             os.fsync(file.fileno())
+        return digest.hexdigest()
     except OSError as error:
         size = 8 + len(head) + end
         free = shutil.disk_usage(path.parent).free
         path.unlink(missing_ok=True)  # a torn file is of no use, and its space may be needed to go on
         needs = f"{size:,} bytes needed, {free:,} free; what was saved earlier is untouched"
         raise OSError(error.errno, f"{error.strerror}: {needs}", str(path)) from error
+
+
+def _pieces(head, tensors, read):
+    yield struct.pack("<Q", len(head)) + head
+    for name, (dtype, shape) in tensors.items():
+        yield _raw_bytes(read(name), dtype, shape)
 
 
 def _raw_bytes(tensor, dtype, shape):

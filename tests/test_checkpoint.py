@@ -1,8 +1,11 @@
 """Checkpoints: nothing is lost, nothing is approximately right, and what is wrong on the disk is named."""
 
+import concurrent.futures
 import errno
 import json
+import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -21,8 +24,9 @@ from tiny_models import random_documents, random_llama, stream, tiny_config
 
 from families import load_adapter, load_pretrained
 from model import apply_lora
-from plumbing import checkpoint, tensors, weights
+from plumbing import checkpoint, parallel, tensors, weights
 from plumbing.checkpoint import Checkpointer
+from plumbing.files import sha256_of
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import fingerprint, load_weights, resolve, save_adapter, save_pretrained
 from training import read_model_config
@@ -170,7 +174,7 @@ def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("call", ["write_safetensors", "write_json", "publish", "sync_folder", "_delete"])
+@pytest.mark.parametrize("call", ["write_safetensors", "write_json", "publish", "sync", "_delete"])
 def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
     """The writer dies in front of each of its file operations (write_json is called twice): the next start has step 1 or step 2, whole."""
     checkpointer, model, optimizer, _ = run
@@ -194,7 +198,7 @@ def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
             with pytest.raises(Killed):
                 checkpointer.wait()
         step, found = restart(tmp_path, model, optimizer)
-        assert step == (2 if call in ("sync_folder", "_delete") else 1)
+        assert step == (2 if call in ("sync", "_delete") else 1)
         assert len(list(checkpointer.folder.iterdir())) == 1  # keep_last, also where the older one had not gone yet
         assert_equal(found, trained[step])
 
@@ -235,7 +239,7 @@ def test_truncated_checkpoint_is_named(run, size):
         checkpointer.load(checkpointer.latest(), model, optimizer)
 
 
-@pytest.mark.parametrize("content", ["", '{"step": 1, "ident'])
+@pytest.mark.parametrize("content", ["", '{"step": 1, "run_ident'])
 def test_torn_index_is_named(run, content):
     checkpointer = run[0]
     file = checkpointer.latest() / "checkpoint.json"
@@ -258,8 +262,117 @@ def test_rows_that_no_file_holds(run):
     name = "exp_avg/model.layers.0.mlp.up_proj.lora_A"
     tensors[name] = tensors[name][:3].clone()
     save_file(tensors, file, header)
+    sign_again(checkpointer.latest())
     with pytest.raises(ValueError, match=rf"{name}: rows 3\.\.4 are in none of the files"):
         checkpointer.load(checkpointer.latest(), model, optimizer)
+
+
+def sign_again(path, **index_changes):
+    """Make the hashes of an edited checkpoint those of its files."""
+    index = json.loads((path / "checkpoint.json").read_text()) | index_changes
+    for name, about in index["files"].items():
+        about |= {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
+    (path / "checkpoint.json").write_text(json.dumps(index))
+    (path / "COMPLETED").write_text(json.dumps({"checkpoint.json": sha256_of(path / "checkpoint.json")}))
+
+
+def flipped(data, bit):
+    data = bytearray(data)
+    data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def test_flipped_bits_of_the_small_files_are_found(run):
+    """checkpoint.json and COMPLETED: the checkpoint is not taken for what was written."""
+    path = run[0].latest()
+    for name in ("checkpoint.json", "COMPLETED"):
+        whole = (path / name).read_bytes()
+        for bit in range(0, 8 * len(whole), 5 if name == "COMPLETED" else 257):  # `make torture` tries all
+            (path / name).write_bytes(flipped(whole, bit))
+            with pytest.raises(checkpoint.Damaged, match=str(path)):
+                run[0]._read_index(path)
+        (path / name).write_bytes(whole)
+    assert run[0]._read_index(path)["step"] == 1
+
+
+def test_flipped_bits_of_a_rank_file_are_found(run):
+    """Of the first 64 bytes, length and header, and of the tensors, which are read already when their hash says so."""
+    checkpointer, model, optimizer, _ = run
+    file = checkpointer.latest() / "rank_00000.safetensors"
+    whole, rng = file.read_bytes(), random.Random(0)
+    bits = [*range(0, 512, 17), *(rng.randrange(8 * len(whole)) for _ in range(30))]
+    for bit in bits:
+        file.write_bytes(flipped(whole, bit))
+        with pytest.raises(ValueError, match="rank_00000.safetensors: damaged"):
+            checkpointer.load(checkpointer.latest(), model, optimizer)
+        checkpointer._damaged.clear()
+    file.write_bytes(whole)
+    assert checkpointer.load(checkpointer.latest(), model, optimizer) == 1
+
+
+def two_checkpoints(run, tmp_path):
+    """The run, keeping two: step 1, and step 2 with other tensors."""
+    _, model, optimizer, saved = run
+    checkpointer = Checkpointer(tmp_path / "run", 2, IDENTITY)
+    checkpointer.save(2, model, optimizer)
+    checkpointer.wait()
+    return checkpointer, model, optimizer, saved
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "checkpoint.json", "COMPLETED"])
+def test_the_newest_intact_checkpoint_is_used_and_the_lost_steps_are_said(run, tmp_path, name, capsys):
+    checkpointer, model, optimizer, saved = two_checkpoints(run, tmp_path)
+    newest = checkpointer.latest()
+    (newest / name).write_bytes(flipped((newest / name).read_bytes(), 300))
+    again = Checkpointer(tmp_path / "run", 1, IDENTITY)
+    scramble(model, optimizer)
+    assert again.load(again.latest(), model, optimizer) == 1
+    assert_equal(whole_tensors(model, optimizer), saved)
+    said = capsys.readouterr().out
+    assert f"{newest}/" in said and "step_000001 is used instead: 1 steps are trained again" in said
+    again.save(2, model, optimizer)  # the damaged one is not in its way
+    again.wait()
+    assert sorted(path.name for path in again.folder.iterdir()) == ["step_000002", "step_000002.damaged"]
+    after = Checkpointer(tmp_path / "run", 1, IDENTITY)
+    assert [path.name for path in after.folder.iterdir()] == ["step_000002"]
+
+
+def test_a_rank_file_of_another_step_is_not_read(run, tmp_path):
+    """Also when its hash was written into checkpoint.json: its own header says which step it is of."""
+    checkpointer, model, optimizer, _ = two_checkpoints(run, tmp_path)
+    first, second = sorted(checkpointer.folder.iterdir())
+    shutil.copy(first / "rank_00000.safetensors", second)
+    assert checkpointer.load(second, model, optimizer) == 1
+    shutil.rmtree(checkpointer.folder / "step_000002.damaged")
+    shutil.copytree(first, second)
+    sign_again(second, step=2)
+    assert checkpointer.load(second, model, optimizer) == 1
+    shutil.copytree(first, second)  # and a folder under another step's name
+    assert checkpointer.latest() == first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["param", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_not_saved(run, where, value):
+    checkpointer, model, optimizer, _ = run
+    param = next(param for param in model.parameters() if param.requires_grad)
+    tensor = param if where == "param" else optimizer.state[param][where]
+    parallel.local_rows(tensor)[1][1, 1] = value
+    with pytest.raises(FloatingPointError, match=rf"step 2: not finite, so not saved: {where}/model.layers.0"):
+        checkpointer.save(2, model, optimizer)
+    assert checkpointer.latest().name == "step_000001"
+
+
+def test_a_save_that_failed_is_an_error_at_the_next_step(run):
+    checkpointer, model, optimizer, _ = run
+    checkpointer.check()
+    fill_the_disk(checkpointer, 2, rank=0)
+    checkpointer.save(2, model, optimizer)
+    concurrent.futures.wait([checkpointer._pending])
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.check()
+    checkpointer.check()  # once
 
 
 def test_another_configuration_is_refused_by_its_keys(run, tmp_path):
