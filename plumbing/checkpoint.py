@@ -10,7 +10,6 @@ are not stored: they come from model_path again.
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +21,12 @@ import torch.distributed as dist
 
 from kernels import is_split, join_master
 from plumbing import parallel
-from plumbing.files import UserError, publish, read_json, sha256_of, sync, write_json
-from plumbing.tensors import open_safetensors, write_safetensors
+from plumbing.files import HASHERS, UserError, publish, read_json, sha256_of, sync, write_json
+from plumbing.tensors import is_finite, open_safetensors, write_safetensors
 from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
 # A copy that somebody named step_000100_good is theirs: never read, never deleted.
 OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+(\.damaged)?")
-HASHERS = 4  # files hashed at once on a rank, at 1.6 GB/s a core
 
 
 class Damaged(UserError):
@@ -279,8 +277,7 @@ def _require_finite(step, rows):
     """
     bad = []
     for key, (_, local) in rows.items():
-        low, high = torch.aminmax(local)  # both NaN if any is
-        if not (math.isfinite(low) and math.isfinite(high)):
+        if not is_finite(local):
             bad.append(key)
     names = ", ".join(filter(None, parallel.gather_texts(", ".join(bad[:3]))))
     if names:

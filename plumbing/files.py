@@ -7,9 +7,13 @@ import math
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
+
+HASHES = "hashes.json"  # beside the files whose sha256 it holds
+HASHERS = 4  # files hashed at once
 
 
 class UserError(ValueError):
@@ -75,6 +79,34 @@ def sha256_of(path, advance=None):
             if advance:
                 advance(len(chunk))
     return digest.hexdigest()
+
+
+def write_hashes(folder, known=None):
+    """folder/hashes.json: the sha256 of every other file in it. known: {name: sha256} of those that need not
+    be read."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != HASHES:
+            found[path.name] = (known or {}).get(path.name) or sha256_of(path)
+    write_json(folder / HASHES, found)
+
+
+def verify_hashes(folder, sha256=sha256_of):
+    """UserError when a file that folder/hashes.json lists is missing or is not what was written. No
+    hashes.json, no check: the folders of others are read as they are. sha256(path): how a file is hashed, for
+    a caller that remembers the result."""
+    if not (folder / HASHES).is_file():
+        return
+    listed = read_json(folder / HASHES)
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: missing {', '.join(missing)}, which {HASHES} lists; expected it whole")
+    with ThreadPoolExecutor(HASHERS) as pool:  # hashlib releases the GIL: 1.6 GB/s a core
+        digests = list(pool.map(lambda name: sha256(folder / name), listed))
+    damaged = [name for name, digest in zip(listed, digests, strict=True) if digest != listed[name]]
+    if damaged:
+        problem = f"{folder}: {', '.join(damaged)}: damaged, the sha256 is not the one in {HASHES}"
+        raise UserError(f"{problem}; restore it, or, if you changed it on purpose, delete {HASHES}")
 
 
 # ---------------------------------------------------------------- folders

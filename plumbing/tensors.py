@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -9,7 +10,7 @@ import struct
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import UserError
+from plumbing.files import UserError, sync
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -63,6 +64,55 @@ def _raw_bytes(tensor, dtype, shape):
 def num_bytes(dtype, shape):
     """Bytes of a tensor of that dtype and shape."""
     return dtype.itemsize * torch.Size(shape).numel()
+
+
+def is_finite(tensor):
+    """Whether no element is NaN or infinite: one pass without a temporary."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN if any element is
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def write_verified(path, tensors, metadata=None):
+    """Write {name: tensor} so that read_verified finds any change of a bit, by a rename when all of it is on
+    the disk.
+
+    The sha256 in the header covers the header's other entries and the tensors. For small files: they are
+    hashed first.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    metadata = {"format": "pt"} | (metadata or {})
+    metadata["sha256"] = _content_hash(tensors, metadata)
+    # named by the process: another run may write the same file
+    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(temporary, specs, tensors.get, metadata)
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def read_verified(path):
+    """({name: tensor}, metadata) of write_verified. UserError when a bit differs from what was written, or no
+    hash is there."""
+    file = open_safetensors(path)
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
+    metadata = dict(file.metadata() or {})
+    if metadata.pop("sha256", None) != _content_hash(tensors, metadata):
+        problem = f"{path}: damaged, or not written by this project"
+        raise UserError(f"{problem}: its sha256 is not the one in its header; delete it")
+    del metadata["format"]
+    return tensors, metadata
+
+
+def _content_hash(tensors, metadata):
+    """sha256 (hex) of names, dtypes, shapes, metadata and bytes."""
+    about = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    digest = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(_raw_bytes(tensors[name], tensors[name].dtype, tensors[name].shape))
+    return digest.hexdigest()
 
 
 def open_safetensors(path):

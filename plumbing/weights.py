@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -18,8 +19,18 @@ import torch.distributed as dist
 
 from kernels import is_split, split_master
 from plumbing import hub, parallel
-from plumbing.files import UserError, progress_bar, publish, read_json, write_json
-from plumbing.tensors import DTYPES, num_bytes, open_safetensors, write_safetensors
+from plumbing.files import (
+    HASHERS,
+    UserError,
+    progress_bar,
+    publish,
+    read_json,
+    sha256_of,
+    verify_hashes,
+    write_hashes,
+    write_json,
+)
+from plumbing.tensors import DTYPES, is_finite, num_bytes, open_safetensors, write_safetensors
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -92,19 +103,24 @@ def fingerprint(directory):
     paths = [Path(directory) / "config.json", *weight_files(Path(directory))]
     total = sum(path.stat().st_size for path in paths)
     with _bar(total=total, desc="hashing weights", unit="B", unit_scale=True) as bar:
-        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-            digests = list(pool.map(lambda path: _sha256(path, bar), paths))
+        with ThreadPoolExecutor(HASHERS) as pool:  # hashlib releases the GIL
+            digests = list(pool.map(lambda path: _sha256(path, bar.update), paths))
     listing = "".join(f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _sha256(path, bar):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+# {(path, inode, size, time of the last change): sha256}: load_weights and fingerprint hash a file once
+_digests = {}
+
+
+def _sha256(path, advance=None):
+    status = path.stat()
+    key = (path, status.st_ino, status.st_size, status.st_ctime_ns)
+    if key not in _digests:
+        _digests[key] = sha256_of(path, advance)
+    elif advance:
+        advance(status.st_size)
+    return _digests[key]
 
 
 def _bar(iterable=None, **options):
@@ -164,7 +180,8 @@ def load_weights(model, directory):
     """Stream a folder's safetensors into the model's parameters, sharded or plain, each rank its own rows;
     adapters stay as they are.
 
-    UserError lists every missing, unexpected or misshapen tensor with its file, before anything is copied.
+    UserError lists every missing, unexpected or misshapen tensor with its file, before anything is copied. A
+    folder with a hashes.json, which our exports have, is verified by rank 0 while the ranks read.
     """
     directory = Path(directory)
     params = _base_parameters(model)
@@ -180,8 +197,12 @@ def load_weights(model, directory):
         if name.endswith("rotary_emb.inv_freq"):  # old exports hold it; config.json determines it
             del stored[name]
     _check_fit(params, stored, files)
-    for name, param in _bar(params.items(), desc="reading weights", unit="tensor"):
-        copy_rows(param, stored[name])
+    with ThreadPoolExecutor(1) as beside:
+        verified = beside.submit(verify_hashes, directory, _sha256) if _rank() == 0 else None
+        for name, param in _bar(params.items(), desc="reading weights", unit="tensor"):
+            copy_rows(param, stored[name])
+        if verified:
+            verified.result()
 
 
 def _tensors(paths):
@@ -256,10 +277,13 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
     params = _base_parameters(model)
     plan = _plan_files({name: (dtype or param.dtype, param.shape) for name, param in params.items()})
     with _published(Path(directory), "config.json") as folder:
+        hashes = {}
         for file_name, tensors in plan.items():
-            _write_gathered(folder / file_name, tensors, lambda name: _full_weight(model, name, params[name]))
+            read = partial(_full_weight, model, params)
+            hashes[file_name] = _write_gathered(folder / file_name, tensors, read)
         if _rank() == 0:
             _write_configs(folder, model.config, tokenizer, plan, chat_template)
+            write_hashes(folder, hashes)
 
 
 def check_replaceable(directory, config_name):
@@ -289,16 +313,28 @@ def _published(directory, config_name):
 
 
 def _write_gathered(path, tensors, read):
-    """write_safetensors on rank 0; the other ranks make the same calls of read, which gathers."""
+    """write_safetensors on rank 0; the other ranks make the same calls of read, which gathers. Returns the
+    file's sha256.
+
+    FloatingPointError on every rank for a tensor that is not finite: what is exported can be used.
+    """
+
+    def read_finite(name):
+        tensor = read(name)
+        if not is_finite(tensor):
+            raise FloatingPointError(f"{path.parent.name}: {name} is not finite, so nothing is exported")
+        return tensor
+
     if _rank() == 0:
-        write_safetensors(path, tensors, read)
-    else:
-        for name in tensors:
-            read(name)
+        return write_safetensors(path, tensors, read_finite)
+    for name in tensors:
+        read_finite(name)
+    return None
 
 
-def _full_weight(model, name, param):
+def _full_weight(model, params, name):
     """The whole of one parameter, its adapters merged."""
+    param = params[name]
     module = model.get_submodule(name.rpartition(".")[0])
     if hasattr(module, "lora_A") and param is module.weight:
         param = module.merged_weight()
@@ -395,9 +431,10 @@ def save_adapter(model, directory, base):
     params = _adapter_parameters(model)
     specs = {name: (param.dtype, param.shape) for name, param in params.items()}
     with _published(Path(directory), ADAPTER_CONFIG) as folder:
-        _write_gathered(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
+        digest = _write_gathered(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
         if _rank() == 0:
             write_json(folder / ADAPTER_CONFIG, fixed | source | config)
+            write_hashes(folder, {ADAPTER_WEIGHTS: digest})
 
 
 # Keys of adapter_config.json that LoRALinear has no counterpart for
@@ -417,6 +454,7 @@ def adapter_settings(directory):
     and for an initialisation that changed the base's weights.
     """
     path = Path(directory) / ADAPTER_CONFIG
+    verify_hashes(path.parent)
     raw = read_json(path)
     problems = []
     for key, expected in {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}.items():

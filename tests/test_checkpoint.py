@@ -508,6 +508,7 @@ def test_tied_weights_stored_twice_must_agree_and_rope_tables_are_recomputed(tok
     model = random_llama(tiny_config(tie_word_embeddings=True))
     save_pretrained(model, tokenizer, tmp_path / "out")
     file = tmp_path / "out/model.safetensors"
+    (tmp_path / "out/hashes.json").unlink()
     assert "lm_head.weight" not in load_file(file)
     rewrite(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     rewrite(file, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
@@ -533,11 +534,48 @@ def test_resolve(base):
 
 
 def test_an_adapter_is_no_model(base, tmp_path):
-    model, _ = load_pretrained(base)
-    apply_lora(model, rank=2, alpha=4.0)
-    save_adapter(model, tmp_path / "adapter", base)
+    save_adapter(with_adapters(base), tmp_path / "adapter", base)
     with pytest.raises(ValueError, match=f"model_path='{tmp_path}/adapter': a LoRA adapter .*; expected a whole model: .* final/"):
         resolve(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "hashes.json"])
+def test_a_flipped_bit_of_our_export_is_refused(base, name):
+    """Every file that load_pretrained reads; a folder without hashes.json, of others, is read as it is."""
+    whole, rng = (base / name).read_bytes(), random.Random(1)
+    for _ in range(8):
+        (base / name).write_bytes(flipped(whole, rng.randrange(8 * len(whole))))
+        with pytest.raises(ValueError, match=str(base)):
+            load_pretrained(base)
+    (base / name).write_bytes(whole)
+    load_pretrained(base)
+    if name == "model.safetensors":
+        (base / "hashes.json").unlink()
+        (base / name).write_bytes(flipped(whole, 8 * len(whole) - 20))
+        load_pretrained(base)
+
+
+def test_a_flipped_bit_of_our_adapter_is_refused(base, tmp_path):
+    model = with_adapters(base)
+    save_adapter(model, tmp_path / "adapter", base)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        whole = (tmp_path / "adapter" / name).read_bytes()
+        (tmp_path / "adapter" / name).write_bytes(flipped(whole, 4 * len(whole)))
+        with pytest.raises(ValueError, match=f"adapter: {name}: damaged"):
+            load_adapter(model, tmp_path / "adapter")
+        (tmp_path / "adapter" / name).write_bytes(whole)
+    load_adapter(model, tmp_path / "adapter")
+
+
+@torch.no_grad()
+def test_what_is_not_finite_is_not_exported(base, tokenizer, tmp_path):
+    model = with_adapters(base)
+    model.model.layers[1].mlp.up_proj.lora_B[2, 1] = math.inf
+    with pytest.raises(FloatingPointError, match="mlp.up_proj.weight is not finite, so nothing is exported"):
+        save_pretrained(model, tokenizer, tmp_path / "out")
+    with pytest.raises(FloatingPointError, match="up_proj.lora_B.weight is not finite"):
+        save_adapter(model, tmp_path / "adapter", base)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "adapter").exists()
 
 
 # ---------------------------------------------------------------- writing Hugging Face folders
@@ -669,6 +707,7 @@ def test_merge_into_bfloat16_rounds_once(base, tokenizer, tmp_path):
 def test_adapters_that_do_not_fit(base, tmp_path, change, message):
     model = with_adapters(base)
     save_adapter(model, tmp_path / "adapter", base)
+    (tmp_path / "adapter/hashes.json").unlink()
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=message):
@@ -690,8 +729,8 @@ def test_any_alpha_comes_back(base, tmp_path, alpha):
 def test_adapter_tensors_that_do_not_fit(base, tmp_path):
     model = with_adapters(base)
     save_adapter(model, tmp_path / "adapter", base)
-    rewrite(
-        tmp_path / "adapter/adapter_model.safetensors", lambda t: t.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight")
-    )
+    (tmp_path / "adapter/hashes.json").unlink()
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    rewrite(tmp_path / "adapter/adapter_model.safetensors", lambda t: t.pop(name))
     with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.lora_B.weight: missing"):
         load_adapter(model, tmp_path / "adapter")
