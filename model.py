@@ -1,10 +1,13 @@
-"""Llama from scratch: Llama 2 / 3 / 3.1 / 3.2, Mistral, Zephyr, Tulu 3, SmolLM2 and Qwen2, one packed token stream in, hidden states out.
+"""Llama from scratch: one packed token stream in, hidden states out.
 
-Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query heads, G key/value heads, K head size, V vocabulary.
-Module names are Hugging Face's, so their weights load strictly with no key map.
+It is Llama 2 / 3 / 3.1 / 3.2, Mistral, Zephyr, Tulu 3, SmolLM2 and Qwen2, which differ in shape, biases and
+rotary frequencies only. Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query heads,
+G key/value heads, K head size, V vocabulary, L blocks. Module names are Hugging Face's, so their weights load
+strictly with no key map.
 """
 
 import functools
+import itertools
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from kernels import attention, fused_block, reference, rms_norm
 from plumbing.files import UserError, read_config
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear of a block
+# every linear of a block
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 # ---------------------------------------------------------------- configuration
+# config.json is the only description of a model. What it can say and this file cannot compute is refused by
+# name: a model that differs in one silent key trains, and exports, something else.
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,10 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 4096
-    sliding_window: int | None = None  # documents longer than this are refused: the mask of a sliding window is not implemented
-    max_window_layers: int | None = None  # Qwen2 with a window: the blocks from this one on have it; the check above holds for all
+    # the mask of a sliding window is not implemented: documents longer than this are refused
+    sliding_window: int | None = None
+    # Qwen2 with a window: the blocks from this one on have it. Long documents are refused all the same.
+    max_window_layers: int | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -61,67 +69,102 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, directory):
-        """Read config.json in `directory`. Raises ValueError, naming the key, for anything this file cannot represent exactly."""
+        """Read config.json in `directory`. UserError, naming the key, for anything this file cannot represent
+        exactly."""
         return _config_from_hf(read_config(directory), Path(directory) / "config.json")
 
     @classmethod
     def preset(cls, name):
         """A known shape without its weights: llama-3.1-8b, llama-3.2-1b, mistral-7b, or tiny (the demo's)."""
-        llama3 = dict(vocab_size=128256, head_dim=128, rope_theta=500000.0, max_position_embeddings=131072, num_key_value_heads=8)
-        shapes = {
-            "llama-3.1-8b": llama3 | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                                          rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
-            "llama-3.2-1b": llama3 | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                                          head_dim=64, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), tie_word_embeddings=True),
-            "mistral-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                               num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, sliding_window=4096,
-                               model_type="mistral"),
-            "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True),
-        }  # fmt: skip
-        if name not in shapes:
-            raise UserError(f"preset={name!r}: expected one of {', '.join(shapes)}")
-        return cls(**shapes[name])
+        if name not in PRESETS:
+            raise UserError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
+        return PRESETS[name]
 
     def to_hf(self):
         """The config.json dict with which transformers builds the same model."""
         rope = {"rope_type": "default"}
         if self.rope_scaling:
             rope = {"rope_type": "llama3"} | vars(self.rope_scaling)
-        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        keys += ("head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "model_type", "bos_token_id", "eos_token_id")
-        out = {key: getattr(self, key) for key in keys}
-        # both spellings: transformers 4 reads rope_theta and rope_scaling, transformers 5 reads rope_parameters
-        out |= {"rope_theta": self.rope_theta, "rope_scaling": rope if self.rope_scaling else None}
-        out |= {"rope_parameters": rope | {"rope_theta": self.rope_theta}, "hidden_act": "silu", "attention_dropout": 0.0}
+        keys = (*_REQUIRED, "num_key_value_heads", "head_dim", "tie_word_embeddings", "model_type")
+        out = {key: getattr(self, key) for key in (*keys, "bos_token_id", "eos_token_id")}
         out["architectures"] = [_ARCHITECTURES[self.model_type]]
+        out |= {"hidden_act": "silu", "attention_dropout": 0.0}
+        # both spellings: transformers 4 reads rope_theta and rope_scaling, transformers 5 reads
+        # rope_parameters
+        out |= {"rope_theta": self.rope_theta, "rope_scaling": rope if self.rope_scaling else None}
+        out["rope_parameters"] = rope | {"rope_theta": self.rope_theta}
         if self.model_type == "llama":
             if self.qkv_bias != self.o_bias:
-                raise UserError("qkv_bias != o_bias: Hugging Face's Llama has one switch, attention_bias, for both")
+                one_switch = "Hugging Face's Llama has one switch, attention_bias, for both"
+                raise UserError(f"qkv_bias != o_bias: {one_switch}")
             out |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
         if self.model_type == "mistral":
             out["sliding_window"] = self.sliding_window
         if self.model_type == "qwen2":
-            out |= {"use_sliding_window": self.sliding_window is not None, "sliding_window": self.sliding_window}
-            out |= {"max_window_layers": self.max_window_layers} if self.sliding_window else {}
+            out["use_sliding_window"] = self.sliding_window is not None
+            out["sliding_window"] = self.sliding_window
+            if self.sliding_window:
+                out["max_window_layers"] = self.max_window_layers
         return out
 
     def flops(self, length, logits=None):
-        """Forward floating-point operations of one document of `length` tokens, matmuls and causal attention counted exactly.
+        """Forward floating-point operations of one document of `length` tokens: matmuls and causal attention,
+        exactly.
 
-        logits: positions whose logits are taken (default: all). Both may be int64 arrays, one entry per document.
+        logits: positions whose logits are taken (default: all). Both may be int64 arrays, one entry per
+        document.
         """
-        D, HK, GK = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        per_layer = 2 * D * HK + 2 * D * GK + 3 * D * self.intermediate_size  # weights of q and o, k and v, gate and up and down
+        D = self.hidden_size
+        q_and_o = 2 * D * self.num_attention_heads * self.head_dim  # weights
+        k_and_v = 2 * D * self.num_key_value_heads * self.head_dim
+        mlp = 3 * D * self.intermediate_size
+        # a weight is multiplied and added once for each token
+        blocks = self.num_hidden_layers * 2 * length * (q_and_o + k_and_v + mlp)
         head = 2 * D * self.vocab_size * (length if logits is None else logits)
-        return self.num_hidden_layers * 2 * length * per_layer + self.attention_flops(length) + head
+        return blocks + self.attention_flops(length) + head
 
     def attention_flops(self, length):
-        """Those of scores and mix, over all layers: 4 H K for each of length (length + 1) / 2 visible pairs."""
+        """Those of scores and mix, over all layers: 4 H K for each of length (length + 1) / 2 visible
+        pairs."""
         return self.num_hidden_layers * 2 * self.num_attention_heads * self.head_dim * length * (length + 1)
 
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# what a config.json must say, because there is no default that is right for all
+_REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
+
+_LLAMA3 = dict(vocab_size=128256, rope_theta=500000.0, max_position_embeddings=131072, num_key_value_heads=8)
+PRESETS = {
+    "llama-3.1-8b": LlamaConfig(
+        **_LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        head_dim=128, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        **_LLAMA3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        head_dim=64, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), tie_word_embeddings=True,
+    ),
+    "mistral-7b": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=32768,
+        sliding_window=4096, model_type="mistral",
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+# keys of other people's configs that change the model, each with the values under which it is ours
+_FIXED = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "original_max_position_embeddings": (None,),
+    "pretraining_tp": (1, None),
+}
 
 
 def _config_from_hf(raw, source):
@@ -129,32 +172,37 @@ def _config_from_hf(raw, source):
         raise UserError(f"{source}: {key}={raw.get(key)!r}: expected {expected}")
 
     if raw.get("model_type") not in _ARCHITECTURES:
-        refuse("model_type", f"one of {', '.join(_ARCHITECTURES)}: this code represents no other architecture exactly")
-    for key, allowed in (("hidden_act", ("silu",)), ("attention_dropout", (0, None)), ("partial_rotary_factor", (1, None)),
-                         ("original_max_position_embeddings", (None,)), ("pretraining_tp", (1, None)),
-                         ("quantization_config", (None,))):  # fmt: skip
+        known = ", ".join(_ARCHITECTURES)
+        refuse("model_type", f"one of {known}: this code represents no other architecture exactly")
+    if raw.get("quantization_config") is not None:
+        refuse("quantization_config", "no such key: quantised weights are not supported")
+    for key, allowed in _FIXED.items():
         if key in raw and raw[key] not in allowed:
-            refuse(key, f"{allowed[0]!r}" if key != "quantization_config" else "no such key: quantised weights are not supported")
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
-                "max_position_embeddings")  # fmt: skip
-    if missing := [key for key in required if raw.get(key) is None]:
-        raise UserError(f"{source}: {', '.join(missing)}: missing; expected in every {raw['model_type']} config")
-    heads, model_type = raw["num_attention_heads"], raw["model_type"]
-    kv_heads, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads
+            refuse(key, repr(allowed[0]))
+    if missing := [key for key in _REQUIRED if raw.get(key) is None]:
+        keys = ", ".join(missing)
+        raise UserError(f"{source}: {keys}: missing; expected in every {raw['model_type']} config")
+    model_type = raw["model_type"]
+    heads = raw["num_attention_heads"]
+    kv_heads = raw.get("num_key_value_heads") or heads
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     if heads % kv_heads or head_dim % 2:
-        raise UserError(f"{source}: num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple "
-                         f"of the key/value heads, and an even head size (RoPE turns pairs)")  # fmt: skip
+        found = f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}"
+        expected = "a multiple of the key/value heads, and an even head size (RoPE turns pairs)"
+        raise UserError(f"{source}: {found}: expected {expected}")
+    # Qwen2 has biases on q, k and v without a key for it; a Mistral has a window unless it says null
     attention_bias = model_type == "llama" and raw.get("attention_bias", False)
     rope_theta, rope_scaling = rope_from_hf(raw, source)
     windowed = model_type == "mistral" or (model_type == "qwen2" and raw.get("use_sliding_window", False))
     eos = raw.get("eos_token_id")
     return LlamaConfig(
-        **{key: raw[key] for key in required},
+        **{key: raw[key] for key in _REQUIRED},
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        sliding_window=raw.get("sliding_window", 4096) if windowed else None,  # 4096 and 28: transformers' defaults
+        # 4096 and 28: transformers' defaults
+        sliding_window=raw.get("sliding_window", 4096) if windowed else None,
         max_window_layers=raw.get("max_window_layers", 28) if windowed and model_type == "qwen2" else None,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         qkv_bias=model_type == "qwen2" or attention_bias,
@@ -167,9 +215,11 @@ def _config_from_hf(raw, source):
 
 
 def rope_from_hf(raw, source):
-    """(theta, RopeScaling | None) from either spelling: rope_parameters (transformers 5) or rope_theta + rope_scaling.
+    """(theta, RopeScaling | None) from either spelling: rope_parameters (transformers 5), or rope_theta and
+    rope_scaling.
 
-    ValueError where both are there and say different things: which one counts depends on the version that reads them.
+    UserError where both are there and say different things: which one counts depends on the version that
+    reads them.
     """
     found = {key: _rope(raw, key, source) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
     if len(set(found.values())) > 1:
@@ -181,7 +231,8 @@ def rope_from_hf(raw, source):
 def _rope(raw, key, source):
     rope = raw[key]
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{source}: {key}: partial_rotary_factor={rope['partial_rotary_factor']!r}: expected 1")
+        factor = rope["partial_rotary_factor"]
+        raise UserError(f"{source}: {key}: partial_rotary_factor={factor!r}: expected 1")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -195,22 +246,31 @@ def _rope(raw, key, source):
 
 
 # ---------------------------------------------------------------- rotary positions
+# Position enters in one place: q and k are turned by angles, so that their product depends on the distance
+# between two tokens only. Llama 3.1 stretches 8,192 trained positions to 131,072 by turning the slow pairs
+# more slowly.
 
 
 @functools.lru_cache(maxsize=8)
 def rope_frequencies(config, device):
-    """Angle per position of each of the K/2 rotated pairs, (K/2,) float32 (RoFormer, eq. 15; Llama 3.1's scaling of the slow ones)."""
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    """Angle per position of each of the K/2 rotated pairs, (K/2,) float32 (Su et al. 2021, eq. 15)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling:
-        # wavelengths shorter than the high-frequency limit stay, longer than the low-frequency limit are stretched, a ramp between
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # rotations within the original context
-        ramp = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+        # Llama 3.1: pairs that turn often enough within the original context stay, those that turn too seldom
+        # are slowed down by `factor`, with a ramp between the two
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        ramp = ramp.clamp(0, 1)
         frequencies = ramp * frequencies + (1 - ramp) * frequencies / scaling.factor
     return frequencies.to(device)
 
 
 # ---------------------------------------------------------------- the blocks
+# Documents lie end to end in one stream of T tokens, so nothing is padded and every tensor of a block is (T,
+# ..). Only attention knows where documents begin. The modules below are the definition, and run as written on
+# CPUs and under kernels="plain"; fused_block.py computes the same numbers with its own backward pass.
 
 
 class RMSNorm(nn.Module):
@@ -236,7 +296,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=config.o_bias)
 
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, attend):
+        """x (T, D) -> (T, D). attend: kernels.attention, or a KV cache's."""
         T = x.shape[0]
+        # the specification, not a kernel: autograd differentiates it here
         q = reference.rotate(self.q_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, H, K)
         k = reference.rotate(self.k_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, G, K)
         v = self.v_proj(x).view(T, -1, self.head_dim)
@@ -264,17 +326,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fused, self.fp8, self.recompute = False, False, False
+        self.fused, self.fp8, self.recompute = False, False, False  # see apply_fused and apply_recompute
 
     def forward(self, hidden, *stream):
         run = fused_block.block if self.fused else Block.plain
         if self.recompute and torch.is_grad_enabled():
-            # of all that a block does, only LoRA's dropout is random, and that is in the plain block only
-            return checkpoint(run, self, hidden, *stream, use_reentrant=False, preserve_rng_state=not self.fused)
+            # only LoRA's dropout is random, and that is in the plain block only
+            options = dict(use_reentrant=False, preserve_rng_state=not self.fused)
+            return checkpoint(run, self, hidden, *stream, **options)
         return run(self, hidden, *stream)
 
     def plain(self, hidden, *stream):
-        """What a block is; fused_block.block computes the same."""
+        """The definition of a block, hidden (T, D) -> (T, D); fused_block.block computes the same."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), *stream)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -288,7 +351,12 @@ class Body(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder whose forward stops at the hidden states. Logits would be `hidden @ lm_head.weight.T`, see kernels.token_logps."""
+    """A decoder whose forward stops at the hidden states: logits are (T, V), 4 GB for 8,192 tokens of Llama
+    3.
+
+    Log-probs are taken from hidden states and lm_head.weight by kernels.token_logps, which never holds them
+    all.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -296,41 +364,55 @@ class Llama(nn.Module):
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.attention_kernel = "flash2"  # on GPUs, see kernels.attention
+        # one parameter under two names: its gradient is the sum of both uses
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, tap=None, cache=None, resume=None, shared=None):
+    def forward(
+        self, input_ids, position_ids, cu_seqlens, max_seqlen, tap=None, cache=None, resume=None, shared=None
+    ):
         """Hidden states after the final norm, (T, D), of a packed stream.
 
-        input_ids, position_ids (T,) int64, positions counted from 0 in each document; cu_seqlens (N+1,) int32; max_seqlen int.
-        tap(layer, hidden) -> hidden, if given, sees and may replace the residual stream (T, D) after every block (layer = 0..L-1),
-        before the final norm: the one place to read from and to steer at. cache: a KVCache that holds the documents' earlier tokens.
-        resume=(first, hidden): skip the embedding and the blocks below `first`; hidden (T, D) is the stream that enters it.
-        shared: a kernels.SharedPrefix; its branches' positions count from the prefix's length, max_seqlen is of whole documents.
+        input_ids, position_ids (T,) int64, positions counted from 0 in each document; cu_seqlens (N+1,)
+        int32; max_seqlen int, of the longest document, its prefix included.
+
+        tap(layer, hidden) -> hidden sees, and may replace, the residual stream (T, D) after each block (layer
+        =
+            0..L-1), before the final norm: the one place to read from and to steer at.
+        cache: a KVCache that holds the documents' earlier tokens. resume=(first, hidden): skip the embedding
+        and the blocks below `first`; hidden (T, D) is what enters it. shared: a kernels.SharedPrefix;
+        positions of documents without their prefix count from its length.
         """
         config = self.config
         longest = max_seqlen if cache is None else cache.slots  # a new token sees all the cached ones
         if config.sliding_window and longest > config.sliding_window:
-            raise UserError(f"sliding_window={config.sliding_window}: a document of {longest} tokens needs a window mask, which is not "
-                             f"implemented; expected max_seq_len <= {config.sliding_window}")  # fmt: skip
+            raise UserError(
+                f"sliding_window={config.sliding_window}: a document of {longest} tokens needs a window "
+                f"mask, which is not implemented; expected max_seq_len <= {config.sliding_window}"
+            )
+        # angles in float32 whatever the weights are: bf16 would round position 4,097 to 4,096
         angles = position_ids[:, None, None] * rope_frequencies(config, position_ids.device)  # (T, 1, K/2)
         cos, sin = angles.cos(), angles.sin()
         assert cache is None or shared is None, "a cache holds whole documents"
+        # what a block calls to mix tokens: everything about documents is bound here
         attend = functools.partial(attention, shared=shared, kernel=self.attention_kernel)
-        first, hidden = resume if resume is not None else (0, fused_block.embed(self.model.embed_tokens.weight, input_ids))
+        if resume is not None:
+            first, hidden = resume
+        else:
+            first, hidden = 0, fused_block.embed(self.model.embed_tokens.weight, input_ids)  # (T, D)
         for index, layer in enumerate(self.model.layers[first:], first):
             if cache is not None:
                 attend = functools.partial(cache.attend, index)
-            hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen, attend)
+            hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen, attend)  # (T, D)
             if tap is not None:
                 hidden = tap(index, hidden)
         return self.model.norm(hidden)
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Random weights for training from scratch: normal(0, 0.02), norms at one, biases at zero. Residual outputs are scaled by
-        1/sqrt(2L) so that the stream's variance does not grow with depth (GPT-2)."""
+        """Random weights for training from scratch: normal(0, 0.02), norms at one, biases at zero."""
         generator = torch.Generator().manual_seed(seed)
+        # 2 L outputs are added to the residual stream, whose variance must not grow with depth (GPT-2)
         residual_std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, param in self.named_parameters():
             if param.ndim == 1:
@@ -341,56 +423,73 @@ class Llama(nn.Module):
 
 
 # ---------------------------------------------------------------- how blocks are run
+# Each apply_* sets one switch from outside, so that the blocks above stay readable. training.load_model calls
+# them in order.
 
 
 def apply_fused(model, fp8=False):
-    """Run every block through fused_block.block: the same numbers up to rounding, faster, and a third less kept for the backward pass.
+    """Run every block through fused_block.block: the same numbers up to rounding, in less time and memory.
 
-    fp8: multiply by the blocks' seven linears, forward and backward, in float8 (reference.Float8)."""
+    It keeps 92 KB a token and layer of the 8B shape for the backward pass, not 200.
+    fp8: multiply by the blocks' seven linears, forward and backward, in float8 (reference.Float8).
+    """
     for layer in model.model.layers:
         layer.fused, layer.fp8 = True, fp8
 
 
 def apply_recompute(model, mode):
-    """Memory for time: a block that recomputes keeps its input only (8 KB a token, not 92) and runs forward again in the backward pass.
+    """Trade time for memory: a block that recomputes keeps its input only, and runs again in the backward
+    pass.
 
-    mode: "none", "half" (every second block: 1.16x the FLOPs) or "full" (1.31x).
+    That is 8 KB a token and layer of the 8B shape, not 92. mode: "none", "half" (every second block: 1.16x
+    the FLOPs) or "full" (1.31x).
     """
     for index, layer in enumerate(model.model.layers):
         layer.recompute = mode == "full" or (mode == "half" and index % 2 == 0)
 
 
 # ---------------------------------------------------------------- LoRA
+# The adapted linear keeps its weight's name, so that a frozen model loads as it would without LoRA. Switching
+# adapters off gives the base model: the DPO reference of a LoRA run costs no memory.
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / rank) B A x, with W and b frozen (Hu et al. 2021, eq. 3). Keeps the plain linear's parameter names."""
+    """y = W x + b + (alpha / rank) B A x, with W and b frozen (Hu et al. 2021, eq. 3). Keeps the plain
+    linear's parameter names."""
 
     def __init__(self, linear, rank, alpha, dropout):
-        nn.Module.__init__(self)  # not nn.Linear's: it would allocate a second weight
+        # not nn.Linear's: it would allocate a second weight
+        nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=linear.weight.device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=linear.weight.device, dtype=torch.float32))
-        self.alpha, self.scale, self.dropout, self.enabled = alpha, alpha / rank, dropout, True
+        # float32 beside a bf16 weight: what AdamW moves it by is small beside bf16's spacing
+        kind = dict(device=linear.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **kind))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **kind))
+        self.alpha, self.scale, self.dropout = alpha, alpha / rank, dropout
+        self.enabled = True  # see adapters_disabled
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
+        # rank first: (T, in) -> (T, rank) -> (T, out) costs rank (in + out) a token, B A would cost in * out
         x = F.dropout(x, self.dropout, self.training)
         return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
     def merged_weight(self):
         """W + (alpha / rank) B A, added in float32 and rounded once to W's dtype: (out, in)."""
-        return (self.weight.float() + self.scale * self.lora_B.float() @ self.lora_A.float()).to(self.weight.dtype)
+        update = self.scale * self.lora_B.float() @ self.lora_A.float()
+        return (self.weight.float() + update).to(self.weight.dtype)
 
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets=LINEARS):
-    """Freeze the model and put LoRA adapters (float32) on every linear named in `targets`. Call init_lora once they are allocated."""
+    """Freeze the model and put LoRA adapters on every linear named in `targets`. Call init_lora once they are
+    allocated."""
     unknown = set(targets) - set(LINEARS)
     if unknown or not targets:
         raise UserError(f"lora_targets={sorted(targets)}: expected a choice of {', '.join(LINEARS)}")
+    # everything, embeddings and norms too: an adapter folder holds A and B, and nothing else
     model.requires_grad_(False)
     for block in model.model.layers:
         for parent in (block.self_attn, block.mlp):
@@ -405,10 +504,12 @@ def has_lora(model):
 
 @torch.no_grad()
 def init_lora(model, seed, assign=lambda param, values: param.copy_(values)):
-    """A uniform in +-1/sqrt(in) (what kaiming_uniform with a = sqrt(5), PEFT's choice, amounts to), B zero: the model starts unchanged.
+    """A uniform in +-1/sqrt(in), as PEFT's kaiming_uniform with a = sqrt(5); B zero, so that the model starts
+    unchanged.
 
-    `assign(param, values)` stores a full float32 tensor; a sharded model passes parallel.assign, so any rank count gets the same A.
+    `assign(param, values)` stores a full float32 tensor. A sharded model passes parallel.assign.
     """
+    # drawn whole on the CPU: any number of ranks and any device get the same A
     generator = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
         if name.endswith("lora_A"):
@@ -420,10 +521,12 @@ def init_lora(model, seed, assign=lambda param, values: param.copy_(values)):
 @torch.no_grad()
 def merge_lora(model):
     """Replace every LoRALinear of an unsharded model by the plain linear with its merged weight."""
-    for parent in [m for m in model.modules() if isinstance(m, (Attention, MLP))]:
+    parents = [module for module in model.modules() if isinstance(module, (Attention, MLP))]
+    for parent in parents:
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
-                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
+                has_bias = child.bias is not None
+                plain = nn.Linear(child.in_features, child.out_features, bias=has_bias, device="meta")
                 plain.weight, plain.bias = nn.Parameter(child.merged_weight()), child.bias
                 setattr(parent, name, plain)
 
@@ -442,25 +545,37 @@ def adapters_disabled(model):
 
 
 def training_flops(model, forward_flops, tokens):
-    """Forward + backward FLOPs: 3x the forward; with LoRA 2x (frozen matmuls have no weight gradient), 6 per adapter weight and token."""
+    """FLOPs of a forward and a backward pass over `tokens` tokens, whose forward pass has forward_flops.
+
+    A matmul has two gradients, so the backward pass costs two forwards; frozen weights under LoRA have none.
+    """
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     return 2 * forward_flops + 6 * adapters * tokens if adapters else 3 * forward_flops
 
 
 # ---------------------------------------------------------------- generation
+# For samples in the log and for steered answers, so it is simple rather than fast: prompts are read as one
+# packed stream, then all documents grow by one token at a time.
 
 
 class KVCache:
-    """Keys and values of N documents that grow together: k, v (L, N, S, G, K) with S slots each, lengths (N,)."""
+    """Keys and values of N documents that grow together: k, v (L, N, S, G, K) with S slots each, lengths
+    (N,)."""
 
     def __init__(self, config, num_documents, slots, dtype, device):
         shape = (config.num_hidden_layers, num_documents, slots, config.num_key_value_heads, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.slots, self.lengths = slots, torch.zeros(num_documents, dtype=torch.int64, device=device)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots = slots
+        self.lengths = torch.zeros(num_documents, dtype=torch.int64, device=device)
 
     def attend(self, layer, q, k, v, cu_seqlens, max_seqlen):
-        """Store the new tokens' k, v behind each document's earlier ones and attend: packed attention for the prompts, when the cache
-        is empty; afterwards one new token per document against its own slots."""
+        """Store the new tokens' k, v behind each document's earlier ones, and attend: q (T, H, K) -> (T, H,
+        K).
+
+        Prompts come first, all at once into an empty cache; afterwards one new token for each document.
+        """
+        # where each new token goes: its document's row of the cache, behind what is there
         counts = cu_seqlens.long().diff()  # (N,) new tokens per document
         document = torch.repeat_interleave(torch.arange(len(counts), device=q.device), counts)
         slot = torch.arange(len(document), device=q.device) - cu_seqlens[document] + self.lengths[document]
@@ -468,36 +583,45 @@ class KVCache:
         if max_seqlen > 1 or not self.lengths.any():
             assert not self.lengths.any(), "prompts are read in one go, then one token at a time"
             return attention(q, k, v, cu_seqlens, max_seqlen)
-        filled = torch.arange(self.k.shape[2], device=q.device) <= self.lengths[:, None]  # (N, S): the new token sees itself
+        # one query a document, which sees its filled slots, its own included
+        filled = torch.arange(self.slots, device=q.device) <= self.lengths[:, None]  # (N, S)
         repeats = q.shape[1] // k.shape[1]
-        keys, values = (x[layer].transpose(1, 2).repeat_interleave(repeats, dim=1) for x in (self.k, self.v))  # (N, H, S, K)
-        return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=filled[:, None, None])[:, :, 0]  # (N, H, K)
+        keys = self.k[layer].transpose(1, 2).repeat_interleave(repeats, dim=1)  # (N, H, S, K)
+        values = self.v[layer].transpose(1, 2).repeat_interleave(repeats, dim=1)
+        mask = filled[:, None, None]  # (N, 1, 1, S)
+        mixed = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)  # (N, H, 1, K)
+        return mixed[:, :, 0]
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, eos_id=None, temperature=0.0, seed=0, tap=None):
     """Continue several prompts side by side with a KV cache.
 
-    prompts: list of non-empty token-id lists. temperature 0 is greedy, above 0 samples softmax(logits / temperature) with `seed`.
-    Returns one list of new ids per prompt, ended after eos_id (int or tuple) or at max_new_tokens. `tap` as in Llama.forward.
+    prompts: list of non-empty token-id lists. temperature 0 is greedy, above 0 samples softmax(logits /
+    temperature) with `seed`. `tap` as in Llama.forward. Returns one list of new ids per prompt, ended after
+    eos_id (int or tuple) or at max_new_tokens.
     """
-    assert all(prompts), "every prompt has a token"  # an empty one would answer from its neighbour's last state
+    # an empty one would answer from its neighbour's last state
+    assert all(prompts), "every prompt has a token"
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     stops = set(eos_id) if isinstance(eos_id, (tuple, list)) else {eos_id}
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, dtype, device)
+    # new tokens of each document: its prompt, then one at a time
+    counts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (N,)
+    cache = KVCache(model.config, len(prompts), int(counts.max()) + max_new_tokens, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
-    input_ids = torch.tensor([i for p in prompts for i in p], device=device)
-    counts = lengths  # new tokens of each document: the prompts, then one at a time
+    input_ids = torch.tensor(list(itertools.chain(*prompts)), device=device)  # (T,)
     answers, done = [[] for _ in prompts], [False] * len(prompts)
     for _ in range(max_new_tokens):
         cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
-        positions = torch.cat([torch.arange(start, start + n, device=device) for start, n in zip(cache.lengths, counts, strict=True)])
+        starts = zip(cache.lengths, counts, strict=True)
+        positions = torch.cat([torch.arange(start, start + n, device=device) for start, n in starts])
         hidden = model(input_ids, positions, cu_seqlens, int(counts.max()), tap=tap, cache=cache)
         cache.lengths += counts
-        logits = (hidden[cu_seqlens[1:].long() - 1] @ model.lm_head.weight.T).float()  # (N, V) of each document's last token
+        last = hidden[cu_seqlens[1:].long() - 1]  # (N, D), of each document's last token
+        logits = (last @ model.lm_head.weight.T).float()  # (N, V)
         if temperature > 0:
-            input_ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+            probabilities = (logits / temperature).softmax(-1)
+            input_ids = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         else:
             input_ids = logits.argmax(-1)
         for n, token in enumerate(input_ids.tolist()):
@@ -506,5 +630,6 @@ def generate(model, prompts, max_new_tokens, eos_id=None, temperature=0.0, seed=
                 done[n] = token in stops
         if all(done):
             break
+        # a finished document goes on, unread, so that the batch keeps its shape
         counts = torch.ones_like(counts)
     return answers

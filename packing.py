@@ -1,6 +1,8 @@
-"""The packed stream, and which examples are in it: documents laid end to end, and the examples of an optimizer step shared out to ranks.
+"""The packed stream, and which examples are in it: documents end to end, and a step's examples shared out to
+ranks.
 
-Letters: T tokens of a stream, N documents in it, S supervised tokens, B examples of one optimizer step, n documents or pairs of a dataset.
+Letters: T tokens of a stream, N documents in it, S supervised tokens, B examples of one optimizer step, n
+documents or pairs of a dataset, P pairs whose documents share a prefix.
 """
 
 import dataclasses
@@ -16,20 +18,27 @@ from kernels import SharedPrefix
 from plumbing.files import UserError
 
 # ---------------------------------------------------------------- the stream
+# One stream without padding: a batch costs what its tokens cost, and a document's numbers do not depend on
+# its neighbours. Targets are shifted within each document, before packing: no document predicts the next
+# one's start.
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """N documents end to end in one stream of T tokens; nothing is padded. Two that begin alike may share the rows of that prefix."""
+    """N documents end to end in one stream of T tokens. Two that begin alike may share the rows of that
+    prefix."""
 
     input_ids: torch.Tensor  # (T,) int64
-    position_ids: torch.Tensor  # (T,) int64, from 0 in each document, or from the length of the prefix that it leaves out
+    # (T,) int64, from 0 in each document, or from the length of the prefix that it leaves out
+    position_ids: torch.Tensor
     cu_seqlens: torch.Tensor  # (N + 1,) int32, document d is [cu_seqlens[d], cu_seqlens[d + 1])
     max_seqlen: int  # tokens of the longest document, prefix included
     targets: torch.Tensor  # (S,) int64, the supervised tokens, document by document
-    supervised: torch.Tensor  # (S,) int64, the positions that predict them; one in a shared prefix is there once for each document
-    supervised_offsets: torch.Tensor  # (N + 1,) int64, document d owns entries [offsets[d], offsets[d + 1]) of both
-    shared: SharedPrefix | None  # where each document's keys are, if some documents leave a prefix out
+    # (S,) int64, the positions that predict them; one in a shared prefix is there once for each document
+    supervised: torch.Tensor
+    # (N + 1,) int64, document d owns entries [offsets[d], offsets[d + 1]) of both
+    supervised_offsets: torch.Tensor
+    shared: SharedPrefix | None  # None where every document is whole
 
     def to(self, device) -> "PackedBatch":
         """The batch on `device`; to a GPU from pinned memory and without waiting."""
@@ -38,28 +47,36 @@ class PackedBatch:
         def move(value):
             if isinstance(value, SharedPrefix):
                 return SharedPrefix(*map(move, value))
-            return (value.pin_memory() if is_cuda else value).to(device, non_blocking=is_cuda) if torch.is_tensor(value) else value
+            if not torch.is_tensor(value):
+                return value
+            value = value.pin_memory() if is_cuda else value
+            return value.to(device, non_blocking=is_cuda)
 
         return PackedBatch(*[move(getattr(self, field.name)) for field in dataclasses.fields(self)])
 
 
 def pack(documents: list[tuple[np.ndarray, np.ndarray]], prefixes=()) -> PackedBatch:
-    """One stream of (input_ids, loss_mask) documents. Every target lies within a document, so its first token is never one.
+    """One stream of (input_ids, loss_mask) documents. A document's first token is never a target.
 
-    prefixes (P,), for 2P documents: document P + i begins with the first prefixes[i] tokens of document i, and leaves them out.
+    prefixes (P,), for 2P documents: document P + i begins with the first prefixes[i] tokens of document i,
+    and leaves them out.
     """
     P = len(prefixes)
     assert documents and P in (0, len(documents) / 2), "pack needs a document, or two for each prefix"
-    ids, masks = ([np.asarray(column) for column in columns] for columns in zip(*documents))
-    lengths, left_out = np.array([len(column) for column in ids]), np.zeros(len(documents), dtype=np.int64)
+    ids = [np.asarray(input_ids) for input_ids, _ in documents]
+    # of tokens 1, 2, ..: whether each is a target of the position before it
+    has_target = [np.asarray(mask)[1:].astype(bool) for _, mask in documents]
+    lengths = np.array([len(column) for column in ids])
+    left_out = np.zeros(len(documents), dtype=np.int64)
     left_out[len(documents) - P :] = prefixes
     assert (left_out < lengths).all(), "a document needs a token of its own"
+
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths - left_out)])
     own = [np.arange(start, end) for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:])]
-    rows = list(own)  # of the stream, with all of a document's tokens
+    # rows of the stream with all of a document's tokens, those of its prefix being another document's
+    rows = list(own)
     for i, n in enumerate(prefixes):
         rows[P + i] = np.concatenate([own[i][:n], own[P + i]])
-    has_target = [mask[1:].astype(bool) for mask in masks]
 
     def stream(pieces):
         return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
@@ -83,7 +100,9 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(differing[0]) if len(differing) else shorter
 
 
-# ---------------------------------------------------------------- the step plan
+# ---------------------------------------------------------------- which examples a step has
+# Nothing is remembered from one step to the next, so a resumed run, on any number of ranks, reads the same
+# examples.
 
 
 @lru_cache(maxsize=2)
@@ -100,51 +119,9 @@ def steps_per_epoch(n: int, global_batch_size: int) -> int:
 
 
 def step_examples(step: int, n: int, global_batch_size: int, seed: int) -> np.ndarray:
-    """(B,) int64 ids of optimizer step `step`, from 0: a function of these numbers alone, whatever ran before and on how many ranks."""
+    """(B,) int64 ids of optimizer step `step`, counted from 0: a function of these four numbers alone."""
     epoch, step = divmod(step, steps_per_epoch(n, global_batch_size))
     return epoch_order(n, seed, epoch)[step * global_batch_size : (step + 1) * global_batch_size]
-
-
-def plan_step(lengths, costs, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
-    """plan[rank][micro-batch] = indices into the B examples: balanced by cost, in as few micro-batches as that allows.
-
-    Longest processing time first: by falling cost, each example goes to the cheapest bin with room. (Filled to the brim instead, 3 % of
-    steps of long-tailed lengths would need one micro-batch less.) Ranks wait for each other in every micro-batch (sharded parameters are
-    gathered together), so bins of similar cost form one. ValueError for an example that never fits.
-    """
-    lengths, costs = np.asarray(lengths), np.asarray(costs, dtype=np.float64)
-    if lengths.max() > tokens_per_microbatch:
-        raise UserError(
-            f"tokens_per_microbatch={tokens_per_microbatch}: an example has {lengths.max()} tokens; expected at least that many"
-        )
-    order = np.argsort(-costs, kind="stable").tolist()
-    rounds = math.ceil(lengths.sum() / (world_size * tokens_per_microbatch))
-    while (bins := _fill(order, lengths.tolist(), costs.tolist(), rounds * world_size, tokens_per_microbatch)) is None:
-        rounds += 1
-    bins = [sorted(members) for _, members in sorted(bins, key=lambda filled: -filled[0])]
-    return [[bins[turn * world_size + rank] for turn in range(rounds)] for rank in range(world_size)]
-
-
-def _fill(order: list[int], lengths: list[int], costs: list[float], num_bins: int, room: int) -> list[tuple[float, list[int]]] | None:
-    """(cost, members) of each bin, or None when an example found no bin with room."""
-    heap = [(0.0, i, 0, []) for i in range(num_bins)]  # cost, bin (breaks ties), tokens, members
-    for example in order:
-        full = []
-        while heap and heap[0][2] + lengths[example] > room:
-            full.append(heapq.heappop(heap))
-        if not heap:
-            return None
-        cost, i, tokens, members = heap[0]
-        heapq.heapreplace(heap, (cost + costs[example], i, tokens + lengths[example], members + [example]))
-        for entry in full:
-            heapq.heappush(heap, entry)
-    return [(cost, members) for cost, _, _, members in sorted(heap, key=lambda entry: entry[1])]
-
-
-def padding_waste(plan: list[list[list[int]]], lengths) -> float:
-    """Share of token slots in which a rank waits for the longest stream of its lockstep micro-batch: 1 - tokens / slots."""
-    tokens = np.array([[sum(int(lengths[i]) for i in members) for members in rank] for rank in plan])  # (world_size, micro-batches)
-    return float(1 - tokens.sum() / (len(plan) * tokens.max(axis=0).sum()))
 
 
 def in_order(n: int, size: int) -> list[np.ndarray]:
@@ -152,17 +129,79 @@ def in_order(n: int, size: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-PLACEHOLDER = (np.zeros(1, np.int32), np.zeros(1, bool))  # one unsupervised token, for a rank that has no example in a micro-batch
+# ---------------------------------------------------------------- the step plan
+# Every rank computes the same plan from the same lengths, so nothing is sent. Ranks wait for each other in
+# every micro-batch, because sharded parameters are gathered together: what counts is the costliest bin of
+# each.
+
+
+def plan_step(lengths, costs, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
+    """plan[rank][micro-batch] = indices into the B examples: balanced by cost, in as few micro-batches as
+    allows it.
+
+    Longest processing time first (Graham 1969): by falling cost, each example goes to the cheapest bin with
+    room. First-fit decreasing would save one micro-batch in 3 % of long-tailed steps. Bins
+    of similar cost form one micro-batch. UserError for an example that never fits.
+    """
+    lengths, costs = np.asarray(lengths), np.asarray(costs, dtype=np.float64)
+    if lengths.max() > tokens_per_microbatch:
+        raise UserError(
+            f"tokens_per_microbatch={tokens_per_microbatch}: an example has {lengths.max()} tokens; "
+            "expected at least that many"
+        )
+    order = np.argsort(-costs, kind="stable").tolist()
+    lengths, costs = lengths.tolist(), costs.tolist()
+    rounds = math.ceil(sum(lengths) / (world_size * tokens_per_microbatch))
+    while (bins := _fill(order, lengths, costs, rounds * world_size, tokens_per_microbatch)) is None:
+        rounds += 1
+    bins.sort(key=lambda filled: -filled[0])  # stable: equal costs stay in order
+    examples = [sorted(micro_batch_ids) for _, micro_batch_ids in bins]
+    return [examples[rank::world_size] for rank in range(world_size)]
+
+
+def _fill(order, lengths, costs, num_bins: int, room: int) -> list[tuple[float, list[int]]] | None:
+    """(cost, examples) of each bin, or None when an example found no bin with room."""
+    heap = [(0.0, i, 0, []) for i in range(num_bins)]  # cost, bin (breaks ties), tokens, examples
+    for example in order:
+        # the cheapest bin may be full and a dearer one not: set full ones aside
+        full = []
+        while heap and heap[0][2] + lengths[example] > room:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost, i, tokens, examples = heap[0]
+        heapq.heapreplace(heap, (cost + costs[example], i, tokens + lengths[example], [*examples, example]))
+        for entry in full:
+            heapq.heappush(heap, entry)
+    heap.sort(key=lambda entry: entry[1])
+    return [(cost, examples) for cost, _, _, examples in heap]
+
+
+def padding_waste(plan: list[list[list[int]]], lengths) -> float:
+    """Share of token slots in which a rank waits for the longest stream of its micro-batch: 1 - tokens /
+    slots."""
+    tokens = np.zeros((len(plan), len(plan[0])), dtype=np.int64)  # (world_size, micro-batches)
+    for rank, micro_batches in enumerate(plan):
+        for turn, micro_batch_ids in enumerate(micro_batches):
+            tokens[rank, turn] = sum(int(lengths[i]) for i in micro_batch_ids)
+    return float(1 - tokens.sum() / (len(plan) * tokens.max(axis=0).sum()))
+
+
+# one unsupervised token, for a rank that has no example in a micro-batch: it must still take part in every
+# gather
+PLACEHOLDER = (np.zeros(1, np.int32), np.zeros(1, bool))
 
 
 def local_batches(dataset, ids, model_config, tokens_per_microbatch: int, world):
-    """Yield (ids of the micro-batch, PackedBatch on the device, the step's padding_waste) for this rank's share of one step's examples.
+    """Yield (ids of the micro-batch, PackedBatch on the device, the step's padding_waste) of this rank's
+    share of a step.
 
-    dataset: Documents or Pairs; ids (B,), the same on every rank. Every rank gets equally many micro-batches, if need be without ids.
+    dataset: Documents or Pairs; ids (B,), the same on every rank. Every rank gets equally many micro-batches,
+    if need be without ids.
     """
     lengths = dataset.lengths[ids]
     plan = plan_step(lengths, dataset.flops(model_config, ids), world.size, tokens_per_microbatch)
     waste = padding_waste(plan, lengths)
-    for members in plan[world.rank]:
-        batch = dataset.pack(ids[members]) if members else pack([PLACEHOLDER])
-        yield ids[members], batch.to(world.device), waste
+    for micro_batch_ids in plan[world.rank]:
+        batch = dataset.pack(ids[micro_batch_ids]) if micro_batch_ids else pack([PLACEHOLDER])
+        yield ids[micro_batch_ids], batch.to(world.device), waste
