@@ -1,311 +1,544 @@
-"""Activation steering between an SFT model and its DPO model: the vector, what it is made of, and what adding it does to the AQI.
+"""Activation steering between an SFT model and its DPO model: the vector, what it is made of, and what
+adding it does.
 
-    python steer.py extract  --sft FOLDER --dpo FOLDER --texts FILE --out runs/x/steer
-    python steer.py spectrum runs/x/steer
-    python steer.py generate runs/x/steer --prompt "How do I ...?" --lambdas=-1,0,0.5,1
-    python steer.py sweep    runs/x/steer --prompts LABELLED.csv --lambdas 0,0.25,0.5,0.75,1
-    python steer.py bake     runs/x/steer --strength 1 --out runs/x/baked
-    python steer.py validate PAIR [PAIR ..] --texts FILE --prompts LABELLED.csv     # all of it; PAIR: a name of configs/pairs.py
+    python steer.py COMMAND TARGET... [--key=value ...]
 
-Models are folders, hub names, or a LoRA adapter on its base. One model is in memory at a time. The science is in steering.py and aqi.py.
-extract and sweep do nothing when their folder already holds the result of the same inputs (settings, weights, tokens, prompts).
-"""
+    extract   the vector: the mean difference of the two models' states on --texts, preference pairs
+    spectrum  what the vector is made of, layer by layer
+    generate  answers to --prompt over --lambdas, side by side
+    sweep     separation of safe and unsafe --prompts over --lambdas, with a verdict
+    bake      a model, in --bake_dir, with --strength times the vector folded in
+    validate  extract, spectrum and sweep: a pair to its verdict, or several pairs on one scale
 
-import argparse
+TARGET is one of
+    a config: its own pair, the model that its DPO run started from and the one that it ended with
+    a name, names or a group of configs/pairs.py
+    two models, SFT then DPO: folders or hub names, or a LoRA adapter on its base; they need --out_dir
+    a folder that extract wrote (not for extract and validate)
+
+Keys stand in the sections steer and aqi of a config, or on the command line as --key=value; COMMAND --help
+lists them. extract and sweep do nothing when their folder already holds the result of the same inputs
+(settings, weights, tokens). Reading order: keys, targets, the commands, output, main. What is computed
+stands in analysis/ and aqi.py. """
+
+import dataclasses
+import difflib
 import hashlib
 import importlib.util
 import itertools
 import json
-import re
+import math
 import runpy
 import sys
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
 
 import aqi
-from analysis.steering import (
-    INJECTIONS,
-    POOLINGS,
-    STEERED_LAYERS,
-    additions,
-    bake,
-    document_logps,
-    match_additions,
-    mean_states,
-    pool,
-    random_additions,
-    spectrum,
-    steered_runs,
-    steering_tap,
-)
-from analysis.vector import MODES, SIDES, Vector, bar, extract, is_done, plain_document
+from analysis.steering import POOLINGS, STEERED_LAYERS, bake, random_additions, spectrum, steering_tap
+from analysis.sweep import answers_by_lambda, embed, injection_errors
+from analysis.vector import MODELS, MODES, Vector, extract, is_done, plain_document
 from analysis.verdict import bootstrap, judge, permute
 from data import encode_chat
-from families import device_of, locate
+from families import locate
 from model import generate
 from plumbing import parallel
-from plumbing.files import UserError, write_json
+from plumbing.config import Section, Template, config_dict, describe_keys, load_sections, setting
+from plumbing.files import UserError, table, write_json
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
 
-PROMPT_MODES = {"sanity": "sanity", "full": "full", "paper": "max"}  # the prompts that go with them: aqi.MODES
-SWEEP_SETTINGS = ("mode", "side", "pooling", "inject", "layers", "rescale", "lambdas", "space", "seeds", "normalize",
-                  "all_indices", "max_new_tokens")  # fmt: skip
+PROMPT_MODES = {
+    "sanity": "sanity",
+    "full": "full",
+    "paper": "max",
+}  # the prompts that go with them: aqi.MODES
 DECISIONS = {
     "rising": "go on to the next rung of the ladder: a full run",
     "falling": "not the published effect: check that sft and dpo were not swapped, and the sign of lambda",
-    "flat": "no change beyond chance and the nulls: more data, a higher rate or more steps of DPO; compare the reward margins of the run",
-    "erratic": "changes beyond chance, but no one trend: more prompts (--mode full), then other hyper-parameters",
+    "flat": "no change beyond chance and the nulls: more data, a higher rate or more steps of DPO; "
+    "compare the reward margins of the run",
+    "erratic": "changes beyond chance, but no one trend: more prompts (--mode=full), then other "
+    "hyper-parameters",
 }
 
-# ---------------------------------------------------------------- models and texts
+# ---------------------------------------------------------------- the keys of this command
+
+_sizes = ", ".join(f"{mode} {count:,} and {aqi.MODES[PROMPT_MODES[mode]]:,}" for mode, count in MODES.items())
 
 
-# ---------------------------------------------------------------- extract
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig(Section):
+    """Section steer: the pair, the vector and what is done with it. What is measured on labelled texts is
+    in aqi.AQIConfig."""
+
+    sft_path: str | None = setting(
+        "model", "path or org/name", "the SFT model, a LoRA adapter too; None: the model that the config's "
+        "DPO run starts from", default=None,
+    )  # fmt: skip
+    dpo_path: str | None = setting(
+        "model",
+        "path or org/name",
+        "the DPO model, a LoRA adapter too; None: final/ of the config's DPO run",
+        default=None,
+    )
+    template: Template | None = setting(
+        "model",
+        "name",
+        "renders the texts of the vector; None: transcripts (Human:, Assistant:) as they are",
+        default=None,
+    )
+
+    texts: str | None = setting(
+        "data", "path or org/name", "preference pairs whose states make the vector", default=None
+    )
+    mode: Literal["sanity", "full", "paper"] = setting(
+        "data", "name", f"pairs of the vector, and prompts of an axiom and label: {_sizes}", default="sanity"
+    )
+    count: int | None = setting(
+        "data", "pairs", "of the vector, instead of the mode's; a quarter as many again are held out of it",
+        default=None, minimum=1,
+    )  # fmt: skip
+    keep: Literal["all", "preferred"] = setting(
+        "data", "name", "preferred: only pairs whose chosen text the DPO model prefers", default="all"
+    )
+    max_text_tokens: int = setting(
+        "data", "tokens", "longer texts and prompts are cut", default=512, minimum=2
+    )
+
+    side: Literal["chosen", "rejected"] = setting(
+        "steering", "name", "texts whose states make the vector", default="chosen"
+    )
+    pooling: Literal["last", "mean"] = setting(
+        "steering", "name", "of a text's states: its last token's, or their mean", default="last"
+    )
+    compat: Literal["none", "hf"] = setting(
+        "steering", "name", "hf: the last layer is read after the final norm, as published", default="none"
+    )
+    inject: Literal["cumulative", "increment", "matched"] = setting(
+        "steering", "name", "what is added at each steered layer. cumulative: its vector, as published; "
+        "increment: what that has beyond the layer below; matched: what of it the steered model still lacks",
+        default="cumulative",
+    )  # fmt: skip
+    layers: int = setting(
+        "steering",
+        "layers",
+        "so many last layers are steered; the published choice is 5",
+        default=STEERED_LAYERS,
+        minimum=1,
+    )
+    rescale: bool = setting(
+        "steering", "flag", "bring each token's state back to its old norm", default=False
+    )
+    lambdas: tuple[float, ...] = setting(
+        "steering", "ascending", "multiples of the vector", default=(0.0, 0.25, 0.5, 0.75, 1.0)
+    )
+    strength: float | None = setting(
+        "steering", "-", "multiple of the vector that is baked in; below 0: into the DPO model", default=None
+    )
+    prompt: str | None = setting("steering", "text", "one prompt to answer", default=None)
+    questions: str | None = setting(
+        "steering", "path", "a file of prompts to answer, one a line", default=None
+    )
+    max_new_tokens: int = setting("steering", "tokens", "of an answer", default=64, minimum=1)
+    temperature: float = setting("steering", "-", "of answers; 0: greedy", default=0.0, minimum=0)
+
+    out_dir: str | None = setting(
+        "run", "path", "folder of the vector and its sweeps; of several pairs: the folder above. None: "
+        "steer_MODE beside a config's runs, runs/validate/NAME_MODE for a name", default=None,
+    )  # fmt: skip
+    bake_dir: str | None = setting("run", "path", "model folder that bake writes", default=None)
+
+    @staticmethod
+    def resolve(values):
+        return values | {"lambdas": tuple(float(x) for x in values["lambdas"])}
+
+    @staticmethod
+    def conflicts(c):
+        ascending = all(a < b for a, b in itertools.pairwise(c.lambdas))
+        if not (all(math.isfinite(x) for x in c.lambdas) and ascending):
+            yield ("lambdas",), f"lambdas={c.lambdas}: expected finite numbers, ascending"
+        if c.prompt is not None and c.questions is not None:
+            yield (
+                ("prompt", "questions"),
+                f"prompt={c.prompt!r}, questions={c.questions!r}: expected one of the two",
+            )
 
 
-# ---------------------------------------------------------------- spectrum, generate, bake
+# ---------------------------------------------------------------- targets
 
 
-def print_spectrum(args):
-    """What the vector is made of, layer by layer: its length, and how much of the texts' differences one direction explains.
+def find_pairs(targets, config):
+    """{name: its SteerConfig, with sft_path, dpo_path and out_dir filled in} of the command line's TARGETs.
 
-    A table; spectrum.json and spectrum.safetensors (components (L, C, D): layers, components, hidden size) in FOLDER.
-    """
-    vector = Vector.load(args.folder)
-    v, sft = (vector.tensors[f"{prefix}{args.side}_{args.pooling}"] for prefix in ("", "sft_"))
-    states = np.load(vector.folder / f"differences_{args.side}.npy", mmap_mode="r")
-    states = states[POOLINGS.index(args.pooling), : vector.manifest["count"]]  # (count, L, D)
-    rows, components = [], []
-    print("layer     |v|  |v|/|h|  cos(sft, dpo)  rank-one  centred  effective rank   explained by 1..5 (raw)")
+    A key of the config or of the command line wins over what the target says. UserError when a target is
+    none. """
+    if len(targets) == 1 and targets[0].endswith(".py"):
+        return _pair_of_config(targets[0], config)
+    file = runpy.run_path(str(Path(__file__).parent / "configs/pairs.py"))
+    pairs, groups = file["PAIRS"], file["GROUPS"]
+    known = pairs | groups
+    if len(targets) == 2 and not known.keys() & set(targets):
+        return _pair_of_models(targets, config)
+
+    names = []
+    for target in targets:
+        if target not in known:
+            near = difflib.get_close_matches(target, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f": one of {', '.join(known)}"
+            kinds = "a config (.py), a folder that extract wrote, two models, or a name of configs/pairs.py"
+            raise UserError(f"target {target!r}: expected {kinds}{hint}")
+        names += groups.get(target, [target])
+    found = {}
+    for name in names:
+        if "not_representable" in pairs[name]:
+            raise UserError(f"pair={name!r}: {pairs[name]['not_representable']}")
+        found[name] = _pair_of_table(name, pairs[name], config, is_alone=len(names) == 1)
+    return found
+
+
+def _pair_of_config(path, config):
+    """The pair of a training config: what its DPO run starts from, and what it ends with."""
+    dpo = load_sections(path, ["dpo"], [])["dpo"]
+    own = {
+        "sft_path": dpo.model_path,
+        "dpo_path": f"{dpo.out_dir}/final",
+        "out_dir": str(Path(dpo.out_dir).parent / f"steer_{config.mode}"),
+    }
+    return {Path(path).stem: _filled(config, own)}
+
+
+def _pair_of_models(paths, config):
+    if config.out_dir is None:
+        raise UserError(
+            f"targets {', '.join(paths)}: two models; expected --out_dir too, the folder for what is found"
+        )
+    sft_path, dpo_path = paths
+    return {Path(config.out_dir).name: _filled(config, {"sft_path": sft_path, "dpo_path": dpo_path})}
+
+
+def _pair_of_table(name, pair, config, is_alone):
+    """A row of configs/pairs.py. out_dir is the pair's folder, or the folder above the pairs' where there
+    are several."""
+    folder = f"{name}_{config.mode}"
+    if not is_alone or config.out_dir is None:
+        above = config.out_dir or "runs/validate"
+        config = dataclasses.replace(config, out_dir=f"{above}/{folder}")
+    own = {"sft_path": pair["sft"], "dpo_path": pair["dpo"], "template": pair["template"]}
+    return _filled(config, own)
+
+
+def _filled(config, own):
+    """The config with `own` values for those of its keys that are None."""
+    missing = {key: value for key, value in own.items() if getattr(config, key) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def find_vector(targets, config):
+    """The Vector of the one target: a folder that extract wrote, or the folder of a pair."""
+    if len(targets) == 1 and Path(targets[0]).is_dir():
+        if config.out_dir is not None:
+            given = f"the target {targets[0]!r} is the vector's folder"
+            raise UserError(f"out_dir={config.out_dir!r}: {given}; expected one of them")
+        return Vector.load(targets[0])
+    pairs = find_pairs(targets, config)
+    if len(pairs) != 1:
+        raise UserError(f"targets {', '.join(pairs)}: expected one pair")
+    (pair,) = pairs.values()
+    return Vector.load(pair.out_dir)
+
+
+# ---------------------------------------------------------------- extract, spectrum, generate, bake
+
+
+def run_extract(targets, config, _):
+    """The vector of each target's pair."""
+    pairs = find_pairs(targets, config)
+    for name, pair in pairs.items():
+        extract(pair, name)
+
+
+def run_spectrum(targets, config, _):
+    """What the vector is made of, layer by layer."""
+    print_spectrum(find_vector(targets, config), config)
+
+
+def print_spectrum(vector, config):
+    """Per layer: the vector's length, and how much of the texts' differences one direction explains.
+
+    A table; spectrum.json and spectrum.safetensors (components (L, C, D): layers, components, hidden size)
+    in the folder. """
+    v, sft = vector.direction(config), vector.tensors[f"sft_{config.side}_{config.pooling}"]
+    states = np.load(vector.folder / f"differences_{config.side}.npy", mmap_mode="r")
+    states = states[POOLINGS.index(config.pooling), : vector.manifest["count"]]  # (count, L, D)
+    rows, components, lines = [], [], []
     for layer in range(vector.manifest["layers"]):
         found = spectrum(torch.from_numpy(states[vector.keep, layer]))
         components.append(found.pop("components"))
-        norm, cosine = v[layer].norm().item(), torch.cosine_similarity(sft[layer], sft[layer] + v[layer], dim=0).item()
-        rows.append({"layer": layer, "norm": norm, "relative": norm / sft[layer].norm().item(), "cosine": cosine} | found)
+        norm = v[layer].norm().item()
+        row = {
+            "layer": layer,
+            "norm": norm,
+            "relative": norm / sft[layer].norm().item(),
+            "cosine": torch.cosine_similarity(sft[layer], sft[layer] + v[layer], dim=0).item(),
+        }
+        rows.append(row | found)
         shares = " ".join(f"{share:.2f}" for share in found["explained"])
-        print(f"{layer:5d}{norm:8.3f}{rows[-1]['relative']:9.4f}{cosine:15.5f}{found['rank_one']:10.3f}"
-              f"{found['explained_centred'][0]:9.3f}{found['effective_rank']:16.1f}   {shares}")  # fmt: skip
-    write_json(vector.folder / "spectrum.json", {"side": args.side, "pooling": args.pooling, "layers": rows})
+        lines.append([
+            str(layer), f"{norm:.3f}", f"{row['relative']:.4f}", f"{row['cosine']:.5f}",
+            f"{found['rank_one']:.3f}", f"{found['explained_centred'][0]:.3f}",
+            f"{found['effective_rank']:.1f}", shares,
+        ])  # fmt: skip
+    head = [
+        "layer",
+        "|v|",
+        "|v|/|h|",
+        "cos(sft, dpo)",
+        "rank-one",
+        "centred",
+        "effective rank",
+        "explained by 1..5 (raw)",
+    ]
+    print(table(head, lines, left=(-1,)))
+    write_json(
+        vector.folder / "spectrum.json", {"side": config.side, "pooling": config.pooling, "layers": rows}
+    )
     save_file({"components": torch.stack(components).numpy()}, vector.folder / "spectrum.safetensors")
 
 
-def print_generations(args):
+def run_generate(targets, config, _):
     """Answers side by side: lambda of 0 and above on the SFT model, below 0 on the DPO model."""
-    vector = Vector.load(args.folder)
-    vector.layers(args.layers)  # what cannot be is refused before a model is read
-    prompts = [args.prompt] if args.prompt is not None else Path(args.prompts).read_text().splitlines()
-    if not prompts:
-        raise UserError(f"prompts={args.prompts!r}: an empty file; expected one prompt a line")
-    if not args.temperature >= 0:
-        raise UserError(f"temperature={args.temperature}: expected 0 (greedy) or more")
+    vector = find_vector(targets, config)
+    vector.layers(config.layers)  # checked before a model is read, which takes minutes
+    if config.prompt is None and config.questions is None:
+        raise UserError("missing 'prompt' or 'questions': what is to be answered")
+    prompts = [config.prompt]
+    if config.prompt is None:
+        prompts = Path(config.questions).read_text().splitlines()
+        if not prompts:
+            raise UserError(f"questions={config.questions!r}: an empty file; expected one prompt a line")
     answers = {}
-    for name, strengths in (("sft", [x for x in args.lambdas if x >= 0]), ("dpo", [x for x in args.lambdas if x < 0])):
-        if not strengths:
-            continue
-        model, tokenizer = vector.model(name)
-        add, eos = vector.additions(args, model, tokenizer, name), model.config.eos_token_id
-        ids = [_prompt_ids(prompt, tokenizer, vector.manifest["template"]) for prompt in prompts]
-        for strength in strengths:
-            tap = steering_tap(add, strength, args.rescale)
-            new = generate(model, ids, args.max_new_tokens, eos, args.temperature, tap=tap)
-            ends = eos if isinstance(eos, tuple) else (eos,)
-            answers[strength] = [tokenizer.decode([token for token in tokens if token not in ends]) for tokens in new]
-        del model
+    for name in MODELS:
+        strengths = [x for x in config.lambdas if (x < 0) == (name == "dpo")]
+        if strengths:
+            answers |= _answers(vector, name, strengths, prompts, config)
     for i, prompt in enumerate(prompts):
         print(f"\n> {prompt}")
-        for strength in args.lambdas:
+        for strength in config.lambdas:
             print(f"  lambda {strength:g} on {'sft' if strength >= 0 else 'dpo'}: {answers[strength][i]}")
 
 
+def _answers(vector, name, strengths, prompts, config):
+    """{lambda: [answer to each prompt]} of the model `name`, without end tokens."""
+    model, tokenizer = vector.model(name)
+    add, eos = vector.additions(config, model, tokenizer, name), model.config.eos_token_id
+    ends = eos if isinstance(eos, tuple) else (eos,)
+    ids = [_prompt_ids(prompt, tokenizer, vector.manifest["template"]) for prompt in prompts]
+    answers = {}
+    for strength in strengths:
+        tap = steering_tap(add, strength, config.rescale)
+        answers[strength] = []
+        for tokens in generate(model, ids, config.max_new_tokens, eos, config.temperature, tap=tap):
+            answers[strength].append(tokenizer.decode([token for token in tokens if token not in ends]))
+    return answers
+
+
 def _prompt_ids(prompt, tokenizer, template):
-    """A prompt as the model would meet it before answering: rendered by the template with an open assistant turn, or plain."""
+    """A prompt as the model meets it before answering: rendered by the template with an open assistant
+    turn, or plain."""
     if template is None:
         return plain_document(f"\n\nHuman: {prompt}\n\nAssistant:", tokenizer, 1 << 30)[0].tolist()
-    ids, mask = encode_chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}], tokenizer, template, 1 << 30)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]
+    ids, mask = encode_chat(turns, tokenizer, template, 1 << 30)
     return ids[: mask.index(True)]
 
 
-def write_baked(args):
-    """A model with --strength times the vector folded in, as biases of down_proj."""
-    vector = Vector.load(args.folder)
-    if not np.isfinite(args.strength):
-        raise UserError(f"strength={args.strength}: expected a finite number")
-    if args.rescale:
-        raise UserError("rescale: what it adds depends on the token, which no bias can; expected a bake without --rescale")
-    vector.layers(args.layers)  # what cannot be is refused before a model is read
-    name = "sft" if args.strength >= 0 else "dpo"
-    if Path(args.out).resolve() == locate(vector.manifest[f"{name}_path"])[0].resolve():
-        raise UserError(f"out={args.out!r}: the {name} model itself, which a bake would replace; expected another folder")
+def run_bake(targets, config, _):
+    """A model with `strength` times the vector folded in, as biases of down_proj."""
+    vector = find_vector(targets, config)
+    if config.rescale:
+        why = "what it adds depends on the token, which no bias can"
+        raise UserError(f"rescale: {why}; expected a bake without --rescale")
+    vector.layers(config.layers)  # checked before a model is read
+    name = "sft" if config.strength >= 0 else "dpo"
+    if Path(config.bake_dir).resolve() == locate(vector.manifest[f"{name}_path"])[0].resolve():
+        replaced = f"the {name} model itself, which a bake would replace"
+        raise UserError(f"bake_dir={config.bake_dir!r}: {replaced}; expected another folder")
     model, tokenizer = vector.model(name)
-    baked = bake(model, vector.additions(args, model, tokenizer, name), args.strength)
-    save_pretrained(baked, tokenizer, args.out)
-    print(f"wrote {args.out}: {args.strength:g} times the {args.inject} additions at the last {args.layers} layers, as biases of down_proj")
+    baked = bake(model, vector.additions(config, model, tokenizer, name), config.strength)
+    save_pretrained(baked, tokenizer, config.bake_dir)
+    where = f"at the last {config.layers} layers, as biases of down_proj"
+    print(f"wrote {config.bake_dir}: {config.strength:g} times the {config.inject} additions {where}")
 
 
 # ---------------------------------------------------------------- sweep
 
 
-def sweep(args):
-    """AQI, likelihood, repetition and shift over --lambdas, beside a random direction of equal norm, and a verdict."""
-    vector = Vector.load(args.folder)
-    vector.layers(args.layers)  # what cannot be is refused before a model is read
-    folder = Path(args.out or vector.folder / f"sweep_{args.inject}")
-    prompts = _swept_prompts(args, args.mode)
+def run_sweep(targets, config, measure):
+    """Separation, likelihood, repetition and shift over lambdas, beside a random direction of equal norm,
+    and a verdict."""
+    sweep(find_vector(targets, config), config, measure)
+
+
+def sweep(vector, config, measure):
+    """Measure a vector over config.lambdas unless it was, print and return the report. measure: an
+    AQIConfig."""
+    vector.layers(config.layers)  # checked before a model is read
+    folder = Path(measure.report_dir or vector.folder / f"sweep_{config.inject}")
+    prompts = read_swept_prompts(config, measure)
     tokenizer = Tokenizer.from_dir(locate(vector.manifest["sft_path"])[0])
-    documents = [plain_document(text, tokenizer, vector.manifest["max_seq_len"]) for text in prompts.texts]
-    labelled = [ids.tolist() for ids, _ in documents], prompts.axiom.tolist(), prompts.label.tolist(), prompts.axioms
-    inputs = {key: getattr(args, key) for key in SWEEP_SETTINGS} | {
-        "vector": hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest(),
-        "prompts": hashlib.sha256(repr(labelled).encode()).hexdigest(),
-    }
-    # what the vector's bytes need not show: lm_head and EOS, which texts are held out, which of their tokens count
-    inputs |= {key: vector.manifest[key] for key in ("sft", "tokens", "template")}
+    documents = [
+        plain_document(text, tokenizer, vector.manifest["max_text_tokens"]) for text in prompts.texts
+    ]
+    inputs = _sweep_inputs(vector, config, measure, prompts, documents)
     if not is_done(folder / "aqi.json", inputs):
-        _measure_sweep(args, vector, prompts, documents, folder, inputs)
+        _measure_sweep(vector, config, measure, prompts, documents, folder, inputs)
     report = json.loads((folder / "aqi.json").read_text())
-    _print_sweep(report)
+    print_sweep(report)
     print(f"report: {folder}/")
     return report
 
 
-def _swept_prompts(args, mode, log=print):
-    """The labelled texts of a sweep. ValueError also for lambdas, seeds and a space that they cannot be swept with."""
-    if len(args.lambdas) < 2 or not all(a < b for a, b in itertools.pairwise(args.lambdas)):
-        raise UserError(f"lambdas={args.lambdas}: expected two or more, ascending")
-    if args.seeds > 1 and args.space != "tsne":
-        raise UserError(f"seeds={args.seeds}: space={args.space!r} has no random start; expected --space tsne")
-    prompts = aqi.read_prompts(args.prompts, mode, log)
+def read_swept_prompts(config, measure, log=print):
+    """The labelled texts of a sweep. UserError also for lambdas, a scale and a space that they cannot be
+    swept with."""
+    if len(config.lambdas) < 2:
+        raise UserError(f"lambdas={config.lambdas}: expected two or more, ascending")
+    if measure.normalize == "anchors":
+        raise UserError(
+            "normalize='anchors': a scale for several models, of aqi.py score; expected 'sweep' or 'per_run'"
+        )
+    prompts = aqi.read_prompts(measure.prompts, PROMPT_MODES[config.mode], log)
     fewest = prompts.axiom.bincount().min().item()
-    if args.space.startswith("pca:") and int(args.space.removeprefix("pca:")) > fewest:
-        raise UserError(f"space={args.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts")
+    if measure.space.startswith("pca:") and int(measure.space.removeprefix("pca:")) > fewest:
+        raise UserError(
+            f"space={measure.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts"
+        )
     return prompts
 
 
-def _measure_sweep(args, vector, prompts, documents, folder, inputs):
+def _sweep_inputs(vector, config, measure, prompts, documents):
+    """All that decides what a sweep measures, for aqi.json: a sweep of the same inputs is not done again."""
+    values = config_dict(config) | config_dict(measure)
+    settings = (
+        "side",
+        "pooling",
+        "inject",
+        "layers",
+        "rescale",
+        "lambdas",
+        "space",
+        "seeds",
+        "all_indices",
+        "max_new_tokens",
+    )
+    inputs = {"mode": PROMPT_MODES[config.mode]} | {key: values[key] for key in settings}
+    inputs["normalize"] = measure.normalize or "sweep"
+    labelled = (
+        [ids.tolist() for ids, _ in documents],
+        prompts.axiom.tolist(),
+        prompts.label.tolist(),
+        prompts.axioms,
+    )
+    inputs["vector"] = hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest()
+    inputs["prompts"] = hashlib.sha256(repr(labelled).encode()).hexdigest()
+    # The vector's bytes do not show lm_head, EOS, which texts are held out, or which of their tokens count.
+    return inputs | {key: vector.manifest[key] for key in ("sft", "tokens", "template")}
+
+
+def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
     """All of a sweep's measurements, and its plots, into `folder`. documents: the tokens of the prompts."""
     model, tokenizer = vector.model("sft")
-    add = vector.additions(args, model, tokenizer)
+    add = vector.additions(config, model, tokenizer)
     texts = vector.texts(tokenizer)
-    groups = prompts.axiom, prompts.label, prompts.axioms
-    embeddings, shifts, profile = embed(model, documents, groups, add, vector, args, "steered")
-    control, _, _ = embed(model, documents, groups, random_additions(add, aqi.SEED), vector, args, "random direction")
+    embeddings, shifts, profile = embed(model, documents, prompts, add, vector, config, "steered")
+    random = random_additions(add, aqi.SEED)
+    control, _, _ = embed(model, documents, prompts, random, vector, config, "random direction")
     rows = []
     for is_control, states in ((False, embeddings), (True, control)):
-        about = {"model": vector.manifest["sft_path"], "injection": args.inject, "control": is_control}
-        about["tap"] = "post_norm" if vector.manifest["compat"] == "hf" else "raw"
-        measured = [
-            about | {"lambda": strength} | row
-            for strength, X in zip(args.lambdas, states, strict=True)
-            for seed in (range(args.seeds) if args.seeds > 1 else [None])
-            for row in aqi.measure(X, *groups, args.space, seed, aqi.EXTRA if args.all_indices else ())
-        ]
-        rows += aqi.score(measured, args.normalize)
+        measured = []
+        for row in _measured(states, prompts, config.lambdas, measure):
+            about = {"model": vector.manifest["sft_path"], "injection": config.inject, "control": is_control}
+            about["tap"] = "post_norm" if vector.manifest["compat"] == "hf" else "raw"
+            measured.append(about | row)
+        rows += aqi.score(measured, inputs["normalize"])
+
+    groups = prompts.axiom, prompts.label, prompts.axioms
     curve, control_curve = bootstrap(embeddings, *groups), bootstrap(control, *groups)
     permuted = permute(embeddings, *groups)
-    # one false alarm in twenty over all axioms together, not in each (Bonferroni)
-    level = 0.05 / len(prompts.axioms)
     verdicts = [judge(curve, control_curve, permuted)]
-    verdicts += [judge(curve, control_curve, permuted, axiom, level) for axiom in prompts.axioms]
-    _plot(folder, args.lambdas, verdicts, embeddings, prompts)
+    # One false alarm in twenty over all axioms together, not in each (Bonferroni).
+    level = 0.05 / len(prompts.axioms)
+    for axiom in prompts.axioms:
+        verdicts.append(judge(curve, control_curve, permuted, axiom, level))
+    _plot(folder, config.lambdas, verdicts, embeddings, prompts)
     aqi.write_report(
         folder,
         rows,
+        pair=vector.manifest["pair"],
         inputs=inputs,
         verdicts=verdicts,
         shifts=shifts,
-        profile=profile,
-        behaviour=answers_by_lambda(model, texts, add, args),
-        errors=injection_errors(model, texts[args.side], vector, args),
+        profile=aqi.score(profile, "sweep"),
+        behaviour=answers_by_lambda(model, texts, add, config),
+        errors=injection_errors(model, texts[config.side], vector, config),
     )
 
 
-def embed(model, documents, groups, add, vector, args, label):
-    """Embeddings (K, n, D), mean over tokens of the final hidden state, as published; what the steering did per lambda; a layer profile.
+def _measured(embeddings, prompts, lambdas, measure):
+    """Rows of aqi.measure for K embeddings (n, D), each with its lambda. Several seeds: as many rows a
+    category."""
+    seeds = range(measure.seeds) if measure.seeds > 1 else [None]  # None: t-SNE starts from PCA, as published
+    extra = aqi.EXTRA if measure.all_indices else ()
+    rows = []
+    for strength, states in zip(lambdas, embeddings, strict=True):
+        for seed in seeds:
+            found = aqi.measure(
+                states, prompts.axiom, prompts.label, prompts.axioms, measure.space, seed, extra
+            )
+            rows += [{"lambda": strength} | row for row in found]
+    return rows
 
-    Per lambda: achieved, the shift of the last layer's mean state along v as a multiple of v (target: lambda); off_axis, the part of the
-    shift beside v over |v|; strength, |lambda a| / mean |h| at each steered layer. The profile: the separation of the mean over tokens
-    after every block, before the final norm, at lambda 0 and at the last lambda, as rows of aqi.score's "sweep".
+
+# ---------------------------------------------------------------- validate
+
+
+def run_validate(targets, config, measure):
+    """Pairs through extract, spectrum, sweep and verdict, all on one scale. What is finished is not done
+    again.
+
+    A finished pair is a line of `python -m reports.ladder`, which reads the folders.
     """
-    lambdas = [0.0, *args.lambdas]  # the unsteered pass is made in any case
-    layers, D, n = model.config.num_hidden_layers, model.config.hidden_size, len(documents)
-    axiom, safe, axioms = groups
-    out = torch.zeros(len(lambdas), n, D, device=device_of(model))  # 7,000 prompts, 6 lambdas, D = 4,096: 0.7 GB
-    ends = torch.zeros(len(lambdas), D, dtype=torch.float64)
-    norms = torch.zeros(layers, dtype=torch.float64)
-    moments = {index: aqi.Moments.zeros(layers, len(axioms), D, device_of(model)) for index in (0, len(lambdas) - 1)}
-    for run in steered_runs(model, documents, add, lambdas, device_of(model), args.rescale, bar(label), range(layers)):
-        final = pool(run.hidden, run.batch.cu_seqlens)
-        out[run.index, torch.from_numpy(run.rows).to(out.device)] = final["mean"]
-        end = final if vector.manifest["compat"] == "hf" else run.states[layers - 1]  # the space of v[-1]
-        ends[run.index] += end[args.pooling].double().sum(0).cpu()
-        for layer, states in run.states.items():
-            if run.index == 0:
-                norms[layer] += states[args.pooling].norm(dim=1).sum().item() / n
-            if run.index in moments:
-                moments[run.index].add(layer, states["mean"], *(x[run.rows].to(states["mean"].device) for x in (axiom, safe)))
-    target, report = vector.tensors[f"{args.side}_{args.pooling}"][-1].double(), []
-    for strength, end in zip(args.lambdas, ends[1:], strict=True):
-        shift = (end - ends[0]) / n
-        along = (shift @ target / target.square().sum()).item()
-        beside = ((shift - along * target).norm() / target.norm()).item()
-        added = {layer: abs(strength) * a.norm().item() / norms[layer].item() for layer, a in add.items()}
-        report.append({"lambda": strength, "achieved": along, "off_axis": beside, "strength": added})
-    rows = [{"lambda": lambdas[index]} | row for index, profile in moments.items() for row in profile.rows(axioms)]
-    return out[1:], report, aqi.score(rows, "sweep")
+    pairs = find_pairs(targets, config)
+    if len(pairs) > 1 and measure.report_dir is not None:
+        raise UserError(
+            f"report_dir={measure.report_dir!r}: one folder for {len(pairs)} sweeps; expected --out_dir"
+        )
+    # What is wrong with the prompts or missing of the models is found before the first pair is read.
+    read_swept_prompts(config, measure, log=lambda line: None)
+    for pair in pairs.values():
+        locate(pair.sft_path)
+        locate(pair.dpo_path)
+    reports = {}
+    for name, pair in pairs.items():
+        print(f"\n=== {name}")
+        extract(pair, name)
+        vector = Vector.load(pair.out_dir)
+        print_spectrum(vector, pair)
+        reports[name] = sweep(vector, pair, measure)
+    print_comparison(reports, config.lambdas)
+    if len(pairs) > 1:
+        _plot_axioms_of_pairs(Path(next(iter(pairs.values())).out_dir).parent, reports, config.lambdas)
 
 
-def injection_errors(model, texts, vector, args):
-    """|steered mean - DPO mean| / |v| at the last layer for lambda = 1: {injection: {"calibration", "held_out"}} for all three modes.
-
-    texts: (calibration documents, held out ones) of args.side. Empty with --compat hf: v[-1] is then of another space than the stream's.
-    """
-    if vector.manifest["compat"] == "hf":
-        return {}
-    p, device, layers = POOLINGS.index(args.pooling), device_of(model), vector.layers(args.layers)
-    key = f"{args.side}_{args.pooling}"
-    v, errors = vector.tensors[key], {}
-    cases = {"calibration": (texts[0], v[-1]), "held_out": (texts[1], vector.tensors[f"heldout_{key}"][-1])}
-    base = {name: mean_states(model, documents, device)[p, -1] for name, (documents, _) in cases.items()}
-    for injection in INJECTIONS:
-        is_matched = injection == "matched"
-        add = match_additions(model, texts[0], v, layers, args.pooling, device) if is_matched else additions(injection, v, layers)
-        errors[injection] = {}
-        for name, (documents, target) in cases.items():
-            shift = (mean_states(model, documents, device, steering_tap(add, 1.0, args.rescale))[p, -1] - base[name]).cpu()
-            errors[injection][name] = ((shift - target).norm() / target.norm()).item()
-    return errors
+# ---------------------------------------------------------------- output
 
 
-def answers_by_lambda(model, texts, add, args):
-    """Per lambda: mean log-prob per token and perplexity of held-out chosen and rejected texts, and repetition of greedy continuations."""
-    report = [{"lambda": strength} for strength in args.lambdas]
-    for side in SIDES:
-        documents, sums = texts[side][1], np.zeros((len(args.lambdas), 2))
-        for run in steered_runs(model, documents, add, args.lambdas, device_of(model), args.rescale):
-            logps, counts = document_logps(model, run.batch, run.hidden)
-            sums[run.index] += [logps.sum().item(), counts.sum().item()]
-        for entry, (logp, count) in zip(report, sums, strict=True):
-            entry |= {f"logp_{side}": logp / count, f"perplexity_{side}": float(np.exp(-logp / count))}
-    prompts = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in texts["chosen"][1][:8]]
-    for entry in report:
-        tap = steering_tap(add, entry["lambda"], args.rescale)
-        entry["repeated_4grams"] = repetition(generate(model, prompts, args.max_new_tokens, model.config.eos_token_id, tap=tap))
-    return report
-
-
-def repetition(answers, n=4):
-    """Share of n-grams that occurred before in the same answer; 0 for answers too short to have any."""
-    grams = [[tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in answers]
-    total = sum(map(len, grams))
-    return 1 - sum(len(set(g)) for g in grams) / total if total else 0.0
-
-
-def _print_sweep(report):
+def print_sweep(report):
     """What aqi.json holds, as tables."""
     overall = report["verdicts"][0]
     rows = [row for row in report["rows"] if row["category"] == aqi.OVERALL and not row["control"]]
@@ -313,28 +546,67 @@ def _print_sweep(report):
     if report["inputs"]["seeds"] > 1:
         for strength in report["inputs"]["lambdas"]:
             scores = [row["aqi"] for row in rows if row["lambda"] == strength]
-            print(f"lambda {strength:g}: AQI {np.mean(scores):.2f}, sd {np.std(scores, ddof=1):.2f} over {len(scores)} seeds")
+            spread = f"sd {np.std(scores, ddof=1):.2f} over {len(scores)} seeds"
+            print(f"lambda {strength:g}: AQI {np.mean(scores):.2f}, {spread}")
     for warning in report["warnings"]:
         print(f"note: {warning}")
-    print("\nlambda  separation  95 % interval     random  achieved  off axis  |a|/|h|  logp chosen  rejected  repeated 4-grams")
-    for k, (shift, answer) in enumerate(zip(report["shifts"], report["behaviour"], strict=True)):
-        print(f"{shift['lambda']:6.2f}{overall['estimate'][k]:12.2f}  [{overall['low'][k]:6.2f},{overall['high'][k]:6.2f}]"
-              f"{overall['control'][k]:10.2f}{shift['achieved']:10.3f}{shift['off_axis']:10.3f}{max(shift['strength'].values()):9.3f}"
-              f"{answer['logp_chosen']:13.4f}{answer['logp_rejected']:10.4f}{answer['repeated_4grams']:18.3f}")  # fmt: skip
+    print()
+    _print_by_lambda(report, overall)
     if report["errors"]:
-        print("relative error of the last layer's mean state at lambda 1, on the vector's texts / on held-out ones:")
+        what = "relative error of the last layer's mean state at lambda 1"
+        print(f"{what}, on the vector's texts / on held-out ones:")
     for injection, error in report["errors"].items():
         print(f"  {injection:<12}{error['calibration']:.4f} / {error['held_out']:.4f}")
-    profile = {(row["lambda"], row["layer"]): row["aqi"] for row in report["profile"] if row["category"] == aqi.OVERALL}
-    for strength in dict.fromkeys(strength for strength, _ in profile):  # one, where the last lambda is 0
-        values = " ".join(f"{value:.2f}" for (lambda_, _), value in profile.items() if lambda_ == strength)
-        print(f"separation after each block, lambda {strength:g}: {values}")
+    _print_profile(report["profile"])
     for found in report["verdicts"]:
         because = f" ({'; '.join(found['because'])})" if found["because"] else ""
         low, high = found["change_interval"]
-        print(f"{found['category']:<24} {found['verdict']}{because}: change {found['change']:+.2f} [{low:+.2f}, {high:+.2f}], "
-              f"P(monotone) {found['p_monotone']:.2f}")  # fmt: skip
-    print(f"verdict: {overall['verdict']}, by {overall['change']:+.2f} of 100 -> {DECISIONS[overall['verdict']]}")
+        change = f"change {found['change']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        monotone = f"P(monotone) {found['p_monotone']:.2f}"
+        print(f"{found['category']:<24} {found['verdict']}{because}: {change}, {monotone}")
+    decision = DECISIONS[overall["verdict"]]
+    print(f"verdict: {overall['verdict']}, by {overall['change']:+.2f} of 100 -> {decision}")
+
+
+def _print_by_lambda(report, overall):
+    head = [
+        "lambda", "separation", "95 % interval", "random", "achieved", "off axis", "|a|/|h|", "logp chosen",
+        "rejected", "repeated 4-grams",
+    ]  # fmt: skip
+    lines = []
+    for k, (shift, answer) in enumerate(zip(report["shifts"], report["behaviour"], strict=True)):
+        lines.append([
+            f"{shift['lambda']:.2f}", f"{overall['estimate'][k]:.2f}",
+            f"[{overall['low'][k]:.2f}, {overall['high'][k]:.2f}]", f"{overall['control'][k]:.2f}",
+            f"{shift['achieved']:.3f}", f"{shift['off_axis']:.3f}", f"{max(shift['strength'].values()):.3f}",
+            f"{answer['logp_chosen']:.4f}", f"{answer['logp_rejected']:.4f}",
+            f"{answer['repeated_4grams']:.3f}",
+        ])  # fmt: skip
+    print(table(head, lines, left=()))
+
+
+def _print_profile(profile):
+    """The separation after each block: a line for lambda 0 and one for the last lambda."""
+    lines = {}
+    for row in profile:
+        if row["category"] == aqi.OVERALL:
+            # keyed by layer, because both ends are one lambda where the last is 0
+            lines.setdefault(row["lambda"], {})[row["layer"]] = f"{row['separation']:.2f}"
+    for strength, values in lines.items():
+        print(f"separation after each block, lambda {strength:g}: {' '.join(values.values())}")
+
+
+def print_comparison(reports, lambdas):
+    """A line per pair: the separation is one absolute scale for all."""
+    lines = []
+    for name, report in reports.items():
+        found = report["verdicts"][0]
+        low, high = found["change_interval"]
+        values = [f"{x:.2f}" for x in found["estimate"]]
+        decision = f"{found['verdict']}: {DECISIONS[found['verdict']]}"
+        lines.append([name, *values, f"{found['change']:+.2f} [{low:+.2f}, {high:+.2f}]", decision])
+    head = ["pair", *[f"lambda {x:g}" for x in lambdas], "change and 95 % interval", "verdict"]
+    print(f"\nseparation\n{table(head, lines, left=(0, -1))}")
 
 
 def _plot(folder, lambdas, verdicts, embeddings, prompts):
@@ -349,168 +621,95 @@ def _plot(folder, lambdas, verdicts, embeddings, prompts):
     plots.plot_chart(folder / "axioms.png", figures.axioms_chart(swept))
     for strength, X in ((lambdas[0], embeddings[0]), (lambdas[-1], embeddings[-1])):
         title = f"lambda {strength:g}, three principal components"
-        plots.plot_clusters(folder / f"clusters_{strength:g}.png", aqi.project(X, "pca:3").cpu().numpy(), prompts.label.numpy(), title)
+        points = aqi.project(X, "pca:3").cpu().numpy()
+        plots.plot_clusters(folder / f"clusters_{strength:g}.png", points, prompts.label.numpy(), title)
 
 
-# ---------------------------------------------------------------- validate
+def _plot_axioms_of_pairs(folder, reports, lambdas):
+    """A heat map of axioms over pairs, at the last lambda."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from reports import plots
 
-
-def validate(args):
-    """Pairs of configs/pairs.py through extract, spectrum, sweep and verdict, all on one scale.
-
-    What is finished is not done again.
-    """
-    pairs = runpy.run_path(Path(__file__).parent / "configs/pairs.py")["PAIRS"]
-    for name in args.pair:
-        if name not in pairs:
-            raise UserError(
-                f"pair={name!r}: expected one of {', '.join(pairs)}; other models go into configs/pairs.py, or to extract and sweep"
-            )
-        if "not_representable" in pairs[name]:
-            raise UserError(f"pair={name!r}: {pairs[name]['not_representable']}")
-    _swept_prompts(args, PROMPT_MODES[args.mode], log=lambda line: None)  # what is wrong is found before the first pair is read
-    for path in [pairs[name][side] for name in args.pair for side in ("sft", "dpo")]:
-        locate(path)
-    reports = {}
-    for name in args.pair:
-        print(f"\n=== {name}")
-        folder = f"{args.out}/{name}_{args.mode}"
-        options = vars(args) | pairs[name] | {"folder": folder, "out": folder}
-        extract(argparse.Namespace(**options))
-        print_spectrum(argparse.Namespace(**options))
-        reports[name] = sweep(argparse.Namespace(**options | {"mode": PROMPT_MODES[args.mode], "out": None}))
-    _compare(reports, args)
-
-
-def _compare(reports, args):
-    """One line per pair, and with several a heat map of axioms over pairs: the separation is the same absolute scale for all."""
-    print(f"\n{'pair':<24}{'separation at lambda ' + ', '.join(f'{x:g}' for x in args.lambdas):<44}change and 95 % interval  verdict")
-    for name, report in reports.items():
-        found = report["verdicts"][0]
-        low, high = found["change_interval"]
-        values = "  ".join(f"{x:.2f}" for x in found["estimate"])
-        print(f"{name:<24}{values:<44}{found['change']:+7.2f} [{low:+.2f}, {high:+.2f}]  {found['verdict']}: {DECISIONS[found['verdict']]}")
-    if len(reports) > 1 and importlib.util.find_spec("matplotlib"):
-        from reports import plots
-
-        columns = [report["verdicts"] for report in reports.values()]
-        values = [[found["estimate"][-1] for found in line] for line in zip(*columns, strict=True)]
-        title = f"separation at lambda {args.lambdas[-1]:g}"
-        plots.plot_heatmap(f"{args.out}/axioms.png", [found["category"] for found in columns[0]], list(reports), values, title)
+    columns = [report["verdicts"] for report in reports.values()]
+    categories = [found["category"] for found in columns[0]]
+    values = []
+    for line in zip(*columns, strict=True):
+        values.append([found["estimate"][-1] for found in line])
+    plots.plot_heatmap(
+        f"{folder}/axioms.png", categories, list(reports), values, f"separation at lambda {lambdas[-1]:g}"
+    )
 
 
 # ---------------------------------------------------------------- command line
 
 
-def _lambdas(text):
-    try:
-        lambdas = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers separated by commas") from error
-    if not np.isfinite(lambdas).all():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected finite numbers")
-    return lambdas
+class Command(NamedTuple):
+    """One of steer.py's: run(targets, SteerConfig, AQIConfig), the keys that it reads, and which of them
+    may not be None."""
+
+    run: object
+    keys: tuple
+    required: tuple = ()
 
 
-def _whole(text, least=1):
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
-    return int(text)
+_PLACE = ("sft_path", "dpo_path", "template", "mode", "out_dir")
+_VECTOR = ("side", "pooling")
+_INJECTED = (*_VECTOR, "inject", "layers", "rescale")
+_TEXTS = ("texts", "count", "keep", "compat", "max_text_tokens")
+_SWEPT = ("lambdas", "max_new_tokens", "prompts", "space", "seeds", "normalize", "all_indices", "report_dir")
+_ASKED = ("lambdas", "prompt", "questions", "max_new_tokens", "temperature")
+COMMANDS = {
+    "extract": Command(run_extract, (*_PLACE, *_TEXTS), required=("texts",)),
+    "spectrum": Command(run_spectrum, (*_PLACE, *_VECTOR)),
+    "generate": Command(run_generate, (*_PLACE, *_INJECTED, *_ASKED)),
+    "sweep": Command(run_sweep, (*_PLACE, *_INJECTED, *_SWEPT), required=("prompts",)),
+    "bake": Command(
+        run_bake, (*_PLACE, *_INJECTED, "strength", "bake_dir"), required=("strength", "bake_dir")
+    ),
+    "validate": Command(run_validate, (*_PLACE, *_TEXTS, *_INJECTED, *_SWEPT), required=("texts", "prompts")),
+}
+_SECTIONS = ("steer", "aqi")
 
 
-def _space(text):
-    if not re.fullmatch(r"raw|tsne|pca:[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected raw, pca:k or tsne")
-    return text
-
-
-_DEFAULT = "(default: %(default)s)"  # in a help text
-
-
-def _vector_of(one):
-    one.add_argument("folder", metavar="FOLDER", help="what extract wrote, its --out")
-
-
-def _which(one):
-    one.add_argument("--side", choices=SIDES, default="chosen", help=f"texts whose states make the vector {_DEFAULT}")
-    one.add_argument("--pooling", choices=POOLINGS, default="last", help=f"of a text's states: its last token's, or their mean {_DEFAULT}")
-
-
-def _injected(one):
-    what = "cumulative: its vector, as published; increment: what that has beyond the layer below; matched: what of it is still lacking"
-    one.add_argument("--inject", choices=INJECTIONS, default="cumulative", help=f"added at each steered layer. {what} {_DEFAULT}")
-    one.add_argument("--layers", type=int, default=STEERED_LAYERS, help=f"so many last layers are steered {_DEFAULT}, as published")
-    one.add_argument("--rescale", action="store_true", help="bring each token's state back to its old norm")
-
-
-def _texts(one, and_prompts=""):
-    sizes = ", ".join(f"{mode} {count:,}" for mode, count in MODES.items())
-    one.add_argument("--texts", required=True, help="preference pairs to read states from: file, folder or hub name")
-    one.add_argument("--mode", choices=MODES, default="sanity", help=f"pairs of the vector: {sizes}{and_prompts} {_DEFAULT}")
-    one.add_argument("--count", type=_whole, help="pairs of the vector, instead of the mode's; a quarter as many again are held out of it")
-    only = "preferred: only pairs whose chosen text the DPO model prefers"
-    one.add_argument("--keep", choices=("all", "preferred"), default="all", help=f"{only} {_DEFAULT}")
-    one.add_argument("--compat", choices=("none", "hf"), default="none", help="hf: the last layer after the final norm, as published")
-    # of a single token, nothing is predicted
-    one.add_argument("--max-seq-len", type=partial(_whole, least=2), default=512, help=f"tokens of a text; longer ones are cut {_DEFAULT}")
-
-
-def _swept(one):
-    one.add_argument("--prompts", required=True, help="labelled texts: columns of axiom, label (safe or unsafe) and text")
-    one.add_argument("--lambdas", type=_lambdas, default="0,0.25,0.5,0.75,1", help=f"multiples of the vector, ascending {_DEFAULT}")
-    where = "where CHI and XB are measured: raw, pca:k or tsne; verdict and intervals are raw"
-    one.add_argument("--space", type=_space, default="raw", help=f"{where} {_DEFAULT}")
-    one.add_argument("--seeds", type=_whole, default=1, help="with tsne: random starts; 1, the default: one started by PCA, as published")
-    scale = "scale of the AQI. sweep: one for all; per_run: one for each lambda, as published"
-    one.add_argument("--normalize", choices=("per_run", "sweep"), default="sweep", help=f"{scale} {_DEFAULT}")
-    one.add_argument("--all-indices", action="store_true", help="Davies-Bouldin, Dunn, silhouette and a linear probe's AUC too: n^2 D")
-
-
-def _answering(one):
-    one.add_argument("--max-new-tokens", type=_whole, default=64, help=f"of an answer {_DEFAULT}")
+def help_text(name=None):
+    """The commands, or the keys of one."""
+    if name not in COMMANDS:
+        return __doc__
+    command = COMMANDS[name]
+    usage = f"usage: steer.py {name} TARGET [--key=value ...]   (steer.py --help says what a TARGET is)"
+    keys = describe_keys(_SECTIONS, command.keys, command.required)
+    return f"{usage}\n\n{command.run.__doc__}\n{keys}"
 
 
 def parse(argv):
-    """The arguments of a command, with `run`, the function that carries it out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    """(Command, targets, SteerConfig, AQIConfig) of `COMMAND TARGET... [--key=value ...]`; --help prints
+    and exits.
 
-    def command(name, run, *groups):
-        one = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
-        one.set_defaults(run=run)
-        for group in groups:
-            group(one)
-        return one
-
-    one = command("extract", extract, _texts)
-    for name in ("sft", "dpo"):
-        one.add_argument(f"--{name}", required=True, help=f"the {name.upper()} model: folder, hub name, or LoRA adapter on its base")
-    one.add_argument("--template", help="render conversations by this template (tulu, ..); without it, transcripts as they are")
-    one.add_argument("--out", required=True, help="folder to write")
-    command("spectrum", print_spectrum, _vector_of, _which)
-    one = command("generate", print_generations, _vector_of, _which, _injected, _answering)
-    asked = one.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", help="one prompt")
-    asked.add_argument("--prompts", help="a file with one prompt a line")
-    one.add_argument("--lambdas", type=_lambdas, default="0,0.5,1", help=f"multiples of the vector {_DEFAULT}")
-    one.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy; above: sampled")
-    one = command("sweep", sweep, _vector_of, _which, _injected, _swept, _answering)
-    sizes = ", ".join(f"{mode} {count:,}" for mode, count in aqi.MODES.items())
-    one.add_argument("--mode", choices=aqi.MODES, default="sanity", help=f"prompts per axiom and label: {sizes} {_DEFAULT}")
-    one.add_argument("--out", help="folder to write (default: FOLDER/sweep_INJECT)")
-    one = command("bake", write_baked, _vector_of, _which, _injected)
-    one.add_argument("--strength", type=float, required=True, help="multiple of the vector; below 0: on the DPO model")
-    one.add_argument("--out", required=True, help="model folder to write")
-    prompts = "; prompts per axiom and label: " + ", ".join(f"{mode} {aqi.MODES[theirs]:,}" for mode, theirs in PROMPT_MODES.items())
-    one = command("validate", validate, partial(_texts, and_prompts=prompts), _which, _injected, _swept, _answering)
-    one.add_argument("pair", nargs="+", metavar="PAIR", help="names of configs/pairs.py")
-    one.add_argument("--out", default="runs/validate", help=f"each pair's folder is OUT/PAIR_MODE {_DEFAULT}")
-    return parser.parse_args(argv)
+    UserError: every problem of a config's sections and of the keys, one per line. No model is read.
+    """
+    words = [arg for arg in argv if not arg.startswith("-")]
+    name, targets = words[0] if words else None, words[1:]
+    if "--help" in argv or "-h" in argv:
+        print(help_text(name))
+        raise SystemExit(0)
+    usage = "steer.py COMMAND TARGET... [--key=value ...]; --help explains them"
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name or "", COMMANDS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"command {name!r}: expected one of {', '.join(COMMANDS)}{hint} Usage: {usage}")
+    if not targets:
+        raise UserError(f"{name}: no TARGET; expected {usage}")
+    command = COMMANDS[name]
+    path = targets[0] if len(targets) == 1 and targets[0].endswith(".py") else None
+    options = [arg for arg in argv if arg.startswith("-")]
+    sections = load_sections(path, _SECTIONS, options, command.keys, command.required)
+    return command, targets, sections["steer"], sections["aqi"]
 
 
 def main(argv):
-    args = parse(argv)
-    args.run(args)
+    command, *arguments = parse(argv)
+    command.run(*arguments)
     return 0
 
 

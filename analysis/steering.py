@@ -1,9 +1,9 @@
 """Reading, splitting and adding activation vectors: what steer.py's commands are made of.
 
-Shapes: n texts, T tokens of a packed stream, N documents in it, L layers, D hidden size, K lambdas. Layer l means the residual stream after
-block l, before the final norm, for reading and for steering alike. A document is (input_ids, loss_mask). Leaf to root: states, the
-vector, its spectrum, what to add where, running many lambdas at once, folding an addition into the weights.
-"""
+Shapes: n texts, T tokens of a packed stream, N documents in it, L layers, D hidden size, K lambdas. Layer l
+means the residual stream after block l, before the final norm, for reading and for steering alike. A
+document is (input_ids, loss_mask). Leaf to root: states, the vector, its spectrum, what to add where,
+running many lambdas at once, folding an addition into the weights. """
 
 import copy
 import dataclasses
@@ -33,17 +33,19 @@ def packed_batches(documents, device, log_progress=lambda plan: plan):
 
 
 def pool(hidden, cu_seqlens):
-    """{"last": each document's last token, "mean": the mean over its tokens}, (N, D) float32, of hidden (T, D)."""
+    """{"last": each document's last token, "mean": the mean over its tokens}, (N, D) float32, of hidden (T,
+    D)."""
     mean = torch.segment_reduce(hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0)
     return {"last": hidden[cu_seqlens[1:].long() - 1].float(), "mean": mean}
 
 
 @torch.no_grad()
 def read_states(model, batch, tap=None, compat_hf=False):
-    """(2, N, L, D) float32: the states of a batch's documents after every block, pooled both ways (in the order of POOLINGS).
+    """(2, N, L, D) float32: the states of a batch's documents after every block, pooled both ways (in the
+    order of POOLINGS).
 
-    tap steers while reading. compat_hf: the last layer after the final norm, as published scripts read it (not the space they steer in).
-    """
+    tap steers while reading. compat_hf: the last layer after the final norm, as published scripts read it
+    (not the space they steer in). """
     layers = []
 
     def read(layer, hidden):
@@ -54,12 +56,16 @@ def read_states(model, batch, tap=None, compat_hf=False):
     final = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=read)
     if compat_hf:
         layers[-1] = pool(final, batch.cu_seqlens)
-    return torch.stack([torch.stack([layer[pooling] for layer in layers], dim=1) for pooling in POOLINGS])
+    pooled = []
+    for pooling in POOLINGS:
+        pooled.append(torch.stack([layer[pooling] for layer in layers], dim=1))  # (N, L, D)
+    return torch.stack(pooled)
 
 
 @torch.no_grad()
 def document_logps(model, batch, hidden=None):
-    """Summed log-prob of each document's supervised tokens (N,) float32 and their number (N,); hidden (T, D) if it is there already."""
+    """Summed log-prob of each document's supervised tokens (N,) float32 and their number (N,); hidden (T,
+    D) if it is there already."""
     if hidden is None:
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
     logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)
@@ -70,15 +76,16 @@ def document_logps(model, batch, hidden=None):
 
 
 def spectrum(differences, components=5):
-    """What the differences (n, D) of one layer are made of, beside their mean: dict of numbers and `components` (C, D).
+    """What the differences (n, D) of one layer are made of, beside their mean: dict of numbers and
+    `components` (C, D).
 
-    explained: share of sum |x|^2 in each of the first components, of the raw differences; explained_centred: of their deviations from
-    the mean; effective_rank: exp of the entropy of the raw shares (of squared singular values; Roy & Vetterli 2007
-    take the values themselves); rank_one: the first raw share, D-STEER's claim.
-    A full decomposition, so no seed, through the Gram matrix of the smaller side in float64; a component's sign is the one that agrees with
-    the mean, its norm the mean's; one with less than 1e-12 of the first's share is rounding, and zero. Differences that are all zero have
-    no share to give: zeros, and an effective rank of 1.
-    """
+    explained: share of sum |x|^2 in each of the first components, of the raw differences;
+    explained_centred: of their deviations from the mean; effective_rank: exp of the entropy of the raw
+    shares (of squared singular values; Roy & Vetterli 2007 take the values themselves); rank_one: the first
+    raw share, D-STEER's claim. A full decomposition, so no seed, through the Gram matrix of the smaller
+    side in float64; a component's sign is the one that agrees with the mean, its norm the mean's; one with
+    less than 1e-12 of the first's share is rounding, and zero. Differences that are all zero have no share
+    to give: zeros, and an effective rank of 1. """
     X = differences.double()
     mean = X.mean(0)
 
@@ -113,10 +120,10 @@ INJECTIONS = ("cumulative", "increment", "matched")
 def additions(injection, vector, layers):
     """{layer: (D,) float32} to add once at each of `layers` (consecutive, ascending). vector (L, D).
 
-    cumulative: v[l] at every layer, as published; v[l] already holds what the layers below changed, so that is added len(layers) times.
-    increment: v[l] - v[l-1], and v[l] at the first: the parts sum to the last layer's v; what the blocks between make of it comes on top.
-    ("matched" is found by match_additions, which runs the model.)
-    """
+    cumulative: v[l] at every layer, as published; v[l] already holds what the layers below changed, so that
+    is added len(layers) times. increment: v[l] - v[l-1], and v[l] at the first: the parts sum to the last
+    layer's v; what the blocks between make of it comes on top. ("matched" is found by match_additions,
+    which runs the model.) """
     assert injection in ("cumulative", "increment") and list(layers) == list(range(layers[0], layers[-1] + 1))
     if injection == "cumulative":
         return {layer: vector[layer] for layer in layers}
@@ -124,11 +131,11 @@ def additions(injection, vector, layers):
 
 
 def match_additions(model, documents, vector, layers, pooling, device, strength=1):
-    """{layer: (D,)}: from the bottom, at each layer the part of v[l] that the model, steered below it, does not yet show on `documents`.
+    """{layer: (D,)}: from the bottom, at each layer the part of v[l] that the model, steered below it, does
+    not yet show on `documents`.
 
-    At lambda = 1 the steered SFT model's mean pooled states then equal its own plus v, the DPO model's, on these texts; strength=-1: at
-    lambda = -1 the DPO model's equal the SFT model's. One pass per layer.
-    """
+    At lambda = 1 the steered SFT model's mean pooled states then equal its own plus v, the DPO model's, on
+    these texts; strength=-1: at lambda = -1 the DPO model's equal the SFT model's. One pass per layer. """
     found, base = {}, None
     for layer in layers:
         tap = steering_tap(found, strength)
@@ -155,7 +162,8 @@ def random_additions(additions, seed):
 
 
 def steering_tap(additions, strength, rescale=False):
-    """tap(layer, hidden) adding strength * additions[layer] to every token, in float32; None when there is nothing to add.
+    """tap(layer, hidden) adding strength * additions[layer] to every token, in float32; None when there is
+    nothing to add.
 
     rescale: bring each token back to its old norm, as the published sweep does.
     """
@@ -171,7 +179,8 @@ def steering_tap(additions, strength, rescale=False):
         old = hidden.float()
         new = old + on_device[layer]
         if rescale:  # squares summed in float64: in float32 they overflow from 1.8e19 on, in float16 from 256
-            before, after = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64) for x in (old, new))
+            before = torch.linalg.vector_norm(old, dim=-1, keepdim=True, dtype=torch.float64)
+            after = torch.linalg.vector_norm(new, dim=-1, keepdim=True, dtype=torch.float64)
             new = new * (before / after).float()
         return new.to(hidden.dtype)
 
@@ -193,12 +202,22 @@ class Steered:
 
 
 @torch.no_grad()
-def steered_runs(model, documents, additions, lambdas, device, rescale=False, log_progress=lambda plan: plan, read_layers=()):
-    """Yield a Steered per batch and lambda. The blocks up to the first steered one run once; a lambda costs the blocks above it.
+def steered_runs(
+    model,
+    documents,
+    additions,
+    lambdas,
+    device,
+    rescale=False,
+    log_progress=lambda plan: plan,
+    read_layers=(),
+):
+    """Yield a Steered per batch and lambda. The blocks up to the first steered one run once; a lambda costs
+    the blocks above it.
 
-    Five lambdas on the last five of 32 layers are 1 + 5 * 4/32 forwards' worth of blocks instead of 5. Lambda 0 is the unsteered model, bit
-    for bit, and costs nothing more: its tap adds nothing. read_layers: those whose pooled states are wanted.
-    """
+    Five lambdas on the last five of 32 layers are 1 + 5 * 4/32 forwards' worth of blocks instead of 5.
+    Lambda 0 is the unsteered model, bit for bit, and costs nothing more: its tap adds nothing. read_layers:
+    those whose pooled states are wanted. """
     first = min(additions)
     taps = [steering_tap(additions, strength, rescale) for strength in lambdas]
     for rows, batch in packed_batches(documents, device, log_progress):
@@ -211,7 +230,8 @@ def steered_runs(model, documents, additions, lambdas, device, rescale=False, lo
 
 
 def _watched_run(model, batch, tap, first, read_layers, entry=None):
-    """(hidden after the final norm, {layer: pooled states}, entry): what block `first` gave, before its tap; given one, start there."""
+    """(hidden after the final norm, {layer: pooled states}, entry): what block `first` gave, before its
+    tap; given one, start there."""
     states = {}
 
     def watch(layer, hidden):
@@ -224,7 +244,9 @@ def _watched_run(model, batch, tap, first, read_layers, entry=None):
         return hidden
 
     resume = None if entry is None else (first + 1, watch(first, entry))
-    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=watch, resume=resume)
+    hidden = model(
+        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=watch, resume=resume
+    )
     return hidden, states, entry
 
 
@@ -232,21 +254,26 @@ def _watched_run(model, batch, tap, first, read_layers, entry=None):
 
 
 def bake(model, additions, strength):
-    """A copy of a Llama whose down_proj biases hold strength * additions: transformers runs it (`mlp_bias`) with the steered logits.
+    """A copy of a Llama whose down_proj biases hold strength * additions: transformers runs it (`mlp_bias`)
+    with the steered logits.
 
-    ValueError where that cannot be said exactly: Qwen2 and Falcon. A Mistral is written as a Llama that ends where its window does. A
-    norm-rescaling tap cannot be baked: what it adds depends on the token.
-    """
+    ValueError where that cannot be said exactly: Qwen2 and Falcon. A Mistral is written as a Llama that
+    ends where its window does. A norm-rescaling tap cannot be baked: what it adds depends on the token. """
     config = model.config
     if config.model_type not in ("llama", "mistral"):
-        raise UserError(f"model_type={config.model_type!r}: its Hugging Face class has no bias on down_proj; expected a Llama or Mistral")
+        why = "its Hugging Face class has no bias on down_proj"
+        raise UserError(f"model_type={config.model_type!r}: {why}; expected a Llama or Mistral")
     longest = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
     baked = copy.deepcopy(model)
-    baked.config = dataclasses.replace(config, mlp_bias=True, model_type="llama", sliding_window=None, max_position_embeddings=longest)
+    baked.config = dataclasses.replace(
+        config, mlp_bias=True, model_type="llama", sliding_window=None, max_position_embeddings=longest
+    )
     for index, block in enumerate(baked.model.layers):
         for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
             if linear.bias is None:
-                linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device))
+                linear.bias = nn.Parameter(
+                    torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+                )
         if index in additions:
             bias = block.mlp.down_proj.bias
             bias.data = (bias.float() + strength * additions[index].to(bias.device)).to(bias.dtype)

@@ -1,4 +1,8 @@
-"""The steering vector: the texts whose states it is made of, reading them in both models, and what was found, on disk and back."""
+"""The steering vector: the texts whose states it is made of, reading them in both models, and what was
+found, on disk and back.
+
+Shapes: n texts, N of a batch, L layers, D hidden size; states of both poolings are (2, n, L, D). `config`
+is a steer.SteerConfig. """
 
 import dataclasses
 import hashlib
@@ -13,7 +17,14 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from analysis.steering import POOLINGS, additions, document_logps, match_additions, packed_batches, read_states
+from analysis.steering import (
+    POOLINGS,
+    additions,
+    document_logps,
+    match_additions,
+    packed_batches,
+    read_states,
+)
 from data import encode_chat, find_schema, resolve_template
 from families import device_of, load_model, locate, model_config, weights_hash
 from plumbing import hub
@@ -23,21 +34,30 @@ from plumbing.tensors import open_safetensors
 from plumbing.tokenizer import Tokenizer
 
 SIDES = ("chosen", "rejected")
-MODES = {"sanity": 100, "full": 1000, "paper": 10000}  # texts of the vector; a quarter as many again are held out
+MODELS = ("sft", "dpo")
+MODES = {
+    "sanity": 100,
+    "full": 1000,
+    "paper": 10000,
+}  # texts of the vector; a quarter as many again are held out
+
+# ---------------------------------------------------------------- texts
 
 
-def plain_document(text, tokenizer, max_seq_len):
-    """A text as (input_ids, loss_mask): BOS where the tokenizer has one, then the text; every token counts."""
-    ids = ([tokenizer.bos_id] if tokenizer.bos_id is not None else []) + tokenizer.encode(text)
-    return np.array(ids[:max_seq_len], dtype=np.int32), np.ones(min(len(ids), max_seq_len), dtype=bool)
+def plain_document(text, tokenizer, max_tokens):
+    """A text as (input_ids, loss_mask): BOS where the tokenizer has one, then the text; every token
+    counts."""
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = (ids + tokenizer.encode(text))[:max_tokens]
+    return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
 
 
-def text_pairs(source, count, tokenizer, template, max_seq_len):
+def text_pairs(source, count, tokenizer, template, max_tokens):
     """{"chosen": documents, "rejected": documents} of the first `count` usable rows of a preference source.
 
-    template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations rendered by it. Then a pair of
-    which a side has no answer in its first max_seq_len tokens is left out, as in DPO. What is left out is counted and printed.
-    """
+    template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations
+    rendered by it. Then a pair with a side that has no answer in its first max_tokens tokens is left out,
+    as in DPO. Pairs left out are counted and printed. """
     if template is not None:
         resolve_template(template, tokenizer)  # an unknown one is refused
     rows = open_source(source)
@@ -45,7 +65,7 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     documents, left_out = {side: [] for side in SIDES}, Counter()
     for number, row in enumerate(rows.select_columns(columns)):
         try:
-            pair = _encoded_pair(row, convert, tokenizer, template, max_seq_len)
+            pair = _encoded_pair(row, convert, tokenizer, template, max_tokens)
         except ValueError as error:
             raise UserError(f"texts {source!r}, row {number}: {error}") from error
         if isinstance(pair, str):
@@ -58,25 +78,28 @@ def text_pairs(source, count, tokenizer, template, max_seq_len):
     usable = len(documents["chosen"])
     said = "".join(f", {times:,} left out {reason}" for reason, times in left_out.items())
     if usable < count:
-        needed = f"expected {count}, of which a fifth is held out of the vector (a --count of at most {usable * 4 // 5} here)"
+        most = f"a --count of at most {usable * 4 // 5} here"
+        needed = f"expected {count}, of which a fifth is held out of the vector ({most})"
         raise UserError(f"texts {source!r}: {usable} usable pairs{said}; {needed}")
     if left_out:
         print(f"texts {source!r}: {usable:,} pairs{said}")
     return documents
 
 
-def _encoded_pair(row, convert, tokenizer, template, max_seq_len):
-    """[(ids, mask) of chosen, of rejected] of a row as data.find_schema's `convert` reads it, or the reason to leave it out."""
+def _encoded_pair(row, convert, tokenizer, template, max_tokens):
+    """[(ids, mask) of chosen, of rejected] of a row as data.find_schema's `convert` reads it, or the reason
+    to leave it out."""
     conversations = convert(row)
     if isinstance(conversations, str):
         return conversations
     if template is not None:
-        pair = [encode_chat(messages, tokenizer, template, max_seq_len) for messages in conversations]
-        return pair if all(any(mask) for _, mask in pair) else f"without an answer in the first {max_seq_len} tokens"
+        pair = [encode_chat(messages, tokenizer, template, max_tokens) for messages in conversations]
+        has_answers = all(any(mask) for _, mask in pair)
+        return pair if has_answers else f"without an answer in the first {max_tokens} tokens"
     if "prompt" in row or not all(isinstance(row.get(side), str) for side in SIDES):
-        how = "expected a template to render it with (extract: --template; validate: of the pair, in configs/pairs.py)"
-        raise UserError(f"no transcript; {how}")
-    return [plain_document(row[side], tokenizer, max_seq_len) for side in SIDES]
+        where = "--template, or the pair's in configs/pairs.py"
+        raise UserError(f"no transcript; expected a template to render it with ({where})")
+    return [plain_document(row[side], tokenizer, max_tokens) for side in SIDES]
 
 
 def hash_documents(documents):
@@ -88,100 +111,157 @@ def hash_documents(documents):
     return digest.hexdigest()
 
 
+# ---------------------------------------------------------------- extract
+
+
 def bar(label):
     """A progress bar, with rate and ETA, around the batches of a pass."""
     return lambda plan: progress_bar(plan, desc=label, unit="batch")
 
 
-def extract(args):
-    """The vector: mean differences of the two models' states; vector.safetensors, and what it was made from in manifest.json, in --out."""
-    folder, count = Path(args.out), args.count or MODES[args.mode]
-    documents, inputs = _inputs(args, count, count + max(1, count // 4))
+def extract(config, name):
+    """Write the vector of a pair into config.out_dir: vector.safetensors, and in manifest.json what it was
+    made from.
+
+    The vector is the mean difference of the states of config.dpo_path and config.sft_path. name: the
+    pair's, for the manifest. One model is in memory at a time: the SFT model's states of every text wait in
+    differences_SIDE.npy. """
+    folder = Path(config.out_dir)
+    count = config.count or MODES[config.mode]
+    documents, inputs = _inputs(config, count, count + max(1, count // 4))
     if is_done(folder / "manifest.json", inputs):
         return
-    total = len(documents["chosen"])
-    keep = np.arange(total) < count  # the rest is held out of the vector
-    sums = defaultdict(float)
     folder.mkdir(parents=True, exist_ok=True)
+    # The manifest is written last: without it, what a killed extraction left behind is no vector.
     for stale in ("manifest.json", *(f"differences_{side}.npy" for side in SIDES)):
-        (folder / stale).unlink(missing_ok=True)  # the manifest is written last: what a kill leaves behind is no vector
-    for name in ("sft", "dpo"):
-        model, _ = load_model(inputs[f"{name}_path"])
-        shape = (len(POOLINGS), total, model.config.num_hidden_layers, model.config.hidden_size)
-        if name == "sft":
-            _check_room(folder, len(SIDES) * 4 * math.prod(shape))
-        if name == "dpo" and args.keep == "preferred":
-            keep &= preferred(model, documents)
-        for side in SIDES:
-            path = folder / f"differences_{side}.npy"  # holds the SFT states until the DPO model has been read
-            states = np.lib.format.open_memmap(path, "w+" if name == "sft" else "r+", dtype=np.float32, shape=shape)
-            assert states.shape == shape  # _inputs compared them
-            for rows, batch in packed_batches(documents[side], device_of(model), bar(f"{name}, {side}")):
-                new = read_states(model, batch, compat_hf=args.compat == "hf").cpu().numpy()
-                if not np.isfinite(new).all():
-                    raise UserError(
-                        f"{name}={inputs[f'{name}_path']!r}: its states of {side} texts hold NaN or infinity; expected finite ones"
-                    )
-                if name == "dpo":
-                    _accumulate(sums, side, states[:, rows], new, keep[rows], rows >= count)
-                states[:, rows] = new - states[:, rows] if name == "dpo" else new
-            states.flush()
-        del model
-    kept = int(keep.sum())
-    if kept == 0:
-        raise UserError(
-            "keep='preferred': the DPO model prefers the rejected text of every pair; expected --keep all, or another DPO model"
+        (folder / stale).unlink(missing_ok=True)
+
+    layers, hidden_size = _shape(config.sft_path)
+    shape = (len(POOLINGS), count + inputs["held_out"], layers, hidden_size)
+    _check_room(folder, len(SIDES) * 4 * math.prod(shape))
+    model, _ = load_model(config.sft_path)
+    for side in SIDES:
+        states = np.lib.format.open_memmap(
+            folder / f"differences_{side}.npy", "w+", dtype=np.float32, shape=shape
         )
-    held_out = total - count
-    tensors = {key: (value / (held_out if key.startswith("heldout_") else kept)).astype(np.float32) for key, value in sums.items()}
+        for rows, new in _states_of(model, documents, side, "sft", config):
+            states[:, rows] = new
+        states.flush()
+    del model
+
+    model, _ = load_model(config.dpo_path)
+    keep = np.arange(shape[1]) < count  # the rest is held out of the vector
+    if config.keep == "preferred":
+        keep &= preferred(model, documents)
+    sums = defaultdict(float)
+    for side in SIDES:
+        states = np.lib.format.open_memmap(
+            folder / f"differences_{side}.npy", "r+", dtype=np.float32, shape=shape
+        )
+        for rows, new in _states_of(model, documents, side, "dpo", config):
+            _accumulate(sums, side, states[:, rows], new, keep[rows], rows >= count)
+            states[:, rows] = new - states[:, rows]
+        states.flush()
+    _write_vector(config, name, sums, keep[:count], inputs, shape)
+
+
+def _states_of(model, documents, side, name, config):
+    """Yield (rows (N,), states (2, N, L, D) float32) of the texts of a side. UserError for NaN or
+    infinity."""
+    for rows, batch in packed_batches(documents[side], device_of(model), bar(f"{name}, {side}")):
+        states = read_states(model, batch, compat_hf=config.compat == "hf").cpu().numpy()
+        if not np.isfinite(states).all():
+            path = getattr(config, f"{name}_path")
+            raise UserError(
+                f"{name}={path!r}: its states of {side} texts hold NaN or infinity; expected finite ones"
+            )
+        yield rows, states
+
+
+def _write_vector(config, name, sums, keep, inputs, shape):
+    """Means of the sums, which pairs were kept (count,), and the manifest, into config.out_dir."""
+    folder, count, kept = Path(config.out_dir), len(keep), int(keep.sum())
+    if kept == 0:
+        preferring = "the DPO model prefers the rejected text of every pair"
+        raise UserError(f"keep='preferred': {preferring}; expected --keep=all, or another DPO model")
+    tensors = {"keep": keep.astype(np.uint8)}
+    for key, total in sums.items():
+        number = inputs["held_out"] if key.startswith("heldout_") else kept
+        tensors[key] = (total / number).astype(np.float32)
     if not tensors["chosen_last"].any():
-        raise UserError(f"dpo={args.dpo!r}: its states equal those of sft={args.sft!r} on all texts; expected a model that training moved")
-    save_file(tensors | {"keep": keep[:count].astype(np.uint8)}, folder / "vector.safetensors")
-    results = {"layers": shape[2], "hidden_size": shape[3], "kept": kept, "torch": torch.__version__, "hub": hub.COMMITS}
-    write_json(folder / "manifest.json", {"inputs": inputs} | results)
-    print(f"wrote {folder}/vector.safetensors: {kept} of {count} pairs kept ({kept / count:.0%}), {held_out} held out")
+        equal = f"its states equal those of sft={config.sft_path!r} on all texts"
+        raise UserError(f"dpo={config.dpo_path!r}: {equal}; expected a model that training moved")
+    save_file(tensors, folder / "vector.safetensors")
+    made = {
+        "pair": name,
+        "layers": shape[2],
+        "hidden_size": shape[3],
+        "kept": kept,
+        "torch": torch.__version__,
+        "hub": hub.COMMITS,
+    }
+    write_json(folder / "manifest.json", {"inputs": inputs} | made)
+    said = f"{kept} of {count} pairs kept ({kept / count:.0%}), {inputs['held_out']} held out"
+    print(f"wrote {folder}/vector.safetensors: {said}")
 
 
-def _inputs(args, count, total):
-    """The documents of the vector, and all that decides it. ValueError when the models are one, or of two shapes or vocabularies."""
-    inputs = {key: getattr(args, key) for key in ("texts", "template", "compat", "keep", "max_seq_len")}
+def _inputs(config, count, total):
+    """The documents of the vector, and all that decides it. UserError when the models are one, or of two
+    shapes or vocabularies."""
+    inputs = {key: getattr(config, key) for key in ("texts", "template", "compat", "keep", "max_text_tokens")}
     inputs |= {"count": count, "held_out": total - count}
-    configs = {}
-    for name in ("sft", "dpo"):
-        path = getattr(args, name)
-        folder = locate(path)[0]
-        configs[name] = model_config(folder)
-        documents = text_pairs(args.texts, total, Tokenizer.from_dir(folder), args.template, args.max_seq_len)
+    shapes = {}
+    for name in MODELS:
+        path = getattr(config, f"{name}_path")
+        shapes[name] = _shape(path)
+        tokenizer = Tokenizer.from_dir(locate(path)[0])
+        documents = text_pairs(config.texts, total, tokenizer, config.template, config.max_text_tokens)
         tokens = hash_documents(documents)
+        inputs |= {f"{name}_path": path, name: weights_hash(path)}
         if inputs.setdefault("tokens", tokens) != tokens:
-            raise UserError(f"dpo={args.dpo!r}: its tokenizer gives other ids than that of sft={args.sft!r}; expected the same")
-        inputs |= {f"{name}_path": str(path), name: weights_hash(path)}
-    sft, dpo = ((config.num_hidden_layers, config.hidden_size) for config in configs.values())
-    if sft != dpo:
-        raise UserError(f"dpo={args.dpo!r}: {dpo} layers and hidden size; expected those of sft={args.sft!r}, {sft}")
+            other = f"its tokenizer gives other ids than that of sft={config.sft_path!r}"
+            raise UserError(f"dpo={config.dpo_path!r}: {other}; expected the same")
+    if shapes["sft"] != shapes["dpo"]:
+        wanted = f"those of sft={config.sft_path!r}, {shapes['sft']}"
+        raise UserError(f"dpo={config.dpo_path!r}: {shapes['dpo']} layers and hidden size; expected {wanted}")
     if inputs["sft"] == inputs["dpo"]:
-        raise UserError(f"dpo={args.dpo!r}: the same weights as sft={args.sft!r}; expected a model that training moved")
+        same = f"the same weights as sft={config.sft_path!r}"
+        raise UserError(f"dpo={config.dpo_path!r}: {same}; expected a model that training moved")
     return documents, inputs
 
 
+def _shape(path):
+    """(layers, hidden size) of the model at a path."""
+    config = model_config(locate(path)[0])
+    return config.num_hidden_layers, config.hidden_size
+
+
 def _check_room(folder, needed):
-    """OSError now; a memory-mapped file that finds no room when it is written to is a SIGBUS, which says nothing."""
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise OSError(f"{folder}: {needed:,} bytes needed for the states of all texts, {free:,} free; expected more room, or fewer texts")
+    """OSError now: a memory-mapped file that finds no room when it is written to is a SIGBUS, without a
+    message."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        wanted = f"{needed:,} bytes needed for the states of all texts, {free:,} free"
+        raise OSError(f"{folder}: {wanted}; expected more room, or fewer texts")
 
 
 def is_done(path, inputs):
-    """Whether `path`, which a command writes last, is there and of the same inputs; says so, or what differs."""
+    """Whether `path`, which a command writes last, is there and of the same inputs; says so, or what
+    differs."""
     if not path.is_file():
         return False
     before = json.loads(path.read_text()).get("inputs", {})
     differing = [key for key in inputs | before if inputs.get(key) != before.get(key)]
-    print(f"{path}: {'made from other ' + ', '.join(differing) + ': done again' if differing else 'finished, of the same inputs'}")
+    found = (
+        f"made from other {', '.join(differing)}: done again" if differing else "finished, of the same inputs"
+    )
+    print(f"{path}: {found}")
     return not differing
 
 
 def _accumulate(sums, side, sft, dpo, keep, held_out):
-    """Add a batch to the float64 sums (L, D) of every key. sft, dpo (2, N, L, D); keep, held_out (N,) bool."""
+    """Add a batch to the float64 sums (L, D) of every key. sft, dpo (2, N, L, D); keep, held_out (N,)
+    bool."""
     for p, pooling in enumerate(POOLINGS):
         parts = {
             f"{side}_{pooling}": (dpo[p, keep].astype(np.float64) - sft[p, keep]),
@@ -193,13 +273,17 @@ def _accumulate(sums, side, sft, dpo, keep, held_out):
 
 
 def preferred(model, documents):
-    """(n,) bool: pairs whose chosen text the model finds likelier, by mean log-prob per token (NaN, so not preferred, without any)."""
+    """(n,) bool: pairs whose chosen text the model finds likelier, by mean log-prob per token (NaN, so not
+    preferred, without any)."""
     means = {side: np.zeros(len(documents[side])) for side in SIDES}
     for side in SIDES:
         for rows, batch in packed_batches(documents[side], device_of(model), bar(f"log-probs, {side}")):
             logps, counts = document_logps(model, batch)
             means[side][rows] = (logps / counts).cpu().numpy()
     return means["chosen"] > means["rejected"]
+
+
+# ---------------------------------------------------------------- on disk and back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,34 +307,52 @@ class Vector:
         return cls(folder, tensors, keep, manifest | manifest["inputs"])
 
     def model(self, name):
-        """(model, tokenizer) of "sft" or "dpo". ValueError when the folder no longer holds the weights that the vector was made from."""
+        """(model, tokenizer) of "sft" or "dpo". ValueError when the folder no longer holds the weights that
+        the vector was made from."""
         path, wanted = self.manifest[f"{name}_path"], self.manifest[name]
         found = weights_hash(path)
         if found != wanted:
-            raise UserError(f"{path}: its weights hash to {found}, those of the vector in {self.folder} to {wanted}; extract again")
+            vector = f"those of the vector in {self.folder} to {wanted}"
+            raise UserError(f"{path}: its weights hash to {found}, {vector}; extract again")
         return load_model(path)
 
     def layers(self, count):
         """The last `count` layers, ascending."""
         total = self.manifest["layers"]
         if not 1 <= count <= total:
-            raise UserError(f"layers={count} (--layers; default: the published 5): expected 1 to {total}, the model's number of layers")
+            wanted = f"expected 1 to {total}, the model's number of layers"
+            raise UserError(f"layers={count} (default: the published 5): {wanted}")
         return list(range(total - count, total))
 
-    def texts(self, tokenizer):
-        """{side: (documents that the vector is the mean of, documents held out)}. ValueError when the file no longer holds them."""
-        m = self.manifest
-        pairs = text_pairs(m["texts"], m["count"] + m["held_out"], tokenizer, m["template"], m["max_seq_len"])
-        if hash_documents(pairs) != m["tokens"]:
-            raise UserError(f"texts {m['texts']!r}: not the token ids of the vector in {self.folder}; expected the file unchanged")
-        return {side: (list(itertools.compress(pairs[side], self.keep)), pairs[side][m["count"] :]) for side in SIDES}
+    def direction(self, config):
+        """(L, D): the vector of config.side and config.pooling."""
+        return self.tensors[f"{config.side}_{config.pooling}"]
 
-    def additions(self, args, model, tokenizer, name="sft"):
-        """What args.inject adds at the last args.layers layers of the model `name`: "sft", or "dpo" for lambdas below 0."""
-        v, layers = self.tensors[f"{args.side}_{args.pooling}"], self.layers(args.layers)
-        if args.inject != "matched":
-            return additions(args.inject, v, layers)
+    def texts(self, tokenizer):
+        """{side: (documents that the vector is the mean of, documents held out)}. UserError when the file
+        no longer holds them."""
+        m = self.manifest
+        pairs = text_pairs(
+            m["texts"], m["count"] + m["held_out"], tokenizer, m["template"], m["max_text_tokens"]
+        )
+        if hash_documents(pairs) != m["tokens"]:
+            found = f"not the token ids of the vector in {self.folder}"
+            raise UserError(f"texts {m['texts']!r}: {found}; expected the file unchanged")
+        parts = {}
+        for side in SIDES:
+            kept = list(itertools.compress(pairs[side], self.keep))
+            parts[side] = kept, pairs[side][m["count"] :]
+        return parts
+
+    def additions(self, config, model, tokenizer, name="sft"):
+        """What config.inject adds at the last config.layers layers of the model `name`: "sft", or "dpo" for
+        lambdas below 0."""
+        v, layers = self.direction(config), self.layers(config.layers)
+        if config.inject != "matched":
+            return additions(config.inject, v, layers)
         if self.manifest["compat"] == "hf":
-            raise UserError("inject='matched': needs states of the space it writes to; expected a vector extracted without --compat hf")
-        documents, _ = self.texts(tokenizer)[args.side]
-        return match_additions(model, documents, v, layers, args.pooling, device_of(model), strength=1 if name == "sft" else -1)
+            needs = "needs states of the space it writes to"
+            raise UserError(f"inject='matched': {needs}; expected a vector extracted without --compat=hf")
+        documents, _ = self.texts(tokenizer)[config.side]
+        strength = 1 if name == "sft" else -1
+        return match_additions(model, documents, v, layers, config.pooling, device_of(model), strength)

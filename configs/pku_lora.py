@@ -38,3 +38,5 @@ dpo = dict(
     loss="dpo",
     beta=0.1,
 )
+steer = dict(texts="Anthropic/hh-rlhf")  # as in the published comparison
+aqi = dict(prompts="hasnat79/litmus")

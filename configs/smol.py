@@ -34,3 +34,9 @@ dpo = dict(
     loss="dpo_norm",
     beta=5.0,
 )
+steer = dict(
+    texts=f"{_root}/data/preferences.jsonl",
+    count=40,
+    max_text_tokens=192,
+    inject="matched",
+)

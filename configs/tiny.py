@@ -2,6 +2,7 @@
 
     python train_sft.py configs/tiny.py
     python train_dpo.py configs/tiny.py        (or torchrun --nproc-per-node 8: the same losses)
+    python steer.py validate configs/tiny.py
 
 demo/run.py first pretrains runs/tiny/base and writes runs/tiny/data. The preferences' safe answers are chosen.
 Numbers: our own choice, by eight seeds of demo/run.py. Hardware: one CPU core. Time: 6 to 20 s each.
@@ -40,3 +41,9 @@ dpo = dict(
     loss="dpo_norm",
     beta=5.0,
 )
+steer = dict(
+    texts=f"{_root}/data/preferences_eval.jsonl",
+    inject="matched",
+    layers=2,
+)
+aqi = dict(prompts=f"{_root}/data/aqi.jsonl")

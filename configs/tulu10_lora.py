@@ -44,3 +44,5 @@ dpo = dict(
     loss="dpo_norm",
     beta=5.0,
 )
+steer = dict(texts="Anthropic/hh-rlhf")  # as in the published comparison
+aqi = dict(prompts="hasnat79/litmus")

@@ -71,10 +71,8 @@ def steer():
     The additions are matched to the DPO mean state on the vector's texts: there the error is rounding. The shift along the vector is
     measured on other texts, so it is near 1 only. The verdict has no right answer here: it says what these two models show.
     """
-    data, out = ROOT / "data", ROOT / "validate"
-    files = (f"--texts={data}/preferences_eval.jsonl", f"--prompts={data}/aqi.jsonl", f"--out={out}")
-    common.run_script("steer.py", "validate", "tiny", *files, "--inject=matched", "--layers=2")
-    found = json.loads((out / "tiny_sanity/sweep_matched/aqi.json").read_text())
+    common.run_script("steer.py", "validate", CONFIG)
+    found = json.loads((ROOT / "steer_sanity/sweep_matched/aqi.json").read_text())
     return found["shifts"][-1]["achieved"], found["errors"]["matched"]["calibration"]
 
 

@@ -4,7 +4,7 @@
     precedence:     dataclass default < common < the command's section < --key=value
 
 Every section is checked whichever command starts (a typo in `dpo` should not wait for SFT to end), and every problem is named at once.
-Strings are never converted to None, tuples or dicts: what the command line cannot say, the file says.
+Strings are never converted to None or dicts: what the command line cannot say, the file says. Numbers of a tuple stand between commas.
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ from plumbing.files import UserError
 GROUPS = ("model", "data", "optimizer", "loss", "steering", "measure", "machine", "run")  # in the order of --help
 # The commands own their keys: DPOConfig stands beside the losses in train_dpo.py. They are named here and imported when a config is read:
 # plumbing is below the commands, and every section is checked whichever of them starts.
-SECTIONS = {"sft": "train_sft.SFTConfig", "dpo": "train_dpo.DPOConfig"}
+SECTIONS = {
+    "sft": "train_sft.SFTConfig", "dpo": "train_dpo.DPOConfig", "steer": "steer.SteerConfig", "aqi": "aqi.AQIConfig"
+}  # fmt: skip
 COMMAND_LINE_ONLY = {"fresh": "restart the run at every start", "push": "upload it at every end"}
 # {their name: ours}, of TRL, peft and open-instruct, where the spelling alone would suggest no key or another one
 THEIR_NAMES = {
@@ -210,16 +212,23 @@ def load(stage, argv):
     return load_sections(paths[0], [stage], [arg for arg in argv if arg.startswith("-")])[stage]
 
 
-def load_sections(path, stages, overrides):
+def load_sections(path, stages, overrides, keys=None, required=()):
     """{stage: its checked section} of a config file. path None: of defaults and overrides alone.
 
     overrides: `--key=value` arguments; each goes to those of `stages` that have the key. Every section of the file is checked, also those
-    that are not asked for. UserError: every problem of file and overrides, one per line.
+    that are not asked for. keys: what the command reads, where that is less than all keys of `stages`: an override of another is refused.
+    required: keys that may be None, but not for this command. UserError: every problem of file and overrides, one per line.
     """
-    sections, problems = ({stage: {} for stage in stages}, []) if path is None else _read_sections(path)
+    sections, problems = ({}, []) if path is None else _read_sections(path)
     given, unfit = _read_overrides([section(stage) for stage in stages], overrides)
+    if keys is not None:
+        unfit += [f"{name}: a key that this command does not read" for name in given if name not in keys]
     problems += [f"command line: {problem}" for problem in unfit]
-    problems += [f"{path}: no section {stage!r}: expected {stage} = dict(...)" for stage in stages if stage not in sections]
+    for stage in stages:
+        if path is not None and stage not in sections and _missing(section(stage), {}, ()):
+            problems.append(f"{path}: no section {stage!r}: expected {stage} = dict(...)")
+        elif stage not in sections:
+            sections[stage] = {}  # every key has a default
 
     checked = {"common": {}}
     for name, values in sections.items():
@@ -231,13 +240,20 @@ def load_sections(path, stages, overrides):
         values = _defaults(cls)
         for source in (checked["common"], checked[name], given if name in stages else {}):
             values |= {key: value for key, value in source.items() if key in _fields(cls)}
-        missing = [f"missing {f.name!r}: {f.metadata['help']}" for f in dataclasses.fields(cls) if f.name not in values]
+        missing = _missing(cls, values, required if name in stages else ())
         where = f"{path}: {name}: " if path else ""
         problems += [f"{where}{problem}" for problem in missing + _conflicts(cls, values)]
         resolved[name] = values
     if problems:
         raise UserError("\n".join(problems))
     return {stage: section(stage)(**resolved[stage]) for stage in stages}
+
+
+def _missing(cls, values, required):
+    """Messages for the keys that have no value; `required` ones may not be None either."""
+    values = _defaults(cls) | values
+    absent = [f for f in dataclasses.fields(cls) if f.name not in values or (f.name in required and values[f.name] is None)]
+    return [f"missing {f.name!r}: {f.metadata['help']}" for f in absent]
 
 
 def check_world_size(config, world_size):
@@ -288,14 +304,24 @@ def help_text(stage):
         f"       train_{stage}.py CONFIG.py [--key=value ...] --plan --gpu a100-80 --count 8 [--usd-per-hour 16]: no run, only its cost",
         f"CONFIG.py holds the dicts common, sft and dpo. Precedence: default < common < {stage} < --key=value.",
     ]
+    return "\n".join([*lines, describe_keys([stage])])
+
+
+def describe_keys(stages, keys=None, required=()):
+    """The keys of the stages by group, two lines each. keys: only these; required: those that may not stay None."""
+    fields = []
+    for stage in stages:
+        fields += [field for field in dataclasses.fields(section(stage)) if keys is None or field.name in keys]
+    lines = []
     for group in GROUPS:
-        lines.append(f"\n{group}")
-        for field in dataclasses.fields(section(stage)):
-            if field.metadata["group"] == group:
-                default = "required" if field.default is MISSING else f"default {field.default!r}"
-                place = "" if _scalars(field.type) else " (in the file only)"
-                lines.append(f"  {field.name}: {_describe(field)}, {default}{place}")
-                lines.append(f"      [{field.metadata['unit']}] {field.metadata['help']}")
+        members = [field for field in fields if field.metadata["group"] == group]
+        lines += [f"\n{group}"] if members else []
+        for field in members:
+            is_required = field.default is MISSING or field.name in required
+            default = "required" if is_required else f"default {field.default!r}"
+            place = "" if _scalars(field.type) or _is_numbers(field.type) else " (in the file only)"
+            lines.append(f"  {field.name}: {_describe(field)}, {default}{place}")
+            lines.append(f"      [{field.metadata['unit']}] {field.metadata['help']}")
     return "\n".join(lines)
 
 
@@ -355,6 +381,8 @@ def _read_overrides(classes, args):
             given[name] = True
         elif name in fields and not equals:
             problems.append(f"{arg}: expected --{name}=value")
+        elif name in fields and _is_numbers(fields[name].type):
+            given[name] = tuple(_parse(part, [float]) for part in text.split(","))
         elif not types:
             problems.append(f"{name}: no string is read as {_describe(fields[name])}: put it into the config file")
             given[name] = INVALID
@@ -455,6 +483,11 @@ def _scalars(annotation):
     return [member for member in types if member in (bool, int, float, str)]
 
 
+def _is_numbers(annotation):
+    """A tuple of numbers has a text: `0,0.5,1`."""
+    return get_origin(annotation) is tuple and get_args(annotation)[0] is float
+
+
 def _describe(field):
     """`float > 0 or None`: what the key accepts, for --help and for messages."""
     bounds = [f" {sign} {field.metadata[bound]}" for bound, sign in SIGNS.items() if field.metadata[bound] is not None]
@@ -463,7 +496,8 @@ def _describe(field):
         if get_origin(member) is Literal:
             texts.append(" | ".join(get_args(member)))
         elif get_origin(member) is tuple:
-            texts.append(f"tuple of {' | '.join(get_args(get_args(member)[0]))}")
+            item = get_args(member)[0]
+            texts.append(f"tuple of {' | '.join(get_args(item) or [item.__name__])}")
         elif get_origin(member) is dict:
             texts.append("dict {str: float or int > 0}")
         else:

@@ -343,8 +343,9 @@ def test_unknown_mode():
 def test_table_and_report(tmp_path):
     scored = score([{"model": "m", "lambda": "0.50", "category": "a", "chi": 1234.5, "xb": 0.25, "n": 20.0}], "sweep")
     head, line = table(scored).splitlines()
-    assert head.split() == ["model", "lambda", "category", "n", "chi", "xb", "chi_norm", "xb_norm", "aqi"]
-    assert line.split() == ["m", "0.50", "a", "20", "1,234.50", "0.2500", *["98.48"] * 3]
+    assert head.split() == ["model", "lambda", "category", "n", "chi", "xb", "separation"]
+    assert line.split() == ["m", "0.50", "a", "20", "1,234.50", "0.2500", "98.48"]
+    assert scored[0]["separation"] == scored[0]["aqi"] == scored[0]["chi_norm"] == scored[0]["xb_norm"]
     write_report(tmp_path / "out", scored, verdict={"verdict": "flat"})
     report = json.loads((tmp_path / "out" / "aqi.json").read_text())
     assert report["rows"] == scored and report["verdict"] == {"verdict": "flat"} and report["warnings"] == []
@@ -362,7 +363,7 @@ def test_a_report_is_json_whatever_was_measured(tmp_path):
 
 @pytest.mark.slow
 def test_score_command(tmp_path):
-    command = [sys.executable, "aqi.py", "score", str(GOLDEN), "--normalize", "sweep", "--out", str(tmp_path)]
+    command = [sys.executable, "aqi.py", "score", str(GOLDEN), "--normalize=sweep", f"--report_dir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "XB of 144 of 144 rows taken from CHI" in done.stdout
@@ -387,7 +388,7 @@ def test_a_spreadsheets_csv_is_read(tmp_path):
     """A byte-order mark before the first column's name; n known of some rows only."""
     path = Path(write_csv(tmp_path / "a.csv", [("a", 3, 0.5, 8), ("b", 2, 1, "")], ("category", "chi", "xb", "n")))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert aqi.main(["score", str(path), "--normalize", "sweep"]) == 0
+    assert aqi.main(["score", str(path), "--normalize=sweep"]) == 0
     assert [(row["category"], row["n"]) for row in read_rows(path)] == [("a", 8), ("b", "")]
 
 

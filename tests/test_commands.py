@@ -23,10 +23,9 @@ REPLACED = {  # what a document leaves to its reader, or what needs eight GPUs: 
     "--nproc-per-node 8 train_dpo.py configs/tulu10.py": "--nproc-per-node 2 train_dpo.py tulu10_small.py",
     "RUN [RUN ...]": "runs/tulu10/sft runs/tulu10/dpo",
     "PAIR...": "tulu10",
-    "validate smol": "validate tulu10 --layers 2",
+    "validate configs/smol.py": "validate tulu10 --texts=pairs.jsonl --layers=2",
     "FILE": "pairs.jsonl",
-    "runs/smol/data/preferences.jsonl": "pairs.jsonl",
-    "LABELLED": "labelled.csv --layers 2",
+    "LABELLED": "labelled.csv --layers=2",
     "MODEL": "base",
 }
 NOT_RUN = {  # commands that begin so: why

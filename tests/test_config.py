@@ -15,6 +15,7 @@ from plumbing.config import (
     config_hash,
     help_text,
     load,
+    load_sections,
     resume_dict,
 )
 from train_dpo import LOSSES, DPOConfig
@@ -110,6 +111,23 @@ def test_a_file_may_hold_one_stage_only(write):
     assert problems("dpo") == ["x.py: no section 'dpo': expected dpo = dict(...)"]
 
 
+def test_sections_of_steering(write):
+    """Two sections with keys of their own: a missing one is its defaults, numbers of a tuple stand between commas."""
+    write("steer = dict(texts='t', layers=3, lambdas=(0, 1))")
+    found = load_sections("x.py", ["steer", "aqi"], ["--lambdas=-1,0.5", "--space=tsne", "--seeds=3"])
+    assert (found["steer"].layers, found["steer"].lambdas, found["steer"].inject) == (3, (-1.0, 0.5), "cumulative")
+    assert (found["aqi"].space, found["aqi"].seeds, found["aqi"].prompts) == ("tsne", 3, None)
+    assert load_sections("x.py", ["steer"], [])["steer"].lambdas == (0.0, 1.0)
+    with pytest.raises(ValueError) as error:
+        keys, required = ("layers", "texts", "prompts"), ("texts", "prompts")
+        load_sections("x.py", ["steer", "aqi"], ["--seeds=2", "--layers=1"], keys, required)
+    assert str(error.value).splitlines() == [
+        "command line: seeds: a key that this command does not read",
+        "x.py: aqi: missing 'prompts': labelled texts: columns of axiom, label (safe or unsafe) and text",
+        "x.py: aqi: seeds=2: space='raw' has no random start; expected --space=tsne",
+    ]
+
+
 # ---------------------------------------------------------------- messages
 
 QUOTED = "got a string (None is written without quotes, in the config file)"
@@ -126,7 +144,7 @@ IN_THE_FILE = [
     ),
     ("dpo |= dict(dpo_beta=0.1)", "x.py: dpo: unknown key 'dpo_beta', did you mean 'beta'?"),
     ("stf = dict()", "x.py: unknown section 'stf', did you mean 'sft'?"),
-    ("root = 'runs'", "x.py: unknown section 'root'; expected common, sft, dpo (a private name starts with _)"),
+    ("root = 'runs'", "x.py: unknown section 'root'; expected common, sft, dpo, steer, aqi (a private name starts with _)"),
     ("sft = [1]", "x.py: sft: expected a dict, got list"),
     ("del common['lr']", "x.py: dpo: missing 'lr': peak learning rate of AdamW"),
     ("sft |= dict(fresh=True)", "x.py: sft: fresh: expected on the command line only; here it would restart the run at every start"),

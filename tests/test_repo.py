@@ -220,6 +220,8 @@ def check_command(words, monkeypatch):
     if "--gpu" in args:
         options, args = plan._options(args)
         find_gpu(options.gpu)
+    if hasattr(module, "parse"):  # steer.py and aqi.py
+        return module.parse(args)
     if stage in SECTIONS:
         return load(stage, args)
     if module is plan:

@@ -16,8 +16,9 @@ from world import WORDS, change_weights, make_world, write_model, write_rows, wr
 
 import families
 import steer
+from analysis import sweep as sweeps
 from analysis import vector as vectors
-from analysis.steering import additions, mean_states, random_additions, read_states, steering_tap
+from analysis.steering import POOLINGS, additions, mean_states, random_additions, read_states, steering_tap
 from analysis.verdict import bootstrap, judge, permute
 from model import apply_lora, init_lora, merge_lora
 from packing import pack
@@ -26,7 +27,7 @@ from plumbing.tokenizer import Tokenizer
 from reports import ladder
 
 L, D, COUNT, HELD_OUT = 4, 32, 8, 2
-SHORT = ("--max-new-tokens", "6")
+SHORT = ("--max_new_tokens=6",)
 
 
 def words(rng, low, high):
@@ -57,7 +58,7 @@ def lab(tmp_path_factory):
     for name, size in (("dpo", 0.02), ("far", 0.05)):
         shutil.copytree(root / "sft", root / name)
         write_model(root / name, changed(model, size))
-    texts = [{side: f"\n\nHuman: {words(rng, 2, 6)}\n\nAssistant: {words(rng, 2, 9)}" for side in steer.SIDES} for _ in range(12)]
+    texts = [{side: f"\n\nHuman: {words(rng, 2, 6)}\n\nAssistant: {words(rng, 2, 9)}" for side in vectors.SIDES} for _ in range(12)]
     write_rows(root / "texts.jsonl", texts)
     write_prompts(root / "prompts.csv")
     extract(root, "steer")
@@ -66,15 +67,14 @@ def lab(tmp_path_factory):
 
 def extract(lab, out, *more, **changes):
     """steer.py extract into lab/out; changes: sft=, dpo=, texts= other names in lab."""
-    paths = {name: f"{lab}/{changes.get(name, default)}" for name, default in (("sft", "sft"), ("dpo", "dpo"), ("texts", "texts.jsonl"))}
-    argv = [x for name, path in paths.items() for x in (f"--{name}", path)]
-    assert steer.main(["extract", *argv, "--out", f"{lab}/{out}", "--count", str(COUNT), *more]) == 0
+    sft, dpo, texts = (f"{lab}/{changes.get(x, default)}" for x, default in (("sft", "sft"), ("dpo", "dpo"), ("texts", "texts.jsonl")))
+    assert steer.main(["extract", sft, dpo, f"--texts={texts}", f"--out_dir={lab}/{out}", f"--count={COUNT}", *more]) == 0
     return steer.Vector.load(f"{lab}/{out}")
 
 
 def sweep(lab, out, *more, folder="steer", plots=False):
     """The report of steer.py sweep into lab/out; without plots, which are half of its time here."""
-    argv = ["sweep", f"{lab}/{folder}", "--prompts", f"{lab}/prompts.csv", "--out", f"{lab}/{out}", "--layers", "2", *SHORT, *more]
+    argv = ["sweep", f"{lab}/{folder}", f"--prompts={lab}/prompts.csv", f"--report_dir={lab}/{out}", "--layers=2", *SHORT, *more]
     with pytest.MonkeyPatch.context() as patch:
         if not plots:
             patch.setattr(steer, "_plot", lambda *_: None)
@@ -96,11 +96,11 @@ def test_the_vector_is_the_difference_of_mean_states(lab):
     sft, dpo = (families.load_pretrained(lab / name)[0] for name in ("sft", "dpo"))
     assert vector.manifest["layers"] == L and vector.manifest["count"] == COUNT == vector.manifest["kept"]
     assert vector.manifest["held_out"] == HELD_OUT and vector.keep.tolist() == [True] * COUNT
-    for side in steer.SIDES:
+    for side in vectors.SIDES:
         docs = documents(lab, side)
         for prefix, part in (("", docs[:COUNT]), ("heldout_", docs[COUNT:])):
             expected = mean_states(dpo, part, "cpu") - mean_states(sft, part, "cpu")  # (2, L, D)
-            for p, pooling in enumerate(steer.POOLINGS):
+            for p, pooling in enumerate(POOLINGS):
                 assert relative_error(vector.tensors[f"{prefix}{side}_{pooling}"], expected[p]) < 1e-5
         assert relative_error(vector.tensors[f"sft_{side}_mean"], mean_states(sft, docs[:COUNT], "cpu")[1]) < 1e-5
     stored = np.load(lab / "steer/differences_chosen.npy")
@@ -112,20 +112,20 @@ def test_documents_are_the_transcripts_with_bos(lab):
     text = json.loads((lab / "texts.jsonl").read_text().splitlines()[0])["chosen"]
     ids, mask = documents(lab)[0]
     assert tokenizer.decode(ids) == "<|bos|>" + text and mask.all()
-    assert steer.plain_document(text, tokenizer, 5)[0].tolist() == ids[:5].tolist()
+    assert vectors.plain_document(text, tokenizer, 5)[0].tolist() == ids[:5].tolist()
 
 
 def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
-    raw, hf = steer.Vector.load(lab / "steer"), extract(lab, "steer_hf", "--compat", "hf")
+    raw, hf = steer.Vector.load(lab / "steer"), extract(lab, "steer_hf", "--compat=hf")
     assert torch.equal(raw.tensors["chosen_last"][:-1], hf.tensors["chosen_last"][:-1])
     assert relative_error(hf.tensors["chosen_last"][-1], raw.tensors["chosen_last"][-1]) > 0.1
-    with pytest.raises(ValueError, match="inject='matched'.*without --compat hf"):
-        sweep(lab, "none", "--inject", "matched", folder="steer_hf")
+    with pytest.raises(ValueError, match="inject='matched'.*without --compat=hf"):
+        sweep(lab, "none", "--inject=matched", folder="steer_hf")
     report = sweep(lab, "sweep_hf", folder="steer_hf")
     assert report["errors"] == {} and any("two different spaces" in text for text in report["warnings"])
     model, tokenizer = families.load_pretrained(lab / "sft")
     v, prompts = hf.tensors["chosen_last"].double(), steer.aqi.read_prompts(f"{lab}/prompts.csv")
-    batches = [pack([steer.plain_document(text, tokenizer, 512)]) for text in prompts.texts]
+    batches = [pack([vectors.plain_document(text, tokenizer, 512)]) for text in prompts.texts]
     taps = None, steering_tap(additions("cumulative", hf.tensors["chosen_last"], [2, 3]), 1.0)
     start, end = (sum(read_states(model, x, tap, compat_hf=True)[0, 0, -1].double() for x in batches) / len(batches) for tap in taps)
     assert report["shifts"][-1]["achieved"] == pytest.approx(((end - start) @ v[-1] / v[-1].square().sum()).item(), rel=1e-4)
@@ -133,10 +133,10 @@ def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
 
 def test_only_preferred_pairs_are_kept(lab):
     """The pairs whose chosen text has the higher mean log-prob per token; the vector, its spectrum and `matched` see those alone."""
-    vector = extract(lab, "kept", "--keep", "preferred")
+    vector = extract(lab, "kept", "--keep=preferred")
     dpo, _ = families.load_pretrained(lab / "dpo")
     means = []
-    for side in steer.SIDES:
+    for side in vectors.SIDES:
         with torch.no_grad():
             logits = [dpo(*stream([torch.tensor(ids).long()])) @ dpo.lm_head.weight.T for ids, _ in documents(lab, side)[:COUNT]]
         targets = [torch.tensor(ids[1:]).long() for ids, _ in documents(lab, side)]
@@ -147,7 +147,7 @@ def test_only_preferred_pairs_are_kept(lab):
     assert relative_error(vector.tensors["chosen_last"], torch.from_numpy(differences.mean(0))) < 1e-5
     calibration, held_out = vector.texts(Tokenizer.from_dir(lab / "sft"))["rejected"]
     assert len(calibration) == expected.sum() and len(held_out) == HELD_OUT
-    assert sweep(lab, "sweep_kept", "--inject", "matched", folder="kept")["errors"]["matched"]["calibration"] < 1e-3
+    assert sweep(lab, "sweep_kept", "--inject=matched", folder="kept")["errors"]["matched"]["calibration"] < 1e-3
     steer.main(["spectrum", f"{lab}/kept"])
     assert json.loads((lab / "kept/spectrum.json").read_text())["layers"][0]["effective_rank"] <= expected.sum()
 
@@ -181,7 +181,7 @@ def test_nothing_is_extracted_twice_and_changes_are_noticed(lab, capsys):
     assert "wrote" in run()
     before = (lab / "twice/vector.safetensors").stat().st_mtime_ns
     assert "finished" in run() and (lab / "twice/vector.safetensors").stat().st_mtime_ns == before
-    assert "other keep: done again" in run("--keep", "preferred") and "other keep: done again" in run()
+    assert "other keep: done again" in run("--keep=preferred") and "other keep: done again" in run()
     change_weights(lab / "twice_dpo", lambda weights: weights["model.norm.weight"].add_(0.5))
     assert "other dpo: done again" in run() and "finished" in run()
     rows = (lab / "twice.jsonl").read_text().splitlines()
@@ -243,15 +243,15 @@ def test_another_shape_is_refused_before_a_model_is_read(lab, monkeypatch):
 
 def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
     with pytest.raises(ValueError, match="12 usable pairs; expected 125"):
-        extract(lab, "none", "--count", "100")
+        extract(lab, "none", "--count=100")
     rows = [{"prompt": "help", "chosen": "good cat", "rejected": "bad dog"}] * 10
     write_rows(lab / "plain.jsonl", rows)
     with pytest.raises(ValueError, match="plain.jsonl', row 0: no transcript; expected a template"):
         extract(lab, "none", texts="plain.jsonl")
-    with pytest.raises(ValueError, match="template='llama-3': expected one of .*'llama3'"):
-        extract(lab, "none", "--template", "llama-3", texts="plain.jsonl")
-    assert extract(lab, "chat", "--template", "tulu", texts="plain.jsonl").manifest["template"] == "tulu"
-    steer.main(["generate", f"{lab}/chat", "--prompt", "help me", "--layers", "2", *SHORT])
+    with pytest.raises(ValueError, match="template='llama-3': expected .*, did you mean 'llama3'"):
+        extract(lab, "none", "--template=llama-3", texts="plain.jsonl")
+    assert extract(lab, "chat", "--template=tulu", texts="plain.jsonl").manifest["template"] == "tulu"
+    steer.main(["generate", f"{lab}/chat", "--prompt=help me", "--layers=2", *SHORT])
 
 
 def test_a_lora_adapter_stands_for_its_merged_model(lab):
@@ -304,17 +304,20 @@ def test_what_is_wrong_with_a_text_or_a_vector_is_named(lab):
             steer.main(["spectrum", f"{lab}/copied"])
 
 
-@pytest.mark.parametrize("layers", (0, 5, -1))
-def test_layers_that_do_not_exist_are_refused_before_a_model_is_read(lab, layers, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    ((0, "int >= 1"), (-1, "int >= 1"), (5, "1 to 4, the model's number of layers")),
+)
+def test_layers_that_do_not_exist_are_refused_before_a_model_is_read(lab, layers, expected, monkeypatch):
     monkeypatch.setattr(vectors, "load_model", unread)
-    for command in (("generate", "--prompt", "help"), ("bake", "--strength", "1", "--out", f"{lab}/none"),
-                    ("sweep", "--prompts", f"{lab}/prompts.csv")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"layers={layers} \(--layers; default: the published 5\): expected 1 to 4"):
+    for command in (("generate", "--prompt=help"), ("bake", "--strength=1", f"--bake_dir={lab}/none"),
+                    ("sweep", f"--prompts={lab}/prompts.csv")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"layers={layers}.*: expected {expected}"):
             steer.main([command[0], f"{lab}/steer", *command[1:], f"--layers={layers}"])
 
 
 def test_spectrum_writes_table_and_components(lab, capsys):
-    steer.main(["spectrum", f"{lab}/steer", "--side", "rejected", "--pooling", "mean"])
+    steer.main(["spectrum", f"{lab}/steer", "--side=rejected", "--pooling=mean"])
     assert len(capsys.readouterr().out.splitlines()) == L + 1
     found = json.loads((lab / "steer/spectrum.json").read_text())
     vector = steer.Vector.load(lab / "steer").tensors["rejected_mean"]
@@ -330,19 +333,19 @@ def test_spectrum_writes_table_and_components(lab, capsys):
 def test_generations_side_by_side(lab, capsys):
     """Below 0 on the DPO model, otherwise on the SFT model; a file holds one prompt a line; lambda 0 is the model as it is."""
     (lab / "questions.txt").write_text("help me\ntell me about the cat\n")
-    steer.main(["generate", f"{lab}/steer", "--prompts", f"{lab}/questions.txt", "--lambdas=-1,0,40", "--layers", "1", *SHORT])
+    steer.main(["generate", f"{lab}/steer", f"--questions={lab}/questions.txt", "--lambdas=-1,0,40", "--layers=1", *SHORT])
     out = capsys.readouterr().out.split("\n> ")[1:]
     assert len(out) == 2 and all("lambda -1 on dpo" in x and "lambda 0 on sft" in x and "lambda 40 on sft" in x for x in out)
-    steer.main(["generate", f"{lab}/steer", "--prompt", "help me", "--lambdas", "0", "--layers", "1", *SHORT])
+    steer.main(["generate", f"{lab}/steer", "--prompt=help me", "--lambdas=0", "--layers=1", *SHORT])
     line = next(line for line in capsys.readouterr().out.splitlines() if "lambda 0" in line)
     assert line in out[0]
-    with pytest.raises(SystemExit):
-        steer.main(["generate", f"{lab}/steer", *SHORT])
+    with pytest.raises(ValueError, match="missing 'prompt' or 'questions'"):
+        steer.main(["generate", f"{lab}/steer", "--layers=1", *SHORT])
 
 
 def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch):
     monkeypatch.setattr(steer, "generate", lambda model, prompts, count, eos, *_, **__: [[9, 0, 8, eos]])
-    steer.main(["generate", f"{lab}/steer", "--prompt", "help me", "--lambdas", "0", "--layers", "1", *SHORT])
+    steer.main(["generate", f"{lab}/steer", "--prompt=help me", "--lambdas=0", "--layers=1", *SHORT])
     shown = Tokenizer.from_dir(lab / "sft").decode([9, 0, 8])
     assert "<|bos|>" in shown and capsys.readouterr().out.endswith(f"lambda 0 on sft: {shown}\n")
 
@@ -350,47 +353,77 @@ def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--prompts", "{lab}/empty.txt"), "prompts='.*empty.txt': an empty file; expected one prompt a line"),
-        (("--prompt", "", "--temperature", "-1"), "temperature=-1.0: expected 0"),
-        (("--prompt", "", "--temperature", "nan"), "temperature=nan: expected 0"),
+        (("--questions={lab}/empty.txt",), "questions='.*empty.txt': an empty file; expected one prompt a line"),
+        (("--prompt=help", "--temperature=-1"), "temperature=-1.0: expected float >= 0"),
+        (("--prompt=help", "--temperature=nan"), "temperature=nan: expected float >= 0"),
+        (("--prompt=help", "--questions={lab}/empty.txt"), "prompt='help', questions='.*': expected one of the two"),
+        ((), "missing 'prompt' or 'questions': what is to be answered"),
     ],
 )
 def test_generations_that_cannot_be(lab, argv, message):
     (lab / "empty.txt").touch()
     with pytest.raises(ValueError, match=message):
-        steer.main(["generate", f"{lab}/steer", "--layers", "1", *SHORT, *(x.format(lab=lab) for x in argv)])
+        steer.main(["generate", f"{lab}/steer", "--layers=1", *SHORT, *(x.format(lab=lab) for x in argv)])
 
 
-@pytest.mark.parametrize("command", ["extract", "spectrum", "generate", "sweep", "bake", "validate"])
-def test_help_is_for_users(command, capsys):
-    """Options by their names, not by what the code calls them, with their defaults."""
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("command", steer.COMMANDS)
+def test_help_is_of_one_command(command, capsys):
+    """Its keys with type, default and meaning, and no other command's."""
     with pytest.raises(SystemExit):
         steer.parse([command, "--help"])
     out = capsys.readouterr().out
-    assert "args." not in out and "%" not in out and "(default: " in out
-
-
-def test_lambdas_are_finite(lab, capsys):
-    with pytest.raises(SystemExit):
-        steer.main(["generate", f"{lab}/steer", "--prompt", "", "--lambdas=nan,1", "--layers", "1"])
-    assert "'nan,1': expected finite numbers" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("space", ("umap", "pca", "pca:0", "tsne:2"))
-def test_a_space_that_does_not_exist_is_refused_before_anything_is_read(lab, capsys, space):
-    with pytest.raises(SystemExit):
-        sweep(lab, "none", "--space", space)
-    assert f"'{space}': expected raw, pca:k or tsne" in capsys.readouterr().err
+    listed = [line.split(":")[0].strip() for line in out.splitlines() if ", default " in line or ", required" in line]
+    assert sorted(listed) == sorted(steer.COMMANDS[command].keys)
+    assert all(f"  {key}: " in out and f"{key}: " in out for key in steer.COMMANDS[command].required)
+    assert all(", required" in line for line in out.splitlines() if line.strip().startswith(steer.COMMANDS[command].required + ("\0",)))
 
 
 @pytest.mark.parametrize(
-    ("option", "least"), [("--count=-3", 1), ("--count=0", 1), ("--max-seq-len=-3", 2), ("--max-seq-len=many", 2), ("--max-seq-len=1", 2)]
-)
-def test_sizes_are_whole_numbers(lab, capsys, option, least):
+    ("argv", "problems"),
+    [
+        (["sweep", "x", "--lambda=1", "--space=umap", "--layers=two"], [
+            "command line: unknown key 'lambda', did you mean 'lambdas'?",
+            "command line: layers='two': expected int >= 1, got str",
+            "missing 'prompts': labelled texts: columns of axiom, label (safe or unsafe) and text",
+            "space='umap': expected raw, pca:k or tsne",
+        ]),
+        (["bake", "x", "--texts=t", "--strength=1", "--bake_dir=b"], ["command line: texts: a key that this command does not read"]),
+        (["spectrum", "x", "--side"], ["command line: --side: expected --side=value"]),
+        (["spectrum", "x", "--side=chsen"], ["command line: side='chsen': expected chosen | rejected, did you mean 'chosen'?"]),
+        (["spectrum"], ["spectrum: no TARGET; expected steer.py COMMAND TARGET... [--key=value ...]; --help explains them"]),
+        (["swep", "x"], ["command 'swep': expected one of extract, spectrum, generate, sweep, bake, validate, did you mean 'sweep'? "
+                         "Usage: steer.py COMMAND TARGET... [--key=value ...]; --help explains them"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_command_is_said_at_once(argv, problems):
+    with pytest.raises(ValueError) as error:
+        steer.parse(argv)
+    assert sorted(str(error.value).splitlines()) == sorted(problems)
+
+
+@pytest.mark.parametrize("lambdas", ("nan,1", "0,inf", "0,x", "1,0", "0,0", ""))
+def test_lambdas_are_finite_and_ascending(lambdas):
+    with pytest.raises(ValueError, match="lambdas=.*: expected"):
+        steer.parse(["generate", "x", f"--lambdas={lambdas}"])
+
+
+@pytest.mark.parametrize("space", ("umap", "pca", "pca:0", "tsne:2"))
+def test_a_space_that_does_not_exist_is_refused(space):
+    with pytest.raises(ValueError, match=f"space='{space}': expected raw, pca:k or tsne"):
+        steer.parse(["sweep", "x", "--prompts=p", f"--space={space}"])
+
+
+@pytest.mark.parametrize(("option", "expected"), [
+    ("count=-3", "int >= 1"), ("count=0", "int >= 1"), ("max_text_tokens=-3", "int >= 2"), ("max_text_tokens=many", "int >= 2"),
+    ("max_text_tokens=1", "int >= 2"),
+])  # fmt: skip
+def test_sizes_are_whole_numbers(option, expected):
     """Held-out texts of one token have no log-prob to print."""
-    with pytest.raises(SystemExit):
-        extract(lab, "none", option)
-    assert f"'{option.partition('=')[2]}': expected a whole number, {least} or more" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"{option.replace('many', repr('many'))}: expected {expected}"):
+        steer.parse(["extract", "x", "--texts=t", f"--{option}"])
 
 
 # ---------------------------------------------------------------- sweep
@@ -422,7 +455,7 @@ def test_what_a_sweep_measures(lab, swept):
     assert first["logp_chosen"] != last["logp_chosen"] and first["perplexity_chosen"] == pytest.approx(np.exp(-first["logp_chosen"]))
     model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
-    docs = [steer.plain_document(text, tokenizer, 512) for text in prompts.texts]
+    docs = [vectors.plain_document(text, tokenizer, 512) for text in prompts.texts]
     with torch.no_grad():
         X = torch.stack([model(*stream([torch.tensor(ids).long()])).mean(0) for ids, _ in docs])
     measured = steer.aqi.score(steer.aqi.measure(X, prompts.axiom, prompts.label, prompts.axioms), "sweep")
@@ -443,7 +476,7 @@ def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale
     def last(docs, tap=None):
         return torch.cat([read_states(model, pack([document]), tap)[0] for document in docs]).double()  # (n, L, D)
 
-    prompts = [steer.plain_document(text, tokenizer, 512) for text in steer.aqi.read_prompts(f"{lab}/prompts.csv").texts]
+    prompts = [vectors.plain_document(text, tokenizer, 512) for text in steer.aqi.read_prompts(f"{lab}/prompts.csv").texts]
     plain, found = last(prompts), report["shifts"][2]
     shift = (last(prompts, half) - plain)[:, -1].mean(0)
     along = shift @ v[-1] / v[-1].square().sum()
@@ -454,7 +487,7 @@ def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale
     for name, docs, target in (("calibration", documents(lab)[:COUNT], v), ("held_out", held_out, vector.tensors["heldout_chosen_last"])):
         error = (last(docs, full) - last(docs))[:, -1].mean(0) - target[-1]
         assert report["errors"]["cumulative"][name] == pytest.approx((error.norm() / target[-1].norm()).item(), rel=1e-3)
-    for side in steer.SIDES:
+    for side in vectors.SIDES:
         ids = [torch.tensor(ids).long() for ids, _ in documents(lab, side)[COUNT:]]
         with torch.no_grad():
             logits = [(model(*stream([x]), tap=half) @ model.lm_head.weight.T)[:-1] for x in ids]
@@ -465,8 +498,8 @@ def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale
 def test_continuations_are_steered_by_their_lambda(lab, monkeypatch):
     """Of the first halves of held-out chosen texts."""
     given = []
-    monkeypatch.setattr(steer, "generate", lambda model, prompts, *_, tap: given.append((prompts, tap)) or [])
-    sweep(lab, "continued", "--lambdas", "0,0.5,2")
+    monkeypatch.setattr(sweeps, "generate", lambda model, prompts, *_, tap: given.append((prompts, tap)) or [])
+    sweep(lab, "continued", "--lambdas=0,0.5,2")
     v = steer.Vector.load(lab / "steer").tensors["chosen_last"]
     assert [tap and tap(3, torch.zeros(1, D))[0].tolist() for _, tap in given] == [None, (0.5 * v[3]).tolist(), (2 * v[3]).tolist()]
     assert all(prompts == [ids[: len(ids) // 2].tolist() for ids, _ in documents(lab)[COUNT:]] for prompts, _ in given)
@@ -476,10 +509,10 @@ def test_verdicts_compare_with_the_control_and_shuffled_labels(lab, monkeypatch)
     """The same resamples of both curves; two axioms share the 5 %; the nulls are those of embeddings taken text by text."""
     given = []
     monkeypatch.setattr(steer, "judge", lambda *args: given.append(args) or judge(*args))
-    report = sweep(lab, "judged", "--lambdas", "0,1")
+    report = sweep(lab, "judged", "--lambdas=0,1")
     model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
-    ids = [torch.tensor(steer.plain_document(text, tokenizer, 512)[0]).long() for text in prompts.texts]
+    ids = [torch.tensor(vectors.plain_document(text, tokenizer, 512)[0]).long() for text in prompts.texts]
     add = additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3])
 
     def curve(add):
@@ -504,7 +537,7 @@ def test_the_layer_profile(lab, swept):
     assert [overall[0, layer] == overall[1, layer] for layer in range(L)] == [True, True, False, False]
     model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
-    docs = [steer.plain_document(text, tokenizer, 512) for text in prompts.texts]
+    docs = [vectors.plain_document(text, tokenizer, 512) for text in prompts.texts]
     tap = steering_tap(additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3]), 1.0)
     X = torch.cat([mean_states(model, [document], "cpu", tap)[1:, -1] for document in docs])
     (*_, row) = steer.aqi.score(steer.aqi.measure(X, prompts.axiom, prompts.label, prompts.axioms), "sweep")
@@ -513,12 +546,12 @@ def test_the_layer_profile(lab, swept):
 
 def test_the_side_is_followed_throughout(lab):
     """On the rejected side `matched` calibrates on rejected texts, and the error table is about them."""
-    report = sweep(lab, "sweep_rejected", "--side", "rejected", "--pooling", "mean", "--inject", "matched", "--lambdas", "0,1")
+    report = sweep(lab, "sweep_rejected", "--side=rejected", "--pooling=mean", "--inject=matched", "--lambdas=0,1")
     assert report["errors"]["matched"]["calibration"] < 1e-3
     vector = steer.Vector.load(lab / "steer")
     sft, tokenizer = vector.model("sft")
-    args = steer.parse(["sweep", f"{lab}/steer", "--prompts", "x", "--side", "rejected", "--pooling", "mean", "--layers", "2"])
-    other = steer.injection_errors(sft, vector.texts(tokenizer)["rejected"], vector, args)
+    config = steer.SteerConfig(side="rejected", pooling="mean", layers=2)
+    other = sweeps.injection_errors(sft, vector.texts(tokenizer)["rejected"], vector, config)
     assert other["cumulative"] == report["errors"]["cumulative"]
 
 
@@ -537,9 +570,9 @@ def test_prompts_that_are_cut_elsewhere_are_another_sweep(lab, capsys):
     rows = (lab / "prompts.csv").read_text().splitlines()
     (lab / "long.csv").write_text("\n".join([*rows, "calm,safe," + "good " * 100]) + "\n")
     for length in (512, 64):
-        vector = extract(lab, "cut", "--max-seq-len", str(length))
-        sweep(lab, "sweep_cut", "--prompts", f"{lab}/long.csv", "--lambdas", "0,1", folder="cut")
-    assert all(len(ids) < 64 for side in steer.SIDES for ids, _ in documents(lab, side)) and vector.manifest["max_seq_len"] == 64
+        vector = extract(lab, "cut", f"--max_text_tokens={length}")
+        sweep(lab, "sweep_cut", f"--prompts={lab}/long.csv", "--lambdas=0,1", folder="cut")
+    assert all(len(ids) < 64 for side in vectors.SIDES for ids, _ in documents(lab, side)) and vector.manifest["max_text_tokens"] == 64
     assert "sweep_cut/aqi.json: made from other prompts: done again" in capsys.readouterr().out
 
 
@@ -552,7 +585,7 @@ def test_what_the_vector_does_not_show_is_another_sweep(lab, capsys):
     def run():
         vector = extract(lab, "unseen", sft="unseen_sft", dpo="unseen_dpo")
         capsys.readouterr()
-        report = sweep(lab, "sweep_unseen", "--prompts", f"{lab}/unseen.csv", "--lambdas", "0,1", folder="unseen")
+        report = sweep(lab, "sweep_unseen", f"--prompts={lab}/unseen.csv", "--lambdas=0,1", folder="unseen")
         return vector.folder.joinpath("vector.safetensors").read_bytes(), report, capsys.readouterr().out
 
     before, first, _ = run()
@@ -574,7 +607,7 @@ def test_what_the_vector_does_not_show_is_another_sweep(lab, capsys):
 
 def test_lambdas_without_zero(lab, swept):
     """The shift is still measured from the unsteered model, and the profile still begins there."""
-    report = sweep(lab, "no_zero", "--lambdas", "0.5,1")
+    report = sweep(lab, "no_zero", "--lambdas=0.5,1")
     for shift, expected in zip(report["shifts"], swept["shifts"][2::2], strict=True):
         assert shift.pop("strength") == pytest.approx(expected["strength"])
         assert shift == pytest.approx({key: expected[key] for key in shift})
@@ -588,17 +621,18 @@ def test_the_profile_is_printed_once_where_the_last_lambda_is_zero(lab, capsys):
     assert len(line.partition(": ")[2].split()) == L
 
 
-@pytest.mark.parametrize("lambdas", ("1", "1,0", "0,0"))
-def test_lambdas_that_make_no_curve_are_refused(lab, lambdas):
+def test_one_lambda_makes_no_curve(lab, monkeypatch):
+    monkeypatch.setattr(vectors, "load_model", unread)
     with pytest.raises(ValueError, match="lambdas=.*expected two or more, ascending"):
-        sweep(lab, "none", "--lambdas", lambdas)
+        sweep(lab, "none", "--lambdas=1")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--space", "pca:13"), "space='pca:13': expected at most pca:12, as many as the smallest axiom has texts"),
-        (("--seeds", "2"), "seeds=2: space='raw' has no random start; expected --space tsne"),
+        (("--space=pca:13",), "space='pca:13': expected at most pca:12, as many as the smallest axiom has texts"),
+        (("--seeds=2",), "seeds=2: space='raw' has no random start; expected --space=tsne"),
+        (("--normalize=anchors",), "normalize='anchors': a scale for several models, of aqi.py score"),
     ],
 )
 def test_spaces_that_cannot_be_are_refused_before_a_model_is_read(lab, monkeypatch, options, message):
@@ -609,7 +643,7 @@ def test_spaces_that_cannot_be_are_refused_before_a_model_is_read(lab, monkeypat
 
 def test_one_axiom(lab):
     write_prompts(lab / "one.csv", axioms=("calm",))
-    report = sweep(lab, "one", "--prompts", f"{lab}/one.csv", "--lambdas", "0,1")
+    report = sweep(lab, "one", f"--prompts={lab}/one.csv", "--lambdas=0,1")
     axiom, overall = (next(v for v in report["verdicts"] if v["category"] == name) for name in ("calm", "overall"))
     assert axiom["estimate"] == pytest.approx(overall["estimate"])
 
@@ -618,13 +652,13 @@ def test_one_label_only_is_refused(lab):
     rows = (lab / "prompts.csv").read_text().splitlines()
     (lab / "unsafe.csv").write_text("\n".join(row for row in rows if ",safe," not in row) + "\n")
     with pytest.raises(ValueError, match=r"calm \(0 safe, 6 unsafe\).*expected at least two texts of either label"):
-        sweep(lab, "none", "--prompts", f"{lab}/unsafe.csv")
+        sweep(lab, "none", f"--prompts={lab}/unsafe.csv")
 
 
 def test_embeddings_with_nan_are_refused(lab):
     """An addition that overflows float32 on its way through the last norm."""
     with pytest.raises(ValueError, match="NaN or infinity"):
-        sweep(lab, "none", "--lambdas", "0,1e38")
+        sweep(lab, "none", "--lambdas=0,1e38")
 
 
 def test_changed_texts_are_refused(lab):
@@ -642,7 +676,7 @@ def test_rows_that_are_no_pair_are_left_out_and_counted(lab, capsys):
             for safe in (True, False, True, False)]  # fmt: skip
     write_rows(lab / "pku.jsonl", rows)
     found = vectors.text_pairs(f"{lab}/pku.jsonl", 2, Tokenizer.from_dir(lab / "sft"), "tulu", 64)
-    assert [len(found[side]) for side in steer.SIDES] == [2, 2]
+    assert [len(found[side]) for side in vectors.SIDES] == [2, 2]
     assert "pku.jsonl': 2 pairs, 2 left out for not exactly one safe response" in capsys.readouterr().out
 
 
@@ -653,13 +687,13 @@ def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
     write_rows(lab / "long.jsonl", rows)
     found = vectors.text_pairs(f"{lab}/long.jsonl", 3, tokenizer, "tulu", 64)
     assert "long.jsonl': 3 pairs, 1 left out without an answer in the first 64 tokens" in capsys.readouterr().out
-    assert [len(found[side]) for side in steer.SIDES] == [3, 3] and all(mask.any() for side in steer.SIDES for _, mask in found[side])
+    assert [len(found[side]) for side in vectors.SIDES] == [3, 3] and all(mask.any() for side in vectors.SIDES for _, mask in found[side])
     with pytest.raises(ValueError, match="3 usable pairs, 1 left out without .*; expected 4"):
         vectors.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
 
 
 def test_per_run_warns_about_its_scales(lab, capsys):
-    report = sweep(lab, "per_run", "--normalize", "per_run", "--lambdas", "0,1")
+    report = sweep(lab, "per_run", "--normalize=per_run", "--lambdas=0,1")
     out = capsys.readouterr().out
     assert "puts each of the 2 runs on its own scale" in out and "CHI and XB of two clusters are one statistic" in out
     assert {row["normalize"] for row in report["rows"]} == {"per_run"}
@@ -667,7 +701,7 @@ def test_per_run_warns_about_its_scales(lab, capsys):
 
 def test_all_indices(lab, capsys):
     """In the table, the csv and the json, of steered and control rows alike."""
-    report = sweep(lab, "indices", "--all-indices", "--lambdas", "0,1")
+    report = sweep(lab, "indices", "--all_indices", "--lambdas=0,1")
     assert all(-1 <= row["silhouette"] <= 1 and 0 <= row["probe_auc"] <= 1 and row["dunn"] > 0 for row in report["rows"])
     printed, written = capsys.readouterr().out, (lab / "indices/aqi.csv").read_text()
     assert all(name in printed and name in written for name in steer.aqi.EXTRA)
@@ -677,7 +711,7 @@ def test_all_indices(lab, capsys):
 def test_tsne_over_several_seeds(lab, capsys):
     """Mean and sd of each lambda beside the table; one draw is warned about."""
     write_prompts(lab / "tsne.csv", axioms=("calm",))
-    report = sweep(lab, "tsne", "--prompts", f"{lab}/tsne.csv", "--space", "tsne", "--seeds", "3", "--lambdas", "0,1")
+    report = sweep(lab, "tsne", f"--prompts={lab}/tsne.csv", "--space=tsne", "--seeds=3", "--lambdas=0,1")
     assert {row["seed"] for row in report["rows"]} == {0, 1, 2} and len(report["rows"]) == 2 * 2 * 2 * 3
     scores = [row["aqi"] for row in report["rows"] if row["lambda"] == 1 and row["category"] == "overall" and not row["control"]]
     line = f"lambda 1: AQI {np.mean(scores):.2f}, sd {np.std(scores, ddof=1):.2f} over 3 seeds"
@@ -686,9 +720,9 @@ def test_tsne_over_several_seeds(lab, capsys):
 
 def test_repetition_by_hand():
     """1 2 1 2 1 2 1 has four 4-grams, two of them distinct; another answer's are its own; a text of three tokens has none."""
-    assert steer.repetition([[1, 2, 1, 2, 1, 2, 1]]) == 0.5
-    assert steer.repetition([[1, 2, 1, 2, 1, 2, 1], [1, 2, 1, 2], [5, 6, 7]]) == pytest.approx(2 / 5)
-    assert steer.repetition([[1, 2, 3]]) == 0 == steer.repetition([[1, 2, 3, 4, 5]])
+    assert sweeps.repetition([[1, 2, 1, 2, 1, 2, 1]]) == 0.5
+    assert sweeps.repetition([[1, 2, 1, 2, 1, 2, 1], [1, 2, 1, 2], [5, 6, 7]]) == pytest.approx(2 / 5)
+    assert sweeps.repetition([[1, 2, 3]]) == 0 == sweeps.repetition([[1, 2, 3, 4, 5]])
 
 
 # ---------------------------------------------------------------- bake
@@ -707,7 +741,7 @@ def test_transformers_runs_the_baked_checkpoint(lab, model_type):
         path.write_text(json.dumps(config))
     vector = extract(lab, f"{model_type}/steer", sft=f"{model_type}/sft", dpo=f"{model_type}/dpo")
     out = lab / model_type / "baked"
-    steer.main(["bake", str(vector.folder), "--strength", "0.7", "--layers", "3", "--out", str(out)])
+    steer.main(["bake", str(vector.folder), "--strength=0.7", "--layers=3", f"--bake_dir={out}"])
     sft, _ = vector.model("sft")
     assert sft.config.model_type == model_type
     tap = steering_tap(additions("cumulative", vector.tensors["chosen_last"], [1, 2, 3]), 0.7)
@@ -723,7 +757,7 @@ def test_transformers_runs_the_baked_checkpoint(lab, model_type):
 
 
 def test_baking_a_negative_strength_starts_from_the_dpo_model(lab):
-    steer.main(["bake", f"{lab}/steer", "--strength=-1", "--inject", "matched", "--layers", "2", "--out", f"{lab}/unbaked"])
+    steer.main(["bake", f"{lab}/steer", "--strength=-1", "--inject=matched", "--layers=2", f"--bake_dir={lab}/unbaked"])
     baked, _ = families.load_pretrained(lab / "unbaked")
     sft, _ = families.load_pretrained(lab / "sft")
     texts = documents(lab)[:COUNT]
@@ -732,19 +766,19 @@ def test_baking_a_negative_strength_starts_from_the_dpo_model(lab):
 
 def test_a_bake_that_cannot_be_exact_is_refused(lab, capsys):
     """Also as a command: a message and exit code 1."""
-    argv = ["bake", f"{lab}/steer", "--strength", "1", "--rescale", "--out", f"{lab}/none"]
+    argv = ["bake", f"{lab}/steer", "--strength=1", "--rescale", f"--bake_dir={lab}/none"]
     with pytest.raises(ValueError, match="rescale: what it adds depends on the token"):
         steer.main(argv)
     assert parallel.run(steer.main, argv) == 1 and capsys.readouterr().err.startswith("error: rescale")
     for strength in ("nan", "inf"):
-        with pytest.raises(ValueError, match=f"strength={strength}: expected a finite number"):
-            steer.main(["bake", f"{lab}/steer", "--strength", strength, "--out", f"{lab}/none"])
+        with pytest.raises(ValueError, match=f"strength={strength}: expected float"):
+            steer.main(["bake", f"{lab}/steer", f"--strength={strength}", f"--bake_dir={lab}/none"])
 
 
 def test_a_bake_does_not_replace_its_model(lab):
     before = (lab / "dpo/model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="the dpo model itself, which a bake would replace"):
-        steer.main(["bake", f"{lab}/steer", "--strength=-1", "--layers", "1", "--out", f"{lab}/steer/../dpo"])
+        steer.main(["bake", f"{lab}/steer", "--strength=-1", "--layers=1", f"--bake_dir={lab}/steer/../dpo"])
     assert (lab / "dpo/model.safetensors").read_bytes() == before
 
 
@@ -755,59 +789,83 @@ def test_a_bake_does_not_replace_its_model(lab):
 def pairs(lab, monkeypatch, tmp_path):
     """PAIRS of the test's own in configs/pairs.py's place."""
     table = {name: dict(sft=f"{lab}/sft", dpo=f"{lab}/{dpo}", template=None) for name, dpo in (("near", "dpo"), ("far", "far"))}
-    monkeypatch.setattr(steer.runpy, "run_path", lambda path: {"PAIRS": table | {"odd": dict(not_representable="it is odd")}})
-    return [
-        "--texts",
-        f"{lab}/texts.jsonl",
-        "--prompts",
-        f"{lab}/prompts.csv",
-        "--count",
-        "8",
-        "--layers",
-        "2",
-        "--out",
-        f"{tmp_path}/v",
-        *SHORT,
-    ]
+    table |= {"odd": dict(not_representable="it is odd")}
+    monkeypatch.setattr(steer.runpy, "run_path", lambda path: {"PAIRS": table, "GROUPS": {"both": ("near", "far")}})
+    return [f"--texts={lab}/texts.jsonl", f"--prompts={lab}/prompts.csv", "--count=8", "--layers=2", f"--out_dir={tmp_path}/v", *SHORT]
 
 
 @pytest.mark.slow
 def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_path):
     """Both begin at the same SFT model and so at the same separation; the second call measures nothing again."""
-    steer.main(["validate", "near", "far", *pairs, "--lambdas", "0,1"])
+    steer.main(["validate", "near", "far", *pairs, "--lambdas=0,1"])
     first = capsys.readouterr().out
     head, near, far = first.splitlines()[-3:]
     assert "wrote" in first and head.startswith("pair") and near.split()[1] == far.split()[1] and near.split()[2] != far.split()[2]
-    assert (
-        near.startswith("near")
-        and far.startswith("far")
-        and all(any(text in line for text in steer.DECISIONS.values()) for line in (near, far))
-    )
+    assert near.startswith("near") and far.startswith("far")
+    assert all(any(text in line for text in steer.DECISIONS.values()) for line in (near, far))
     report = tmp_path / "v/near_sanity/sweep_cumulative/aqi.json"
     before = report.stat().st_mtime_ns
-    steer.main(["validate", "near", "far", *pairs, "--lambdas", "0,1"])
+    steer.main(["validate", "both", *pairs, "--lambdas=0,1"])
     again = capsys.readouterr().out
     assert "wrote" not in again and again.count("finished, of the same inputs") == 4 and report.stat().st_mtime_ns == before
     assert again.splitlines()[-3:] == first.splitlines()[-3:]
-    found = json.loads(report.read_text())["verdicts"][0]
+    found = json.loads(report.read_text())
     _, (far, near), _ = ladder.find(tmp_path / "v")
     assert (near.name, far.name) == ("near_sanity (cumulative)", "far_sanity (cumulative)")
-    assert near.report["verdicts"][0] == found and near.sft == far.sft and near.dpo != far.dpo
+    assert near.report["verdicts"] == found["verdicts"] and near.sft == far.sft and near.dpo != far.dpo
+    assert (near.report["pair"], far.report["pair"]) == ("near", "far")
     pytest.importorskip("matplotlib")
     assert (tmp_path / "v/axioms.png").is_file()
 
 
-def test_pairs_that_cannot_be_validated_are_refused(pairs):
-    with pytest.raises(ValueError, match="pair='nowhere': expected one of near, far, odd"):
+def test_a_config_is_its_own_pair(lab, capsys, monkeypatch):
+    """What its DPO run starts from and what it ends with, its own template, texts and prompts; a key on the command line wins."""
+    shutil.copytree(lab / "dpo", lab / "own/dpo/final")
+    run = f"max_seq_len=64, data={{'x.jsonl': 1.0}}, global_batch_size=2, tokens_per_microbatch=256, lr=1e-5, out_dir='{lab}/own/"
+    (lab / "own.py").write_text(
+        f"common = dict(template='tulu')\n"
+        f"sft = dict(model_path='base', {run}sft')\n"
+        f"dpo = dict(model_path='{lab}/sft', {run}dpo')\n"
+        f"steer = dict(texts='{lab}/chats.jsonl', count=8, layers=2, max_new_tokens=6, lambdas=(0, 1), inject='matched')\n"
+        f"aqi = dict(prompts='{lab}/prompts.csv')\n"
+    )
+    write_rows(lab / "chats.jsonl", [{"prompt": "help me", "chosen": f"good {word}", "rejected": f"bad {word}"} for word in WORDS[:12]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steer, "_plot", lambda *_: None)
+        steer.main(["validate", f"{lab}/own.py", "--inject=increment"])
+    folder = lab / "own/steer_sanity"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["pair"] == "own" and manifest["inputs"]["template"] == "tulu" and manifest["inputs"]["count"] == 8
+    assert manifest["inputs"]["sft_path"] == f"{lab}/sft" and manifest["inputs"]["dpo_path"] == f"{lab}/own/dpo/final"
+    assert json.loads((folder / "sweep_increment/aqi.json").read_text())["inputs"]["lambdas"] == [0, 1]
+    capsys.readouterr()
+    steer.main(["spectrum", f"{lab}/own.py"])
+    assert len(capsys.readouterr().out.splitlines()) == L + 1
+    with pytest.raises(ValueError, match="own/dpo/final.*nowhere' layers|nowhere': no such folder"):
+        steer.main(["extract", f"{lab}/own.py", f"--sft_path={lab}/nowhere", f"--out_dir={lab}/none"])
+
+
+def test_targets_that_are_none(pairs, lab):
+    with pytest.raises(ValueError, match="target 'nowhere': expected a config .*: one of near, far, odd, both"):
         steer.main(["validate", "near", "nowhere", *pairs])
+    with pytest.raises(ValueError, match="target 'nar': expected a config .*, did you mean 'near'?"):
+        steer.main(["validate", "nar", *pairs])
     with pytest.raises(ValueError, match="pair='odd': it is odd"):
         steer.main(["validate", "odd", *pairs])
+    with pytest.raises(ValueError, match="two models; expected --out_dir too"):
+        steer.main(["extract", f"{lab}/sft", f"{lab}/dpo", "--texts=x"])
+    with pytest.raises(ValueError, match="the target '.*steer' is the vector's folder; expected one of them"):
+        steer.main(["spectrum", f"{lab}/steer", "--out_dir=x"])
+    with pytest.raises(ValueError, match="targets near, far: expected one pair"):
+        steer.main(["spectrum", "both"])
+    with pytest.raises(ValueError, match="report_dir='x': one folder for 2 sweeps; expected --out_dir"):
+        steer.main(["validate", "both", *pairs, "--report_dir=x"])
 
 
 def test_what_is_missing_is_found_before_the_first_pair_is_read(pairs, lab, monkeypatch):
     monkeypatch.setattr(vectors, "load_model", unread)
     with pytest.raises(ValueError, match="data 'none.csv': no such file"):
-        steer.main(["validate", "near", *pairs, "--prompts", "none.csv"])
+        steer.main(["validate", "near", *pairs, "--prompts=none.csv"])
     (lab / "far").rename(lab / "away")
     with pytest.raises(ValueError, match="model_path='.*far': no such folder"):
         steer.main(["validate", "near", "far", *pairs])
@@ -816,7 +874,9 @@ def test_what_is_missing_is_found_before_the_first_pair_is_read(pairs, lab, monk
 
 def test_registered_pairs_are_complete():
     """The names of the published comparison and of the ladder; a pair is two models and a template, or says why it cannot be."""
-    pairs = steer.runpy.run_path(Path(steer.__file__).parent / "configs/pairs.py")["PAIRS"]
+    table = steer.runpy.run_path(Path(steer.__file__).parent / "configs/pairs.py")
+    pairs, groups = table["PAIRS"], table["GROUPS"]
     wanted = {"Llama31_Tulu", "Mistral_7B", "Zephyr_7B", "Falcon_7B", "Llama3_8B", "Qwen2_7B", "Gemma2_9B"}
     assert wanted <= pairs.keys()
     assert all(pair.keys() == {"sft", "dpo", "template"} or pair.keys() == {"not_representable"} for pair in pairs.values())
+    assert not groups.keys() & pairs.keys() and all("sft" in pairs[name] for group in groups.values() for name in group)

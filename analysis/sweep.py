@@ -1,0 +1,145 @@
+"""What is measured along a sweep of lambdas: embeddings, shifts, errors of the injections, likelihoods,
+repetition.
+
+Shapes: n prompts, K lambdas, L layers, D hidden size, A axioms. `config` is a steer.SteerConfig, `prompts`
+an aqi.Prompts, `vector` an analysis.vector.Vector, `add` {layer: (D,)} what lambda 1 adds. """
+
+import numpy as np
+import torch
+
+from analysis.indices import Moments
+from analysis.steering import (
+    INJECTIONS,
+    POOLINGS,
+    additions,
+    document_logps,
+    match_additions,
+    mean_states,
+    pool,
+    steered_runs,
+    steering_tap,
+)
+from analysis.vector import SIDES, bar
+from families import device_of
+from model import generate
+
+
+def embed(model, documents, prompts, add, vector, config, label):
+    """Embeddings (K, n, D) float32, mean over tokens of the final hidden state, as published; shifts; a
+    layer profile.
+
+    Shifts, a dict per lambda: achieved, the shift of the last layer's mean state along v as a multiple of v
+    (target: lambda); off_axis, the part of the shift beside v over |v|; strength, |lambda a| / mean |h| at
+    each steered layer. The profile has a row per block, axiom and end of the curve (lambda 0 and the last
+    one): n, CHI and XB of the mean over tokens after the block, before the final norm. """
+    lambdas = [0.0, *config.lambdas]  # the unsteered pass is made in any case
+    last = len(lambdas) - 1
+    layers, D, n = model.config.num_hidden_layers, model.config.hidden_size, len(documents)
+    device = device_of(model)
+    reads_final = vector.manifest["compat"] == "hf"  # then v[-1] is of the space after the final norm
+    embeddings = torch.zeros(len(lambdas), n, D, device=device)  # 7,000 prompts, 6 lambdas, D = 4,096: 0.7 GB
+    ends = torch.zeros(len(lambdas), D, dtype=torch.float64)  # sums of the last layer's states
+    norms = torch.zeros(layers, dtype=torch.float64)  # means of |h|, unsteered
+    moments = {index: Moments.zeros(layers, len(prompts.axioms), D, device) for index in (0, last)}
+    for run in steered_runs(
+        model, documents, add, lambdas, device, config.rescale, bar(label), range(layers)
+    ):
+        final = pool(run.hidden, run.batch.cu_seqlens)
+        embeddings[run.index, torch.from_numpy(run.rows).to(device)] = final["mean"]
+        end = final if reads_final else run.states[layers - 1]
+        ends[run.index] += end[config.pooling].double().sum(0).cpu()
+        if run.index == 0:
+            for layer, states in run.states.items():
+                norms[layer] += states[config.pooling].norm(dim=1).sum().item() / n
+        if run.index in moments:
+            axiom, label_ = prompts.axiom[run.rows].to(device), prompts.label[run.rows].to(device)
+            for layer, states in run.states.items():
+                moments[run.index].add(layer, states["mean"], axiom, label_)
+    profile = []
+    for index, found in moments.items():
+        profile += [{"lambda": lambdas[index]} | row for row in found.rows(prompts.axioms)]
+    shifts = _shifts(
+        config.lambdas, (ends[1:] - ends[0]) / n, vector.direction(config)[-1].double(), add, norms
+    )
+    return embeddings[1:], shifts, profile
+
+
+def _shifts(lambdas, moved, target, add, norms):
+    """A dict per lambda, see `embed`. moved (K, D): by how much the mean state moved; target (D,): v; norms
+    (L,): mean |h|."""
+    report = []
+    for strength, shift in zip(lambdas, moved, strict=True):
+        along = (shift @ target / target.square().sum()).item()
+        beside = ((shift - along * target).norm() / target.norm()).item()
+        added = {layer: abs(strength) * a.norm().item() / norms[layer].item() for layer, a in add.items()}
+        report.append({"lambda": strength, "achieved": along, "off_axis": beside, "strength": added})
+    return report
+
+
+def injection_errors(model, texts, vector, config):
+    """{injection: {"calibration", "held_out"}}: |steered mean - DPO mean| / |v| at the last layer for
+    lambda = 1.
+
+    All injections are measured, also those that config.inject is not. texts: (calibration documents, held
+    out ones) of config.side. Empty where the vector was extracted with --compat=hf: its v[-1] is of another
+    space than the stream's. """
+    if vector.manifest["compat"] == "hf":
+        return {}
+    device, layers = device_of(model), vector.layers(config.layers)
+    v = vector.direction(config)
+    calibration, held_out = texts
+    targets = {
+        "calibration": v[-1],
+        "held_out": vector.tensors[f"heldout_{config.side}_{config.pooling}"][-1],
+    }
+
+    def last_mean(documents, tap=None):
+        return mean_states(model, documents, device, tap)[POOLINGS.index(config.pooling), -1]  # (D,) float64
+
+    base = {"calibration": last_mean(calibration), "held_out": last_mean(held_out)}
+    errors = {}
+    for injection in INJECTIONS:
+        if injection == "matched":
+            add = match_additions(model, calibration, v, layers, config.pooling, device)
+        else:
+            add = additions(injection, v, layers)
+        tap = steering_tap(add, 1.0, config.rescale)
+        errors[injection] = {}
+        for name, documents in (("calibration", calibration), ("held_out", held_out)):
+            shift = (last_mean(documents, tap) - base[name]).cpu()
+            errors[injection][name] = ((shift - targets[name]).norm() / targets[name].norm()).item()
+    return errors
+
+
+def answers_by_lambda(model, texts, add, config):
+    """A dict per lambda: log-prob per token and perplexity of held-out chosen and rejected texts,
+    repetition in continuations.
+
+    texts: {side: (calibration documents, held out ones)}. Greedy continuations of the first halves of eight
+    chosen texts. """
+    report = [{"lambda": strength} for strength in config.lambdas]
+    for side in SIDES:
+        _, held_out = texts[side]
+        sums = np.zeros((len(config.lambdas), 2))  # log-prob, tokens
+        for run in steered_runs(model, held_out, add, config.lambdas, device_of(model), config.rescale):
+            logps, counts = document_logps(model, run.batch, run.hidden)
+            sums[run.index] += [logps.sum().item(), counts.sum().item()]
+        for entry, (logp, count) in zip(report, sums, strict=True):
+            entry |= {f"logp_{side}": logp / count, f"perplexity_{side}": float(np.exp(-logp / count))}
+    _, held_out = texts["chosen"]
+    beginnings = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in held_out[:8]]
+    for entry in report:
+        tap = steering_tap(add, entry["lambda"], config.rescale)
+        answers = generate(model, beginnings, config.max_new_tokens, model.config.eos_token_id, tap=tap)
+        entry["repeated_4grams"] = repetition(answers)
+    return report
+
+
+def repetition(answers, n=4):
+    """Share of n-grams that occurred before in the same answer; 0 for answers too short to have any."""
+    total = distinct = 0
+    for ids in answers:
+        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        total += len(grams)
+        distinct += len(set(grams))
+    return 1 - distinct / total if total else 0.0
