@@ -116,7 +116,7 @@ def report(measured):
 
 def show():
     """Write the report page of the runs and the sweep; print where it and the pictures are, and the verdict in plain words."""
-    steered = ROOT / "validate/tiny_sanity"
+    steered = ROOT / "steer_sanity"
     folders = [str(folder) for folder in (steered, ROOT / "dpo", ROOT / "sft")]
     common.run_script("-m", "reports.page", *folders, f"--out={ROOT}/report.html")
     for picture in sorted((steered / "sweep_matched").glob("*.png")):
