@@ -25,7 +25,7 @@ from optim import (
 from packing import steps_per_epoch
 from plumbing import hub, parallel
 from plumbing.checkpoint import Checkpointer
-from plumbing.config import Config, check_world_size, resume_dict
+from plumbing.config import Config, check_capability, check_world_size, resume_dict
 from plumbing.files import UserError, read_json, write_json
 from plumbing.logbook import Logbook
 from plumbing.tensors import open_safetensors
@@ -188,6 +188,8 @@ def read_model_config(config, directory, tokenizer, device):
     UserError when tokenizer and model do not fit together, a weight file is missing or cut short, or the model cannot
     read documents of max_seq_len or multiply in float8.
     """
+    if device.type == "cuda":
+        check_capability(config, torch.cuda.get_device_capability(device))
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
     for path in weight_files(Path(directory)):
@@ -197,7 +199,7 @@ def read_model_config(config, directory, tokenizer, device):
         if limit and config.max_seq_len > limit:
             raise UserError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
     if config.precision == "fp8":
-        check_float8(model_config, device)
+        check_float8(model_config)
     return model_config
 
 
@@ -228,16 +230,13 @@ def load_model(config, directory, model_config, device):
     return model
 
 
-def check_float8(model_config, device):
-    """UserError where precision="fp8" cannot run: sizes not multiples of 16, or a GPU before Ada and Hopper."""
+def check_float8(model_config):
+    """UserError where precision="fp8" cannot run: sizes that are not multiples of 16."""
     queries = model_config.num_attention_heads * model_config.head_dim
     keys = model_config.num_key_value_heads * model_config.head_dim
     sizes = (model_config.hidden_size, model_config.intermediate_size, queries, keys)
     if any(size % 16 for size in sizes):
         raise UserError(f"precision='fp8': expected linears whose sizes are multiples of 16, the model has {sizes}")
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        needs = "expected a GPU of compute capability 8.9 (Ada, Hopper) or newer"
-        raise UserError(f"precision='fp8': {needs}, got {capability}")
 
 
 # ---------------------------------------------------------------- sampling and saving

@@ -8,19 +8,21 @@ import torch
 from families.falcon import Falcon, FalconConfig
 from model import Llama, LlamaConfig, apply_fused, apply_lora, has_lora, merge_lora
 from plumbing import parallel, weights
+from plumbing.device import check_bf16, pick_device
 from plumbing.files import read_config, read_json
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import check_vocabulary, load_weights, resolve
 
 
 def model_config(directory):
-    """The LlamaConfig or FalconConfig of a model folder. ValueError when it is of neither, or of a variant that neither represents."""
+    """The LlamaConfig or FalconConfig of a model folder. UserError for any other model or variant."""
     is_falcon = read_config(directory).get("model_type") == "falcon"
     return (FalconConfig if is_falcon else LlamaConfig).from_hf(directory)
 
 
 def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
-    """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded. ValueError when its parts do not fit together."""
+    """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded. UserError when they do not
+    fit."""
     directory = resolve(path_or_repo)
     config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
     check_vocabulary(config, tokenizer)
@@ -32,7 +34,10 @@ def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
 
 
 def load_adapter(model, directory):
-    """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none. ValueError as weights.load_adapter."""
+    """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none.
+
+    UserError as weights.load_adapter.
+    """
     if not has_lora(model):
         apply_lora(model, **weights.adapter_settings(directory))
     weights.load_adapter(model, directory)
@@ -49,18 +54,24 @@ def locate(path):
 
 
 def weights_hash(path):
-    """sha256 of what decides the states: the weights' and config's contents, and the adapter's. Seconds for an 8B model."""
+    """sha256 of what decides the states: contents of weights, config and adapter. Seconds for an 8B model."""
     folder, adapter = locate(path)
     if adapter is None:
         return weights.fingerprint(folder)
-    own = b"".join((adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    own = b"".join(
+        (adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
     return f"{weights.fingerprint(folder)}+{hashlib.sha256(own).hexdigest()}"
 
 
 def load_model(path):
     """(model, tokenizer), an adapter merged, in bf16 on a GPU and fp32 on a CPU."""
     folder, adapter = locate(path)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = pick_device()
+    dtype = torch.float32
+    if device.type == "cuda":
+        check_bf16(torch.cuda.get_device_capability(device))
+        dtype = torch.bfloat16
     model, tokenizer = load_pretrained(folder, dtype, device)
     if adapter is not None:
         load_adapter(model, adapter)

@@ -1,8 +1,9 @@
 """Falcon-7B from scratch, for inference: the steering experiments' one published model that is no Llama.
 
-Attention and MLP read the same LayerNorm side by side, all query heads share one key/value head, and the MLP is a plain GELU. Falcon-40B
-and the ALiBi models are other architectures under the same name, and are refused.
-Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query heads, K head size. Module names are Hugging Face's.
+Attention and MLP read the same LayerNorm side by side, all query heads share one key/value head, and the MLP
+is a plain GELU. Falcon-40B and the ALiBi models are other architectures under the same name, and are refused.
+Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query heads, K head size. Module
+names are Hugging Face's.
 """
 
 import functools
@@ -17,9 +18,17 @@ from model import RopeScaling, rope_frequencies, rope_from_hf
 from plumbing.files import UserError, read_config
 
 # what the code below takes for granted; a key that is absent has this value in transformers too
-_FIXED = {"new_decoder_architecture": False, "alibi": False, "bias": False, "parallel_attn": True, "multi_query": True,
-          "activation": "gelu", "num_ln_in_parallel_attn": None, "apply_residual_connection_post_layernorm": False,
-          "quantization_config": None}  # fmt: skip
+_FIXED = {
+    "new_decoder_architecture": False,
+    "alibi": False,
+    "bias": False,
+    "parallel_attn": True,
+    "multi_query": True,
+    "activation": "gelu",
+    "num_ln_in_parallel_attn": None,
+    "apply_residual_connection_post_layernorm": False,
+    "quantization_config": None,
+}
 # spellings of 2023: transformers 5 ignores the first two and would build 32 layers of 71 heads in silence
 _OLD_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embed": "hidden_size"}
 
@@ -50,9 +59,13 @@ class FalconConfig:
 
     @classmethod
     def from_hf(cls, directory):
-        """Read config.json in `directory`. Raises ValueError, naming the keys, for anything this file cannot represent exactly."""
+        """Read config.json in `directory`. Raises ValueError, naming the keys, for anything this file cannot
+        represent exactly."""
         raw, source = read_config(directory), Path(directory) / "config.json"
-        problems = [f"{key}={raw[key]!r}: expected {value!r}" for key, value in _FIXED.items() if raw.get(key, value) != value]
+        problems = []
+        for key, value in _FIXED.items():
+            if raw.get(key, value) != value:
+                problems.append(f"{key}={raw[key]!r}: expected {value!r}")
         if raw.get("model_type") != cls.model_type:
             problems.append(f"model_type={raw.get('model_type')!r}: expected {cls.model_type!r}")
         for old, new in _OLD_NAMES.items():
@@ -61,15 +74,18 @@ class FalconConfig:
         required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         problems += [f"{key}: missing" for key in required if raw.get(key) is None]
         if not problems and raw["hidden_size"] % (2 * raw["num_attention_heads"]):
-            problems.append(f"hidden_size={raw['hidden_size']}: expected an even head size for each of num_attention_heads")
+            expected = "an even head size for each of num_attention_heads"
+            problems.append(f"hidden_size={raw['hidden_size']}: expected {expected}")
         if problems:
             raise UserError(f"{source}: " + "; ".join(problems))
-        optional = ("layer_norm_epsilon", "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+        optional = ("layer_norm_epsilon", "max_position_embeddings", "tie_word_embeddings")
+        optional += ("bos_token_id", "eos_token_id")
         values = {key: raw[key] for key in required + optional if key in raw}
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
         theta, scaling = rope_from_hf(raw, source)
-        return cls(**values, ffn_hidden_size=raw.get("ffn_hidden_size") or 4 * raw["hidden_size"], rope_theta=theta, rope_scaling=scaling)
+        inner = raw.get("ffn_hidden_size") or 4 * raw["hidden_size"]
+        return cls(**values, ffn_hidden_size=inner, rope_theta=theta, rope_scaling=scaling)
 
 
 class Attention(nn.Module):
@@ -78,14 +94,17 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.query_key_value = nn.Linear(config.hidden_size, config.hidden_size + 2 * config.head_dim, bias=False)
+        heads = config.hidden_size + 2 * config.head_dim  # queries, one key, one value
+        self.query_key_value = nn.Linear(config.hidden_size, heads, bias=False)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, attend):
         T = x.shape[0]
-        q, k, v = self.query_key_value(x).view(T, -1, self.head_dim).split((self.num_heads, 1, 1), dim=1)  # (T, H, K), twice (T, 1, K)
-        mixed = attend(reference.rotate(q, cos, sin), reference.rotate(k, cos, sin), v, cu_seqlens, max_seqlen)
-        return self.dense(mixed.reshape(T, -1))
+        heads = self.query_key_value(x).view(T, -1, self.head_dim)  # (T, H + 2, K)
+        q, k, v = heads.split((self.num_heads, 1, 1), dim=1)
+        q = reference.rotate(q, cos, sin)
+        k = reference.rotate(k, cos, sin)
+        return self.dense(attend(q, k, v, cu_seqlens, max_seqlen).reshape(T, -1))
 
 
 class MLP(nn.Module):
@@ -107,7 +126,8 @@ class Block(nn.Module):
 
     def forward(self, hidden, *stream):
         x = self.input_layernorm(hidden)
-        return hidden + (self.mlp(x) + self.self_attention(x, *stream))  # in transformers' order: in bf16 it matters
+        # in transformers' order: in bf16 it matters
+        return hidden + (self.mlp(x) + self.self_attention(x, *stream))
 
 
 class Body(nn.Module):
@@ -119,7 +139,8 @@ class Body(nn.Module):
 
 
 class Falcon(nn.Module):
-    """A Falcon-7B that stands where a Llama does: forward, taps, KV cache and generate; no LoRA, no sharding, no export."""
+    """A Falcon-7B with model.Llama's forward, taps, KV cache and generate; no LoRA, no sharding, no
+    export."""
 
     def __init__(self, config):
         super().__init__()
@@ -130,10 +151,15 @@ class Falcon(nn.Module):
             self.lm_head.weight = self.transformer.word_embeddings.weight
 
     def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, tap=None, cache=None, resume=None):
-        """Hidden states after the final norm, (T, D), of a packed stream; arguments as of model.Llama.forward."""
-        angles = position_ids[:, None, None] * rope_frequencies(self.config, position_ids.device)  # (T, 1, K/2)
+        """Hidden states after the final norm, (T, D), of a packed stream; arguments as of
+        model.Llama.forward."""
+        frequencies = rope_frequencies(self.config, position_ids.device)
+        angles = position_ids[:, None, None] * frequencies  # (T, 1, K/2)
         cos, sin = angles.cos(), angles.sin()
-        first, hidden = resume if resume is not None else (0, self.transformer.word_embeddings(input_ids))
+        if resume is not None:
+            first, hidden = resume
+        else:
+            first, hidden = 0, self.transformer.word_embeddings(input_ids)
         for index, block in enumerate(self.transformer.h[first:], first):
             attend = attention if cache is None else functools.partial(cache.attend, index)
             hidden = block(hidden, cos, sin, cu_seqlens, max_seqlen, attend)

@@ -273,6 +273,7 @@ def check_world_size(config, world_size):
 def check_capability(config, capability, device="this GPU"):
     """UserError if a key needs a GPU of a newer compute capability, (major, minor), than the one it is to run on."""
     for key, value, needed, cards in (
+        ("precision", "bf16", (8, 0), "Ampere, Ada, Hopper"),  # flash attention, and matmuls of 16 bits that are not fp16
         ("precision", "fp8", (8, 9), "Ada, Hopper"),
         ("attention", "flash4", (9, 0), "Hopper, Blackwell"),  # older cards compile its forward and fail in the backward
     ):

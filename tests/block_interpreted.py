@@ -1,17 +1,15 @@
-"""triton_block.py against its plain twins, for test_fused.py, which runs it under TRITON_INTERPRET=1: prints {what: relative error}."""
+"""triton_block.py against reference.py, for test_fused.py, which runs it under TRITON_INTERPRET=1: prints {what: relative error}."""
 
 import json
 import sys
 from pathlib import Path
-
-from kernels import reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
 import kernels
-from kernels import triton_block
+from kernels import reference, triton_block
 
 errors = {}
 torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from kernels.reference import float8_scale
 from model import LlamaConfig, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from optim import keep_masters
 from packing import in_order
-from training import check_float8
+from plumbing.files import UserError
+from training import check_float8, read_model_config
 
 DOCUMENTS = random_documents(97)
 SIZES = dict(hidden_size=48, intermediate_size=64, head_dim=16)  # multiples of 16
@@ -209,17 +211,22 @@ def test_only_scales_are_kept_for_the_backward():
     assert 0 < kept[True] - kept[False] <= 3 * 4 * (4 * T + HK + 2 * GK + D + 2 * inner + D)
 
 
-def test_what_cannot_run_is_refused(monkeypatch):
-    cuda, capability = torch.device("cuda"), {}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    capability[0] = (8, 0)
-    with pytest.raises(ValueError, match=r"precision='fp8': expected a GPU of compute capability 8.9 .* got \(8, 0\)"):
-        check_float8(LlamaConfig.preset("llama-3.1-8b"), cuda)
-    capability[0] = (9, 0)
-    check_float8(LlamaConfig.preset("llama-3.1-8b"), cuda)
-    check_float8(tiny_config(**SIZES), torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"multiples of 16, the model has \(40, 56, 48, 24\)"):
-        check_float8(tiny_config(), torch.device("cpu"))
+def test_what_cannot_run_is_refused():
+    check_float8(LlamaConfig.preset("llama-3.1-8b"))
+    check_float8(tiny_config(**SIZES))
+    with pytest.raises(UserError, match=r"multiples of 16, the model has \(40, 56, 48, 24\)"):
+        check_float8(tiny_config())
+
+
+@pytest.mark.parametrize("keys, runs_from", [({}, (8, 0)), ({"precision": "fp8"}, (8, 9)), ({"attention": "flash4"}, (9, 0))])
+def test_a_gpu_that_a_key_does_not_run_on_is_refused_before_anything_is_read(monkeypatch, keys, runs_from):
+    """A T4, an A100, an L40S and an H100. Where it runs, the folder is read, and found missing."""
+    config = SimpleNamespace(**{"precision": "bf16", "attention": "flash2"} | keys)
+    for major, minor in ((7, 5), (8, 0), (8, 9), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=(major, minor): found)
+        refused = f"on this GPU, {major}.{minor}: expected a GPU of compute capability"
+        with pytest.raises(UserError, match="nowhere" if (major, minor) >= runs_from else refused):
+            read_model_config(config, "nowhere", None, torch.device("cuda"))
 
 
 # ---------------------------------------------------------------- whole runs
