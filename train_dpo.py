@@ -1,14 +1,13 @@
-"""Direct preference optimisation: `python train_dpo.py configs/tiny.py`, or with `torchrun --nproc-per-node 8` on eight GPUs.
+"""Direct preference optimisation: `python train_dpo.py configs/tiny.py`, or under `torchrun`.
 
-One model is in memory. The reference's log-probs are those of the step-0 weights; they are computed before the first
-update and kept in a file. Reading order: the losses on four (N,) tensors, their table, the keys, log-probs of answers,
-one optimizer step, evaluation, the reference cache, main.
+One model is in memory. The reference's log-probs are those of the step-0 weights; they are computed before
+the first update and kept in a file. Reading order: the losses on four (N,) tensors, their table, the keys,
+log-probs of answers, one optimizer step, evaluation, the reference cache, main.
 """
 
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 import training
 from data import load_preferences
@@ -31,20 +28,26 @@ from planner import plan
 from plumbing import parallel
 from plumbing.config import Config, load, setting
 from plumbing.files import UserError
-from plumbing.tensors import write_safetensors
+from plumbing.tensors import read_verified, write_verified
 
-# ---------------------------------------------------------------- the losses: (N,) tensors in, three (N,) tensors out
-# Log-probs are in nats, of an answer's supervised tokens: their sum or their mean, as the loss's row in LOSSES says.
+# ---------------------------------------------------------------- the losses: (N,) tensors in and out
+# Log-probs are in nats, of an answer's supervised tokens: their sum or their mean, as LOSSES says.
 
 
 def dpo_loss(
-    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta,
+    label_smoothing=0.0,
 ):
-    """DPO (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)), per pair.
+    """DPO (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)).
 
-    All log-probs (N,). label_smoothing: the probability that a label is wrong (conservative DPO, Mitchell 2023, eq. 3).
-    Returns (losses, chosen_rewards, rejected_rewards), each (N,); rewards are beta * log(policy / reference), detached.
-    On mean log-probs it is Tulu 3's length-normalised DPO (Lambert et al. 2024, eq. 6; loss="dpo_norm").
+    All log-probs (N,). label_smoothing: the probability that a label is wrong (conservative DPO, Mitchell
+    2023, eq. 3). Returns (losses, chosen_rewards, rejected_rewards), each (N,); rewards are
+    beta * log(policy / reference), detached. On mean log-probs it is Tulu 3's length-normalised DPO
+    (Lambert et al. 2024, eq. 6; loss="dpo_norm").
     """
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
@@ -54,7 +57,7 @@ def dpo_loss(
 
 
 def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """IPO (Azar et al. 2023, eq. 17): (difference of log-ratios - 1 / (2 beta))^2, here on means, as in TRL."""
+    """IPO (Azar et al. 2023, eq. 17): (difference of log-ratios - 1 / (2 beta))^2; on means, as in TRL."""
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
     losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)).square()
@@ -62,9 +65,9 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta, gamma_beta_ratio, label_smoothing=0.0):
-    """SimPO (Meng et al. 2024, eq. 6): -log sigmoid(beta * (mean chosen - mean rejected) - gamma), without a reference.
+    """SimPO (Meng et al. 2024, eq. 6): -log sigmoid(beta * (mean chosen - mean rejected) - gamma).
 
-    gamma = beta * gamma_beta_ratio. Rewards are beta * mean log-prob, detached.
+    It has no reference. gamma = beta * gamma_beta_ratio. Rewards are beta * mean log-prob, detached.
     """
     logits = beta * (policy_chosen_logps - policy_rejected_logps - gamma_beta_ratio)
     losses = -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
@@ -72,7 +75,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta, gamma_beta_rati
 
 
 def wpo_weights(mean_chosen_logps, mean_rejected_logps):
-    """WPO (Zhou et al. 2024, eq. 4, without its alignment term): the pair's likelihood, (N,) in (0, 1], detached."""
+    """WPO (Zhou et al. 2024, eq. 4, without its alignment term): the pairs' likelihoods, (N,), detached."""
     return (mean_chosen_logps + mean_rejected_logps).detach().exp()
 
 
@@ -83,12 +86,12 @@ def wpo_weights(mean_chosen_logps, mean_rejected_logps):
 class Loss:
     """One preference loss. A row of LOSSES is all that config, plan, report and tools know of it."""
 
-    function: Callable  # of (N,) log-probs: policy chosen, policy rejected, the reference's two, beta, options
+    function: Callable  # of log-probs (N,), policy chosen and rejected, the reference's two; beta, options
     average: Literal["sum", "mean"]  # over an answer's supervised tokens
     beta: float  # where the config gives none
     usual_beta: tuple[float, float]  # what lies outside is trained, and said at the start
     options: tuple[str, ...] = ()  # further keys of the config that the function takes
-    weights: Callable | None = None  # of the policy's mean log-probs, two (N,); they multiply the pairs' losses
+    weights: Callable | None = None  # of the pairs' losses; a function of the policy's two mean log-probs
     needs_reference: bool = True
     unit: str = "nats per pair"
 
@@ -121,9 +124,10 @@ LOSSES = {
 
 
 def preference_loss(config, policy_logps, ref_logps, counts):
-    """The configured loss. policy_logps, ref_logps (2, N): *sums*, chosen then rejected; counts (2, N): their tokens.
+    """The configured loss of N pairs. policy_logps, ref_logps (2, N): *sums*, chosen then rejected.
 
-    Returns (losses, chosen_rewards, rejected_rewards), each (N,). A loss without a reference ignores ref_logps.
+    counts (2, N): the answers' tokens. Returns (losses, chosen_rewards, rejected_rewards), each (N,).
+    A loss without a reference ignores ref_logps.
     """
     loss = LOSSES[config.loss]
     means = policy_logps / counts
@@ -148,11 +152,12 @@ class DPOConfig(Config):
         "loss", "name", "dpo_norm: DPO on per-token mean log-probs", default="dpo_norm"
     )
     beta: float | None = setting(
-        "loss", "1/nat", "strength of the tie to the reference; None: the loss's own, 5 for dpo_norm, 0.1 for dpo",
+        "loss", "1/nat", "strength of the tie to the reference; None: the loss's own (dpo_norm 5, dpo 0.1)",
         default=None, above=0,
     )
     label_smoothing: float = setting(
-        "loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo", default=0.0, minimum=0, below=0.5
+        "loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo",
+        default=0.0, minimum=0, below=0.5,
     )
     gamma_beta_ratio: float | None = setting(
         "loss", "nat/token", "target margin / beta; simpo only", default=None, minimum=0
@@ -198,26 +203,27 @@ def _losses_with(option):
 
 
 def say_unusual_beta(config, world):
-    """One line where beta is outside the usual range of its loss: 5 on sums ties the policy 300 times too tightly."""
+    """One line where beta is outside its usual range: 5 on sums is a tie 50 times tighter than 0.1."""
     loss = LOSSES[config.loss]
     low, high = loss.usual_beta
     if not low <= config.beta <= high:
+        what = f"loss={config.loss!r} (log-ratios in {loss.ratio_unit})"
         usual = f"usual are {low} to {high}, default {loss.beta}"
-        world.say(f"beta={config.beta}: unusual for loss={config.loss!r} (log-ratios in {loss.ratio_unit}); {usual}")
+        world.say(f"beta={config.beta}: unusual for {what}; {usual}")
 
 
 # ---------------------------------------------------------------- log-probs of answers
 
 
 def answer_logps(model, batch, num_pairs):
-    """(summed log-probs (2, N) float32, their token counts (2, N)) of a packed batch's answers, chosen then rejected.
+    """Summed log-probs (2, N) float32 of a packed batch's answers, chosen then rejected, and token counts.
 
     The policy's and the reference's both come from here, so at step 0 they are equal to the last bit.
     """
     stream = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
     hidden = model(*stream, shared=batch.shared)  # (T, D)
     logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)  # (S,)
-    sums = segment_sums(logps, batch.supervised_offsets)  # one per document: the chosen ones, then the rejected ones
+    sums = segment_sums(logps, batch.supervised_offsets)  # a document each: all chosen, then all rejected
     counts = batch.supervised_offsets.diff()
     answers = slice(2 * num_pairs)  # all documents, except packing.PLACEHOLDER, which is no pair
     return sums[answers].view(2, num_pairs), counts[answers].view(2, num_pairs)
@@ -226,8 +232,14 @@ def answer_logps(model, batch, num_pairs):
 # ---------------------------------------------------------------- one step, and evaluation
 
 METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"
-)  # fmt: skip
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def pair_metrics(losses, chosen_rewards, rejected_rewards, policy_logps):
@@ -239,15 +251,15 @@ def pair_metrics(losses, chosen_rewards, rejected_rewards, policy_logps):
 
 
 def forward_backward(model, pairs, reference, ids, config, world):
-    """Accumulate the gradient of the loss over the pairs `ids` (B,) of one step. reference (n, 2): sums, per pair.
+    """Accumulate the gradient of the loss over the pairs `ids` (B,) of one optimizer step.
 
-    Returns (metrics, gap), equal on every rank; gap is the largest |policy - reference| of an answer in the unit of
-    TOLERANCE: before the first update it is rounding.
+    reference (n, 2): summed log-probs of every pair. Returns (metrics, gap), equal on every rank; gap is the
+    largest |policy - reference| of an answer in the unit of TOLERANCE: before the first update, rounding.
     """
     chosen_tokens = int(pairs.chosen.num_targets[ids].sum())
     totals = torch.zeros(len(METRICS), device=world.device)
     gaps = [torch.zeros(1, device=world.device)]  # a rank without a pair has no gap
-    losses = []  # of the micro-batches, with the rows behind each
+    losses = []
     micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
     for micro_batch_ids, batch, padding_waste in micro_batches:
         policy_logps, counts = answer_logps(model, batch, len(micro_batch_ids))
@@ -269,7 +281,7 @@ def forward_backward(model, pairs, reference, ids, config, world):
 
 @torch.no_grad()
 def evaluate(model, pairs, reference, config, world, log):
-    """Means over the held-out pairs; of accuracy and margin also half of a 95 % interval (1.96 standard errors)."""
+    """Means over the held-out pairs; of accuracy and margin also half of a 95 % interval (1.96 errors)."""
     sums = torch.zeros(2, len(METRICS), dtype=torch.float64)  # of the values and of their squares
     for ids in log.progress("evaluate", in_order(len(pairs), config.global_batch_size)):
         micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
@@ -294,20 +306,21 @@ def evaluate(model, pairs, reference, config, world, log):
 
 # ---------------------------------------------------------------- the reference cache
 
-# Rounding errors of tokens are independent, so the error of an answer's sum grows with sqrt(tokens): tolerances are nats
-# per sqrt(token), between two passes of the same weights in different packings. Largest of 48 pairs in bf16
-# (SmolLM2-135M, CPU): 0.11, and 0.30 for unlikely two-token answers. Between its SFT and DPO weights the difference is
-# 1.2, and 0.8 or more in any 8 pairs. fp8 is not measured: the last bit of a bf16 number can move a float8 number by a
-# whole step.
+# Rounding errors of tokens are independent, so the error of an answer's sum grows with sqrt(tokens):
+# tolerances are nats per sqrt(token), between two passes of the same weights in different packings. Largest
+# of 48 pairs in bf16 (SmolLM2-135M, CPU): 0.11, and 0.30 for unlikely two-token answers. Between its SFT and
+# DPO weights the difference is 1.2, and 0.8 or more in any 8 pairs. fp8 is not measured: the last bit of a
+# bf16 number can move a float8 number by a whole step.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp8": 1.0}
+UNLIKELIEST = -1000  # nats a token; a model that knows nothing gives -ln(vocabulary), about -12
 SAVE_SECONDS = 60
 
 
 def reference_key(weights, pairs, config, world):
     """sha256 of everything that the reference log-probs depend on.
 
-    The content of the weights; tokens and mask (hence template and supervised turns); dtype, kernels and attention
-    path of the computation, and whether prefixes are shared, because policy and reference must round alike.
+    The content of the weights; tokens and mask (hence template and supervised turns); dtype, kernels and
+    attention path, and whether prefixes are shared, because policy and reference must round alike.
     """
     path = attention_path(world.device, config.precision, config.attention)
     parts = [weights, pairs.fingerprint, config.precision, config.kernels, path, pairs.share_prefix]
@@ -318,15 +331,17 @@ def reference_key(weights, pairs, config, world):
 def reference_logps(model, pairs, steps, key, config, world, log):
     """Summed log-probs of the answers under the step-0 weights: (n, 2) float32, NaN for pairs in no step.
 
-    steps: the id arrays (B,) that will be asked for, in the packing of the first epoch: step 1 compares bit for bit.
-    The table lives in cache_dir/reference/<key>.safetensors, is saved every minute and goes on from there. One step of
-    what was loaded is computed again: UserError when it differs by more than rounding.
+    steps: the id arrays (B,) that will be asked for, in the packing of the first epoch: step 1 compares bit
+    for bit. The table lives in cache_dir/reference/<key>.safetensors with its sha256, is saved every minute
+    and goes on from there. One step of what was loaded is computed again: UserError beyond rounding.
     """
     path = Path(config.cache_dir) / "reference" / f"{key[:32]}.safetensors"
+    # Use rank 0's copy everywhere: ranks that read different tables disagree on what is missing, and
+    # deadlock.
     nothing = np.zeros((len(pairs), 2))
     table = parallel.main_first(world, lambda: _read_table(path, len(pairs)) if world.main else nothing)
-    # Use rank 0's copy everywhere: ranks that read different tables disagree on what is missing, and deadlock.
     table = _sum_of_tables(table)
+    _require_plausible(path, table, pairs)
     known = ~np.isnan(table[:, 0])
     found = [ids for ids in steps if known[ids].all()]
     if not found:
@@ -346,19 +361,25 @@ def reference_logps(model, pairs, steps, key, config, world, log):
 
 
 def _read_table(path, n):
+    """(n, 2) of an earlier run, NaN where it was not computed. UserError when a bit is not as written."""
     if not path.exists():
         return np.full((n, 2), np.nan, dtype=np.float32)
-    try:
-        return load_file(path)["logps"]
-    except SafetensorError as error:
-        raise UserError(f"{path}: truncated, or no reference cache: {error}; delete it") from error
+    tensors, _ = read_verified(path)
+    return tensors["logps"].numpy()
+
+
+def _require_plausible(path, table, pairs):
+    """UserError for a number that is no summed log-prob, whatever the file's hash says."""
+    tokens = np.stack([pairs.chosen.num_targets, pairs.rejected.num_targets], axis=1)
+    is_wrong = (table > tokens * 1e-3) | (table < tokens * UNLIKELIEST)  # NaN, not computed, is neither
+    if is_wrong.any():
+        row, side = np.argwhere(is_wrong)[0]
+        what = f"{table[row, side]:.1e} nats for {tokens[row, side]} tokens of {pairs.row_ids[row]}"
+        raise UserError(f"{path}: {what}, expected {UNLIKELIEST} to 0 a token; delete it")
 
 
 def _write_table(path, table):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # another run may fill the same table
-    write_safetensors(temporary, {"logps": (torch.float32, table.shape)}, lambda _: torch.from_numpy(table))
-    temporary.rename(path)
+    write_verified(path, {"logps": torch.from_numpy(table)})
 
 
 def _compute_reference(model, pairs, ids, config, world):
@@ -387,11 +408,14 @@ def _verify_reference(model, pairs, table, ids, path, config, world):
     world.say(f"{path}: {len(ids)} pairs computed again, largest difference {gap:.1e} nats/sqrt(tokens)")
     tolerance = TOLERANCE[config.precision]
     if gap > tolerance:
-        raise UserError(f"{path}: not this model's log-probs, expected at most {tolerance:.0e}; delete the file")
+        expected = f"expected at most {tolerance:.0e}"
+        raise UserError(f"{path}: not this model's log-probs, {expected}; delete the file")
 
 
 def check_first_step(metrics, gap, config, world):
-    """Before any update policy and reference are one model: the DPO loss is ln 2. UserError beyond rounding."""
+    """Before the first update policy and reference are one model, so the DPO loss is ln 2.
+
+    UserError when they differ by more than rounding."""
     loss = LOSSES[config.loss]
     is_ln2 = loss.function is dpo_loss and not loss.weights and not config.sft_weight
     expected = f" (ln 2 = {math.log(2):.6f})" if is_ln2 else ""
@@ -399,10 +423,9 @@ def check_first_step(metrics, gap, config, world):
     world.say(f"step 1: loss {metrics['loss']:.6f}{expected}, largest |policy - reference| {difference}")
     tolerance = TOLERANCE[config.precision]
     if gap > tolerance:
-        raise UserError(
-            f"policy and reference differ by {difference} before the first update, expected at most {tolerance:.0e}: "
-            f"the reference is not of model_path={config.model_path!r}"
-        )
+        problem = f"policy and reference differ by {difference} before the first update"
+        reason = f"the reference is not of model_path={config.model_path!r}"
+        raise UserError(f"{problem}, expected at most {tolerance:.0e}: {reason}")
 
 
 # ---------------------------------------------------------------- the run
@@ -417,19 +440,25 @@ def main(argv):
     world.say(f"DPO: {len(pairs):,} pairs, {run.pace}{describe_sharing(pairs)}")
     say_unusual_beta(config, world)
 
-    # Taken here, under the step-0 weights, also when a checkpoint is about to be loaded.
+    def ids_of(step):  # (B,)
+        return step_examples(step, len(pairs), config.global_batch_size, config.seed)
+
+    def evaluate_after(steps):
+        metrics = evaluate(run.model, held_out, held_out_reference, config, world, run.log)
+        run.log.evaluation(steps, metrics)
+
+    # Computed here, from the step-0 weights, also when a checkpoint is about to be loaded.
     epoch = min(run.total_steps, steps_per_epoch(len(pairs), config.global_batch_size))
-    first_epoch = [step_examples(step, len(pairs), config.global_batch_size, config.seed) for step in range(epoch)]
-    reference = reference_of(run, pairs, first_epoch)
+    reference = reference_of(run, pairs, [ids_of(step) for step in range(epoch)])
     if held_out:
         held_out_reference = reference_of(run, held_out, in_order(len(held_out), config.global_batch_size))
 
     for step in range(run.resume(), run.total_steps):
         if run.evaluates_before(step):
-            run.log.evaluation(step, evaluate(run.model, held_out, held_out_reference, config, world, run.log))
+            evaluate_after(step)
         run.sample(step, (held_out or pairs).chosen)
 
-        ids = step_examples(step, len(pairs), config.global_batch_size, config.seed)
+        ids = ids_of(step)
         metrics, gap = forward_backward(run.model, pairs, reference, ids, config, world)
         if step == 0 and config.needs_reference:
             check_first_step(metrics, gap, config, world)
@@ -438,8 +467,7 @@ def main(argv):
             return exit_code
 
     if held_out:
-        metrics = evaluate(run.model, held_out, held_out_reference, config, world, run.log)
-        run.log.evaluation(run.total_steps, metrics)
+        evaluate_after(run.total_steps)
     run.sample(run.total_steps, (held_out or pairs).chosen)
     return run.finish()
 
@@ -453,7 +481,7 @@ def describe_sharing(pairs):
 
 
 def reference_of(run, pairs, steps):
-    """(n, 2) float32: the reference's log-probs of the pairs in `steps`; zeros for a loss that has no reference."""
+    """(n, 2) float32: the reference's log-probs of the pairs in `steps`; zeros where the loss has none."""
     if not run.config.needs_reference:
         return np.zeros((len(pairs), 2), dtype=np.float32)
     key = reference_key(run.weights, pairs, run.config, run.world)

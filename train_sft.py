@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: `python train_sft.py configs/tiny.py`, or with `torchrun --nproc-per-node 8` on eight GPUs.
+"""Supervised fine-tuning: `python train_sft.py configs/tiny.py`; on 8 GPUs `torchrun --nproc-per-node 8`.
 
-The loss is a sum over this rank's tokens divided by a count over *all* ranks, so the gradient does not depend on how a
-step's examples are spread over ranks and micro-batches. Reading order: the keys, the loss, one optimizer step,
-held-out evaluation, main.
+The loss is a sum over this rank's tokens divided by a count over *all* ranks, so the gradient does not depend
+on how a step's examples are spread over ranks and micro-batches. Reading order: the keys, the loss, one
+optimizer step, held-out evaluation, main.
 """
 
 import sys
@@ -29,7 +29,7 @@ class SFTConfig(Config):
     """Keys of train_sft.py."""
 
     loss: Literal[tuple(UNITS)] = setting(
-        "loss", "name", "token_mean: NLL sum / supervised tokens; tulu3_release: NLL sum / sequences of the step",
+        "loss", "name", "token_mean: NLL sum / supervised tokens; tulu3_release: NLL sum / sequences",
         default="token_mean")  # fmt: skip
 
 
@@ -37,20 +37,19 @@ class SFTConfig(Config):
 
 
 def nll_sum(model, batch):
-    """Summed negative log-likelihood of a packed batch's supervised tokens, in nats: a float32 scalar with gradients.
-
-    Hidden states of unsupervised positions are dropped before the vocabulary matmul, the largest of the model.
-    """
+    """Summed negative log-likelihood of a packed batch's supervised tokens, in nats: a float32 scalar."""
     hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # (T, D)
-    return -token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets).sum()
+    # unsupervised positions are dropped before the vocabulary matmul, the largest of the model
+    hidden = hidden.index_select(0, batch.supervised)  # (S, D)
+    return -token_logps(hidden, model.lm_head.weight, batch.targets).sum()
 
 
 def loss_denominator(loss, num_tokens, num_sequences):
-    """The divisor of the step's summed NLL. num_tokens: supervised ones of the step; num_sequences: its documents.
+    """The divisor of the step's summed NLL: its supervised tokens or its documents, counted over all ranks.
 
-    Both are counts over all ranks. "token_mean": every supervised token weighs the same. "tulu3_release": the sum over
-    tokens per *sequence*, as the released Tulu 3 models were trained: the value is in nats per document, and the
-    gradient is larger by the mean number of tokens.
+    "token_mean": every supervised token weighs the same. "tulu3_release": the sum over tokens per *sequence*,
+    as the released Tulu 3 models were trained: the value is in nats per document, and the gradient is larger
+    by the mean number of tokens.
     """
     return {"token_mean": num_tokens, "tulu3_release": num_sequences}[loss]
 
@@ -59,7 +58,9 @@ def loss_denominator(loss, num_tokens, num_sequences):
 
 
 def forward_backward(model, documents, ids, config, world):
-    """Accumulate the gradient of the loss over the examples `ids` (B,) of one step. Returns metrics, equal on all ranks."""
+    """Accumulate the gradient of the loss over the examples `ids` (B,) of one optimizer step.
+
+    Returns its metrics, equal on all ranks."""
     denominator = loss_denominator(config.loss, int(documents.num_targets[ids].sum()), len(ids))
     losses = []  # of the micro-batches, with the rows behind each
     micro_batches = local_batches(documents, ids, model.config, config.tokens_per_microbatch, world)
@@ -72,15 +73,17 @@ def forward_backward(model, documents, ids, config, world):
 
 @torch.no_grad()
 def evaluate(model, documents, config, world, log):
-    """Token-mean NLL (nats) and perplexity of the held-out documents; above 709 nats, where float64 ends, infinite."""
+    """Token-mean NLL (nats) and perplexity of the held-out documents."""
     total = 0.0
     for ids in log.progress("evaluate", in_order(len(documents), config.global_batch_size)):
-        for _, batch, _ in local_batches(documents, ids, model.config, config.tokens_per_microbatch, world):
+        micro_batches = local_batches(documents, ids, model.config, config.tokens_per_microbatch, world)
+        for _, batch, _ in micro_batches:
             total += nll_sum(model, batch).item()
     parallel.release(model)
     (total,) = parallel.sum_across_ranks([total])
     nll = total / int(documents.num_targets.sum())
-    return {"eval/loss": nll, "eval/perplexity": torch.tensor(nll, dtype=torch.float64).exp().item()}
+    perplexity = torch.tensor(nll, dtype=torch.float64).exp()  # inf above 709 nats, where float64 ends
+    return {"eval/loss": nll, "eval/perplexity": perplexity.item()}
 
 
 # ---------------------------------------------------------------- the run

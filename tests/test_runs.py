@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from world import (
     ROOT,
@@ -305,7 +305,7 @@ def test_wrong_reference_stops_the_run(world, tmp_path):
     table = load_file(path)["logps"]
     last_of_step_1 = train_dpo.step_examples(0, 35, 16, 42)[-1]
     table[last_of_step_1] += 0.1
-    save_file({"logps": table}, path)
+    train_dpo._write_table(path, table)
     for prepare, message in ((None, "not this model's log-probs"), (unverified, "the reference is not of model_path")):
         failed = launch("dpo", config, "--fresh", prepare=prepare)
         assert failed.codes == [1] and "Traceback" not in failed.err[0]

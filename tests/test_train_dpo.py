@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import random
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from world import (
     SilentLog,
@@ -482,10 +483,36 @@ def test_reference_goes_on_part_way(reference):
 def test_wrong_reference_is_refused(reference, change):
     """CHECKS 6: and not replaced by something else."""
     table = reference() + np.float32(change)
-    save_file({"logps": table}, reference.path)
+    train_dpo._write_table(Path(reference.path), table)
     with pytest.raises(ValueError, match="not this model's log-probs.*delete the file"):
         reference()
     assert load_file(reference.path)["logps"].tobytes() == table.tobytes()
+
+
+def test_every_bit_of_the_reference_is_verified(reference):
+    """Issue 13: in the pairs that are computed again and in those that are not, in the header, in the length."""
+    reference()
+    path = Path(reference.path)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(64):
+        place = rng.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="reference/k.safetensors: .*"):
+            reference()
+    path.write_bytes(whole)
+    reference()
+
+
+@pytest.mark.parametrize("value", [-7e20, 5.0])
+def test_a_number_that_is_no_log_prob_is_refused(reference, value):
+    """Whatever the hash says, and in a pair that is not computed again; its row is named."""
+    table = reference()
+    last = reference.steps[2][0]
+    table[last, 1] = value
+    train_dpo._write_table(Path(reference.path), table)
+    with pytest.raises(ValueError, match=rf"nats for \d+ tokens of .*pref.jsonl#{last}, expected -1000 to 0 a token; delete it"):
+        reference()
 
 
 @torch.no_grad()
@@ -599,7 +626,7 @@ def test_torn_reference_cache_names_the_file(tmp_path):
     """A file that a power loss cut short is refused by name, not read and not silently computed again."""
     path = tmp_path / "table.safetensors"
     path.write_bytes(b"\x08\x00\x00")
-    with pytest.raises(ValueError, match="table.safetensors.*delete it"):
+    with pytest.raises(ValueError, match="table.safetensors: truncated"):
         train_dpo._read_table(path, 3)
     assert np.isnan(train_dpo._read_table(tmp_path / "none.safetensors", 3)).all()
 
@@ -637,6 +664,6 @@ def test_reference_on_a_full_disk(reference, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device: .* bytes needed.*reference/k"):
+    with pytest.raises(OSError, match="No space left on device: .* bytes needed.*reference/.*k"):
         reference()
     assert not list(Path(reference.path).parent.iterdir())
