@@ -10,7 +10,7 @@ import torch
 
 def calculate_per_token_logps(logits: a_library_that_nobody_has.Tensor, labels):
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1))
-    return torch.log_softmax(logits.float(), dim=-1).gather(2, following.clamp(min=0)[..., None])[..., 0]
+    return torch.log_softmax(logits, dim=-1).gather(2, following.clamp(min=0)[..., None])[..., 0]
 """,
     "dataset_transformation": """
 import numpy as np

@@ -71,6 +71,15 @@ def test_known_disagreement(compared, edit, quantity, context):
 
 
 @pytest.mark.slow
+def test_float64_decides_between_two_float32_gradients(compared):
+    """Theirs loses the last digits of every gradient on the way, which in float64 are not the last ones."""
+    noise = "chosen.register_hook(lambda g: (g + 2e3) - 2e3)\n    margin"
+    code, verdicts, out = compared(("dpo_utils", "margin = beta * (chosen", f"{noise} = beta * (chosen"))
+    assert code == 0 and verdicts["dpo gradient"] == EQUAL
+    assert "  dpo gradient: by theirs in float64: ours is " in out.split("Decided: ")[1]
+
+
+@pytest.mark.slow
 def test_turns_trained_on(compared, world, tmp_path):
     """A checkout that trains on the last turn only is an intended difference, and the numbers are then of the last turn on both sides."""
     said = zip(("user", "assistant") * 2, ("the cat", "runs fast", "good", "bad dog"))

@@ -17,7 +17,7 @@ class NotCompared(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity. note: why a difference is intended, why nothing was compared, or the first disagreement."""
+    """One quantity. note: why a difference is intended, why nothing was compared, what decided, or the first disagreement."""
 
     quantity: str
     size: str  # what was compared, "24 texts"
@@ -44,6 +44,12 @@ def items(quantity, unit, ours, theirs, describe):
     return Row(quantity, f"{len(ours):,} {unit}{'s' * (len(ours) != 1)}", f"{len(unequal):,} differ", DIFFERS if unequal else EQUAL, note)
 
 
+def gap(ours, theirs):
+    """The largest difference, relative to the largest of theirs."""
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    return np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float64).tiny)
+
+
 def numbers(quantity, unit, ours, theirs, tolerance, intended=None):
     """Row for two arrays. The difference is relative to the largest of theirs; `tolerance` bounds it.
 
@@ -51,15 +57,14 @@ def numbers(quantity, unit, ours, theirs, tolerance, intended=None):
     """
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     assert ours.shape == theirs.shape and ours.size
-
-    def gap(values):
-        return np.abs(np.asarray(values, dtype=np.float64) - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float64).tiny)
-
-    size, difference = f"{ours.size:,} {unit}{'s' * (ours.size != 1)}", gap(ours)
+    size, difference = f"{ours.size:,} {unit}{'s' * (ours.size != 1)}", gap(ours, theirs)
     if difference <= tolerance:
         return Row(quantity, size, f"{difference:.1e}", EQUAL)
-    if intended is not None and (rest := gap(intended[0])) <= tolerance:
-        return Row(quantity, size, f"{difference:.1e}", INTENDED, f"{intended[1]} (computed that way, ours differs by {rest:.1e})")
+    if intended is not None:
+        known, why = intended
+        rest = gap(known, theirs)
+        if rest <= tolerance:
+            return Row(quantity, size, f"{difference:.1e}", INTENDED, f"{why} (computed that way, ours differs by {rest:.1e})")
     first = np.argmax(np.abs(ours - theirs).ravel() > tolerance * np.abs(theirs).max())
     note = f"number {first}: ours {ours.ravel()[first]:.8g}, theirs {theirs.ravel()[first]:.8g}"
     return Row(quantity, size, f"{difference:.1e}", DIFFERS, note)
@@ -76,8 +81,9 @@ def print_table(rows):
     """Print the table and the notes. Returns the exit code: 1 for a disagreement, else 2 for something not compared, else 0."""
     lines = [[row.quantity, row.size, row.difference, row.verdict] for row in rows]
     print(table(["quantity", "compared", "largest difference", "verdict"], lines, left=(0, -1)))
-    for verdict, title in ((INTENDED, "Intended differences"), (DIFFERS, "Disagreements"), (SKIPPED, "Not compared")):
-        noted = [row for row in rows if row.verdict == verdict]
+    titles = {EQUAL: "Decided", INTENDED: "Intended differences", DIFFERS: "Disagreements", SKIPPED: "Not compared"}
+    for verdict, title in titles.items():
+        noted = [row for row in rows if row.verdict == verdict and row.note]
         if noted:
             print(f"\n{title}: {len(noted)}")
         for row in noted:

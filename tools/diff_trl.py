@@ -57,16 +57,21 @@ def rows(case):
     for loss, loss_type in LOSS_TYPES.items():
         expected, our_gradient = our_pairs(case, loss)
         trainer = _trainer(loss_type, LOSSES[loss].beta)
-        case.their_model.zero_grad(set_to_none=True)  # what a failed comparison left
-        losses = []
-        for pair in range(n):
-            picked = {name: values[[pair, n + pair]] for name, values in batch.items()}
-            picked |= {f"ref_{side}_logps": case.reference[i, pair : pair + 1] for i, side in enumerate(("chosen", "rejected"))}
-            value = call(DPOTrainer._compute_loss, trainer, MagicMock(side_effect=forward), picked, return_outputs=False)
-            (value / n).backward()
-            losses.append(value.item())
-        yield numbers(f"TRL: {loss} losses", "pair", expected, losses, TOLERANCE["pair losses"])
-        yield gradients(f"TRL: {loss} gradient", our_gradient, gradient(case.their_model))
+
+        def their_pairs(trainer=trainer):
+            case.their_model.zero_grad(set_to_none=True)  # what a failed comparison left
+            losses = []
+            for pair in range(n):
+                picked = {name: values[[pair, n + pair]] for name, values in batch.items()}
+                chosen, rejected = case.reference[:, pair : pair + 1]
+                picked |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+                value = call(DPOTrainer._compute_loss, trainer, MagicMock(side_effect=forward), picked, return_outputs=False)
+                (value / n).backward()
+                losses.append(value.item())
+            return losses, gradient(case.their_model)
+
+        yield numbers(f"TRL: {loss} losses", "pair", expected, their_pairs()[0], TOLERANCE["pair losses"])
+        yield gradients(case, f"TRL: {loss} gradient", our_gradient, lambda theirs=their_pairs: theirs()[1])
 
 
 def _trainer(loss_type, beta):
