@@ -1,66 +1,100 @@
-"""From rows of chat to token ids: templates, ids and loss mask in one pass, mixtures, preference pairs, the tokenised cache.
+"""From conversations to token ids: templates, ids and loss mask in one pass, mixtures, documents, the
+tokenised cache.
 
-Reading order is leaf to root: tokenizer, templates, encode, sources, mixtures, documents, tokenised cache. packing.py goes on from there.
+Reading order is leaf to root. schemas.py comes before this file (rows to conversations), packing.py after it.
 Letters: T tokens of a conversation, n documents of a dataset, B of its ids.
 """
 
-import ast
 import dataclasses
 import hashlib
-import inspect
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from types import NoneType
 
 import numpy as np
 import tokenizers
 
+import schemas
 from packing import PackedBatch, common_prefix, pack
-from plumbing import token_cache
+from plumbing import sources, token_cache
 from plumbing.files import UserError, progress_bar
-from plumbing.sources import open_source
+from plumbing.sources import find_source
 from plumbing.tokenizer import Tokenizer
+from schemas import ANOTHER_PROMPT, find_schema
 
 ROLES = ("system", "user", "assistant")
-# ---------------------------------------------------------------------------------------------------------------- tokenizer
 
+# ---------------------------------------------------------------- templates
 
-# ---------------------------------------------------------------------------------------------------------------- templates
-
-# The Jinja that goes out with a checkpoint. Training never runs it: `render` below writes the same characters by hand, with the spans.
-# tulu    Tulu 3. No BOS, also for Llama-3.1: open-instruct ran without --add_bos and tokenises the rendered template without specials.
-# zephyr  as published with zephyr-7b: every turn ends in EOS and a newline; no BOS in the template.
-# llama3  Llama 3 Instruct: BOS once, contents stripped. Llama 3.1's own template also puts dates into a system turn; this one does not.
-# chatml  without a default system prompt (SmolLM2's and Qwen2's own templates add one when the conversation has none).
+# The Jinja that goes out with a checkpoint. Training never runs it: `render` writes the same characters, and
+# knows where each answer is. tests/test_data.py compares both.
+# tulu    Tulu 3. No BOS, also for Llama 3.1: open-instruct ran without --add_bos.
+# zephyr  as published with zephyr-7b: every turn ends in EOS and a newline; no BOS.
+# llama3  Llama 3 Instruct: BOS once, contents stripped. Llama 3.1's own adds dates to a system turn.
+# chatml  without a default system prompt (SmolLM2's and Qwen2's own add one to a conversation that has none).
 TEMPLATES = {
-    "tulu": "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% else %}{{ '\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
-    "zephyr": "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
-    "llama3": "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
-    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "tulu": (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% if not loop.last %}{{ '\\n' }}{% endif %}"
+        "{% else %}{{ '\\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
 }
-HEADERS = {"tulu": "<|{}|>\n", "zephyr": "<|{}|>\n", "llama3": "<|start_header_id|>{}<|end_header_id|>\n\n", "chatml": "<|im_start|>{}\n"}
-SPECIAL_TOKENS = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "chatml": ("<|im_start|>", "<|im_end|>")}
+HEADERS = {
+    "tulu": "<|{}|>\n",
+    "zephyr": "<|{}|>\n",
+    "llama3": "<|start_header_id|>{}<|end_header_id|>\n\n",
+    "chatml": "<|im_start|>{}\n",
+}
+# The last of a template's own tokens ends a turn. The other templates end it with the tokenizer's EOS.
+SPECIAL_TOKENS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+# sha256 of other spellings that render every conversation to the same characters, with newlines as such:
+# tests/test_data.py has the texts, and lets Jinja render them. Here it need not run.
+SAME_TEXT = {
+    "ac7498a36a719da630e99d48e6ebc4409de85a77556c2b6159eeb735bcbd11df": "tulu",  # open-instruct
+    "0cb09b6231ee57a6b277a7bf821a0d64e7cf03649de51cf829ac9a4bb4f727ad": "zephyr",  # open-instruct
+    "66291cf0045c2425a3a667cf3cbb7af2b11f09e025c02f97245323ab79119362": "zephyr",  # zephyr-7b-beta
+    "153280e3ff55d19da1398bdb3914ee2a51b80429bfaedde11d7d216c39db80f3": "chatml",  # OpenHermes-2.5, TRL
+}
 
 
 def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
-    """The template's name; None means the tokenizer's own, which must be, to the letter, one of TEMPLATES."""
+    """The template's name
+
+    None means the tokenizer's own, which must be one of TEMPLATES or of the spellings in SAME_TEXT.
+    """
     if template is None:
         for name, jinja in TEMPLATES.items():
             if tokenizer.chat_template == jinja:
                 return name
-        raise UserError(f"template=None: the chat template of {tokenizer.origin} is none of ours; expected one of {list(TEMPLATES)}")
+        text = (tokenizer.chat_template or "").replace("\\n", "\n")
+        spelling = hashlib.sha256(text.encode()).hexdigest()
+        if spelling in SAME_TEXT:
+            return SAME_TEXT[spelling]
+        found = f"the chat template of {tokenizer.origin} is none of ours"
+        raise UserError(f"template=None: {found}; expected one of {list(TEMPLATES)}")
     if template not in TEMPLATES:
         raise UserError(f"template={template!r}: expected one of {list(TEMPLATES)}")
     return template
@@ -68,7 +102,10 @@ def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
 
 @lru_cache(maxsize=16)
 def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
-    """The token that ends an assistant turn (the EOS to train and to stop on). ValueError when `tokenizer` lacks a token of `template`."""
+    """The token that ends an assistant turn: the EOS to train and to stop on.
+
+    UserError when `tokenizer` lacks a token.
+    """
     eos = SPECIAL_TOKENS[template][-1] if template in SPECIAL_TOKENS else tokenizer.eos_token
     needed = [*SPECIAL_TOKENS.get(template, ()), eos]
     if template == "llama3":
@@ -76,158 +113,148 @@ def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
     for token in needed:
         if token is None or len(tokenizer.encode(token)) != 1:
             what = token or "the BOS or EOS that it needs"
-            raise UserError(f"template={template!r}: {what} is no special token of tokenizer {tokenizer.origin}; expected one id")
+            problem = f"{what} is no special token of tokenizer {tokenizer.origin}"
+            raise UserError(f"template={template!r}: {problem}; expected one id")
     return eos
 
 
-def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as one string, and per assistant turn the character span of its content and end-of-turn token.
+@lru_cache(maxsize=16)
+def _end_id(template: str, tokenizer: Tokenizer) -> int:
+    return tokenizer.single_id(end_of_turn(template, tokenizer))
 
-    ValueError for no messages, a role not in ROLES, a content that is not a string, an answer that already ends in the end-of-turn token.
+
+def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as one string, and per answer the character span of its content and end-of-turn token.
+
+    UserError for no messages, a role not in ROLES, a content that is not a string, an answer that already
+    ends in the end-of-turn token.
     """
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"messages={messages!r}: expected a list of at least one message {{role, content}}")
-    eos, header = end_of_turn(template, tokenizer), HEADERS[template]
-    pieces, spans = [tokenizer.bos_token if template == "llama3" else ""], []
-    at = len(pieces[0])
+    is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    if not is_list or not messages:
+        found = f"messages={str(messages)[:60]}"
+        raise UserError(f"{found}: expected a list of at least one message {{role, content}}")
+    eos = end_of_turn(template, tokenizer)
+    text = tokenizer.bos_token if template == "llama3" else ""
+    spans = []
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
-            raise UserError(f"message {i}: role={role!r}, content={type(content).__name__}; expected a role of {ROLES} and a string")
+            found = f"role={role!r}, content={type(content).__name__}"
+            raise UserError(f"message {i}: {found}; expected a role of {ROLES} and a string")
+        if template == "llama3":
+            content = content.strip()
         is_answer = role == "assistant"
-        content = content.strip() if template == "llama3" else content
         if is_answer and content.endswith(eos):
-            raise UserError(f"message {i}: the answer already ends in {eos}; expected text without it (the template adds it)")
-        body = content + (eos if is_answer or template != "tulu" else "")
-        is_bare = template == "llama3" or (template == "tulu" and is_answer and i == len(messages) - 1)
-        head = header.format(role)
-        pieces += [head, body, "" if is_bare else "\n"]
+            needs = "expected text without it (the template adds it)"
+            raise UserError(f"message {i}: the answer already ends in {eos}; {needs}")
+        text += HEADERS[template].format(role)
+        start = len(text)
+        text += content
+        # tulu ends the user's and the system's turns with a newline alone
+        if is_answer or template != "tulu":
+            text += eos
         if is_answer:
-            spans.append((at + len(head), at + len(head) + len(body)))
-        at += len(head) + len(body) + (not is_bare)
-    return "".join(pieces), spans
+            spans.append((start, len(text)))
+        # no newline after llama3's turns, nor after an answer that ends a tulu conversation
+        is_last_answer = is_answer and i == len(messages) - 1
+        if template != "llama3" and not (template == "tulu" and is_last_answer):
+            text += "\n"
+    return text, spans
 
 
-# ---------------------------------------------------------------------------------------------------------------- encode
+# ---------------------------------------------------------------- ids and mask
+
+PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}] * 2
 
 
-def encode_chat(messages, tokenizer: Tokenizer, template: str, max_seq_len: int, supervise: str = "all") -> tuple[list[int], list[bool]]:
-    """Ids of a conversation and whether each is trained on: assistant content + end-of-turn token, of all turns or of the "last" one.
+def encode_chat(
+    messages, tokenizer: Tokenizer, template: str, max_seq_len: int, supervise: str = "all"
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation, and whether each is trained on: answers and their end-of-turn tokens.
 
-    Cut at `max_seq_len` ids, from the right, as in Tulu 3. ValueError as in `render`.
+    supervise: "all" answers or the "last" one. A turn with train=False is context. Cut at `max_seq_len` ids,
+    from the right, as in Tulu 3. UserError as in `render`.
     """
     text, spans = render(messages, template, tokenizer)
     (encoding,) = tokenizer.encode_batch([text])
-    ids, mask, _ = ids_and_mask(encoding, spans, tokenizer, supervise)
+    ids, mask, _ = ids_and_mask(encoding, trained_spans(messages, spans, supervise), tokenizer, template)
     return ids[:max_seq_len].tolist(), mask[:max_seq_len].tolist()
 
 
-def ids_and_mask(encoding, spans: list[tuple[int, int]], tokenizer: Tokenizer, supervise: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """(T,) int32 ids; (T,) bool, True where a token overlaps a span; how many of those began before their span.
-
-    The whole string was tokenised at once, so a token can straddle header and answer (BPEs merge newlines): it is supervised, and counted.
-    """
+def trained_spans(messages: list[dict], spans: list[tuple], supervise: str) -> list[tuple]:
+    """The spans of the answers that are trained on: of "all" or the "last", if they do not say train=False."""
     if supervise not in ("all", "last"):
         raise UserError(f"supervise={supervise!r}: expected 'all' or 'last'")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if supervise == "last":
+        answers, spans = answers[-1:], spans[-1:]
+    return [span for message, span in zip(answers, spans) if message.get("train", True)]
+
+
+def ids_and_mask(encoding, spans, tokenizer: Tokenizer, template: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """(T,) int32 ids; (T,) bool, True where a token overlaps a span; how many tokens begin before their span.
+
+    The whole string was tokenised at once, so a token can straddle header and answer (BPEs merge newlines):
+    it is supervised, and counted. UserError when an answer does not end in the id of the end-of-turn token: a
+    tokenizer may split it inside text, and the model would never learn to stop.
+    """
     ids = np.array(encoding.ids, dtype=np.int32)
     assert tokenizer.bos_id is None or ids[:2].tolist() != [tokenizer.bos_id] * 2, "double BOS"
     mask, straddling = np.zeros(len(ids), dtype=bool), 0
-    for start, end in spans if supervise == "all" else spans[-1:]:
-        # A character may be several tokens (the bytes of an emoji), of which this gives the first, or none (dropped by a normaliser).
-        first = next(token for token in map(encoding.char_to_token, range(start, end)) if token is not None)
-        last = encoding.char_to_token(end - 1)  # of the end-of-turn token, which is one token
+    end_id = _end_id(template, tokenizer)
+    for start, end in spans:
+        # A character may be several tokens (the bytes of an emoji), of which char_to_token gives the first,
+        # or none (dropped by a normaliser).
+        tokens = map(encoding.char_to_token, range(start, end))
+        first = next(token for token in tokens if token is not None)
+        last = encoding.char_to_token(end - 1)
+        if last is None or ids[last] != end_id:
+            found = f"tokenizer {tokenizer.origin} splits {end_of_turn(template, tokenizer)} inside text"
+            raise UserError(f"template={template!r}: {found}; expected every answer to end in id {end_id}")
         mask[first : last + 1] = True
         straddling += encoding.token_to_chars(first)[0] < start
     return ids, mask, straddling
 
 
-# ---------------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------- mixtures
+
+# open-instruct's rules of picking rows, by what they do. Since 2025-07-21 (de8a14f3f): choice. From
+# 2025-01-28 (45fd51f99): first. Before: shuffle, by the data library's Dataset.shuffle(seed=42). At 10 % two
+# of them share 10 % of the rows.
+ROW_RULES = ("choice", "first", "shuffle")
 
 
-def _transcript(text: str) -> list[dict]:
-    """Messages of an hh-rlhf transcript: "\\n\\nHuman: ..\\n\\nAssistant: ..", contents stripped."""
-    head, *turns = re.split(r"\n\n(Human|Assistant):", text or "")
-    if head.strip() or not turns:
-        raise UserError(
-            f"transcript begins {text[:40] if text else text!r}; expected '\\n\\nHuman:' (answers alone need a column prompt beside them)"
-        )
-    role = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": role[who], "content": content.strip()} for who, content in zip(turns[::2], turns[1::2])]
+def mixture_rows(n: int, amount: float | int, rule: str = "choice") -> np.ndarray:
+    """Row numbers that open-instruct picks of n rows: a float is a fraction, an int a count.
 
-
-def _exchanges(prompt: str, answers: list[str] | None) -> list[list[dict]]:
-    if len(answers or ()) != 2:
-        raise UserError(f"{len(answers or ())} answers; expected two")
-    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers]
-
-
-def _dialogues(row: dict) -> list[list[dict]]:
-    for side in ("chosen", "rejected"):
-        is_user = [isinstance(message, dict) and message.get("role") == "user" for message in row[side] or ()]
-        if row.get("prompt") and is_user and not any(is_user):
-            raise UserError(f"{side} has no user message; expected chosen and rejected to repeat the prompt")
-    return [row["chosen"], row["rejected"]]
-
-
-def _pku(row: dict) -> list[list[dict]] | str:
-    is_safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
-    if set(is_safe) != {True, False}:  # one that has no label is neither
-        return "for not exactly one safe response"
-    first, second = row["response_0"], row["response_1"]
-    return _exchanges(row["prompt"], [first, second] if is_safe[0] else [second, first])
-
-
-# What it is; its columns and their types in the first row; row -> [messages], or [chosen, rejected], or the reason to drop it.
-# The first that fits is used; for SFT, preference rows give their chosen side.
-SCHEMAS = (
-    ("messages", {"messages": list}, lambda row: [row["messages"]]),
-    # Not with a list as prompt: then nothing says whether chosen repeats it.
-    ("chosen, rejected: message lists", {"chosen": list, "rejected": list, "prompt": (str, NoneType)}, _dialogues),
-    ("prompt, chosen, rejected: strings", {"prompt": str, "chosen": str, "rejected": str},
-     lambda row: _exchanges(row["prompt"], [row["chosen"], row["rejected"]])),
-    ("chosen, rejected: hh-rlhf transcripts", {"chosen": str, "rejected": str},
-     lambda row: [_transcript(row["chosen"]), _transcript(row["rejected"])]),
-    ("prompt, response_0, response_1, is_response_0_safe, is_response_1_safe: PKU-SafeRLHF, rows where exactly one is safe",
-     {"prompt": str, "response_0": str, "response_1": str, "is_response_0_safe": bool, "is_response_1_safe": bool}, _pku),
-    # Which of the two is safer is inferred from their contents; no column says so.
-    ("prompt, response: PKU-SafeRLHF pairs, the safer first", {"prompt": str, "response": list},
-     lambda row: _exchanges(row["prompt"], row["response"])),
-)  # fmt: skip
-
-
-def find_schema(name: str, rows, sides: tuple[str, ...]):
-    """(columns, row -> conversations) of the first of SCHEMAS that fits the columns. ValueError listing both when none does."""
-    if len(rows) == 0:
-        raise UserError(f"data {name!r}: no rows")
-    first, known = rows[0], SCHEMAS if len(sides) == 1 else SCHEMAS[1:]  # messages alone are no pair
-    for _, columns, convert in known:
-        if all(isinstance(first.get(column), kind) for column, kind in columns.items()):
-            return [column for column in columns if column in first], convert
-    found = ", ".join(f"{column} ({type(value).__name__})" for column, value in first.items())
-    raise UserError(f"data {name!r}: columns {found}; expected one of: {'; '.join(what for what, _, _ in known)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- mixtures
-
-
-def mixture_rows(n: int, amount: float | int) -> np.ndarray:
-    """Row numbers that open-instruct picks of n rows: a float is a fraction, an int a count; beyond n whole repeats, then a random rest.
-
-    The rest is `RandomState(42).choice` in that order, whatever the run's seed; exactly n rows (1.0) stay in file order.
+    choice: beyond n whole repeats, then a random rest by `RandomState(42).choice` in that order, whatever the
+    run's seed; exactly n rows (1.0) stay in file order. first: the first ones. shuffle: the first ones of a
+    permutation.
     """
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
         raise UserError(f"data amount {amount!r}: expected a float fraction or an int count above 0")
-    repeats, rest = divmod(int(amount * n) if isinstance(amount, float) else amount, n)
-    return np.concatenate([np.arange(n)] * repeats + [np.random.RandomState(42).choice(n, rest, replace=False)]).astype(np.int64)
+    if rule not in ROW_RULES:
+        raise UserError(f"rows={rule!r}: expected one of {list(ROW_RULES)}")
+    wanted = int(amount * n) if isinstance(amount, float) else amount
+    if rule == "choice":
+        repeats, rest = divmod(wanted, n)
+        picked = [np.arange(n)] * repeats + [np.random.RandomState(42).choice(n, rest, replace=False)]
+        return np.concatenate(picked).astype(np.int64)
+    if wanted > n:
+        needs = "expected at most all of them (repeats need rows='choice')"
+        raise UserError(f"rows={rule!r}: {amount} of {n:,} rows; {needs}")
+    order = np.arange(n) if rule == "first" else np.random.default_rng(42).permutation(n)
+    return order[:wanted].astype(np.int64)
 
 
 def is_held_out(messages: list[dict], fraction: float) -> bool:
-    """Whether the first user message hashes into `fraction`: rows and dialogues that open alike fall on one side, in every dataset."""
-    prompt = next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
+    """Whether the first user message hashes into `fraction`: dialogues that open alike fall on one side."""
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    prompt = asked[0] if asked else messages[0]["content"]
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) < fraction * 2**64
 
 
-# ---------------------------------------------------------------------------------------------------------------- documents
+# ---------------------------------------------------------------- documents
 
 
 @dataclass(frozen=True)
@@ -252,9 +279,10 @@ class Documents:
 
     @cached_property
     def num_targets(self) -> np.ndarray:
-        """(n,) int64 positions that predict a supervised token; a document's first token is predicted by nothing."""
+        """(n,) int64 positions that predict a supervised token. A document's first token is no target."""
         first = self.offsets[:-1]
-        return np.add.reduceat(self.loss_mask, first, dtype=np.int64) - self.loss_mask[first]  # no document is empty
+        supervised = np.add.reduceat(self.loss_mask, first, dtype=np.int64)  # no document is empty
+        return supervised - self.loss_mask[first]
 
     def flops(self, config, ids) -> np.ndarray:
         """(B,) forward FLOPs of documents `ids`; the vocabulary matmul runs on supervised positions only."""
@@ -285,12 +313,17 @@ class Pairs:
 
     @cached_property
     def prefixes(self) -> np.ndarray:
-        """(n,) int64 tokens that both sides begin with, whatever their masks, and that leave rejected at least one; 0 if not shared."""
+        """(n,) int64 tokens that both sides begin with, whatever their masks; 0 if they are not to be shared.
+
+        At least one token of rejected is left: a document without a token of its own cannot be packed.
+        """
         if not self.share_prefix:
             return np.zeros(len(self), dtype=np.int64)
         # np.asarray: slices of a memory map take three times as long; 300k pairs in 2 s
-        sides = [np.split(np.asarray(side.input_ids), side.offsets[1:-1]) for side in (self.chosen, self.rejected)]
-        return np.array([common_prefix(chosen, rejected[:-1]) for chosen, rejected in zip(*sides)], dtype=np.int64)
+        all_chosen = np.split(np.asarray(self.chosen.input_ids), self.chosen.offsets[1:-1])
+        all_rejected = np.split(np.asarray(self.rejected.input_ids), self.rejected.offsets[1:-1])
+        shared = [common_prefix(chosen, rejected[:-1]) for chosen, rejected in zip(all_chosen, all_rejected)]
+        return np.array(shared, dtype=np.int64)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -299,11 +332,12 @@ class Pairs:
 
     def flops(self, config, ids) -> np.ndarray:
         """(B,) forward FLOPs of pairs `ids`, a shared prefix counted once."""
-        return self.chosen.flops(config, ids) + self.rejected.flops(config, ids) - config.flops(self.prefixes[ids], logits=0)
+        both = self.chosen.flops(config, ids) + self.rejected.flops(config, ids)
+        return both - config.flops(self.prefixes[ids], logits=0)
 
     def pack(self, ids) -> PackedBatch:
-        """One stream: the chosen answers of `ids` in order, then the rejected ones, from the end of their shared prefixes on."""
-        documents = [side[i] for side in (self.chosen, self.rejected) for i in ids]
+        """One stream: the chosen sides of `ids` in order, then the rejected ones without shared prefixes."""
+        documents = [self.chosen[i] for i in ids] + [self.rejected[i] for i in ids]
         return pack(documents, self.prefixes[ids] if self.share_prefix else ())
 
     @property
@@ -316,12 +350,13 @@ class Pairs:
 
 
 def load_sft(config, tokenizer: Tokenizer, log=print) -> tuple[Documents, Documents | None]:
-    """Training and held-out documents of config.data; keys read: data, data_eval, template, max_seq_len, supervise, cache_dir.
+    """Training and held-out documents of config.data. Preference rows give their chosen side.
 
-    data: {"hub/name" or "path", optionally with "[split]": float fraction or int count}. data_eval: None, the same, or the fraction of
-    prompts (see is_held_out) that `data` goes without. Preference rows give their chosen side. Tokenised once and kept under cache_dir:
-    one process per machine calls this first, then the others, which find the files. What was kept and dropped goes to `log`.
-    ValueError for what a source or a key has wrong, naming source and row.
+    Keys read: data, data_eval, rows, template, max_seq_len, supervise, cache_dir. data: {name of a source
+    (plumbing.sources): float fraction or int count}. data_eval: None, the same, or the share of prompts that
+    `data` goes without (is_held_out). Tokenised once and kept under cache_dir: one process of a machine
+    calls this first, then the others, which find the files. What was kept and dropped goes to `log`.
+    UserError for what a source or a key has wrong, naming source and row.
     """
     train, held_out = _load(config, ("messages",), tokenizer, log)
     return train[0], held_out and held_out[0]
@@ -336,159 +371,291 @@ def load_preferences(config, tokenizer: Tokenizer, log=print) -> tuple[Pairs, Pa
     return Pairs(*train, config.share_prefix), held_out and Pairs(*held_out, config.share_prefix)
 
 
-def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log) -> tuple[list[Documents], list[Documents] | None]:
+def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log):
+    """([Documents per side] to train on, the same held out or None)."""
     template = resolve_template(config.template, tokenizer)
-    end_of_turn(template, tokenizer)  # a template that this tokenizer cannot write is refused before anything is read
-    settings = {"template": template, "max_seq_len": config.max_seq_len, "supervise": config.supervise}
-    settings["held_out"] = config.data_eval if isinstance(config.data_eval, float) else 0.0
-    mixtures = {"data": config.data} | ({"data_eval": config.data_eval} if isinstance(config.data_eval, dict) else {})
-    opened = {key: _open_mixture(key, mixture, sides, log) for key, mixture in mixtures.items()}  # both, before either is tokenised
-    loaded = {key: _load_mixture(key, opened[key], sides, tokenizer, settings, Path(config.cache_dir), log) for key in opened}
+    # A tokenizer that lacks a token of the template, or splits it, is refused before anything is read.
+    encode_chat(PROBE, tokenizer, template, 64)
+    settings = {
+        "template": template,
+        "max_seq_len": config.max_seq_len,
+        "supervise": config.supervise,
+        "rows": config.rows,
+        "held_out": config.data_eval if isinstance(config.data_eval, float) else 0.0,
+    }
+    mixtures = {"data": config.data}
+    if isinstance(config.data_eval, dict):
+        mixtures["data_eval"] = config.data_eval
+
+    folders, opened = {}, {}
+    for key, mixture in mixtures.items():
+        found = [find_source(name) for name in mixture]
+        name = _cache_key(found, mixture, sides, tokenizer, settings)
+        folders[key] = Path(config.cache_dir) / name[:32]
+        if not token_cache.is_intact(folders[key], log):
+            options = (mixture, sides, settings, config.cache_dir, log)
+            opened[key] = [_open(key, source, *options) for source in found]
+    # All are open, with columns that are known, before the first is tokenised: that may take half an hour.
+    for key, picked in opened.items():
+        columns, stats = _tokenise(picked, sides, tokenizer, settings)
+        for one in picked:
+            one.source.check_unchanged()
+        meta = {"data": mixtures[key], "settings": settings, "stats": stats}
+        token_cache.write(folders[key], columns, meta)
+
+    loaded = {key: _read_cache(folder, sides, key, log) for key, folder in folders.items()}
     held_out = loaded["data_eval"]["train"] if "data_eval" in loaded else loaded["data"].get("eval")
     return loaded["data"]["train"], held_out
 
 
-# ---------------------------------------------------------------------------------------------------------------- tokenised cache
+# ---------------------------------------------------------------- tokenised cache
 
 CHUNK = 1024  # rows read and tokenised at a time: enough work for every thread, little memory
+MOST = 0.5  # of a source's rows may be dropped for a reason of SUSPECT
+ENDS_IN_EOS = "for an answer that ends in the end-of-turn token"
+SUSPECT = (ANOTHER_PROMPT, ENDS_IN_EOS)
+# A prompt that already holds a rendered template would be rendered twice.
+RENDERED = re.compile(r"<\|(?:im_start|user|start_header_id)\|>|<start_of_turn>|\[INST\]|(?:^|\n)Human:")
 
 
-def _open_mixture(key: str, data: dict, sides, log) -> list[tuple]:
-    """[(name, rows, picked row numbers, row -> conversations)] of the sources of a config key."""
-    sources = []
-    for name, amount in data.items():
-        rows = open_source(name)
-        columns, convert = find_schema(name, rows, sides)
-        numbers = mixture_rows(len(rows), amount)
-        if len(numbers) == 0:
-            raise UserError(f"{key} {name!r}: {amount} of {len(rows):,} rows is less than one; expected a larger fraction, or a count")
-        if len(numbers) != len(rows):
-            log(f"{key}: {name}: {len(numbers):,} picked of {len(rows):,} rows ({amount})")
-        sources.append((name, rows.select_columns(columns), numbers, convert))
-    return sources
+@dataclass(frozen=True)
+class _Picked:
+    """An open source, and which of its rows are wanted."""
+
+    source: object  # of plumbing.sources
+    rows: sources.Rows
+    numbers: np.ndarray  # (rows wanted,) int64
+    schema: schemas.Schema
+    amount: float | int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
 
 
-def _load_mixture(key: str, sources, sides, tokenizer: Tokenizer, settings: dict, cache_dir: Path, log) -> dict[str, list[Documents]]:
-    """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped from cache_dir; tokenised into it when not there."""
-    folder = cache_dir / _cache_key(sources, sides, tokenizer, settings)[:32]
-    if not token_cache.is_intact(folder, log):
-        columns, stats = _tokenise(sources, sides, tokenizer, settings)
-        data = {name: len(numbers) for name, _, numbers, _ in sources}
-        token_cache.write(folder, columns, {"data": data, "settings": settings, "stats": stats})
+def _open(key: str, source, mixture: dict, sides, settings: dict, cache_dir, log) -> _Picked:
+    rows, amount = source.open(cache_dir, log), mixture[source.name]
+    schema = find_schema(source.name, rows, sides)
+    numbers = mixture_rows(len(rows), amount, settings["rows"])
+    if len(numbers) == 0:
+        picked = f"{amount} of {len(rows):,} rows is less than one"
+        raise UserError(f"{key} {source.name!r}: {picked}; expected a larger fraction, or a count")
+    return _Picked(source, rows, numbers, schema, amount)
+
+
+def _read_cache(folder: Path, sides, key: str, log) -> dict[str, list[Documents]]:
+    """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped."""
     stats = json.loads((folder / "meta.json").read_text())["stats"]
+    for name, picked, rows, amount in stats["picked"]:
+        if picked != rows:
+            log(f"{key}: {name}: {picked:,} picked of {rows:,} rows ({amount})")
     log(describe(stats, key))
 
     def documents(split, side):
         files = [folder / f"{split}.{side}.{field.name}.npy" for field in dataclasses.fields(Documents)]
         return Documents(*[np.load(file, mmap_mode="r", allow_pickle=False) for file in files])
 
-    return {split: [documents(split, side) for side in sides] for split in stats["kept"]}
+    loaded = {}
+    for split in stats["kept"]:
+        loaded[split] = [documents(split, side) for side in sides]
+    return loaded
 
 
-def _chunks(rows, numbers: np.ndarray):
-    """(row numbers, those rows in the format of `rows`), CHUNK at a time."""
-    for first in range(0, len(numbers), CHUNK):
-        picked = numbers[first : first + CHUNK]
-        yield picked, rows[picked]
+def _cache_key(found: list, mixture: dict, sides, tokenizer: Tokenizer, settings: dict) -> str:
+    """sha256 of all that the columns depend on: the sources' bytes, amounts, settings, tokenizer and code."""
+    fingerprints = [source.fingerprint() for source in found]
+    reader = [tokenizer.fingerprint, tokenizer.bos_token, tokenizer.eos_token, tokenizers.__version__]
+    parts = [list(mixture.items()), fingerprints, sides, settings, reader, _token_code()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _cache_key(sources, sides, tokenizer: Tokenizer, settings: dict) -> str:
-    """sha256 of all that the columns depend on: the picked rows' names and content, the tokenizer, the settings, and the code that makes tokens."""
-    parts = [sides, settings, tokenizer.fingerprint, tokenizer.bos_token, tokenizer.eos_token, tokenizers.__version__]
-    digest = hashlib.sha256(json.dumps(parts).encode() + TOKEN_CODE)
-    for name, rows, numbers, _ in sources:
-        digest.update(json.dumps([name, len(numbers)]).encode() + numbers.tobytes())
-        chunks = _chunks(rows.with_format("arrow"), numbers)
-        for _, table in progress_bar(chunks, desc="hashing rows", total=math.ceil(len(numbers) / CHUNK), delay=5):
-            for batch in table.combine_chunks().to_batches():
-                digest.update(batch.serialize())
-    return digest.hexdigest()
+@lru_cache(maxsize=1)
+def _token_code() -> str:
+    """Hash of the code that decides ids and masks: another version of it makes another cache."""
+    chat = (end_of_turn, render, trained_spans, ids_and_mask)
+    rows = (mixture_rows, is_held_out, _tokenise, _render_rows, _render_sides, _encode_rows)
+    return token_cache.hash_code([sources, schemas, *chat, *rows])
 
 
-def _tokenise(sources, sides, tokenizer: Tokenizer, settings: dict) -> tuple[dict[str, np.ndarray], dict]:
+def _tokenise(picked: list[_Picked], sides, tokenizer: Tokenizer, settings: dict) -> tuple[dict, dict]:
     """Columns {"train.chosen.input_ids": array, ..} of the rows that are kept, and the counts."""
     splits = ["train", "eval"] if settings["held_out"] else ["train"]
-    documents = {(split, side): [] for split in splits for side in sides}  # (ids, mask) each
-    row_ids, dropped = {split: [] for split in splits}, Counter()
-    counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0, equal=0)
-    total = sum(len(numbers) for _, _, numbers, _ in sources)
+    documents = {f"{split}.{side}": [] for split in splits for side in sides}  # (ids, mask) each
+    row_ids = {split: [] for split in splits}
+    tally = _Tally()
+    total = sum(len(one.numbers) for one in picked)
     with progress_bar(total=total, desc="tokenising", unit=" rows") as progress:
-        for name, rows, picked, convert in sources:
-            for numbers, columns in _chunks(rows.with_format(None), picked):  # decoded, where a column is stored as JSON
-                chats = [dict(zip(columns, row)) for row in zip(*columns.values())]
-                conversations = _render_rows(name, numbers, chats, convert, sides, tokenizer, settings["template"])
-                for number, row in zip(numbers, _encode_rows(conversations, tokenizer, settings, counts)):
+        for one in picked:
+            for first in range(0, len(one.numbers), CHUNK):
+                numbers = one.numbers[first : first + CHUNK].tolist()
+                rendered = _render_rows(one, numbers, sides, tokenizer, settings["template"], tally)
+                encoded = _encode_rows(one, numbers, rendered, tokenizer, settings, tally)
+                for number, row in zip(numbers, encoded):
                     if isinstance(row, str):
-                        dropped[row] += 1
+                        tally.dropped[row] += 1
                         continue
-                    split, encoded = row
-                    row_ids[split].append(f"{name}#{number}")
-                    for side, document in zip(sides, encoded):
-                        documents[split, side].append(document)
+                    split, columns = row
+                    row_ids[split].append(f"{one.name}#{number}")
+                    for side, document in zip(sides, columns):
+                        documents[f"{split}.{side}"].append(document)
                 progress.update(len(numbers))
-    stats = {"rows": total, "kept": {split: len(row_ids[split]) for split in splits}, "dropped": dropped, **counts}
-    if 0 in stats["kept"].values() or counts["supervised"] in (0, counts["tokens"]):
-        raise UserError(f"{describe(stats)}; expected rows on every side, and some but not all of their tokens supervised")
-    if counts["equal"] == sum(stats["kept"].values()):
-        raise UserError(f"{describe(stats)}; expected pairs of different answers (cut at max_seq_len={settings['max_seq_len']})")
+            tally.check_source(one)
+    kept = {split: len(row_ids[split]) for split in splits}
+    stats = tally.stats(picked, kept)
+    _check_stats(stats, settings)
     columns = {}
-    for (split, side), pieces in documents.items():
-        columns[f"{split}.{side}.input_ids"] = np.concatenate([ids for ids, _ in pieces])
-        columns[f"{split}.{side}.loss_mask"] = np.concatenate([mask for _, mask in pieces])
-        columns[f"{split}.{side}.offsets"] = np.cumsum([0] + [len(ids) for ids, _ in pieces], dtype=np.int64)
-        columns[f"{split}.{side}.row_ids"] = np.array(row_ids[split])
+    for name, pieces in documents.items():
+        columns[f"{name}.input_ids"] = np.concatenate([ids for ids, _ in pieces])
+        columns[f"{name}.loss_mask"] = np.concatenate([mask for _, mask in pieces])
+        columns[f"{name}.offsets"] = np.cumsum([0] + [len(ids) for ids, _ in pieces], dtype=np.int64)
+        columns[f"{name}.row_ids"] = np.array(row_ids[name.split(".")[0]])
     return columns, stats
 
 
-def _render_rows(name: str, numbers, rows: list[dict], convert, sides, tokenizer: Tokenizer, template: str) -> list:
-    """Per row: [(messages, text, spans) per side], or the reason why it is dropped. ValueError names source and row."""
+class _Tally:
+    """What is said about the rows of a mixture, collected while they are read."""
+
+    def __init__(self):
+        self.counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0)
+        self.counts.update(equal=0, empty=0, duplicates=0, rendered=0)
+        self.dropped = Counter()  # {reason: rows}
+        self.suspect = Counter()  # {(reason, source's name): rows}, of SUSPECT among others
+        self.first_rendered = None  # "source#row: marker"
+        self.seen = {}  # {hash of a row's text: hash of its source and number}
+        self.ignored = {}  # columns that are not read, in order
+
+    def see_row(self, one: _Picked, number: int, conversations: list) -> None:
+        """Count empty answers, prompts that hold a rendered template, and texts that another row had."""
+        for messages, _, _ in conversations:
+            answers = [message["content"] for message in messages if message["role"] == "assistant"]
+            self.counts["empty"] += sum(not answer.strip() for answer in answers)
+        messages = conversations[0][0]
+        asked = [message["content"] for message in messages if message["role"] != "assistant"]
+        marker = next(filter(None, map(RENDERED.search, asked)), None)
+        if marker:
+            self.counts["rendered"] += 1
+            self.first_rendered = self.first_rendered or f"{one.name}#{number}: {marker.group().strip()}"
+        text = hash(tuple(text for _, text, _ in conversations))
+        row = hash((one.name, number))  # a row that the amount repeats is no duplicate of itself
+        self.counts["duplicates"] += self.seen.setdefault(text, row) != row
+
+    def check_source(self, one: _Picked) -> None:
+        """UserError when more of a source was dropped than chance explains."""
+        for reason in SUSPECT:
+            count, rows = self.suspect[reason, one.name], len(one.numbers)
+            if count > MOST * rows:
+                dropped = f"{count:,} of {rows:,} rows dropped {reason}"
+                raise UserError(f"data {one.name!r}: {dropped}; expected at most {MOST:.0%}")
+
+    def stats(self, picked: list[_Picked], kept: dict) -> dict:
+        """All of it, as meta.json keeps it."""
+        sizes = [(one.name, len(one.numbers), len(one.rows), one.amount) for one in picked]
+        rows = sum(len(one.numbers) for one in picked)
+        said = {"first_rendered": self.first_rendered, "ignored": list(self.ignored)}
+        return {"rows": rows, "picked": sizes, "kept": kept, "dropped": self.dropped, **self.counts, **said}
+
+
+def _check_stats(stats: dict, settings: dict) -> None:
+    kept = sum(stats["kept"].values())
+    assert stats["rows"] == kept + sum(stats["dropped"].values()), "a row is neither kept nor dropped"
+    if 0 in stats["kept"].values() or stats["supervised"] in (0, stats["tokens"]):
+        needs = "expected rows on every side, and some but not all of their tokens supervised"
+        raise UserError(f"{describe(stats)}; {needs}")
+    if stats["equal"] == kept:
+        cut = f"cut at max_seq_len={settings['max_seq_len']}"
+        raise UserError(f"{describe(stats)}; expected pairs of different answers ({cut})")
+
+
+def _render_rows(one: _Picked, numbers, sides, tokenizer: Tokenizer, template: str, tally: _Tally) -> list:
+    """Per row: [(messages, text, spans) per side], or the reason to drop it. UserError names the row."""
     rendered = []
-    for number, row in zip(numbers, rows):
+    for number, row in zip(numbers, one.rows.read(numbers)):
+        tally.ignored |= dict.fromkeys(one.schema.ignored(row))
         try:
-            conversations = convert(row)
+            conversations = one.schema.read(row)
             if not isinstance(conversations, str):
-                conversations = [(messages, *render(messages, template, tokenizer)) for messages in conversations[: len(sides)]]
-        except ValueError as error:
-            raise UserError(f"data {name!r}, row {number}: {error}") from error
+                conversations = _render_sides(conversations[: len(sides)], template, tokenizer)
+            if isinstance(conversations, str):
+                tally.suspect[conversations, one.name] += 1
+            else:
+                for _, text, _ in conversations:
+                    _check_characters(text, row)
+        except UserError as error:
+            raise UserError(f"data {one.name!r}, {one.rows.where(number)}: {error}") from error
         rendered.append(conversations)
     return rendered
 
 
-def _encode_rows(rendered: list, tokenizer: Tokenizer, settings: dict, counts: Counter):
-    """Per row of `rendered`: ("train" or "eval", [(ids, mask) per side]), or the reason why it is dropped. Adds to `counts`."""
-    texts = [text for row in rendered if not isinstance(row, str) for _, text, _ in row]
+def _render_sides(conversations: list, template: str, tokenizer: Tokenizer) -> list[tuple] | str:
+    eos, rendered = end_of_turn(template, tokenizer), []
+    for messages in conversations:
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if any(isinstance(answer, str) and answer.rstrip().endswith(eos) for answer in answers):
+            return ENDS_IN_EOS
+        rendered.append((messages, *render(messages, template, tokenizer)))
+    return rendered
+
+
+def _check_characters(text: str, row: dict) -> None:
+    """UserError naming the column of half a surrogate pair, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        broken = text[error.start : error.end]
+        written = {column: json.dumps(value, default=str, ensure_ascii=False) for column, value in row.items()}
+        columns = [column for column, value in written.items() if broken in value]
+        problem = f"column {' or '.join(map(repr, columns))} holds {ascii(broken)}, half of a character"
+        raise UserError(f"{problem}; expected text that UTF-8 can write") from error
+
+
+def _encode_rows(one: _Picked, numbers, rendered: list, tokenizer: Tokenizer, settings: dict, tally: _Tally):
+    """Per row of `rendered`: ("train" or "eval", [(ids, mask) per side]), or the reason why it is dropped."""
+    texts = []
+    for row in rendered:
+        if not isinstance(row, str):
+            texts += [text for _, text, _ in row]
     encodings = iter(tokenizer.encode_batch(texts))
     limit = settings["max_seq_len"]
-    for row in rendered:
+    for number, row in zip(numbers, rendered):
         if isinstance(row, str):
             yield row
             continue
-        whole = [ids_and_mask(next(encodings), spans, tokenizer, settings["supervise"]) for _, _, spans in row]
+        wanted = [trained_spans(messages, spans, settings["supervise"]) for messages, _, spans in row]
+        whole = [ids_and_mask(next(encodings), spans, tokenizer, settings["template"]) for spans in wanted]
         cut = [(ids[:limit], mask[:limit]) for ids, mask, _ in whole]
         if not all(spans for _, _, spans in row):
             yield "without an assistant turn"
+        elif not all(wanted):
+            yield "without a turn to train on"
         elif not all(mask.any() for _, mask in cut):
             yield f"without an answer in the first {limit} tokens"
         else:
-            counts["equal"] += len(cut) == 2 and np.array_equal(cut[0][0], cut[1][0])
+            tally.see_row(one, number, row)
+            tally.counts["equal"] += len(cut) == 2 and np.array_equal(cut[0][0], cut[1][0])
             for (ids, mask), (all_ids, _, straddling) in zip(cut, whole):
-                counts.update(tokens=len(ids), supervised=int(mask.sum()), straddling=straddling, truncated=len(all_ids) > limit)
+                tally.counts.update(tokens=len(ids), supervised=int(mask.sum()))
+                tally.counts.update(straddling=straddling, truncated=len(all_ids) > limit)
             yield "eval" if is_held_out(row[0][0], settings["held_out"]) else "train", cut
 
 
 def describe(stats: dict, key: str = "data") -> str:
     """The line that says what became of the rows of a config key's mixture."""
-    kept = " + ".join(f"{count:,} {split if key == 'data' else 'held out'}" for split, count in stats["kept"].items())
-    equal = f"; {stats['equal']:,} pairs with two equal answers (they teach nothing)" if stats["equal"] else ""
-    straddling = f"; {stats['straddling']:,} tokens straddle header and answer (supervised)" if stats["straddling"] else ""
-    dropped = "".join(f", {count:,} dropped {reason}" for reason, count in stats["dropped"].items())
-    return (
-        f"{key}: {stats['rows']:,} rows: {kept}{dropped or ', 0 dropped'}; {stats['tokens']:,} tokens, {stats['supervised']:,} supervised; "
-        f"{stats['truncated']:,} conversations truncated{straddling}{equal}"
-    )
-
-
-# The code that decides ids and masks, without its comments: another version of it makes another cache.
-_DECIDES_TOKENS = (render, end_of_turn, ids_and_mask, mixture_rows, is_held_out, find_schema, _transcript, _exchanges, _dialogues, _pku,
-                   _render_rows, _encode_rows, _tokenise)  # fmt: skip
-TOKEN_CODE = json.dumps([ast.dump(ast.parse(inspect.getsource(function))) for function in _DECIDES_TOKENS]).encode()
+    names = {"train": "train", "eval": "eval"} if key == "data" else {"train": "held out"}
+    kept = " + ".join(f"{count:,} {names[split]}" for split, count in stats["kept"].items())
+    dropped = ", ".join(f"{count:,} dropped {reason}" for reason, count in stats["dropped"].items())
+    lengths = f"{stats['tokens']:,} tokens, {stats['supervised']:,} supervised"
+    notes = [f"{stats['truncated']:,} conversations truncated"]
+    if stats["straddling"]:
+        notes.append(f"{stats['straddling']:,} tokens straddle header and answer (supervised)")
+    if stats["equal"]:
+        notes.append(f"{stats['equal']:,} pairs with two equal answers (they teach nothing)")
+    if stats["empty"] or stats["duplicates"]:
+        empty = f"{stats['empty']:,} empty answer{'s' * (stats['empty'] != 1)}"
+        notes.append(f"{empty}, {stats['duplicates']:,} duplicate{'s' * (stats['duplicates'] != 1)}")
+    if stats["rendered"]:
+        first = stats["first_rendered"]
+        problem = "prompts hold a rendered template, which is rendered again"
+        notes.append(f"WARNING: {stats['rendered']:,} {problem} (first: {first})")
+    if stats["ignored"]:
+        notes.append(f"columns not read: {', '.join(stats['ignored'])}")
+    return "; ".join([f"{key}: {stats['rows']:,} rows: {kept}, {dropped or '0 dropped'}", lengths, *notes])

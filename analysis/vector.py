@@ -25,13 +25,14 @@ from analysis.steering import (
     packed_batches,
     read_states,
 )
-from data import encode_chat, find_schema, resolve_template
+from data import encode_chat, resolve_template
 from families import device_of, load_model, locate, model_config, weights_hash
 from plumbing import hub
 from plumbing.files import UserError, progress_bar, write_json
 from plumbing.sources import open_source
 from plumbing.tensors import open_safetensors
 from plumbing.tokenizer import Tokenizer
+from schemas import find_schema
 
 SIDES = ("chosen", "rejected")
 MODELS = ("sft", "dpo")
@@ -61,11 +62,11 @@ def text_pairs(source, count, tokenizer, template, max_tokens):
     if template is not None:
         resolve_template(template, tokenizer)  # an unknown one is refused
     rows = open_source(source)
-    columns, convert = find_schema(source, rows, SIDES)
+    schema = find_schema(source, rows, SIDES)
     documents, left_out = {side: [] for side in SIDES}, Counter()
-    for number, row in enumerate(rows.select_columns(columns)):
+    for number, row in enumerate(rows):
         try:
-            pair = _encoded_pair(row, convert, tokenizer, template, max_tokens)
+            pair = _encoded_pair(row, schema, tokenizer, template, max_tokens)
         except ValueError as error:
             raise UserError(f"texts {source!r}, row {number}: {error}") from error
         if isinstance(pair, str):
@@ -86,10 +87,10 @@ def text_pairs(source, count, tokenizer, template, max_tokens):
     return documents
 
 
-def _encoded_pair(row, convert, tokenizer, template, max_tokens):
-    """[(ids, mask) of chosen, of rejected] of a row as data.find_schema's `convert` reads it, or the reason
+def _encoded_pair(row, schema, tokenizer, template, max_tokens):
+    """[(ids, mask) of chosen, of rejected] of a row as its schema reads it, or the reason
     to leave it out."""
-    conversations = convert(row)
+    conversations = schema.read(row)
     if isinstance(conversations, str):
         return conversations
     if template is not None:

@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.record import append
 from bench.world import tulu_like_lengths
-from data import find_schema, ids_and_mask
+from data import ids_and_mask
 from data import render as render_chat
 from plumbing.sources import open_source
 from plumbing.tokenizer import Tokenizer
+from schemas import find_schema
 
 # TEMPLATES["tulu"], with the marks from which transformers takes the mask
 TULU = (
@@ -43,8 +44,8 @@ def chats(files):
     words = []
     for name in map(str, files):
         rows = open_source(name)
-        _, convert = find_schema(name, rows, ("messages",))
-        dialogues = [messages for messages, *_ in map(convert, rows)]
+        schema = find_schema(name, rows, ("messages",))
+        dialogues = [messages for messages, *_ in map(schema.read, rows)]
         words += " ".join(message["content"] for messages in dialogues for message in messages).split(" ")
     lengths = tulu_like_lengths(np.random.default_rng(0), len(words) // 300)
     ends = np.cumsum(lengths)
@@ -59,7 +60,7 @@ def chats(files):
 def ours(rows, tokenizer):
     rendered = [render_chat(messages, "tulu", tokenizer) for messages in rows]
     encodings = tokenizer.encode_batch([text for text, _ in rendered])
-    return [ids_and_mask(encoding, spans, tokenizer, "all")[:2] for encoding, (_, spans) in zip(encodings, rendered)]
+    return [ids_and_mask(encoding, spans, tokenizer, "tulu")[:2] for encoding, (_, spans) in zip(encodings, rendered)]
 
 
 def generation_mask(rows, tokenizer):

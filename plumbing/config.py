@@ -82,11 +82,15 @@ class Config(Section):
     lora_targets: tuple[Linear, ...] = setting("model", "names", "linear layers that get an adapter", default=get_args(Linear))
 
     data: dict[str, float | int] = setting(
-        "data", "fraction | rows", "{path or org/name[@revision], [split] may follow: float fraction or int count}"
+        "data", "fraction | rows", "{path, pattern or org/name[@revision], [split] or [config/split] may follow: float fraction or int count}"
     )
     data_eval: dict[str, float | int] | float | None = setting(
         "data", "fraction | rows", "held-out sources as in data, or the share of data's prompts to hold out", default=None, above=0, below=1
     )
+    rows: Literal["choice", "first", "shuffle"] = setting(
+        "data", "name", "how a share or count picks rows: open-instruct's rule since 2025-07-21, since 2025-01-28, before",
+        default="choice",
+    )  # fmt: skip
     supervise: Literal["all", "last"] = setting("data", "turns", "assistant turns that are trained on", default="all")
     max_seq_len: int = setting("data", "tokens", "longer conversations (DPO: each of the two) are truncated", minimum=2)
     cache_dir: str = setting("data", "path", "tokenised data and reference log-probs, by content", default="runs/cache", affects_results=False)

@@ -8,8 +8,14 @@ import tokenizers
 
 from plumbing.files import UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-                   "chat_template.jinja")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 
 
 def _text(token: dict | str | None) -> str | None:
@@ -18,40 +24,54 @@ def _text(token: dict | str | None) -> str | None:
 
 
 class Tokenizer:
-    """A Hugging Face fast tokenizer without transformers: `tokenizer.json` runs, `tokenizer_config.json` names the special tokens.
+    """A Hugging Face fast tokenizer without transformers: `tokenizer.json` runs, `tokenizer_config.json`
+    names the special tokens.
 
-    Never adds a token by itself; special-token strings inside the text are recognised, as transformers does with a rendered chat template.
+    Never adds a token by itself; special-token strings inside the text are recognised, as transformers does
+    with a rendered chat template.
     """
 
     def __init__(self, files: dict[str, bytes], origin: str):
         self.files, self.origin = files, origin
         try:
             config = json.loads(files["tokenizer_config.json"])
-            if "added_tokens_decoder" not in config:  # as in transformers: without it, this file's names come before the config's
+            # as in transformers: without added_tokens_decoder, the other file's names come before the config's
+            if "added_tokens_decoder" not in config:
                 config |= json.loads(files.get("special_tokens_map.json", b"{}"))
             self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         except Exception as error:  # the library has nothing narrower
-            raise UserError(f"tokenizer {origin}: a file of it is torn, or of a version that is not known here: {error}") from error
+            problem = f"a file of it is torn, or of a version that is not known here: {error}"
+            raise UserError(f"tokenizer {origin}: {problem}") from error
         self.core.no_truncation()
         self.core.no_padding()
-        self.core.post_processor = None  # it would add BOS, and trims white space off the character offsets that the mask is made from
-        self.bos_token, self.eos_token = (_text(config.get(key)) for key in ("bos_token", "eos_token"))
-        self.bos_id, self.eos_id = map(self.single_id, (self.bos_token, self.eos_token))
-        self.vocab_size = max(self.core.get_vocab(with_added_tokens=True).values()) + 1  # of which some ids may be no token's
+        # It would add BOS, and trims white space off the character offsets that the mask is made from.
+        self.core.post_processor = None
+        self.bos_token = _text(config.get("bos_token"))
+        self.eos_token = _text(config.get("eos_token"))
+        self.bos_id = self.single_id(self.bos_token)
+        self.eos_id = self.single_id(self.eos_token)
+        # Some ids below it may belong to no token.
+        self.vocab_size = max(self.core.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        self.chat_template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else template
+        if "chat_template.jinja" in files:
+            template = files["chat_template.jinja"].decode()
+        self.chat_template = template
 
     @classmethod
     def from_dir(cls, folder) -> "Tokenizer":
-        """The tokenizer of a Hugging Face folder. ValueError when it has no tokenizer.json or no tokenizer_config.json."""
+        """The tokenizer of a Hugging Face folder.
+
+        ValueError when it has no tokenizer.json or no tokenizer_config.json.
+        """
         folder = Path(folder)
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if name not in files:
-                raise UserError(f"tokenizer: {folder / name} does not exist; expected a Hugging Face folder with a fast tokenizer")
+                needs = "expected a Hugging Face folder with a fast tokenizer"
+                raise UserError(f"tokenizer: {folder / name} does not exist; {needs}")
         return cls(files, str(folder))
 
     def encode(self, text: str) -> list[int]:
@@ -62,19 +82,25 @@ class Tokenizer:
         return self.core.encode_batch(texts, add_special_tokens=False)
 
     def single_id(self, token: str | None) -> int | None:
-        """The id of a special token; None without one. ValueError when the tokenizer does not read it as one."""
+        """The id of a special token; None without one.
+
+        ValueError when the tokenizer does not read it as one.
+        """
         if not token:
             return None
         ids = self.encode(token)
         if len(ids) != 1:
-            raise UserError(f"tokenizer {self.origin}: {token} becomes {len(ids)} ids; expected a special token")
+            raise UserError(
+                f"tokenizer {self.origin}: {token} becomes {len(ids)} ids; expected a special token"
+            )
         return ids[0]
 
     def decode(self, ids) -> str:
         return self.core.decode(list(ids), skip_special_tokens=False)
 
     def save(self, folder, chat_template: str | None = None) -> None:
-        """Write the original files into `folder`, with `chat_template` (Jinja, see TEMPLATES) where given, as AutoTokenizer reads them."""
+        """Write the original files into `folder`, with `chat_template` (Jinja, see TEMPLATES) where given,
+        as AutoTokenizer reads them."""
         files = dict(self.files)
         if chat_template is not None:  # in both places: older readers know only tokenizer_config.json
             config = json.loads(files["tokenizer_config.json"]) | {"chat_template": chat_template}

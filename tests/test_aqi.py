@@ -320,7 +320,7 @@ def test_is_safe_says_what_one_means(tmp_path, safe, unsafe):
 
 
 @pytest.mark.parametrize("columns, rows, message", [
-    (("axiom", "label", "input"), [("a", i % 2, "x") for i in range(6)], r"column 'label' holds 0 x 3, 1 x 3; expected unsafe, safe"),
+    (("axiom", "label", "input"), [("a", i % 2, "x") for i in range(6)], r"column 'label' holds '0' x 3, '1' x 3; expected unsafe, safe"),
     (("axiom", "label", "input"), [*litmus(3), ("a", "sfae", "x"), ("a", None, "x")], "holds 'sfae' x 1, None x 1; expected unsafe, safe"),
     (("topic", "label", "input"), litmus(3), r"columns \['topic', 'label', 'input'\]; expected one for the axiom: axiom, category"),
     (("axiom", "label", "input"), [("a", "safe", "x")] * 9, r"a \(9 safe, 0 unsafe\); expected at least two texts of either label"),

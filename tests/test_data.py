@@ -2,9 +2,15 @@
 
 import dataclasses
 import gzip
+import importlib
 import json
+import os
 import random
+import re
 import shutil
+import socket
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -16,9 +22,13 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
+import schemas
 from data import Documents, Pairs, encode_chat
-from plumbing.files import progress_bar
+from plumbing import token_cache
+from plumbing.files import UserError, progress_bar
+from plumbing.sources import open_source
 from plumbing.tokenizer import Tokenizer
+from schemas import find_schema
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
 # Pairs merged into one token, first to last: Ċ is a newline and Ġ a space in byte-level BPE.
@@ -131,7 +141,7 @@ def test_supervised_ids_decode_to_the_answers_and_their_end_of_turn(tokenizer, a
     (encoding,) = tokenizer.encode_batch([text])
     eos = data.end_of_turn(template, tokenizer)
     for answer, span in zip(answers, spans):
-        ids, mask, straddling = data.ids_and_mask(encoding, [span], tokenizer, "all")
+        ids, mask, straddling = data.ids_and_mask(encoding, [span], tokenizer, template)
         expected = (answer.strip() if template == "llama3" else answer) + eos
         assert tokenizer.decode(ids[mask]) == "\n" * straddling + expected
         assert straddling == (template != "llama3" and answer.startswith("\n"))
@@ -260,6 +270,45 @@ def test_template_none_is_the_tokenizers_own(tokenizer, tmp_path):
         data.resolve_template("tuluu", tokenizer)
 
 
+SPELLINGS = {  # as tokenizer_config.json has them, or a script: with a newline in the text or its escape
+    "tulu": "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'assistant' %}"
+    "{% if not loop.last %}{{ '<|assistant|>\n'  + message['content'] + eos_token + '\n' }}{% else %}"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",  # open-instruct
+    "zephyr": "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% elif message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\n'  + message['content'] + eos_token + '\n' }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",  # open-instruct
+    "zephyr ": "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",  # zephyr-7b-beta
+    "chatml": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",  # OpenHermes-2.5, TRL
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_another_spelling_of_a_template_is_known(tokenizer, tmp_path, name):
+    """Those in SAME_TEXT: transformers renders each to the text of ours, with and without a generation prompt."""
+    from transformers import AutoTokenizer
+
+    jinja, ours = SPELLINGS[name], name.strip()
+    for text in (jinja, jinja.replace("'\n'", r"'\n'").replace("|>\n'", r"|>\n'")):
+        tokenizer.save(tmp_path, text)
+        assert data.resolve_template(None, Tokenizer.from_dir(tmp_path)) == ours
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for messages in CONVERSATIONS.values():
+        for prompt in (False, True):
+            options = dict(add_generation_prompt=prompt, tokenize=False)
+            expected = theirs.apply_chat_template(messages, chat_template=data.TEMPLATES[ours], **options)
+            assert theirs.apply_chat_template(messages, chat_template=jinja, **options) == expected
+    tokenizer.save(tmp_path, jinja.replace("eos_token", "''").replace("im_end", "im_stop"))
+    with pytest.raises(ValueError, match="template=None: the chat template of .* is none of ours"):
+        data.resolve_template(None, Tokenizer.from_dir(tmp_path))
+
+
 def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json does not exist"):
         Tokenizer.from_dir(tmp_path)
@@ -279,9 +328,7 @@ ROWS = {  # one row of every schema that holds PAIR
 
 
 def converted(row, sides):
-    columns, convert = data.find_schema("here", datasets.Dataset.from_list([row]), sides)
-    assert set(columns) <= set(row)
-    return convert(row)
+    return find_schema("here", [row], sides).read(row)
 
 
 @pytest.mark.parametrize("schema", ROWS)
@@ -294,26 +341,26 @@ def test_messages_come_first_for_sft_and_are_no_pair():
     both = ROWS["message lists"] | {"messages": chat("a", "b")}
     assert converted(both, ("messages",)) == [chat("a", "b")]
     assert converted(both, ("chosen", "rejected")) == list(PAIR)
-    with pytest.raises(ValueError, match="'here': columns messages \\(list\\); expected one of: chosen, rejected"):
+    with pytest.raises(ValueError, match="'here': columns messages \\(list\\); expected one of: prompt, chosen, rejected"):
         converted({"messages": chat("a", "b")}, ("chosen", "rejected"))
 
 
 @pytest.mark.parametrize("safe", [(True, True), (False, False), (None, True), (True, None)])
 def test_pku_rows_without_exactly_one_safe_response_are_dropped(safe):
     row = PKU | {"is_response_0_safe": safe[0], "is_response_1_safe": safe[1]}
-    assert data._pku(row) == "for not exactly one safe response"
+    assert schemas._pku(row) == "for not exactly one safe response"
 
 
 def test_a_transcript_of_several_turns():
     text = "\n\nHuman: a\n\nb\n\nAssistant: c: d\n\nHuman: e\n\nAssistant:"
-    assert data._transcript(text) == chat("a\n\nb", "c: d", "e", "")
+    assert schemas._transcript(text) == chat("a\n\nb", "c: d", "e", "")
 
 
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"question": "Hi", "answer": "yo"}, "columns question \\(str\\), answer \\(str\\); expected one of: messages; chosen"),
-        ({"prompt": chat("Hi"), "chosen": chat("Hi", "yo")[1:], "rejected": chat("Hi", "no")[1:]}, "columns prompt \\(list\\)"),
+        ({"question": "Hi", "answer": "yo"}, r"columns question \(str\), answer \(str\); expected one of: messages; conv"),
+        ({"prompt": chat("Hi"), "chosen": "yo", "rejected": "no"} | {"chosen": 1}, "columns prompt \\(list\\)"),
     ],
 )
 def test_unknown_columns_are_refused(row, problem):
@@ -334,22 +381,24 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
     table.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table, "test": table.select([2])}).save_to_disk(tmp_path / "splits")
     for name in ("a.jsonl", "a.jsonl.gz", "b.json", "b.json.gz", "c.parquet", "d.csv", "saved", "splits"):
-        assert data.open_source(str(tmp_path / name)).to_list() == rows, name
-    assert data.open_source(f"{tmp_path}/splits[test]").to_list() == rows[2:]
+        assert list(open_source(str(tmp_path / name))) == rows, name
+    assert list(open_source(f"{tmp_path}/splits[test]")) == rows[2:]
     with pytest.raises(ValueError, match=r"splits\[dev\]': no split 'dev'; expected \[split\] to be one of train, test"):
-        data.open_source(f"{tmp_path}/splits[dev]")
+        open_source(f"{tmp_path}/splits[dev]")
     with pytest.raises(ValueError, match=r"saved\[test\]': the folder has no splits; expected no \[split\]"):
-        data.open_source(f"{tmp_path}/saved[test]")
+        open_source(f"{tmp_path}/saved[test]")
 
 
 @pytest.mark.parametrize("full_row", [0, 1])
-def test_a_key_that_some_rows_lack_is_null_there(tmp_path, full_row):
+def test_a_key_that_some_rows_lack_is_null_in_its_column(tmp_path, full_row):
     rows = [{"axiom": "a", "label": "safe"}] * 2
     rows[full_row] = rows[full_row] | {"text": "Hi"}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.json").write_text(json.dumps(rows))
     for name in ("a.jsonl", "b.json"):
-        assert data.open_source(str(tmp_path / name)).to_list() == [{"text": None} | row for row in rows]
+        read = open_source(str(tmp_path / name))
+        assert list(read) == rows and set(read.column_names) == {"axiom", "label", "text"}
+        assert read["text"] == [row.get("text") for row in rows]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.parquet", "d.csv"])
@@ -357,7 +406,7 @@ def test_a_local_file_is_read_without_a_bar_and_what_comes_later_has_one(tmp_pat
     table = datasets.Dataset.from_list([{"prompt": "Hi", "chosen": "yo", "rejected": "no"}])
     {"csv": table.to_csv, "parquet": table.to_parquet}.get(name[2:], table.to_json)(tmp_path / name)
     capfd.readouterr()  # writing has a bar of its own
-    data.open_source(str(tmp_path / name))
+    open_source(str(tmp_path / name))
     assert capfd.readouterr() == ("", "")
     assert not datasets.are_progress_bars_disabled()
 
@@ -367,37 +416,37 @@ def test_a_path_is_no_pattern(tmp_path, name):
     for i, path in enumerate((tmp_path / name, tmp_path / "aXb.jsonl")):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"prompt": f"Hi {i}"}) + "\n")
-    assert data.open_source(str(tmp_path / name)).to_list() == [{"prompt": "Hi 0"}]
+    assert list(open_source(str(tmp_path / name))) == [{"prompt": "Hi 0"}]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "/no/such/folder", "nowhere"])
 def test_a_missing_source_is_named_and_not_looked_for_on_the_hub(name):
     with pytest.raises(ValueError, match=f"data '{name}': no such file or folder"):
-        data.open_source(name)
+        open_source(name)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     for name in ("a.txt", "a.parquet.gz"):
         (tmp_path / name).write_text("Hi")
         with pytest.raises(ValueError, match=rf"{name}': expected a file of .*'.parquet', '.csv'\] \(or, but for parquet, .gz of one\)"):
-            data.open_source(str(tmp_path / name))
+            open_source(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.csv"])
 def test_a_file_that_is_not_utf_8_is_named(tmp_path, name):
     rows = {"a.jsonl": '{"text": "a"}\n{"text": "é"}\n', "b.csv": "text\na\né\n"}
     (tmp_path / name).write_text(rows[name], encoding="latin-1")
-    with pytest.raises(ValueError, match=f"data '{tmp_path}/{name}': no rows, or not a .{name[2:]} file: .*[Uu][Tt][Ff].?8"):
-        data.open_source(str(tmp_path / name))
+    with pytest.raises(ValueError, match=f"data '{tmp_path}/{name}', row 1: .*[Uu][Tt][Ff].?8"):
+        list(open_source(str(tmp_path / name)))
 
 
 def test_only_an_empty_cell_of_a_csv_is_null(tmp_path):
     """pandas takes the answers "None", "NA", "null" and "nan" for missing ones unless told."""
     texts = ["None", "NA", "null", "nan", ""]
     (tmp_path / "a.csv").write_text("id,text,safe\n" + "".join(f"{i},{text},True\n" for i, text in enumerate(texts)) + "5,a,\n")
-    rows = data.open_source(str(tmp_path / "a.csv"))
-    assert rows["text"][:] == [*texts[:4], None, "a"]
-    assert rows["id"][:] == [*range(6)] and rows["safe"][:] == [True] * 5 + [None]
+    rows = open_source(str(tmp_path / "a.csv"))
+    assert rows["text"] == [*texts[:4], None, "a"]
+    assert rows["id"] == [*"012345"] and rows["safe"] == ["True"] * 5 + [None]  # text as it is written
 
 
 # ---------------------------------------------------------------------------------------------------------------- mixtures
@@ -429,7 +478,7 @@ def config(tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write(chat("Hi 19", "you 39"))
-    keys = dict(data={str(path): 1.0}, data_eval=None, template="tulu", max_seq_len=64, supervise="all", cache_dir=tmp_path / "cache")
+    keys = dict(data={str(path): 1.0}, data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice", cache_dir=tmp_path / "cache")
     return SimpleNamespace(write=write, path=path, share_prefix=False, **keys)
 
 
@@ -481,7 +530,7 @@ def test_messages_stored_as_json_are_decoded(tokenizer, config, tmp_path):
 
 def test_a_row_that_lacks_a_column_is_named(tokenizer, config):
     config.path.write_text(json.dumps(ROWS["strings"]) + "\n" + json.dumps({"prompt": "Hi", "chosen": "yo"}) + "\n")
-    with pytest.raises(ValueError, match="row 1: message 1: role='assistant', content=NoneType"):
+    with pytest.raises(ValueError, match="row 1: column 'rejected' holds NoneType; expected str"):
         data.load_preferences(config, tokenizer)
 
 
@@ -497,7 +546,8 @@ def test_rows_without_supervised_tokens_are_dropped_and_counted_by_reason(tokeni
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_pair_of_which_one_side_has_no_answer_left_is_dropped(tokenizer, config, side):
-    rows = [ROWS["message lists"], ROWS["message lists"] | {side: chat("u" * 100, "yo")}]
+    config.supervise = "last"
+    rows = [ROWS["message lists"], ROWS["message lists"] | {side: chat("Hi", "yo", "u" * 100, "yo")}]
     config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = []
     pairs, _ = data.load_preferences(config, tokenizer, lines.append)
@@ -546,10 +596,10 @@ def test_a_bad_row_is_named_by_source_and_number(tokenizer, config):
     config.write([{"role": "tool", "content": "Hi"}])
     with pytest.raises(ValueError, match=r"data '.*chats.jsonl', row 39: message 0: role='tool'"):
         data.load_sft(config, tokenizer)
-    for answers, count in ((["a", "b", "c"], 3), (None, 0)):
+    for answers, problem in ((["a", "b", "c"], "3 answers; expected two"), (None, "column 'response' holds NoneType; expected list")):
         rows = [ROWS["pku pairs"], {"prompt": "Hi", "response": answers}]
         config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with pytest.raises(ValueError, match=f"row 1: {count} answers; expected two"):
+        with pytest.raises(ValueError, match=f"row 1: {problem}"):
             data.load_preferences(config, tokenizer)
 
 
@@ -610,7 +660,7 @@ def test_whatever_changes_the_tokens_misses_the_cache(tokenizer, config, monkeyp
     elif changed == "tokenizers' version":
         monkeypatch.setattr(tokenizers, "__version__", "another")
     elif changed == "code":
-        monkeypatch.setattr(data, "TOKEN_CODE", b"another")
+        monkeypatch.setattr(data, "_token_code", lambda: "another")
     else:
         setattr(config, changed, {"template": "zephyr", "max_seq_len": 63, "supervise": "last", "data_eval": 0.5}[changed])
     monkeypatch.setattr(data, "_tokenise", never)
@@ -748,3 +798,346 @@ def test_a_fingerprint_is_of_ids_masks_and_boundaries():
     assert dataclasses.replace(documents, row_ids=np.array(["b#0", "b#1"])).fingerprint == documents.fingerprint
     sides = ((documents, documents), (documents, others[0]), (others[0], documents))
     assert len({Pairs(*pair).fingerprint for pair in sides}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------- formats
+
+DOCUMENT = Path(__file__).parent.parent / "docs/data.md"
+EXAMPLES = {name: json.loads(row) for name, row in re.findall(r"^\| (.+?) \| `(\{.+\})` \|$", DOCUMENT.read_text(), re.M)}
+HELLO, GO = chat("Hi", "Hello."), chat("Hi", "Go.")
+SUM = chat("Add 1.\n2", "3")
+CONVERSATIONS_OF = {name: [HELLO] for name in EXAMPLES} | {
+    "instruction, input, output: Alpaca": [SUM],
+    "question, chosen, rejected: Orca": [chat("Hi", "Hello.", system="Be kind."), chat("Hi", "Go.", system="Be kind.")],
+    "instruction, input, chosen, rejected": [SUM, chat("Add 1.\n2", "4")],
+}
+
+
+def write_rows(config, rows):
+    config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def loaded(config, tokenizer, rows, is_pair):
+    """(contents of each side, the `data:` line) of rows."""
+    write_rows(config, rows)
+    lines = []
+    if not is_pair:
+        return [contents(data.load_sft(config, tokenizer, lines.append)[0])], lines[-1]
+    pairs, _ = data.load_preferences(config, tokenizer, lines.append)
+    return [contents(pairs.chosen), contents(pairs.rejected)], lines[-1]
+
+
+def test_the_document_has_an_example_of_every_schema():
+    assert list(EXAMPLES) == [schema.name for schema in schemas.SCHEMAS]
+
+
+@pytest.mark.parametrize("schema", schemas.SCHEMAS, ids=lambda schema: schema.name)
+def test_every_format_gives_the_ids_and_masks_of_its_plain_form(tokenizer, config, schema):
+    """The example of docs/data.md, beside the same content as messages, or as chosen and rejected message lists."""
+    row = EXAMPLES[schema.name]
+    sides = ("chosen", "rejected") if schema.is_pair else ("messages",)
+    assert find_schema("here", [row], sides) is schema
+    expected = CONVERSATIONS_OF[schema.name]
+    if schema.is_pair and len(expected) == 1:
+        expected = [HELLO, GO]
+    assert schema.read(row) == expected
+    plain = dict(zip(sides, expected))
+    assert loaded(config, tokenizer, [row] * 2, schema.is_pair)[0] == loaded(config, tokenizer, [plain] * 2, schema.is_pair)[0]
+
+
+def test_a_system_column_and_history_become_turns(tokenizer, config):
+    row = EXAMPLES["prompt, chosen, rejected: strings"]
+    given = row | {"system": "u", "history": [["a", "b"]]}
+    turns = chat("a", "b", "Hi", system="u")
+    plain = {"chosen": [*turns, HELLO[1]], "rejected": [*turns, GO[1]]}
+    assert loaded(config, tokenizer, [given], True)[0] == loaded(config, tokenizer, [plain], True)[0]
+    messages = {"messages": chat("Hi", "yo", system="u")}
+    assert converted(messages | {"system": "u"}, ("messages",)) == [messages["messages"]]  # it says so twice
+    with pytest.raises(ValueError, match="column 'system' and a system turn in the messages say different things"):
+        converted(messages | {"system": "a"}, ("messages",))
+
+
+REFUSED = {
+    "tools": ({"messages": HELLO, "tools": [{"type": "function"}]}, "column 'tools' is not read with 'messages', and carries meaning"),
+    "tool_calls": ({"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "message 1: key 'tool_calls'"),
+    "reasoning_content": ({"messages": [HELLO[0], HELLO[1] | {"reasoning_content": "a"}]}, "message 1: key 'reasoning_content'"),
+    "thinking": ({"messages": HELLO, "thinking": "a"}, "column 'thinking' is not read"),
+    "history beside messages": ({"messages": HELLO, "history": [["a", "b"]]}, "column 'history' is not read with 'messages'"),
+    "weight of a row": ({"messages": HELLO, "weight": 0}, "column 'weight' is not read"),
+    "half a weight": ({"messages": [HELLO[0], HELLO[1] | {"weight": 0.5}]}, "message 1: weight=0.5; expected 0 or 1"),
+    "a trained prompt": ({"messages": [HELLO[0] | {"train": True}, HELLO[1]]}, "message 0: train=True on a turn of role 'user'"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, HELLO[1]]}, "message 0: a content part of type 'image_url'"),
+    "KTO": ({"prompt": "Hi", "completion": "Go.", "label": False}, "column 'label': a rating of the completion"),
+    "another type later": ({"messages": "Hi"}, "column 'messages' holds str; expected list"),
+    "a ShareGPT tool": ({"messages": [{"from": "function_call", "value": "Hi"}]}, "message 0: role='function_call'"),
+    "half a character": ({"messages": chat("Hi \ud83d", "yo")}, r"column 'messages' holds '\\ud83d', half of a character"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_carries_meaning_is_used_or_its_row_refused(tokenizer, config, case):
+    row, problem = REFUSED[case]
+    good = {"prompt": "Hi", "completion": "yo"} if "prompt" in row else {"messages": HELLO}
+    write_rows(config, [good, good, row])
+    with pytest.raises(UserError, match=f"data '.*chats.jsonl', row 2: {problem}"):
+        data.load_sft(config, tokenizer)
+
+
+@pytest.mark.parametrize("key", schemas.TRAIN_KEYS)
+def test_a_turn_that_is_not_to_be_trained_is_context(tokenizer, config, key):
+    messages = chat("Hi", "no", "Hi", "yo")
+    expected = encode_chat(messages, tokenizer, "tulu", 64)[0], encode_chat(messages, tokenizer, "tulu", 64, supervise="last")[1]
+    messages[1][key], messages[3][key] = 0, True
+    (documents,), _ = loaded(config, tokenizer, [{"messages": messages}], False)
+    assert documents[0][:2] == tuple(expected)
+    messages[3][key] = False
+    with pytest.raises(UserError, match="1 dropped without a turn to train on"):
+        loaded(config, tokenizer, [{"messages": messages}], False)
+
+
+def test_all_other_columns_are_named(tokenizer, config):
+    row = EXAMPLES["chosen, rejected: message lists"] | {"id": 1}
+    _, line = loaded(config, tokenizer, [row, row | {"rejected": chat("Hi", "no"), "source": "late"}], True)
+    assert line.endswith("; columns not read: score_chosen, id, source")
+
+
+PROMPTS = {  # of a row that is dropped
+    "two": {"chosen": chat("a", "yo"), "rejected": chat("b", "no")},
+    "two system turns": {"chosen": chat("a", "yo", system="u"), "rejected": chat("a", "no")},
+    "another column": {"prompt": "Another question", "chosen": chat("The question", "yo"), "rejected": chat("The question", "no")},
+    "a triple": {"prompt": chat("a"), "chosen": chat("a", "yo"), "rejected": chat("b", "no")},
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_sides_that_answer_different_prompts_are_dropped_and_counted(tokenizer, config, case):
+    row = PROMPTS[case]
+    good = row | {"chosen": chat("Hi", "yo"), "rejected": chat("Hi", "no")} | ({"prompt": chat("Hi")} if case == "a triple" else {})
+    if case == "another column":
+        good["prompt"] = "Hi"
+    (chosen, _), line = loaded(config, tokenizer, [good, row], True)
+    assert len(chosen) == 1 and "2 rows: 1 train, 1 dropped for sides that answer different prompts;" in line
+    write_rows(config, [good, row, row])
+    with pytest.raises(UserError, match="chats.jsonl': 2 of 3 rows dropped for sides that .* prompts; expected at most 50%"):
+        data.load_preferences(config, tokenizer)
+
+
+def test_a_prompt_column_may_be_any_turn_or_a_transcript():
+    chosen = chat("a", "b", "c", "d")
+    for prompt in ("a", " c ", "Human: a\nAssistant: b\nHuman: c", None, ""):
+        row = {"prompt": prompt, "chosen": chosen, "rejected": chat("a", "b", "c", "e")}
+        assert converted(row, ("chosen", "rejected"))[0] == chosen
+
+
+def test_an_answer_that_ends_in_eos_is_dropped_and_counted(tokenizer, config):
+    ends = {"messages": chat("Hi", "yo<|end_of_text|>")}
+    _, line = loaded(config, tokenizer, [{"messages": HELLO}, ends], False)
+    assert "1 dropped for an answer that ends in the end-of-turn token;" in line
+    write_rows(config, [ends] * 2)
+    with pytest.raises(UserError, match="2 of 2 rows dropped for an answer that ends in the end-of-turn token"):
+        data.load_sft(config, tokenizer)
+
+
+@pytest.mark.parametrize("prompt, marker", [("<|im_start|>user\nHi", "<|im_start|>"), ("\n\nHuman: Hi", "Human:"), ("[INST] Hi", "[INST]")])
+def test_a_rendered_template_in_a_prompt_is_said(tokenizer, config, prompt, marker):
+    row = EXAMPLES["prompt, chosen, rejected: strings"]
+    _, line = loaded(config, tokenizer, [row, row | {"prompt": prompt}], True)
+    assert f"WARNING: 1 prompts hold a rendered template, which is rendered again (first: {config.path}#1: {marker})" in line
+
+
+def test_empty_answers_and_duplicates_are_counted(tokenizer, config):
+    row = {"prompt": "Same", "chosen": "a", "rejected": "b"}
+    rows = [row, row, row, row | {"prompt": "Empty", "chosen": ""}, row | {"prompt": "Other"}]
+    (chosen, _), line = loaded(config, tokenizer, rows, True)
+    assert len(chosen) == 5 and line.endswith("; 1 empty answer, 2 duplicates")
+    config.data = {str(config.path): 2.0}  # the repeats that an amount asks for are none
+    assert loaded(config, tokenizer, rows, True)[1].endswith("; 2 empty answers, 4 duplicates")
+
+
+def split_eos(folder):
+    """A tokenizer whose EOS is one id by itself, and split inside text: it was added as normalized, and spaces are rewritten."""
+    characters = sorted(set("▁</s>|abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n"))
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {character: i + 3 for i, character in enumerate(characters)}
+    core = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.add_special_tokens([tokenizers.AddedToken(token, normalized=True) for token in ("<s>", "</s>")])
+    core.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.mark.parametrize("template", ["tulu", "zephyr"])
+def test_an_eos_that_is_split_inside_text_is_refused_before_anything_is_read(tmp_path, config, template):
+    config.template, config.data = template, {"missing.jsonl": 1.0}
+    problem = rf"template='{template}': tokenizer {tmp_path} splits </s> inside text; expected every answer to end in id 2"
+    with pytest.raises(UserError, match=problem):
+        data.load_sft(config, split_eos(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_a_file_replaced_by_one_of_equal_size_and_time_is_read_anew(tokenizer, config):
+    first, _ = data.load_sft(config, tokenizer)
+    times = config.path.stat()
+    config.write(chat("Hi 19", "you 93"))
+    os.utime(config.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (config.path.stat().st_size, config.path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert contents(data.load_sft(config, tokenizer)[0])[-1] != contents(first)[-1]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, config, monkeypatch):
+    tokenise = data._tokenise
+
+    def change(*args):
+        config.write(chat("Hi 19", "another"))
+        return tokenise(*args)
+
+    monkeypatch.setattr(data, "_tokenise", change)
+    with pytest.raises(UserError, match="chats.jsonl': changed while it was read"):
+        data.load_sft(config, tokenizer)
+    assert not list(config.cache_dir.glob("*/"))
+
+
+def test_local_data_leaves_nothing_in_the_librarys_cache(tokenizer, config, tmp_path):
+    with gzip.open(tmp_path / "chats.jsonl.gz", "wt") as file:
+        file.write(config.path.read_text())
+    datasets.Dataset.from_list([{"messages": HELLO}] * 3).to_parquet(tmp_path / "a.parquet")
+    config.data = {str(tmp_path / name): 1.0 for name in ("chats.jsonl", "chats.jsonl.gz", "a.parquet")}
+    lines = []
+    assert len(data.load_sft(config, tokenizer, lines.append)[0]) == 83
+    assert not (tmp_path / "datasets_cache").exists() and len(list(config.cache_dir.iterdir())) == 1
+    size = config.path.stat().st_size
+    assert lines[0] == f"data: {tmp_path}/chats.jsonl.gz: unpacked into {config.cache_dir} while this process runs: {size:,} bytes"
+    lines.clear()
+    data.load_sft(config, tokenizer, lines.append)
+    assert len(lines) == 1, "the second time nothing is unpacked"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "parquet"])
+def test_folders_and_patterns_are_read_whole_in_order(tmp_path, kind):
+    rows = [{"prompt": f"Hi {i}"} for i in range(6)]
+    for i in range(3):
+        part = rows[2 * i : 2 * i + 2]
+        path = tmp_path / f"part-{i}.{kind}"
+        if kind == "parquet":
+            datasets.Dataset.from_list(part).to_parquet(path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in part))
+    (tmp_path / "README.md").write_text("Hi")
+    for name in (f"{tmp_path}", f"{tmp_path}/part-*.{kind}", f"{tmp_path.parent}/{tmp_path.name}/**/*.{kind}"):
+        read = open_source(name)
+        assert list(read) == rows and read.read([5, 0, 3]) == [rows[5], rows[0], rows[3]]
+    assert read.where(3) == f"row 3 (part-1.{kind}, row 1)"
+    with pytest.raises(UserError, match="files none; expected one or more"):
+        open_source(f"{tmp_path}/nothing-*.{kind}")
+
+
+def test_the_splits_of_a_folder_are_not_mixed(tmp_path):
+    for i, name in enumerate(("train-0", "train-1", "test")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"i": i}) + "\n")
+    assert open_source(f"{tmp_path}")["i"] == [0, 1] and open_source(f"{tmp_path}[test]")["i"] == [2]
+    with pytest.raises(UserError, match=r"files begin with test, train; expected \[split\] to be one of these"):
+        open_source(f"{tmp_path}[dev]")
+    (tmp_path / "train-1.csv").write_text("i\n1\n")
+    with pytest.raises(UserError, match="train-0.jsonl, train-1.csv, train-1.jsonl; expected one or more, all of one kind"):
+        open_source(f"{tmp_path}")
+
+
+BAD = {  # file: (its content, the row that is named)
+    "a.jsonl": (b'{"a": 1}\n\n{"a": 2}\n{"a": ', 2),
+    "b.jsonl": (b'{"a": 1}\n[1]\n', 1),
+    "c.json": (b'[{"a": 1}, {"a": 2}, {"a": 3]', 2),
+    "d.json": (b'[{"a": 1}, {"a": 2} {"a": 3}]', 1),
+    "e.json": (b'[{"a": 1}]\n[{"a": 1}]', 1),
+    "f.csv": (b'a,b\n1,2\n"1\n2",3\n4\n', 2),
+    "g.csv": (b'a,b\n1,2\n3,"4\n', 1),
+    "h.jsonl": (b'{"a": 1}\n' + b"[" * 100_000 + b"\n", 1),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_row_that_cannot_be_read_is_named_by_its_own_number(tmp_path, name):
+    content, row = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^data '{tmp_path}/{name}', row {row}: [^\n]+$"):
+        list(open_source(str(tmp_path / name)))
+
+
+BROKEN = {"a.parquet": b"PAR1 no", "b.jsonl.gz": b"no gzip", "c.json.gz": gzip.compress(b"[]" * 99)[:20], "d.csv": b"a,a\n1,2\n",
+          "e.csv.gz": gzip.compress(b"a\n" * 99)[:-20] + b"no" * 6}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, name):
+    (tmp_path / name).write_bytes(BROKEN[name])
+    with pytest.raises(UserError, match=f"^data '{tmp_path}/{name}': not a [^\n]+$"):
+        open_source(str(tmp_path / name))
+
+
+def test_a_torn_saved_data_set_is_named_in_one_line(tmp_path):
+    datasets.Dataset.from_list([{"a": 1}]).save_to_disk(tmp_path / "saved")
+    for file in (tmp_path / "saved").glob("*.arrow"):
+        file.write_bytes(b"no")
+    with pytest.raises(UserError, match=f"^data '{tmp_path}/saved': not a saved data set: [^\n]+$"):
+        open_source(f"{tmp_path}/saved")
+
+
+def test_columns_that_are_not_needed_may_hold_anything(tmp_path):
+    """A type that changes late, a key that appears late, an id that is a number and then text: pyarrow refuses all three."""
+    rows = [{"id": i if i < 4 else "five", "prompt": f"Q{i}", "score": None if i < 5 else 0.5} for i in range(8)]
+    rows[7] |= {"source": [{"a": 1}]}
+    rows[3]["score"] = []
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    assert list(open_source(f"{tmp_path}/a.jsonl")) == list(open_source(f"{tmp_path}/b.json")) == rows
+
+
+def test_cells_of_a_csv_are_text_as_written(tmp_path):
+    cells = ["007", "1e5", "True", " a ", 'say ""Hi""', "two\nlines", "a\r\nb", "\u2028", "é,"]
+    (tmp_path / "a.csv").write_bytes(("\ufeffid,text\r\n" + "".join(f'{i},"{cell}"\r\n' for i, cell in enumerate(cells))).encode())
+    read = open_source(f"{tmp_path}/a.csv")
+    assert read["text"] == [cell.replace('""', '"') for cell in cells] and read["id"] == [*"012345678"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "b.jsonl", "c.json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
+    rows = [{"prompt": "é"}, {"prompt": "\U0001f600"}]
+    text = json.dumps(rows, ensure_ascii=False) if name == "a.json" else "".join(json.dumps(row) + "\r\n" for row in rows)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(open_source(f"{tmp_path}/{name}")) == rows
+
+
+@pytest.mark.parametrize("rule", ["first", "shuffle"])
+def test_rows_picked_as_open_instruct_did_before(tokenizer, config, rule):
+    """first: dataset.select(range(n)); shuffle: dataset.shuffle(seed=42) before it."""
+    numbered = datasets.Dataset.from_dict({"row": list(range(40))})
+    if rule == "shuffle":
+        numbered = numbered.shuffle(seed=42)
+    config.data, config.rows = {str(config.path): 0.3}, rule
+    documents, _ = data.load_sft(config, tokenizer)
+    assert [int(row_id.split("#")[1]) for row_id in documents.row_ids] == numbered.select(range(12))["row"]
+    with pytest.raises(UserError, match=f"rows='{rule}': 41 of 40 rows; expected at most all of them"):
+        data.mixture_rows(40, 41, rule)
+
+
+def test_scratch_folders_of_processes_that_ended_are_removed(tokenizer, config):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here, pids = socket.gethostname(), {"dead": ended.pid, "alive": os.getpid()}
+    names = {who: f".tokenising-{here}-{pid}-abc" for who, pid in pids.items()}
+    names |= {"damaged": f".damaged-{here}-{ended.pid}-a_b", "elsewhere": f".tokenising-another-{ended.pid}-abc"}
+    for name in names.values():
+        (config.cache_dir / name / "columns").mkdir(parents=True)
+    data.load_sft(config, tokenizer)
+    assert {path.name for path in config.cache_dir.glob(".*")} == {names["alive"], names["elsewhere"]}
+
+
+def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = []
+    for i, body in enumerate(("return 1", '"""One."""\n    return 1  # one', "return 2")):
+        (tmp_path / f"code_{i}.py").write_text(f"def f():\n    {body}\n")
+        hashes.append(token_cache.hash_code([importlib.import_module(f"code_{i}")]))
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -13,10 +13,10 @@ from huggingface_hub import constants
 from tiny_models import random_documents, random_llama, stream, tiny_config
 from world import ROOT, change_weights, launch, metrics, write_config
 
-import data
 import families
 import steer
 from plumbing import hub, weights
+from plumbing.sources import open_source
 from tools import push
 
 UNKNOWN = "f" * 40
@@ -169,16 +169,16 @@ def rows(server, world):
 def test_data_is_read_at_its_commit(rows, world):
     old, new = rows
     lengths = {"org/rows@v1[test]": 3, "org/rows[test]": 5, "org/rows@v1": 35, f"org/rows@{old}[test]": 3}
-    assert {name: len(data.open_source(name)) for name in lengths} == lengths
-    assert data.open_source("org/rows@v1").to_list() == [json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()]
+    assert {name: len(open_source(name)) for name in lengths} == lengths
+    assert list(open_source("org/rows@v1")) == [json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()]
     assert hub.COMMITS == {"datasets/org/rows@v1": old, "datasets/org/rows": new, f"datasets/org/rows@{old}": old}
 
 
 def test_a_key_that_some_rows_of_the_hub_lack_is_null_there(server):
     server.commit("datasets/org/gaps", {"train.jsonl": b'{"text": "Hi", "label": "safe"}\n{"label": "unsafe"}\n'})
-    assert data.open_source("org/gaps")[1] == {"text": None, "label": "unsafe"}
+    assert open_source("org/gaps")[1] == {"text": None, "label": "unsafe"}
     server.commit("datasets/org/words", {"train.csv": b"text,label\nNone,safe\n,unsafe\n"})
-    assert data.open_source("org/words")["text"][:] == ["None", None]  # only an empty cell of a csv is null
+    assert open_source("org/words")["text"] == ["None", None]  # only an empty cell of a csv is null
 
 
 @pytest.mark.parametrize(
@@ -187,32 +187,32 @@ def test_a_key_that_some_rows_of_the_hub_lack_is_null_there(server):
         ("org/none", "data 'org/none': no such file or folder, and no such data from the hub: Dataset 'org/none' doesn't exist"),
         ("org/none@v1", "data 'org/none@v1': the hub names no commit for 'v1'; .*Repository Not Found"),
         ("org/rows@v2", "data 'org/rows@v2': the hub names no commit for 'v2'; .*Revision Not Found"),
-        ("org/rows@v1[val]", r"data 'org/rows@v1': no split 'val'; expected \[split\] to be one of train, test"),
+        ("org/rows@v1[val]", r"data 'org/rows@v1\[val\]': no split 'val'; expected \[split\] to be one of train, test"),
     ],
 )
 def test_data_that_is_not_there_is_named(rows, name, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        data.open_source(name)
+        open_source(name)
     assert not hub.COMMITS
 
 
 def test_data_whose_download_breaks_off_is_named(server, rows):
     server.cuts["train.jsonl"] = [(0.5, "reset")]
     with pytest.raises(ValueError, match="data 'org/rows@v1': no such file or folder, and no such data from the hub: .*reset"):
-        data.open_source("org/rows@v1")
-    assert not hub.COMMITS and len(data.open_source("org/rows@v1")) == 35
+        open_source("org/rows@v1")
+    assert not hub.COMMITS and len(open_source("org/rows@v1")) == 35
 
 
 def test_another_commit_than_the_pinned_one_is_refused(server, rows, monkeypatch):
     """Offline, `datasets` falls back on the copy it made last, with a warning."""
     old, new = rows
-    data.open_source("org/rows")
+    open_source("org/rows")
     local_hub.set_offline(True, monkeypatch.setattr)
-    assert len(data.open_source(f"org/rows@{new}[test]")) == 5
+    assert len(open_source(f"org/rows@{new}[test]")) == 5
     with pytest.raises(ValueError, match=f"the hub cannot be reached, the latest copy here is of commit {new}; expected {old}"):
-        data.open_source(f"org/rows@{old}[test]")
+        open_source(f"org/rows@{old}[test]")
     with pytest.raises(ValueError, match="data 'org/rows@v1': the hub names no commit for 'v1'"):
-        data.open_source("org/rows@v1")
+        open_source("org/rows@v1")
     assert hub.COMMITS == {"datasets/org/rows": new, f"datasets/org/rows@{new}": new}
 
 

@@ -74,8 +74,8 @@ NOTES = {
     "tokenizer's own; here template=None says that",
     "weights": "open-instruct loads the weights as bf16 and leaves fp32 copies to DeepSpeed; here parameters are fp32 and compute is bf16",
     "dropout": "lora_dropout={}: no dropout here, so that log-probs can be compared",
-    "rows": "data: a share or count picks the rows that open-instruct picks since 2025-01-28 (45fd51f99); before, it shuffled and took "
-    "the first",
+    "rows": "data: a share or count picks the rows that open-instruct picks since 2025-07-21 (de8a14f3f). From 2025-01-28 (45fd51f99) "
+    "it took the first ones, here rows='first'; before, the first ones of a shuffle, here rows='shuffle'",
     "turns": "supervise: all assistant turns, as for the released Tulu 3 models. Since 2025-06-26 (8699c789b) open-instruct's DPO takes "
     "only the last one, under the same transform name; here supervise='last' says that",
     "order": "the order of the rows: another shuffle, so the losses of single steps are of other rows",

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import encode_chat, find_schema
+from data import encode_chat
 from families import load_pretrained
 from packing import pack
 from plumbing.files import UserError
 from plumbing.sources import open_source
+from schemas import find_schema
 from tools.agreement import call
 from tools.checkout import NotFound
 from train_dpo import answer_logps
@@ -28,8 +29,8 @@ class Case:
         self.args, self.checkout, self.stage = args, checkout, args.stage
         self.sides = ("messages",) if args.stage == "sft" else ("chosen", "rejected")
         source = open_source(args.data)
-        columns, convert = find_schema(args.data, source, self.sides)
-        rows = [convert(row) for row in source.select_columns(columns).select(range(min(args.rows, len(source))))]
+        schema = find_schema(args.data, source, self.sides)
+        rows = [schema.read(row) for row in source.read(range(min(args.rows, len(source))))]
         self.dropped = sum(isinstance(row, str) for row in rows)  # by convert, with a reason
         self.documents = [messages for row in rows if not isinstance(row, str) for messages in row[: len(self.sides)]]
         self.model, self.tokenizer = load_pretrained(args.model)
