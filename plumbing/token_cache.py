@@ -2,6 +2,7 @@
 checked at every read."""
 
 import ast
+import errno
 import hashlib
 import inspect
 import json
@@ -35,9 +36,8 @@ def write(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
         except OSError as error:  # numpy's own names no file
             needed = sum(column.nbytes for column in columns.values())
             free = shutil.disk_usage(folder.parent).free
-            raise OSError(
-                f"{folder}: not written, {needed:,} bytes needed, {free:,} free: {error}"
-            ) from error
+            message = f"not written, {needed:,} bytes needed, {free:,} free: {error}"
+            raise OSError(error.errno or errno.ENOSPC, message, str(folder)) from error
         try:
             new.rename(folder)
         except OSError:

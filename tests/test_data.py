@@ -478,8 +478,8 @@ def config(tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write(chat("Hi 19", "you 39"))
-    keys = dict(data={str(path): 1.0}, data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice", cache_dir=tmp_path / "cache")
-    return SimpleNamespace(write=write, path=path, share_prefix=False, **keys)
+    keys = dict(data={str(path): 1.0}, data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice")
+    return SimpleNamespace(write=write, path=path, share_prefix=False, cache_dir=tmp_path / "cache", **keys)
 
 
 def contents(documents):
@@ -866,7 +866,7 @@ REFUSED = {
     "weight of a row": ({"messages": HELLO, "weight": 0}, "column 'weight' is not read"),
     "half a weight": ({"messages": [HELLO[0], HELLO[1] | {"weight": 0.5}]}, "message 1: weight=0.5; expected 0 or 1"),
     "a trained prompt": ({"messages": [HELLO[0] | {"train": True}, HELLO[1]]}, "message 0: train=True on a turn of role 'user'"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, HELLO[1]]}, "message 0: a content part of type 'image_url'"),
+    "an image": ({"messages": [HELLO[0] | {"content": [{"type": "image"}]}]}, "message 0: a content part of type 'image'"),
     "KTO": ({"prompt": "Hi", "completion": "Go.", "label": False}, "column 'label': a rating of the completion"),
     "another type later": ({"messages": "Hi"}, "column 'messages' holds str; expected list"),
     "a ShareGPT tool": ({"messages": [{"from": "function_call", "value": "Hi"}]}, "message 0: role='function_call'"),
