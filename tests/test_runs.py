@@ -454,8 +454,8 @@ def test_bad_model(world, tmp_path, case):
 
 BAD_DATA = {
     "empty": ("", "no rows"),
-    "not json": ("{garbage", "not a .jsonl file"),
-    "torn": ('{"messages": [{"role": "user", "content": "a"}]}\n{"mess', "not a .jsonl file"),
+    "not json": ("{garbage", "row 0: Expecting property name"),
+    "torn": ('{"messages": [{"role": "user", "content": "a"}]}\n{"mess', "row 1: Unterminated string"),
     "schema": ('{"text": "a"}\n', "columns text (str); expected one of: messages"),
     "row": ('{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}\n', "row 0: message 1: role='robot'"),
     "no answers": ('{"messages": [{"role": "user", "content": "a"}]}\n', "1 dropped without an assistant turn"),
