@@ -23,7 +23,7 @@ from plumbing import sources, token_cache
 from plumbing.files import UserError, progress_bar
 from plumbing.sources import find_source
 from plumbing.tokenizer import Tokenizer
-from schemas import ANOTHER_PROMPT, find_schema
+from schemas import ANOTHER_PROMPT, answer_one_prompt, find_schema
 
 ROLES = ("system", "user", "assistant")
 
@@ -473,7 +473,7 @@ def _cache_key(found: list, mixture: dict, sides, tokenizer: Tokenizer, settings
 def _token_code() -> str:
     """Hash of the code that decides ids and masks: another version of it makes another cache."""
     chat = (end_of_turn, render, trained_spans, ids_and_mask)
-    rows = (mixture_rows, is_held_out, _tokenise, _render_rows, _render_sides, _encode_rows)
+    rows = (mixture_rows, is_held_out, _tokenise, _render_rows, _render_row, _encode_rows)
     return token_cache.hash_code([sources, schemas, *chat, *rows])
 
 
@@ -572,27 +572,29 @@ def _render_rows(one: _Picked, numbers, sides, tokenizer: Tokenizer, template: s
     for number, row in zip(numbers, one.rows.read(numbers)):
         tally.ignored |= dict.fromkeys(one.schema.ignored(row))
         try:
-            conversations = one.schema.read(row)
-            if not isinstance(conversations, str):
-                conversations = _render_sides(conversations[: len(sides)], template, tokenizer)
-            if isinstance(conversations, str):
-                tally.suspect[conversations, one.name] += 1
-            else:
-                for _, text, _ in conversations:
-                    _check_characters(text, row)
+            result = _render_row(one.schema, row, sides, template, tokenizer)
         except UserError as error:
             raise UserError(f"data {one.name!r}, {one.rows.where(number)}: {error}") from error
-        rendered.append(conversations)
+        if isinstance(result, str):
+            tally.suspect[result, one.name] += 1
+        rendered.append(result)
     return rendered
 
 
-def _render_sides(conversations: list, template: str, tokenizer: Tokenizer) -> list[tuple] | str:
+def _render_row(schema, row: dict, sides, template: str, tokenizer: Tokenizer) -> list[tuple] | str:
+    conversations = schema.read(row)
+    if isinstance(conversations, str):
+        return conversations
+    if schema.is_pair and not answer_one_prompt(row, *conversations):
+        return ANOTHER_PROMPT
     eos, rendered = end_of_turn(template, tokenizer), []
-    for messages in conversations:
+    for messages in conversations[: len(sides)]:
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if any(isinstance(answer, str) and answer.rstrip().endswith(eos) for answer in answers):
             return ENDS_IN_EOS
-        rendered.append((messages, *render(messages, template, tokenizer)))
+        text, spans = render(messages, template, tokenizer)
+        _check_characters(text, row)
+        rendered.append((messages, text, spans))
     return rendered
 
 

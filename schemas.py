@@ -163,7 +163,7 @@ def _opening(messages: list[dict]) -> list[tuple]:
     return opening
 
 
-def _answer_one_prompt(row: dict, chosen: list[dict], rejected: list[dict]) -> bool:
+def answer_one_prompt(row: dict, chosen: list[dict], rejected: list[dict]) -> bool:
     """Whether both sides open alike, and with the column `prompt` where it is a string.
 
     The column may hold any of the user's turns, or a whole transcript: one need only contain the other.
@@ -243,10 +243,7 @@ class Schema:
         if isinstance(conversations, str):
             return conversations
         context = _context(row)
-        conversations = [_with_context(context, _turns(messages)) for messages in conversations]
-        if self.is_pair and not _answer_one_prompt(row, *conversations):
-            return ANOTHER_PROMPT
-        return conversations
+        return [_with_context(context, _turns(messages)) for messages in conversations]
 
     def ignored(self, columns) -> list[str]:
         """Those of `columns` that it does not read."""
