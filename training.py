@@ -1,10 +1,12 @@
-"""What both training scripts do around their loss: everything before the first step, the update, samples, the end.
+"""What both training scripts do around their loss: everything before the first step, the update, samples, the
+end.
 
 Reading order: start and Run, loading a model, sampling, saving.
 """
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +25,11 @@ from optim import (
     weights_changed,
 )
 from packing import steps_per_epoch
-from plumbing import hub, parallel
+from plumbing import hub, parallel, watchdog
 from plumbing.checkpoint import Checkpointer
 from plumbing.config import Config, check_capability, check_world_size, resume_dict
 from plumbing.files import UserError, read_json, write_json
+from plumbing.lock import lock
 from plumbing.logbook import Logbook
 from plumbing.tensors import open_safetensors
 from plumbing.tokenizer import Tokenizer
@@ -75,8 +78,13 @@ class Run:
         return f"{self.config.global_batch_size} a step; {self.total_steps} steps {where}"
 
     def resume(self):
-        """Load the latest checkpoint, if there is one. Returns the number of optimizer steps that are done."""
-        done = self.checkpointer.load(self.latest, self.model, self.optimizer) if self.latest else 0
+        """Load the latest checkpoint, if there is one. Returns the number of optimizer steps that are
+        done."""
+        done = 0
+        if self.latest:
+            done = self.checkpointer.load(self.latest, self.model, self.optimizer)
+            # an earlier one, where the newest was damaged
+            self.latest = self.latest.with_name(f"step_{done:06d}")
         self.log.resume_at(done, self.latest)
         self.stop = parallel.StopSignal()
         return done
@@ -93,7 +101,8 @@ class Run:
             self.log.samples(step, *sample(self.model, documents, self.tokenizer, self.config))
 
     def update(self, step, metrics, ids):
-        """Clip, one step of AdamW at the schedule's rate, and the step line. ids (B,): the examples of the gradient."""
+        """Clip, one step of AdamW at the schedule's rate, and the step line. ids (B,): the examples of the
+        gradient."""
         lr = learning_rate(step, self.total_steps, self.config.lr, self.config.lr_schedule, self.warmup)
         before = sample_weights(self.model) if step == self.warmup else None  # at the peak rate
         norm = apply_gradients(self.optimizer, lr, self.config.max_grad_norm, self.data.row_ids[ids])
@@ -105,8 +114,10 @@ class Run:
         self.log.step(step + 1, metrics, tokens, flops)
 
     def save(self, step):
-        """A checkpoint after `step` steps, where one is due. Returns the exit code of a run that was told to stop, else 0."""
+        """A checkpoint after `step` steps, where one is due. Returns the exit code of a run that was told to
+        stop, else 0."""
         every, last = self.config.save_every, step == self.total_steps
+        self.checkpointer.check()
         # Every rank must take the same branch here: a save is collective.
         stopped = self.stop.received()
         if stopped or (every and (last or step % every == 0)):
@@ -119,14 +130,18 @@ class Run:
         return 128 + stopped
 
     def finish(self):
-        """Export the model, record its hash in the manifest, write its card, push it if that was asked for. Returns 0."""
+        """Export the model, record its hash in the manifest, write its card, push it if that was asked for.
+        Returns 0."""
         final = save_model(self.model, self.tokenizer, self.config)
         self.world.say(f"wrote {final}")
+        watchdog.stop()  # an upload may take hours
         if self.world.main:
             manifest = Path(self.config.out_dir) / "manifest.json"
-            # what was trained from this model, or steered along it, names this hash: reports/ladder.py joins them
+            # what was trained from this model, or steered along it, names this hash: reports/ladder.py joins
+            # them
             write_json(manifest, read_json(manifest) | {"exported": fingerprint(final)})
             card.write(self.config.out_dir)
+            write_json(manifest, read_json(manifest) | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
             if self.config.push:
                 hub.push(self.config.out_dir, self.config.push)
                 self.world.say(f"pushed to {self.config.push}")
@@ -134,10 +149,11 @@ class Run:
 
 
 def start(stage, config, load_data, facts):
-    """Everything before the first step, in the order of its price: what can fail fails before what takes long.
+    """Everything before the first step, in the order of its price: what can fail fails before what takes
+    long.
 
-    load_data: data.load_sft or data.load_preferences. facts: what only the stage knows, for the manifest. Returns a Run
-    whose checkpoint is found and not yet loaded: DPO needs the step-0 weights first.
+    load_data: data.load_sft or data.load_preferences. facts: what only the stage knows, for the manifest.
+    Returns a Run whose checkpoint is found and not yet loaded: DPO needs the step-0 weights first.
     """
     world = parallel.init()
     check_world_size(config, world.size)
@@ -147,6 +163,7 @@ def start(stage, config, load_data, facts):
     directory = parallel.main_first(world, lambda: resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
     model_config = parallel.main_first(world, lambda: read_model_config(config, directory, tokenizer, world.device))
+    parallel.main_first(world, lambda: lock(config.out_dir) if world.main else None)
     data, held_out = parallel.main_first(world, lambda: load_data(config, tokenizer, world.say))
     model = load_model(config, directory, model_config, world.device)
 
@@ -156,11 +173,14 @@ def start(stage, config, load_data, facts):
     optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
     weights = parallel.from_main(world, lambda: fingerprint(directory))
-    provenance = {"weights": weights, "data": data.fingerprint}
+    data_eval = held_out and held_out.fingerprint
+    provenance = {"weights": weights, "data": data.fingerprint, "held_out": data_eval}
     identity = resume_dict(config) | provenance
     checkpointer = Checkpointer(config.out_dir, config.keep_last, identity, fresh=config.fresh)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
-    data_eval = held_out and held_out.fingerprint
+    if done := parallel.from_main(world, checkpointer.finished):
+        world.say(done)
+        raise SystemExit(0)
     parallel.require_same(world, data=data.fingerprint, data_eval=data_eval, checkpoint=str(latest))
     manifest = provenance | {"stage": stage, "warmup_steps": warmup, **implicit(config), **facts}
     log = Logbook(config, world, total_steps, manifest)
@@ -183,10 +203,11 @@ def sum_losses(losses):
 
 
 def read_model_config(config, directory, tokenizer, device):
-    """The LlamaConfig of a Hugging Face folder. No weight is read: tokenising, which takes minutes, comes after this.
+    """The LlamaConfig of a Hugging Face folder. No weight is read: tokenising, which takes minutes, comes
+    after this.
 
-    UserError when tokenizer and model do not fit together, a weight file is missing or cut short, or the model cannot
-    read documents of max_seq_len or multiply in float8.
+    UserError when tokenizer and model do not fit together, a weight file is missing or cut short, or the
+    model cannot read documents of max_seq_len or multiply in float8.
     """
     if device.type == "cuda":
         check_capability(config, torch.cuda.get_device_capability(device))
@@ -204,11 +225,12 @@ def read_model_config(config, directory, tokenizer, device):
 
 
 def load_model(config, directory, model_config, device):
-    """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, then the weights.
+    """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, then the
+    weights.
 
-    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one process,
-    unless it computes in fp32, as split masters. Under LoRA the frozen weights are kept in the compute precision.
-    model_config: of read_model_config. UserError when the folder's weights do not fit it.
+    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one
+    process, unless it computes in fp32, as split masters. Under LoRA the frozen weights are kept in the
+    compute precision. model_config: of read_model_config. UserError when the folder's weights do not fit it.
     """
     with torch.device("meta"):
         model = Llama(model_config)
@@ -243,16 +265,19 @@ def check_float8(model_config):
 
 
 def sample(model, documents, tokenizer, config):
-    """(prompts, answers): the first SAMPLE_PROMPTS different prompts of `documents` and greedy answers, as texts.
+    """(prompts, answers): the first SAMPLE_PROMPTS different prompts of `documents` and greedy answers, as
+    texts.
 
-    A prompt ends before a document's first trained token; an answer ends before the end-of-turn token, or after
-    SAMPLE_TOKENS. Under a sliding window a prompt leaves room for SAMPLE_TOKENS in it, so there may be fewer, or none.
+    A prompt ends before a document's first trained token; an answer ends before the end-of-turn token, or
+    after SAMPLE_TOKENS. Under a sliding window a prompt leaves room for SAMPLE_TOKENS in it, so there may be
+    fewer, or none.
     """
     prompts = _first_prompts(documents, (model.config.sliding_window or math.inf) - SAMPLE_TOKENS)
     if not prompts:
         return [], []
-    # Every rank does the same work, because every forward gathers the blocks from all ranks: always SAMPLE_TOKENS
-    # forwards. Were they to stop once all answers have ended, a rank that rounds differently would deadlock the others.
+    # Every rank does the same work, because every forward gathers the blocks from all ranks: always
+    # SAMPLE_TOKENS forwards. Were they to stop once all answers have ended, a rank that rounds differently
+    # would deadlock the others.
     parallel.gather(model)
     answers = generate(model, prompts, SAMPLE_TOKENS)
     parallel.release(model)
@@ -262,7 +287,8 @@ def sample(model, documents, tokenizer, config):
 
 
 def _first_prompts(documents, longest):
-    """Up to SAMPLE_PROMPTS different prompts, tuples of at most `longest` ids, in the order of the documents."""
+    """Up to SAMPLE_PROMPTS different prompts, tuples of at most `longest` ids, in the order of the
+    documents."""
     prompts = []
     for i in range(len(documents)):
         ids, mask = documents[i]

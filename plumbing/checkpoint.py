@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from kernels import is_split, join_master
-from plumbing import parallel
-from plumbing.files import HASHERS, UserError, publish, read_json, sha256_of, sync, write_json
+from plumbing import parallel, watchdog
+from plumbing.files import HASHERS, UserError, publish, read_json, sha256_of, sync, verify_hashes, write_json
 from plumbing.tensors import is_finite, open_safetensors, write_safetensors
 from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
@@ -48,7 +48,7 @@ class Checkpointer:
         self.keep_last, self.fresh = keep_last, fresh
         # as it will be read back: tuples become lists
         self.run_identity = json.loads(json.dumps(run_identity))
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writer = futures.ThreadPoolExecutor(max_workers=1)
         self._pending = None  # the save that is being written
         self._finished_step = None
         self._damaged = {}  # {path: what is wrong with it} of checkpoints that were passed over
@@ -80,12 +80,26 @@ class Checkpointer:
             self._check_finished_run()
         return None
 
+    def finished(self):
+        """A message when the run was trained to its end and its export is whole, else nothing. Called after
+        latest()."""
+        final, manifest = self.run_dir / "final", self.run_dir / "manifest.json"
+        if self.fresh or not final.is_dir() or "finished" not in read_json(manifest):
+            return ""
+        try:
+            verify_hashes(final)
+        except UserError as error:
+            print(f"{error} (it is written again)", flush=True)
+            return ""
+        how = "--fresh starts it over, another out_dir keeps both"
+        return f"{final}: this run is finished; nothing is trained. {how}"
+
     def _check_finished_run(self):
         config = read_json(self.run_dir / "config.json")
         manifest = read_json(self.run_dir / "manifest.json")
         # config.json names weights and data by path; in the identity they are their content, as in the
         # manifest
-        there = config | {key: manifest[key] for key in ("weights", "data")}
+        there = config | {key: manifest.get(key) for key in ("weights", "data", "held_out")}
         common = self.run_identity.keys() & there.keys()
         _refuse_other(self.run_dir / "final", there, {key: self.run_identity[key] for key in common})
 
@@ -122,7 +136,7 @@ class Checkpointer:
         if index is not None:
             _require_same_tensors(path, index["shapes"], model, optimizer)
             names = sorted(index["files"])[dist.get_rank() :: dist.get_world_size()]
-            with ThreadPoolExecutor(HASHERS) as pool:  # hashlib releases the GIL
+            with futures.ThreadPoolExecutor(HASHERS) as pool:  # hashlib releases the GIL
                 hashing = [pool.submit(_damage_of, path / name, index["files"][name]) for name in names]
                 try:
                     _copy_tensors(path, index, model, optimizer)
@@ -205,6 +219,8 @@ class Checkpointer:
         """Return once the last save is finished on every rank; if it failed on any, raise on all."""
         pending, self._pending = self._pending, None
         if pending:
+            while futures.wait([pending], timeout=5).not_done:
+                watchdog.beat()  # a slow disk is not a hang
             pending.result()
 
     # ------------------------------------------------------------ in the writer thread

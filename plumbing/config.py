@@ -138,6 +138,9 @@ class Config(Section):
     sample_every: int | None = setting(
         "run", "steps", "between greedy answers to four fixed prompts, in samples.jsonl; None: never", default=None, minimum=1, affects_results=False
     )
+    loss_spike: Literal["warn", "stop"] = setting(
+        "run", "name", "when a step's loss is over twice the largest of the last 20", default="warn", affects_results=False
+    )
     tensorboard: bool = setting("run", "flag", "also write the metrics as TensorBoard events, in out_dir", default=False, affects_results=False)
     keep_last: int = setting("run", "checkpoints", "older ones are deleted", default=2, minimum=1, affects_results=False)
     fresh: bool = setting("run", "flag", "start over although out_dir has a checkpoint (command line only)", default=False, affects_results=False)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,6 +127,41 @@ def publish(folder, target):
     folder.rename(target)
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def temporary_beside(path):
+    """A name beside `path` for what is to become it, with machine and process, so that no two writers share
+    one."""
+    return path.with_name(f".tmp_{socket.gethostname()}_{os.getpid()}_{path.name}")
+
+
+def remove_leftovers(folder):
+    """Delete what temporary_beside named for processes of this machine that are dead, in a folder that
+    several share."""
+    for path in folder.glob(f".tmp_{socket.gethostname()}_*_*"):
+        process = path.name.removeprefix(f".tmp_{socket.gethostname()}_").partition("_")[0]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            _remove(path)
+
+
+def sweep(folder):
+    """Finish or delete what a killed process left in a folder that this one alone writes to: *.tmp, .tmp_*,
+    .old_*."""
+    for path in [*folder.glob("*.tmp"), *folder.glob(".tmp_*")]:
+        _remove(path)
+    for old in folder.glob(".old_*"):
+        target = folder / old.name.removeprefix(".old_")
+        if target.exists():
+            _remove(old)
+        else:
+            old.rename(target)  # killed between the two renames of publish
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path):

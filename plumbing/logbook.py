@@ -1,7 +1,11 @@
-"""The run folder and what a run says of itself: config.json, manifest.json, metrics.jsonl, samples.jsonl and the step line."""
+"""The run folder and what a run says of itself: config.json, manifest.json, metrics.jsonl, samples.jsonl and
+the step line."""
 
+import hashlib
 import importlib.metadata
 import json
+import math
+import os
 import platform
 import resource
 import shlex
@@ -13,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from plumbing import hub
+from plumbing import hub, watchdog
 from plumbing.config import config_dict
 from plumbing.files import finite, progress_bar, read_json, write_json
 
+ROOT = Path(__file__).parent.parent
 _PACKAGES = ("torch", "triton", "flash-attn-4", "numpy", "safetensors", "tokenizers", "datasets")
 # (metric, label, format) in the order of the step line; metrics that a stage does not have are left out
 _STEP_LINE = (
@@ -36,92 +41,226 @@ class Logbook:
     """Writes the run folder from rank 0; every rank may call every method."""
 
     def __init__(self, config, world, total_steps, implicit):
-        """implicit: the values that no key states (reduction, eps, data fingerprints, ...); they go into the manifest."""
+        """implicit: values that no key states (reduction, eps, data fingerprints, ...); they go into the
+        manifest."""
         self.world, self.total_steps, self.log_every = world, total_steps, config.log_every
         self.folder, self.fresh = Path(config.out_dir), config.fresh
         self.peak = measured_matmul_peak(world.device)
         self.tensorboard = config.tensorboard
+        self.health = Health(config.loss_spike)
         self._metrics = self._events = None
         if world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", config_dict(config))
-            gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
-            about = {"command": shlex.join(sys.argv), "commit": commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            machine = {"hardware": gpu or platform.machine(), "world_size": world.size, "matmul_peak_flops": self.peak}
-            self._manifest = about | machine | {"versions": _versions(), "hub": hub.COMMITS, **implicit}
+            self._manifest = self._describe() | implicit
             self._manifest["processes"] = [] if self.fresh else _processes(self.folder)
             write_json(self.folder / "manifest.json", self._manifest)
-        self._start = time.perf_counter()
+        self._first_step = 0  # of this process
+        self._start = self._resumed = time.perf_counter()
+
+    def _describe(self):
+        """What the manifest says of program and machine; where tracked files differ from the commit, also
+        changes.diff."""
+        manifest = {
+            "command": shlex.join(sys.argv),
+            "commit": commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "hardware": platform.machine(),
+            "world_size": self.world.size,
+            "matmul_peak_flops": self.peak,
+            "versions": _versions(),
+            "hub": hub.COMMITS,
+        }
+        if self.world.device.type == "cuda":
+            manifest["hardware"] = torch.cuda.get_device_name(self.world.device)
+        changes = changed_files()
+        (self.folder / "changes.diff").unlink(missing_ok=True)
+        if changes:
+            (self.folder / "changes.diff").write_text(changes)
+            manifest["changes_sha256"] = hashlib.sha256(changes.encode()).hexdigest()
+        return manifest
 
     def resume_at(self, step, checkpoint=None):
-        """Say what is left after `step`, which `checkpoint` (None: the start) holds; forget the metrics of the steps that are about to be
-        trained again, and open the file for more. The manifest's `processes` say who trained which steps: an entry those after its step."""
-        left, final = self.total_steps - step, self.folder / "final"
-        if checkpoint:
-            self.world.say(f"{checkpoint}: goes on after step {step} of {self.total_steps}{'' if left else '; nothing is left to train'}")
-        if left and final.is_dir() and not self.fresh:
-            self.world.say(f"{final}: of a finished run whose last step is in no checkpoint (save_every): {left} steps are trained again, "
-                           "then it is replaced")  # fmt: skip
-        if self.world.main:
-            if left:  # those whose steps are trained again are forgotten
-                earlier = [process for process in self._manifest["processes"] if process["after_step"] < step]
-                this = {key: self._manifest[key] for key in ("started", "commit", "hardware", "world_size")}
-                self._manifest["processes"] = [*earlier, {"after_step": step, **this}]
-                write_json(self.folder / "manifest.json", self._manifest)
-            path = self.folder / "metrics.jsonl"
-            if missing := step - sum("loss" in entry for entry in _forget_after(step, path)):  # of a power cut, or of someone's editor
-                self.world.say(f"{path}: {missing} of the {step} steps before are not in it, nor will they be in the card")
-            _forget_after(step, self.folder / "samples.jsonl")
-            self._metrics = path.open("a")
-            if self.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+        """Say what is left after `step`, which `checkpoint` (None: the start) holds, and open metrics.jsonl
+        for more.
 
-                # TensorBoard forgets what an earlier process wrote of the steps that are trained again
-                self._events = SummaryWriter(self.folder / "tensorboard", purge_step=step and step + 1)
-        self._start = time.perf_counter()
+        Lines of steps that will be trained again are dropped. The manifest's `processes` say who trained
+        which steps: an entry trained those after its step.
+        """
+        left = self.total_steps - step
+        final = self.folder / "final"
+        if checkpoint:
+            nothing = "" if left else "; nothing is left to train"
+            self.world.say(f"{checkpoint}: goes on after step {step} of {self.total_steps}{nothing}")
+        if left and final.is_dir() and not self.fresh:
+            reason = "of a finished run whose last step is in no checkpoint (save_every)"
+            self.world.say(f"{final}: {reason}: {left} steps are trained again, then it is replaced")
+        if self.world.main:
+            self._open_files(step, left)
+        self._first_step = step
+        self._start = self._resumed = time.perf_counter()
+        watchdog.start(self.world, step)
+
+    def _open_files(self, step, left):
+        if left:
+            earlier = [process for process in self._manifest["processes"] if process["after_step"] < step]
+            this = {key: self._manifest[key] for key in ("started", "commit", "hardware", "world_size")}
+            self._manifest["processes"] = [*earlier, {"after_step": step, **this}]
+            write_json(self.folder / "manifest.json", self._manifest)
+        path = self.folder / "metrics.jsonl"
+        trained = [entry for entry in _forget_after(step, path, self.world.say) if "loss" in entry]
+        missing = step - len(trained)
+        if missing:  # of a power cut, a torn line, or an editor
+            lost = f"{missing} of the {step} steps before are not in it, nor will they be in the card"
+            self.world.say(f"{path}: {lost}")
+        _forget_after(step, self.folder / "samples.jsonl", self.world.say)
+        self._metrics = path.open("a")
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
+            # TensorBoard forgets what an earlier process wrote of the steps that are trained again
+            purge = step + 1 if step else 0
+            self._events = SummaryWriter(self.folder / "tensorboard", purge_step=purge)
 
     def step(self, step, metrics, tokens, flops):
-        """Record finished optimizer step number `step` (1-based). tokens, flops: of all ranks; the time runs from the previous call."""
-        elapsed = time.perf_counter() - self._start
+        """Record finished optimizer step number `step` (1-based). tokens, flops: of all ranks; the time runs
+        from the previous call."""
+        now = time.perf_counter()
+        elapsed = now - self._start
         metrics = {"step": step, **metrics, "step_s": elapsed, "tokens_per_s": tokens / elapsed}
         metrics["peak_mem_gib"] = peak_memory_gib(self.world.device)
         if self.peak:
             metrics["mfu"] = flops / elapsed / (self.peak * self.world.size)
         self.write(metrics)
         if step % self.log_every == 0 or step in (1, self.total_steps):
-            parts = [f"{label} {form.format(metrics[key])}".strip() for key, label, form in _STEP_LINE if key in metrics]
-            self.world.say(" | ".join([f"step {step:05d}/{self.total_steps:05d}", *parts]))
+            self.world.say(self._step_line(metrics, now - self._resumed))
+        watchdog.beat(step)
+        for warning in self.health.after_step(metrics):
+            self.world.say(warning)
         self._start = time.perf_counter()
+
+    def _step_line(self, metrics, seconds):
+        """`step 00120/02500 | loss 0.6421 | .. | 3:51 < 1:16:24`: at the end, as tqdm has it, the time so far
+        and the time left.
+
+        seconds: since this process has begun to train. What is left takes as long as its steps, evaluations
+        and saves did.
+        """
+        step = metrics["step"]
+        parts = [f"step {step:05d}/{self.total_steps:05d}"]
+        for key, label, form in _STEP_LINE:
+            if key in metrics:
+                parts.append(f"{label} {form.format(metrics[key])}".strip())
+        left = seconds / (step - self._first_step) * (self.total_steps - step)
+        parts.append(f"{_clock(seconds)} < {_clock(left)}")
+        return " | ".join(parts)
 
     def evaluation(self, step, metrics):
         """Record held-out metrics after `step` optimizer steps; their time is not the next step's."""
         self.write({"step": step, **metrics})
-        shown = [key for key in ("eval/loss", "eval/perplexity", "eval/rewards/margins", "eval/rewards/accuracies") if key in metrics]
-        spread = {key: f" +- {metrics[key + '_ci95']:.4f}" for key in shown if key + "_ci95" in metrics}
-        parts = [f"{key.split('/')[-1]} {metrics[key]:.4f}{spread.get(key, '')}" for key in shown]
-        self.world.say(" | ".join([f"eval {step:05d}/{self.total_steps:05d}", *parts]))
+        parts = [f"eval {step:05d}/{self.total_steps:05d}"]
+        for key in ("eval/loss", "eval/perplexity", "eval/rewards/margins", "eval/rewards/accuracies"):
+            if key in metrics:
+                half = f" +- {metrics[key + '_ci95']:.4f}" if key + "_ci95" in metrics else ""
+                parts.append(f"{key.split('/')[-1]} {metrics[key]:.4f}{half}")
+        self.world.say(" | ".join(parts))
+        for warning in self.health.after_evaluation(step, metrics):
+            self.world.say(warning)
         self._start = time.perf_counter()
 
     def samples(self, step, prompts, answers):
-        """Append the answers after `step` optimizer steps to samples.jsonl; their time is not the next step's."""
+        """Append the answers after `step` optimizer steps to samples.jsonl; their time is not the next
+        step's."""
         if self.world.main:
             with (self.folder / "samples.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, "prompts": prompts, "answers": answers}) + "\n")
+        watchdog.beat()
         self._start = time.perf_counter()
 
     def progress(self, label, items):
         """Iterate over a list with a bar that shows rate and ETA on rank 0."""
-        return progress_bar(items, desc=label, disable=not self.world.main, unit="batch")
+        for item in progress_bar(items, desc=label, disable=not self.world.main, unit="batch"):
+            yield item
+            watchdog.beat()
 
     def write(self, metrics):
         """Append one line to metrics.jsonl and flush it; with `tensorboard` also one scalar per metric."""
         if self.world.main:
-            self._metrics.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
-            self._metrics.flush()
+            try:
+                self._metrics.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
+                self._metrics.flush()
+            except OSError as error:  # a write does not say to which file
+                raise OSError(error.errno, error.strerror, self._metrics.name) from error
         if self._events:
-            for name in [name for name in metrics if name != "step"]:
+            for name in metrics.keys() - {"step"}:
                 self._events.add_scalar(name, metrics[name], metrics["step"])
             self._events.flush()
+
+
+# ---------------------------------------------------------------- numbers that mean trouble
+
+
+class Health:
+    """Looks at every step's metrics for what usually means a mistake. Each kind is said once.
+
+    The metrics are equal on all ranks, so that all of them stop at the same step where loss_spike="stop".
+    """
+
+    WINDOW = 20  # steps
+    SPIKE = 2.0  # times the largest loss of the window
+    ZERO_STEPS = 3
+    NEAR_ZERO = 0.1  # of the first losses of this process
+
+    def __init__(self, loss_spike):
+        self.loss_spike = loss_spike
+        self.losses = []
+        self.zero_steps = 0
+        self.lowest_eval = math.inf
+        self.said = set()
+
+    def after_step(self, metrics):
+        """The lines to print after a step. FloatingPointError for a loss that jumps where
+        loss_spike="stop"."""
+        loss, step = metrics["loss"], metrics["step"]
+        recent = self.losses[-self.WINDOW :]
+        limit = self.SPIKE * max(map(abs, recent), default=math.inf)
+        self.losses.append(loss)
+        self.zero_steps = self.zero_steps + 1 if metrics.get("grad_norm") == 0 else 0
+        if len(recent) == self.WINDOW and loss > limit:
+            largest = f"{self.SPIKE:g} times the largest of the last {self.WINDOW} steps"
+            problem = f"step {step}: loss {loss:.4g} is over {largest}"
+            if self.loss_spike == "stop":
+                raise FloatingPointError(f"{problem}, and loss_spike='stop'; the step is not saved")
+            yield from self._once("spike", f"{problem}; a lower lr, or the rows of this step?")
+        if self.zero_steps == self.ZERO_STEPS:
+            problem = f"step {step}: gradient norm 0 for {self.ZERO_STEPS} steps"
+            yield from self._once("zero", f"{problem}: nothing is learned; is the loss saturated?")
+
+    def after_evaluation(self, step, metrics):
+        """The lines to print after an evaluation: held-out loss rises while the training loss nears 0."""
+        loss = metrics["eval/loss"]
+        first, last = self.losses[: self.WINDOW], self.losses[-self.WINDOW :]
+        near_zero = len(self.losses) > self.WINDOW and abs(sum(last)) < self.NEAR_ZERO * abs(sum(first))
+        if near_zero and loss > 1.02 * self.lowest_eval:
+            rises = f"held-out loss up from {self.lowest_eval:.4g} to {loss:.4g}"
+            problem = f"step {step}: {rises}, training loss {sum(last) / len(last):.3g}"
+            yield from self._once("overfit", f"{problem}: rows learned by heart; fewer epochs, or a lower lr?")
+        self.lowest_eval = min(self.lowest_eval, loss)
+
+    def _once(self, kind, text):
+        if kind not in self.said:
+            self.said.add(kind)
+            yield f"warning: {text}"
+
+
+# ---------------------------------------------------------------- files of a run
+
+
+def _clock(seconds):
+    """`1:16:24`, or `3:51` below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _processes(folder):
@@ -130,20 +269,43 @@ def _processes(folder):
     return read_json(path).get("processes", []) if path.exists() else []
 
 
-def _forget_after(step, path):
-    """Drop the lines of a .jsonl file that will be written again: those after `step`, an evaluation or a sample at it, a torn last one.
+def _forget_after(step, path, say):
+    """Drop the lines of a .jsonl file that will be written again: those after `step`, an evaluation or a
+    sample at it.
 
-    Returns what the others hold."""
-    *lines, _torn = path.read_text().split("\n") if step and path.exists() else [""]
-    entries = [(line, json.loads(line)) for line in lines]
-    kept = [(line, entry) for line, entry in entries if entry["step"] < step or (entry["step"] == step and "loss" in entry)]
-    if kept:  # by a rename: a kill here must not cost the steps that are not trained again
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line, _ in kept))
-        temporary.rename(path)
-    else:
+    Lines that are torn are named and dropped, too. Returns what the others hold.
+    """
+    if step == 0 or not path.exists():
         path.unlink(missing_ok=True)
-    return [entry for _, entry in kept]
+        return []
+    kept = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        entry = _parse(line)
+        if entry is None:
+            say(f"{path}: line {number} is torn, and is left out from now on: {line[:60]!r}")
+        elif entry["step"] < step or (entry["step"] == step and "loss" in entry):
+            kept.append(entry)
+    # By a rename: a kill here must not cost the steps that are not trained again.
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        for entry in kept:
+            file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    return kept
+
+
+def _parse(line):
+    """The entry of a line of metrics.jsonl or samples.jsonl; None for a torn one."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+# ---------------------------------------------------------------- the machine and the checkout
 
 
 def peak_memory_gib(device):
@@ -154,14 +316,17 @@ def peak_memory_gib(device):
 
 
 def measured_matmul_peak(device):
-    """FLOP/s of a bf16 8192^3 product of random numbers on this GPU, what mfu is a share of; None on a CPU, where mfu is not reported."""
+    """FLOP/s of a bf16 8192^3 product of random numbers on this GPU, which mfu is a share of. None on a CPU:
+    no mfu is reported."""
     if device.type != "cuda":
         return None
     size, repeats = 8192, 10
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     for _ in range(3):
         a @ b
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
         a @ b
@@ -171,17 +336,31 @@ def measured_matmul_peak(device):
 
 
 def _versions():
-    installed = {name: dist.version for name in _PACKAGES for dist in importlib.metadata.distributions(name=name)}
-    return {"python": platform.python_version()} | installed
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        for package in importlib.metadata.distributions(name=name):
+            versions[name] = package.version
+    return versions
 
 
 def commit():
-    """The commit of this checkout, with "+changes" when files differ from it; "unknown: .." and why where git knows none."""
-    root = Path(__file__).parent.parent
+    """The commit of this checkout, with "+changes" when tracked files differ from it; "unknown: .." where git
+    knows none."""
     if shutil.which("git") is None:
         return "unknown: git is not installed"
-    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
-    head, status = (subprocess.run(command, cwd=root, capture_output=True, text=True) for command in commands)
-    if head.returncode or status.returncode:
-        return f"unknown: {(head.stderr or status.stderr).strip()}"
-    return head.stdout.strip() + ("+changes" if status.stdout else "")
+    head = _git("rev-parse", "HEAD")
+    if head.returncode:
+        return f"unknown: {head.stderr.strip()}"
+    return head.stdout.strip() + ("+changes" if changed_files() else "")
+
+
+def changed_files():
+    """The diff of this checkout's tracked files from its commit, as text; empty without changes, or without
+    git."""
+    if shutil.which("git") is None:
+        return ""
+    return _git("diff", "HEAD").stdout
+
+
+def _git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace")

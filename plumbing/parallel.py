@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from plumbing import lock, watchdog
 from plumbing.device import pick_device
 from plumbing.files import UserError
 
@@ -106,13 +107,7 @@ def main_first(world, work):
 
 def from_main(world, work):
     """The text that work() returns on rank 0, on every rank. Only rank 0 calls it."""
-    text = work().encode() if world.main else b""
-    (length,) = sum_across_ranks([len(text)])
-    shared = torch.zeros(int(length), dtype=torch.uint8)
-    if world.main:
-        shared[:] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    dist.broadcast(shared, src=0)
-    return bytes(shared.tolist()).decode()
+    return gather_texts(work() if world.main else "")[0]
 
 
 def gather_texts(text, group=None):
@@ -136,11 +131,16 @@ DISK_REFUSES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 def run(main, argv):
     """main(argv), then leave the process group. Returns the exit code.
 
-    UserErrors, numbers that are not finite and refusals of the disk are one line; every other exception keeps
-    its traceback.
+    UserErrors, numbers that are not finite, refusals of the disk and Ctrl-C are one line; every other
+    exception keeps its traceback.
     """
     try:
         return main(argv)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            kept = "what was finished is kept, and the same command goes on from there"
+            print(f"\nstopped by Ctrl-C; {kept}", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and not error.code:  # --help
             raise
@@ -148,12 +148,14 @@ def run(main, argv):
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             _yield_to_the_cause(error)
             if not isinstance(error, SystemExit):
-                _write_error_file(message or traceback.format_exc())
+                watchdog.write_error_file(message or traceback.format_exc())
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
         return 1
     finally:
+        watchdog.stop()
+        lock.unlock()
         shutdown()
 
 
@@ -181,15 +183,9 @@ def _yield_to_the_cause(error):
     time.sleep(seconds)
 
 
-def _write_error_file(message):
-    """Tell torchrun, in torch.distributed.elastic's format, what its summary shows instead of `error_file:
-    <N/A>`."""
-    content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
-
-
 # ---------------------------------------------------------------- sharding
-# FSDP2 takes a second of CPU time to import. --help and --plan shard nothing: it is imported where it is used.
+# FSDP2 takes a second of CPU time to import. --help and --plan shard nothing: it is imported where it is
+# used.
 
 
 def is_sharded(part):
@@ -347,6 +343,9 @@ class StopSignal:
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
+        if not self._signal and os.environ.get("RANK", "0") == "0":
+            text = f"\nsignal {number}: what runs now, a step or the export, is finished first\n"
+            os.write(2, text.encode())  # not print, which the signal may have interrupted
         self._signal = number
 
     def received(self):

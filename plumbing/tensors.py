@@ -10,7 +10,7 @@ import struct
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import UserError, sync
+from plumbing.files import UserError, remove_leftovers, sync, temporary_beside
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -85,9 +85,9 @@ def write_verified(path, tensors, metadata=None):
     specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | (metadata or {})
     metadata["sha256"] = _content_hash(tensors, metadata)
-    # named by the process: another run may write the same file
-    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    temporary = temporary_beside(path)
     write_safetensors(temporary, specs, tensors.get, metadata)
     temporary.rename(path)
     sync(path.parent)

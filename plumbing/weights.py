@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from kernels import is_split, split_master
-from plumbing import hub, parallel
+from plumbing import hub, parallel, watchdog
 from plumbing.files import (
     HASHERS,
     UserError,
@@ -320,6 +320,7 @@ def _write_gathered(path, tensors, read):
     """
 
     def read_finite(name):
+        watchdog.beat()
         tensor = read(name)
         if not is_finite(tensor):
             raise FloatingPointError(f"{path.parent.name}: {name} is not finite, so nothing is exported")

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from world import (
 import model
 import train_dpo
 import train_sft
+from plumbing import logbook, watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -216,22 +219,25 @@ def test_fresh_starts_over(world, tmp_path):
     config, run = write_config(tmp_path, world, save_every=2), tmp_path / "sft"
     launch("sft", config).ok()
     first = final_bytes(run)
-    again = launch("sft", config).ok().out[0]
-    assert "step 00001" not in again and "goes on after step 4 of 4; nothing is left to train" in again and "finished run" not in again
+    again = launch("sft", config, ranks=2).ok().out[0]
+    assert "step 0" not in again and "sft/final: this run is finished; nothing is trained. --fresh starts it over" in again
     assert "step 00001" in launch("sft", config, "--fresh").ok().out[0]
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert final_bytes(run) == first
 
 
 def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
-    """Without any checkpoint too; the same command trains again, and says so before it does."""
+    """Without any checkpoint too; the same command trains nothing, or, when the export is damaged, says so and trains again."""
     config, run = write_config(tmp_path, world, max_steps=3, data_eval=None), tmp_path / "sft"
     launch("sft", config).ok()
     first = final_bytes(run)
     refused = launch("sft", config, "--lr=0.5", ranks=2)
     assert refused.codes == [1, 1] and "final was saved under another configuration: lr=" in refused.err[0]
     assert final_bytes(run) == first
+    assert "this run is finished; nothing is trained" in launch("sft", config).ok().out[0]
+    (run / "final/config.json").write_text("{}")
     again = launch("sft", config).ok().out[0]
+    assert "final: config.json: damaged" in again and final_bytes(run) == first
     assert re.search(r"final: of a finished run .*: 3 steps are trained again, then it is replaced\n(.*\n)*step 00001", again)
     fresh = launch("sft", config, "--lr=0.5", "--fresh").ok().out[0]
     assert "step 00001" in fresh and "finished run" not in fresh
@@ -267,6 +273,95 @@ def test_a_kill_while_the_card_is_written(world, tmp_path):
     assert launch("sft", config, prepare=killed_while_the_card_is_written).codes == [-signal.SIGKILL]
     launch("sft", config).ok()
     assert (tmp_path / "sft/final/README.md").is_file()
+
+
+def test_held_out_data_are_part_of_the_run(world, tmp_path):
+    """Other held-out rows under the same path: the numbers of the two halves could not be compared."""
+    held_out = tmp_path / "held_out.jsonl"
+    shutil.copy(world / "sft.jsonl", held_out)
+    config = write_config(tmp_path, world, max_steps=4, save_every=2, sft=dict(data_eval={str(held_out): 8}))
+    launch("sft", config, prepare=partial(signal_after, 2, signal.SIGTERM))
+    rows = held_out.read_text().splitlines(keepends=True)
+    held_out.write_text("".join(reversed(rows)))
+    refused = launch("sft", config)
+    assert refused.codes == [1] and "step_000002 was saved under another configuration: held_out=" in refused.err[0]
+
+
+def interrupted(name):
+    setattr(train_dpo, name, lambda *args, **keys: os.kill(os.getpid(), signal.SIGINT))
+
+
+@pytest.mark.parametrize("name", ["load_preferences", "_compute_reference"])
+def test_ctrl_c_before_the_first_step_is_one_line(world, tmp_path, name):
+    """While the data are tokenised, and in the reference pass."""
+    stopped = launch("dpo", write_config(tmp_path, world), prepare=partial(interrupted, name))
+    assert stopped.codes == [130] and "Traceback" not in stopped.err[0]
+    assert "stopped by Ctrl-C; what was finished is kept, and the same command goes on from there" in stopped.err[0]
+
+
+def killed_by_sigint_in_the_export():
+    save = train_sft.training.save_model
+    train_sft.training.save_model = lambda *args: os.kill(os.getpid(), signal.SIGINT) or save(*args)
+
+
+def test_ctrl_c_during_the_export_is_said_and_the_export_finished(world, tmp_path):
+    done = launch("sft", write_config(tmp_path, world, max_steps=1), prepare=killed_by_sigint_in_the_export).ok()
+    assert "signal 2: what runs now, a step or the export, is finished first" in done.err[0]
+    assert (tmp_path / "sft/final/hashes.json").is_file() and "finished" in json.loads((tmp_path / "sft/manifest.json").read_text())
+
+
+def hang(rank, step):
+    """Rank `rank` falls asleep before step `step` is logged; patience is seconds."""
+    watchdog.PATIENCE = 3.0
+    original = logbook.Logbook.step
+
+    def hooked(self, done, *args):
+        if done == step and self.world.rank == rank:
+            time.sleep(1000)
+        original(self, done, *args)
+
+    logbook.Logbook.step = hooked
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named(world, tmp_path, rank):
+    """With its last step and the line that it is in, and its stacks; no rank is left behind."""
+    outcome = launch("sft", write_config(tmp_path, world), ranks=2, prepare=partial(hang, rank, 3))
+    assert all(outcome.codes)
+    said = "".join(outcome.err)
+    assert re.search(rf"error: no progress for \d+ s after step 2; what hangs: rank {rank}\n", said)
+    assert f"rank {rank}, step 2: tests/test_runs.py:" in said and "hooked" in said
+    assert re.search(rf"rank {1 - rank}, step [23]: waits for the others, plumbing/parallel.py:\d+", said)
+    assert f"rank {rank}: no progress since step 2; its stacks:" in said and "Current thread" in said
+
+
+def test_two_runs_in_one_folder(world, tmp_path):
+    """The second one ends at once, --fresh too, and the first goes on undisturbed."""
+    config = write_config(tmp_path, world, max_steps=3)
+    first = []
+    thread = threading.Thread(target=lambda: first.append(launch("sft", config, prepare=slow_down)))
+    thread.start()
+    while thread.is_alive() and not (tmp_path / "sft/manifest.json").exists():
+        time.sleep(0.1)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(config, other)
+    for flag in ("--lr=0.5", "--fresh"):
+        second = launch("sft", other / "config.py", flag)
+        assert second.codes == [1] and re.search(r"error: .*/sft: in use by process \d+ on ", second.err[0])
+    thread.join()
+    first[0].ok()
+    assert [line["step"] for line in metrics(tmp_path / "sft")] == [1, 2, 3]
+
+
+def slow_down():
+    original = logbook.Logbook.step
+
+    def hooked(self, done, *args):
+        original(self, done, *args)
+        time.sleep(5)
+
+    logbook.Logbook.step = hooked
 
 
 # ---------------------------------------------------------------- the reference
