@@ -1,0 +1,70 @@
+"""What can be known of the Triton kernels without a GPU: that they compile and fit, and that no address
+leaves its tensor."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURES = {
+    "80": "A100",
+    "86": "A40, 3090",
+    "89": "L40S, 4090",
+    "90": "H100, H200",
+    "100": "B200",
+    "120": "5090",
+}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="needs Triton, which works without a GPU here"
+    ),
+]
+
+
+def run(script, *arguments, **environment):
+    """What a script beside this file prints. In a process of its own: Triton reads TRITON_INTERPRET when it
+    is imported."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *arguments]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def does_not_fit(row):
+    """A multiprocessor has 65,536 registers, and from 48 KiB on shared memory must be asked for. Spilled
+    registers go to memory."""
+    return row["spilled"] or row["shared"] > 48 * 1024 or row["registers"] * row["threads"] > 65536
+
+
+def test_every_launch_compiles_and_fits_on_every_architecture():
+    """At the shapes of an 8B model. Seen: at most 16 KiB of shared memory, 188 registers, nothing spilled."""
+    compiled = run("compile_kernels.py", *ARCHITECTURES)
+    assert compiled.keys() == ARCHITECTURES.keys()
+    for arch, rows in compiled.items():
+        assert len(rows) == (17 if int(arch) < 89 else 25), "16 and 32 bits and t-SNE, then float8"
+        assert not [row for row in rows if does_not_fit(row)], arch
+
+
+def test_a_tile_that_does_not_fit_is_noticed():
+    (row,) = run("compile_kernels.py", "90", "--large-tile")["90"]
+    assert does_not_fit(row), row
+
+
+def test_no_address_leaves_its_tensor_beyond_2_32_numbers():
+    launches = run("check_addresses.py", TRITON_INTERPRET="1")
+    assert len(launches) > 15 and not [
+        kernel for kernel, (_, violations) in launches.items() if violations
+    ], launches
+
+
+def test_a_lost_mask_and_a_lost_cast_are_noticed():
+    violations = {
+        kernel: count
+        for kernel, (_, count) in run("check_addresses.py", "--broken", TRITON_INTERPRET="1").items()
+    }
+    assert violations["no_mask_kernel"] and violations["no_cast_kernel"] and not violations["right_kernel"]
