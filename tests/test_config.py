@@ -1,6 +1,10 @@
 """plumbing/config.py: what a config may say, what it says back when it is wrong, and that every file in configs/ loads."""
 
 import dataclasses
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -99,6 +103,15 @@ def test_values_are_read_by_the_declared_type(write):
     assert load("dpo", ["x.py", "--fresh=True"]).fresh is True
 
 
+def test_none_on_the_command_line(write):
+    """Where the key may be None; recompute has a choice of that name, and keeps it."""
+    write("common |= dict(max_steps=5, data_eval=0.5, eval_every=2)")
+    keys = ["--max_steps=none", "--data_eval=none", "--eval_every=None", "--template=none", "--recompute=none"]
+    config = load("sft", ["x.py", *keys])
+    assert config.max_steps is config.data_eval is config.eval_every is config.template is None
+    assert config.recompute == "none"
+
+
 def test_private_names_and_imports_stay_private(write):
     write('import math\n_root = "r"\ncommon |= dict(lr=1 / math.pi, template=None)\nsft |= dict(out_dir=f"{_root}/sft")')
     config = load("sft", ["x.py"])
@@ -130,7 +143,7 @@ def test_sections_of_steering(write):
 
 # ---------------------------------------------------------------- messages
 
-QUOTED = "got a string (None is written without quotes, in the config file)"
+QUOTED = "got a string (in the file None has no quotes, on the command line it is none)"
 IN_THE_FILE = [
     ("dpo |= dict(beat=5)", "x.py: dpo: unknown key 'beat', did you mean 'beta'?"),
     ("sft |= dict(beta=5)", "x.py: sft: unknown key 'beta' (a key of dpo)"),
@@ -225,8 +238,9 @@ ON_THE_COMMAND_LINE = [
     ("--beat=1", "command line: unknown key 'beat', did you mean 'beta'?"),
     ("--beta", "command line: --beta: expected --beta=value"),
     ("-beta=1", "command line: unknown key '-beta', did you mean 'beta'?"),
-    ("--max_steps=none", f"command line: max_steps='none': expected int >= 1 or None, {QUOTED}"),
-    ("--template=None", f"command line: template='None': expected tulu | zephyr | llama3 | chatml or None, {QUOTED}"),
+    ("--max_steps=null", f"command line: max_steps='null': expected int >= 1 or None, {QUOTED}"),
+    ("--num_epochs=none", f"command line: num_epochs='none': expected int >= 1, {QUOTED}"),
+    ("--model_path=none", f"command line: model_path='none': expected str, {QUOTED}"),
     ("--max_steps=1e3", "command line: max_steps='1e3': expected int >= 1 or None, got str"),
     ("--lr=fast", "command line: lr='fast': expected float > 0, got str"),
     ("--lr=-1", "command line: lr=-1.0: expected float > 0"),
@@ -346,3 +360,33 @@ def test_check_world_size():
 
 def test_names_agree_with_the_modules_that_own_them():
     assert set(get_args(Template)) == set(TEMPLATES)
+
+
+# ---------------------------------------------------------------- the price of an answer
+
+# Each takes a third of a second to three seconds of CPU time, and none is needed before a run starts.
+LATE = {"datasets", "pandas", "httpx", "sympy", "triton", "scipy", "matplotlib", "transformers", "torch._dynamo", "torch.distributed.fsdp"}
+
+
+def cpu_seconds(*arguments):
+    """(CPU seconds of a Python process, its exit code, the modules that it imported)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-X", "importtime", *arguments]
+    done = subprocess.run(command, cwd=FOLDER.parent, env=environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.returncode, imported
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, code", [
+    (["train_sft.py", "--help"], 0), (["train_dpo.py", "configs/tulu10.py", "--beat=1"], 1),
+    (["train_dpo.py", "configs/tulu10.py", "--plan", "--gpu=h100", "--count=8"], 0),
+])  # fmt: skip
+def test_an_answer_costs_what_torch_costs(arguments, code):
+    """1.1 of 1.2 s of CPU time are torch's on an idle machine; the ratio holds on a busy one too."""
+    seconds, returned, imported = cpu_seconds(*arguments)
+    assert returned == code
+    assert not imported & LATE
+    assert seconds < 0.5 + 1.5 * cpu_seconds("-c", "import torch")[0]
