@@ -345,7 +345,8 @@ class Block(nn.Module):
 class Body(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # zeros until weights are loaded or drawn: nn.Embedding draws its own, which imports the compiler (1 s)
+        # zeros until weights are loaded or drawn: nn.Embedding draws its own, which imports the compiler (1
+        # s)
         zeros = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

@@ -34,6 +34,8 @@ def implicit(config):
 
 
 # ---------------------------------------------------------------- the schedule
+# Rounding and the first step's rate differ between trainers, and shift every later rate: both are in the
+# manifest.
 
 
 def warmup_steps(config, total_steps):
@@ -89,6 +91,7 @@ class SplitAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups, moments):
         super().__init__(groups, {"lr": 0.0})
+        # torch's names: a checkpoint of split masters resumes as a sharded one, and back
         for param, _ in self._params():
             self.state[param] = {
                 "step": torch.zeros(()),
@@ -141,10 +144,14 @@ def apply_gradients(optimizer, lr, max_grad_norm, row_ids=()):
     A norm that is not finite raises FloatingPointError, naming the step's rows, on every rank, before any
     weight has changed.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = []
+    for group in optimizer.param_groups:
+        params += group["params"]
+    # split masters are scaled inside their kernel: a pass over all gradients less
     scales_itself = isinstance(optimizer, SplitAdamW)
     grad_norm = parallel.clip_grad_norm(params, None if scales_itself else max_grad_norm)
     if not math.isfinite(grad_norm):
+        # every rank has the same norm, so all of them stop here
         rows = list(map(str, row_ids))
         raise FloatingPointError(
             f"the gradient norm is {grad_norm}; no step was taken. Examples of the step: {rows}"

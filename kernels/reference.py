@@ -81,6 +81,8 @@ def swiglu_backward(dout, gate, up):
 
 
 # ---------------------------------------------------------------- attention
+# The only place where documents matter. Queries are the T rows of the stream; keys are the U tokens of whole
+# documents, which is the same thing unless a prefix is shared.
 
 
 class SharedPrefix(NamedTuple):
@@ -111,6 +113,7 @@ def attention(q, k, v, cu_seqlens, max_seqlen, shared=None):
     document_k, left_k = _places(len(k), cu_seqlens_k)  # (U,) each
     # a query sees the keys of its document that have at least as many tokens behind them as it has itself
     visible = (document[:, None] == document_k) & (left[:, None] <= left_k)  # (T, U)
+    # a masked score is -inf, not a large number: softmax gives it a weight of exactly 0
     scores = torch.einsum("thk,uhk->htu", q.float(), k) / math.sqrt(K)
     weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
     return torch.einsum("htu,uhk->thk", weights, v).to(q.dtype)
@@ -133,6 +136,8 @@ def _places(rows, cu_seqlens):
 
 
 # ---------------------------------------------------------------- a linear layer's gradient
+# A micro-batch's gradients are added to those before it: in float32, or in what training asks for. 16-bit
+# sums of 16-bit products would lose the later ones.
 
 
 def matmul(a, b, dtype):
@@ -146,6 +151,8 @@ def weight_gradient(dy, x, dtype):
 
 
 # ---------------------------------------------------------------- log-probs
+# Targets are shifted already: row t predicts targets[t]. Everything that a loss sees of the model is these
+# numbers.
 
 
 def token_logps(hidden, weight, targets):
@@ -153,6 +160,7 @@ def token_logps(hidden, weight, targets):
 
     hidden (T, D), weight (V, D), targets (T,).
     """
+    # in float32: a bf16 logit of 20 is off by up to 0.06, and so would its log-prob be
     logps = (hidden.float() @ weight.float().T).log_softmax(-1)  # (T, V): 4 GB for 8,192 tokens at V = 128k
     picked = logps.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
     return picked.masked_fill(targets == IGNORE_INDEX, 0.0)
@@ -216,6 +224,7 @@ def adamw(weight, low_bits, m, v, grad, grad_scale, lr, decay, beta1, beta2, eps
     new_weight, new_low_bits = split_master(join_master(weight, low_bits) * (1 - lr * decay) - lr * update)
     weight.copy_(new_weight)
     low_bits.copy_(new_low_bits)
+    # 32 bits a number: the lower 16 round m, the upper 16 round v, so that their errors are independent
     bits = random_bits(weight.numel(), seed, weight.device, first).view(weight.shape)
     m.copy_(round_stochastically(m32, bits & 0xFFFF) if m.dtype == torch.bfloat16 else m32)
     v.copy_(round_stochastically(v32, bits >> 16) if v.dtype == torch.bfloat16 else v32)
@@ -372,6 +381,7 @@ def tsne_gradient(Y, P, exaggeration=1.0):
     P is multiplied by `exaggeration`. scikit-learn has u where this has w, which for d = 3 is not the
     gradient of its divergence: it ends higher (analysis.tsne.tsne).
     """
+    # attraction along P, which is given, and repulsion along Q, which Y makes
     differences, w, Q = _tsne_similarities(Y)
     nu = max(Y.shape[1] - 1, 1)
     forces = (exaggeration * P - Q) * w  # (n, n)
