@@ -22,10 +22,8 @@ REPLACED = {  # what a document leaves to its reader, or what needs eight GPUs: 
     "--nproc-per-node 8 train_sft.py configs/tulu10.py": "--nproc-per-node 2 train_sft.py tulu10_small.py",
     "--nproc-per-node 8 train_dpo.py configs/tulu10.py": "--nproc-per-node 2 train_dpo.py tulu10_small.py",
     "RUN [RUN ...]": "runs/tulu10/sft runs/tulu10/dpo",
-    "PAIR...": "tulu10",
+    "validate configs/tulu10.py --prompts=labelled.csv": "validate tulu10 --texts=pairs.jsonl --prompts=labelled.csv --layers=2",
     "validate configs/smol.py": "validate tulu10 --texts=pairs.jsonl --layers=2",
-    "FILE": "pairs.jsonl",
-    "LABELLED": "labelled.csv --layers=2",
     "MODEL": "base",
 }
 NOT_RUN = {  # commands that begin so: why
