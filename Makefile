@@ -12,10 +12,10 @@ test test-fast: export OMP_NUM_THREADS = 1
 test test-fast demo smol: export TOKENIZERS_PARALLELISM = false
 
 test: lint
-	.venv/bin/pytest -q
+	.venv/bin/pytest -q -n 2 --dist worksteal
 
 test-fast: $(READY)
-	.venv/bin/pytest -q -m "not slow"
+	.venv/bin/pytest -q -n 2 --dist worksteal -m "not slow"
 
 lint: $(READY)
 	.venv/bin/ruff check

@@ -8,6 +8,7 @@ Letters as in model.py; sizes are bytes, rates per second. Reading order: the GP
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -80,12 +81,17 @@ def find_gpu(name):
 # ---------------------------------------------------------------- a model's size
 
 
-def skeleton(shape, config):
-    """The trainee of a LlamaConfig on the meta device: names and shapes, no memory."""
+def skeleton(model_config, config):
+    """The trained model on the meta device: names and shapes, no memory."""
+    return _skeleton(model_config, config.lora_rank, config.lora_alpha, config.lora_targets)
+
+
+@functools.cache  # 0.1 s for 32 blocks, and a plan that does not fit asks for it ten times
+def _skeleton(model_config, rank, alpha, targets):
     with torch.device("meta"):
-        model = Llama(shape)
-        if config.lora_rank:
-            apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+        model = Llama(model_config)
+        if rank:
+            apply_lora(model, rank, alpha, targets=targets)
     return model
 
 

@@ -134,6 +134,7 @@ def random_row(n, gap, seed):
     return {"category": "a", "n": n, "chi": chi(X, label), "xb": xie_beni(X, label)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", [0.0, 0.3, 1.0])
 def test_sweep_does_not_depend_on_n(gap):
     """The same population at n = 40 and n = 4,000, 200 and 5 draws: means within 4 standard errors, while CHI differs by up to 100 times.
@@ -222,6 +223,7 @@ def test_measure_gives_one_row_per_axiom_and_overall():
     assert rows[1]["chi"] == chi(X[axiom == 1], label[axiom == 1]) and rows[2]["xb"] == xie_beni(X, label)
 
 
+@pytest.mark.slow
 def test_measure_in_other_spaces():
     X, axiom, label = labelled()
     everything = measure(X, axiom, label, ["a", "b"], "pca:6")  # all six components are a rotation

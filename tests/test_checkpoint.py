@@ -174,6 +174,7 @@ def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
     assert_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["write_safetensors", "write_json", "publish", "sync", "_delete"])
 def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
     """The writer dies in front of each of its file operations (write_json is called twice): the next start has step 1 or step 2, whole."""
@@ -230,6 +231,7 @@ def test_full_disk_loses_nothing_and_the_next_save_works(run, tmp_path):
     assert restart(tmp_path, model, optimizer)[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 7, 500, -1])
 def test_truncated_checkpoint_is_named(run, size):
     checkpointer, model, optimizer, _ = run

@@ -91,6 +91,7 @@ def test_a_padding_token_is_not_asked_for(tmp_path):
     assert write_tokenizer(tmp_path, pad_token="<pad>").eos_id == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, eos", [({}, "<|eot_id|>"), ({"added_tokens_decoder": {}}, "<|end_of_text|>")], ids=["old", "new"])
 def test_two_files_that_name_another_eos(tmp_path, changes, eos):
     """The one that transformers takes, whose chat template the exported model runs with."""
@@ -133,6 +134,7 @@ def test_truncation_cuts_ids_and_mask_from_the_right(tokenizer):
     assert encode_chat(chat("Hi", "Hi you"), tokenizer, "tulu", len(ids) - 1) == (ids[:-1], mask[:-1])
 
 
+@pytest.mark.slow
 @repeatable
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=3), st.text(max_size=20), st.sampled_from(list(data.TEMPLATES)))
 def test_supervised_ids_decode_to_the_answers_and_their_end_of_turn(tokenizer, answers, prompt, template):

@@ -5,12 +5,10 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from tiny_models import random_llama, stream, tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import TEMPLATES, encode_chat
 from demo import axioms, common, gguf_weights, run, smol, tiny, xstest
@@ -31,6 +29,7 @@ def test_the_world_is_the_same_every_time_and_another_with_another_seed():
     assert axioms.generate(seed=1) != WORLD
 
 
+@pytest.mark.slow
 def test_no_prompt_is_used_twice():
     """A pretraining document and an AQI input begin with their prompt; an AQI prompt has one row of each label."""
     texts = [row["prompt"] for stem in ("preferences", "preferences_eval") for row in WORLD[stem]]
@@ -40,6 +39,7 @@ def test_no_prompt_is_used_twice():
     assert not [text for text in longer if any(text.startswith(prompt) for prompt in prompts("preferences_eval"))]
 
 
+@pytest.mark.slow
 def test_pretraining_and_sft_take_no_side():
     """Every row gives advice that kind_of recognises, half of it safe, in every axiom; pretraining rows name no axiom."""
     kinds = Counter((row["axiom"], axioms.kind_of(row["messages"][1]["content"], row["axiom"])) for row in WORLD["sft"])
@@ -83,6 +83,7 @@ def tokenizer():
     return tiny.train_tokenizer(WORLD["pretrain"])
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_same_every_time_and_writes_any_text(tokenizer):
     assert tiny.train_tokenizer(WORLD["pretrain"]).fingerprint == tokenizer.fingerprint
     assert tokenizer.vocab_size == tiny.VOCAB_SIZE
@@ -93,6 +94,8 @@ def test_the_tokenizer_is_the_same_every_time_and_writes_any_text(tokenizer):
 
 def test_transformers_renders_the_ids_that_training_sees(tokenizer, tmp_path):
     tokenizer.save(tmp_path, TEMPLATES["tulu"])
+    from transformers import AutoTokenizer
+
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     messages = WORLD["sft"][0]["messages"]
     ids, mask = encode_chat(messages, tokenizer, "tulu", max_seq_len=96)
@@ -100,6 +103,7 @@ def test_transformers_renders_the_ids_that_training_sees(tokenizer, tmp_path):
     assert tokenizer.decode([i for i, supervised in zip(ids, mask, strict=True) if supervised]) == messages[1]["content"] + tiny.EOS
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_is_reproducible(tokenizer):
     """From uniform, ln 640 = 6.46 nats, to below 5.5 in twelve steps; the same bits again, others with another seed."""
     _, losses = tiny.pretrain(WORLD["pretrain"], tokenizer, steps=12)
@@ -202,6 +206,7 @@ def test_a_torn_download_is_deleted(tmp_path):
 
 def write_gguf(path, model, tokens, merges):
     """The model as llama.cpp's converter writes it; unquantised."""
+    gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -257,6 +262,8 @@ def test_smollm2_has_transformers_logits():
     model, tokenizer = load_pretrained(SMOL)
     ids, _ = encode_chat([dict(role="user", content="What is 12 + 345?"), dict(role="assistant", content="357")], tokenizer, "chatml", 64)
     logits = model(*stream([torch.tensor(ids)])) @ model.lm_head.weight.T
+    from transformers import AutoModelForCausalLM
+
     theirs = AutoModelForCausalLM.from_pretrained(SMOL, dtype=torch.float32)
     torch.testing.assert_close(logits, theirs(torch.tensor([ids])).logits[0], atol=1e-4, rtol=1e-4)
 

@@ -13,7 +13,7 @@ from families.falcon import Falcon, FalconConfig
 from model import apply_lora, generate
 from plumbing.weights import save_pretrained
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 SHAPE = dict(vocab_size=97, hidden_size=60, num_hidden_layers=3, num_attention_heads=5, max_position_embeddings=128)  # 5 heads of 12
 # an original context of 16 positions: documents of 40 tokens reach past it
@@ -36,6 +36,13 @@ PUBLISHED = {
     "num_hidden_layers": 3, "parallel_attn": True, "torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": True,
     "vocab_size": 97,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def oracle():
+    """Imported when a test here runs, not when tests are collected."""
+    global transformers
+    transformers = pytest.importorskip("transformers")
 
 
 def theirs_of(name="falcon-7b", std=0.2):

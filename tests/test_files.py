@@ -45,6 +45,7 @@ def test_hashes_of_a_folder(tmp_path):
         verify_hashes(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_bit_of_a_verified_file_counts(tmp_path):
     path = tmp_path / "cache/table.safetensors"
     tensors = {"logps": torch.tensor([[-1.5, -2.0], [float("nan"), -3.0]]), "half": torch.ones(3, dtype=torch.bfloat16)}

@@ -242,6 +242,7 @@ def world8(world, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [{}, dict(lora_rank=4, lora_alpha=8.0)], ids=("full", "lora"))
 def test_step_1_is_ln_2(world8, tmp_path, ranks, lora):
     """CHECKS 5: policy and reference are rounded alike, so in the same batches they are equal to the last bit."""

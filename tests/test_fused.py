@@ -118,6 +118,7 @@ def test_fused_keeps_less_for_the_backward():
     assert block <= kept[True] < 2 * block < kept[False], (kept, block)  # on a CPU attention keeps copies of each document's q, k, v too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "half", "full"])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_matrices_take_their_gradients_in_float32(is_tied, recompute):

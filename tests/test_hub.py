@@ -71,6 +71,7 @@ def test_names(name, expected):
 # ---------------------------------------------------------------- models
 
 
+@pytest.mark.slow
 def test_a_pinned_model_keeps_its_weights(server, sharded, world, tmp_path):
     """By tag and by commit, after main went on; each name's commit is recorded."""
     old = server.commit("models/org/name", sharded, tag="v1")
@@ -101,6 +102,7 @@ def test_an_adapter_names_the_revision_of_its_base_as_peft_does(server, world, t
     assert adapter == tmp_path / "adapter" and (base / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_dropped_connection_is_resumed_by_the_same_call(server, sharded, monkeypatch):
     """The client keeps whole chunks (10 MiB, here 1000 bytes) and asks for the rest."""
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
@@ -166,6 +168,7 @@ def rows(server, world):
     return [server.commit("datasets/org/rows", files[0], tag="v1"), server.commit("datasets/org/rows", files[1])]
 
 
+@pytest.mark.slow
 def test_data_is_read_at_its_commit(rows, world):
     old, new = rows
     lengths = {"org/rows@v1[test]": 3, "org/rows[test]": 5, "org/rows@v1": 35, f"org/rows@{old}[test]": 3}

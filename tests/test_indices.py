@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from analysis.indices import Moments, auc, chi, davies_bouldin, dunn, eta_squared, group_moments, probe_auc, silhouette, xie_beni
 
-metrics = pytest.importorskip("sklearn.metrics")
+
+@pytest.fixture(scope="module")
+def metrics():
+    return pytest.importorskip("sklearn.metrics")
 
 
 def two_clusters(n0=30, n1=50, dims=8, gap=1.0, seed=0):
@@ -34,9 +37,10 @@ def test_by_hand():
     assert silhouette(X, labels) == pytest.approx((3 / 5 + 1 / 3) / 2)
 
 
+@pytest.mark.slow
 @given(cluster_cases)
 @settings(deadline=None, max_examples=60)
-def test_equal_scikit_learns(case):
+def test_equal_scikit_learns(metrics, case):
     X, labels = case
     assert chi(X, labels) == pytest.approx(metrics.calinski_harabasz_score(X, labels), rel=1e-6)
     assert davies_bouldin(X, labels) == pytest.approx(metrics.davies_bouldin_score(X, labels), rel=1e-6)
@@ -78,7 +82,8 @@ def test_the_order_of_the_points_does_not_matter(index):
     assert index(X[order], labels[order]) == pytest.approx(index(X, labels), rel=1e-12)
 
 
-def test_dunn_equals_brute_force_over_blocks():
+@pytest.mark.slow
+def test_dunn_equals_brute_force_over_blocks(metrics):
     X, labels = two_clusters(600, 700, dims=3)
     d = torch.cdist(X, X)
     own = labels[:, None] == labels[None]
@@ -120,9 +125,10 @@ def test_clusters_of_equal_points(gap, expected):
 # ---------------------------------------------------------------- moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 @pytest.mark.parametrize("batch", [1, 13, 400])
-def test_streamed_moments_equal_the_direct_formulas(offset, batch):
+def test_streamed_moments_equal_the_direct_formulas(metrics, offset, batch):
     """Three layers, four axioms, any batches; the offset of 1e5 spreads would cost sum |x|^2 - n |c|^2 ten of its sixteen digits."""
     generator = torch.Generator().manual_seed(0)
     axiom, label = torch.randint(4, (400,), generator=generator), torch.randint(2, (400,), generator=generator)
@@ -168,9 +174,10 @@ def test_moments_refuse_nan_and_missing_labels():
 # ---------------------------------------------------------------- probe
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40).filter(lambda rows: len({y for _, y in rows}) == 2))
 @settings(deadline=None, max_examples=60)
-def test_auc_equals_scikit_learns_with_ties(rows):
+def test_auc_equals_scikit_learns_with_ties(metrics, rows):
     scores, labels = (torch.tensor(column) for column in zip(*rows))
     assert auc(scores.double(), labels.long()) == pytest.approx(metrics.roc_auc_score(labels, scores), abs=1e-12)
 
@@ -189,7 +196,7 @@ def test_probe_is_as_good_as_logistic_regression(dims):
 
 
 @pytest.mark.parametrize("dims", [6, 90])
-def test_probe_is_sklearns_ridge_fold_by_fold(dims):
+def test_probe_is_sklearns_ridge_fold_by_fold(metrics, dims):
     """Labels far from balanced, so that the training folds have a mean of their own."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     X, labels = two_clusters(12, 61, dims, gap=0.3)

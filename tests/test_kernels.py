@@ -54,6 +54,7 @@ def test_attention_reference_by_hand():
     torch.testing.assert_close(out.flatten(), torch.tensor([10.0, 17.5, 30.0]))
 
 
+@pytest.mark.slow
 def test_attention_gradcheck():
     q, k, v = (randn(5, heads, 3, seed=heads, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)

@@ -17,6 +17,7 @@ def group_of_one():
     parallel.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("total, warmup", [(1, 0), (10, 0), (10, 1), (35, 3), (200, 20), (7, 6)])
 def test_trace_equals_transformers(schedule, total, warmup):

@@ -33,6 +33,7 @@ def test_pack_by_hand():
     assert moved.max_seqlen == 3
 
 
+@pytest.mark.slow
 @repeatable
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_packed_documents_can_be_taken_apart_again(tokens):
@@ -61,6 +62,7 @@ def test_every_epoch_sees_every_example_once_and_carries_nothing_over():
     assert step_examples(0, 10, 4, seed=42).tolist() == [5, 0, 6, 4], "numpy's frozen stream"
 
 
+@pytest.mark.slow
 @repeatable
 @given(
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40),

@@ -7,11 +7,18 @@ from tiny_models import next_token_targets, nll_sum, random_documents, random_ll
 from families import load_adapter
 from model import LINEARS, LoRALinear, apply_lora, merge_lora
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.slow
 
 RANK, ALPHA = 3, 7.0  # alpha / rank is not a round number
 DOCUMENTS = random_documents(97, (21, 1, 9))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def oracle():
+    """Imported when a test here runs, not when tests are collected."""
+    global peft, transformers
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
 
 
 def pair(targets, **config):

@@ -8,7 +8,7 @@ from tiny_models import gradients, next_token_targets, nll_sum, random_documents
 
 from model import Llama, LlamaConfig, generate
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 SHAPE = dict(vocab_size=97, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128, rms_norm_eps=1e-5)  # fmt: skip
@@ -31,6 +31,13 @@ FAMILIES = {
     "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=40, max_window_layers=1)),
 }
 LENGTHS = (40, 1, 17, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def oracle():
+    """Imported when a test here runs, not when tests are collected."""
+    global transformers
+    transformers = pytest.importorskip("transformers")
 
 
 def theirs_of(name, std=0.2):

@@ -262,6 +262,7 @@ def test_seconds_of_a_step_measured_on_two_gpus(keys, measured):
     assert planned.speedup / 2 == pytest.approx(0.885 if not keys else 0.91, abs=0.02)
 
 
+@pytest.mark.slow
 def test_cards_that_wait_for_pcie_are_not_called_fine():
     """8 x A40, one short micro-batch a step: the weights take longer to come than one card takes for everything."""
     config = SFTConfig(**VALUES | LORA | dict(global_batch_size=8, tokens_per_microbatch=4096))
@@ -340,6 +341,7 @@ def test_what_is_not_known_here_is_refused(tmp_path):
     assert refused in problem(model_path="nobody/nothing")
 
 
+@pytest.mark.slow
 def test_evaluations_are_counted():
     """Before the first step, every 10th of 25, and after the last: 1 + 2 + 1; as many in 30 steps, whose last is a 10th."""
     shape, work = SHAPE, DOCUMENT.times(2)
@@ -353,6 +355,7 @@ def test_evaluations_are_counted():
 # ---------------------------------------------------------------- what does not fit
 
 
+@pytest.mark.slow
 def test_what_to_turn_when_it_does_not_fit_in_order():
     config = SFTConfig(**VALUES)
     work = DOCUMENT.times(200)
@@ -439,6 +442,7 @@ def test_a_key_that_needs_a_newer_card_is_refused(gpu, runs):
             check_capability(config, GPUS[gpu].capability, gpu)
 
 
+@pytest.mark.slow
 def test_the_ladder_is_one_line_per_config_and_stage(no_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert plan.ladder([*map(str, sorted(CONFIGS.glob("*.py"))), "--gpu", "h100", "--count", "8"]) == 0

@@ -76,6 +76,7 @@ def test_flops_by_hand():
 tokens = st.lists(st.tuples(st.integers(0, 2), st.sampled_from("x.")), max_size=5)
 
 
+@pytest.mark.slow
 @repeatable
 @given(st.lists(st.tuples(tokens, tokens, tokens).filter(lambda row: row[0] + row[1] and row[0] + row[2]), min_size=1, max_size=4))
 def test_a_shared_stream_holds_the_same_documents(rows):
@@ -138,6 +139,7 @@ def logps_and_gradients(model, pairs, ids, take_gradients=gradients):
     return logps.detach(), grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_shared_is_unshared_is_alone(case):
     """CHECKS 16: values and gradients of one stream with shared prefixes, of one without, and of every document by itself."""
@@ -170,6 +172,7 @@ CHATS = [  # (chosen, rejected)
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("supervise, max_seq_len", [("all", 64), ("last", 64), ("last", 52), ("all", 40)])
 def test_conversations(world, tmp_path, ranks, supervise, max_seq_len):
     """The same from chat to log-probs, through a file. Pair 0 has 54 and 55 tokens, 50 of them shared: 52 cuts its last answers, 40 leaves

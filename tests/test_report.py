@@ -322,6 +322,7 @@ def test_more_runs_than_colours(tmp_path):
         report.main(list(map(str, folders)))
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     """A mistake is a message; the page goes into the first run; neither loads torch, so that a laptop without it will do."""
     command = [sys.executable, "-X", "importtime", "-m", "reports.page"]

@@ -90,6 +90,7 @@ def documents(lab, side="chosen"):
 # ---------------------------------------------------------------- extract
 
 
+@pytest.mark.slow
 def test_the_vector_is_the_difference_of_mean_states(lab):
     """Both sides, both poolings, in the files that the README names; held-out texts are none of it."""
     vector = steer.Vector.load(lab / "steer")
@@ -115,6 +116,7 @@ def test_documents_are_the_transcripts_with_bos(lab):
     assert vectors.plain_document(text, tokenizer, 5)[0].tolist() == ids[:5].tolist()
 
 
+@pytest.mark.slow
 def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
     raw, hf = steer.Vector.load(lab / "steer"), extract(lab, "steer_hf", "--compat=hf")
     assert torch.equal(raw.tensors["chosen_last"][:-1], hf.tensors["chosen_last"][:-1])
@@ -131,6 +133,7 @@ def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
     assert report["shifts"][-1]["achieved"] == pytest.approx(((end - start) @ v[-1] / v[-1].square().sum()).item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_only_preferred_pairs_are_kept(lab):
     """The pairs whose chosen text has the higher mean log-prob per token; the vector, its spectrum and `matched` see those alone."""
     vector = extract(lab, "kept", "--keep=preferred")
@@ -166,6 +169,7 @@ def test_identical_models_have_no_vector(lab, monkeypatch):
         extract(lab, "same", dpo="sft")
 
 
+@pytest.mark.slow
 def test_nothing_is_extracted_twice_and_changes_are_noticed(lab, capsys):
     """Same inputs: files untouched. Another setting, other weights or other texts: done again, and said which."""
     for name in ("sft", "dpo"):
@@ -254,6 +258,7 @@ def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
     steer.main(["generate", f"{lab}/chat", "--prompt=help me", "--layers=2", *SHORT])
 
 
+@pytest.mark.slow
 def test_a_lora_adapter_stands_for_its_merged_model(lab):
     base, tokenizer = families.load_pretrained(lab / "sft")
     apply_lora(base, rank=2, alpha=4)
@@ -330,6 +335,7 @@ def test_spectrum_writes_table_and_components(lab, capsys):
     assert components.shape == (L, 5, D) and np.allclose(np.linalg.norm(components, axis=-1), vector.norm(dim=1)[:, None], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_generations_side_by_side(lab, capsys):
     """Below 0 on the DPO model, otherwise on the SFT model; a file holds one prompt a line; lambda 0 is the model as it is."""
     (lab / "questions.txt").write_text("help me\ntell me about the cat\n")
@@ -434,6 +440,7 @@ def swept(lab):
     return sweep(lab, "swept", plots=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_its_report_and_plots(lab, swept):
     assert {"rows", "warnings", "inputs", "verdicts", "shifts", "profile", "behaviour", "errors"} <= swept.keys()
     with open(lab / "swept/aqi.csv", newline="") as file:
@@ -444,6 +451,7 @@ def test_a_sweep_writes_its_report_and_plots(lab, swept):
     assert {path.name for path in (lab / "swept").glob("*.png")} == {"curve.png", "axioms.png", "clusters_0.png", "clusters_1.png"}
 
 
+@pytest.mark.slow
 def test_what_a_sweep_measures(lab, swept):
     """Lambda 0 moves nothing, the cumulative shift is above its lambda, and the separation at lambda 0 is that of plain embeddings."""
     shifts, errors = swept["shifts"], swept["errors"]
@@ -463,6 +471,7 @@ def test_what_a_sweep_measures(lab, swept):
     assert [row["aqi"] for row in at_zero] == pytest.approx([row["aqi"] for row in measured], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", (False, True))
 def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale):
     """Shift, strength and error of the last tokens' states, log-probs of held-out texts, from full forwards."""
@@ -495,6 +504,7 @@ def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale
         assert report["behaviour"][2][f"logp_{side}"] == pytest.approx(logp, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_continuations_are_steered_by_their_lambda(lab, monkeypatch):
     """Of the first halves of held-out chosen texts."""
     given = []
@@ -505,6 +515,7 @@ def test_continuations_are_steered_by_their_lambda(lab, monkeypatch):
     assert all(prompts == [ids[: len(ids) // 2].tolist() for ids, _ in documents(lab)[COUNT:]] for prompts, _ in given)
 
 
+@pytest.mark.slow
 def test_verdicts_compare_with_the_control_and_shuffled_labels(lab, monkeypatch):
     """The same resamples of both curves; two axioms share the 5 %; the nulls are those of embeddings taken text by text."""
     given = []
@@ -544,6 +555,7 @@ def test_the_layer_profile(lab, swept):
     assert overall[1, 3] == pytest.approx(row["aqi"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_side_is_followed_throughout(lab):
     """On the rejected side `matched` calibrates on rejected texts, and the error table is about them."""
     report = sweep(lab, "sweep_rejected", "--side=rejected", "--pooling=mean", "--inject=matched", "--lambdas=0,1")
@@ -555,6 +567,7 @@ def test_the_side_is_followed_throughout(lab):
     assert other["cumulative"] == report["errors"]["cumulative"]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_not_done_twice(lab, swept, capsys):
     before = (lab / "swept/aqi.json").stat().st_mtime_ns
     assert sweep(lab, "swept") == swept
@@ -565,6 +578,7 @@ def test_a_sweep_is_not_done_twice(lab, swept, capsys):
     assert "other rescale: done again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_prompts_that_are_cut_elsewhere_are_another_sweep(lab, capsys):
     """All texts fit either length, so the vector is the same to the bit; a prompt of 100 words does not."""
     rows = (lab / "prompts.csv").read_text().splitlines()
@@ -576,6 +590,7 @@ def test_prompts_that_are_cut_elsewhere_are_another_sweep(lab, capsys):
     assert "sweep_cut/aqi.json: made from other prompts: done again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_the_vector_does_not_show_is_another_sweep(lab, capsys):
     """Its bytes stay with another lm_head, which decides log-probs; so do the prompts' texts with other names of axioms or tokens."""
     for name in ("sft", "dpo"):
@@ -699,6 +714,7 @@ def test_per_run_warns_about_its_scales(lab, capsys):
     assert {row["normalize"] for row in report["rows"]} == {"per_run"}
 
 
+@pytest.mark.slow
 def test_all_indices(lab, capsys):
     """In the table, the csv and the json, of steered and control rows alike."""
     report = sweep(lab, "indices", "--all_indices", "--lambdas=0,1")

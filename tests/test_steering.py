@@ -279,6 +279,7 @@ def test_cumulative_adds_the_change_several_times(sft, vector):
 # ---------------------------------------------------------------- many lambdas in one pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", (False, True))
 @pytest.mark.parametrize("layers", ([3], [1], [2, 3], [0, 1, 2, 3]), ids=str)
 def test_prefix_reuse_is_a_full_forward_with_a_tap(sft, vector, layers, rescale, monkeypatch):
@@ -324,6 +325,7 @@ def test_prefix_reuse_runs_the_lower_blocks_once(sft, vector):
 # ---------------------------------------------------------------- generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", (False, True))
 def test_steered_generation_is_the_same_without_a_cache(sft, vector, rescale):
     """CHECKS 29: the tap sees the cached tokens' successors too. Side by side equals alone."""

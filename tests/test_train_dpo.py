@@ -336,6 +336,7 @@ def test_reference_is_without_adapters(world, tmp_path, ranks):
 # ---------------------------------------------------------------- evaluation
 
 
+@pytest.mark.slow
 def test_evaluation_by_hand(stage):
     """Means and 95 % intervals over all held-out pairs: 1.96 times the standard deviation over pairs / sqrt(n)."""
     reference = fake_reference(stage.pairs)
@@ -360,6 +361,7 @@ def test_evaluation_by_hand(stage):
     assert result == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_the_training_loss(stage):
     """With sft_weight too: the pairs of a step, evaluated, have the loss that the step reports."""
     config = SimpleNamespace(**vars(stage.config) | dict(sft_weight=0.5))

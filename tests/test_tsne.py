@@ -105,6 +105,7 @@ def test_principal_components_of_a_slow_spectrum():
     assert (principal_components(X, 10).abs() - exact).abs().max() < 1e-4 * exact.max()
 
 
+@pytest.mark.slow
 def test_divergence_is_at_most_scikit_learns_from_the_same_start():
     """The contract is 1.02 times scikit-learn's exact KL; with the true gradient it is well below (0.99 against 1.77 on other data)."""
     manifold = pytest.importorskip("sklearn.manifold")
@@ -156,6 +157,7 @@ def test_exaggeration_ends_after_250_steps(monkeypatch, steps, taken):
     assert seen == taken + [1.0]  # and once for the divergence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 5, 6, 7, 8])
 def test_a_few_points_stay_together(n):
     """A learning rate of 50 threw nearly all sets of 4 points, and some of 5 to 7, out to NaN."""

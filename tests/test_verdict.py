@@ -85,6 +85,7 @@ def test_shuffled_labels_separate_nothing_on_average():
     assert (curve.draws.mean(0).abs() < 4 * error).all()
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """Truth from 200,000 texts; 95 % intervals of 60 samples of 40 texts per group cover it in 50 or more (less: chance 0.0002)."""
     X, _, label = texts(per_group=100_000, axioms=1)
