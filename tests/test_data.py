@@ -1,8 +1,10 @@
 """Exact ids and masks of literal conversations, transformers as oracle for the templates, and the way from rows to columns of tokens."""
 
+import csv
 import dataclasses
 import gzip
 import importlib
+import io
 import json
 import os
 import random
@@ -10,6 +12,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ import datasets
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -1136,6 +1139,13 @@ def test_scratch_folders_of_processes_that_ended_are_removed(tokenizer, config):
     assert {path.name for path in config.cache_dir.glob(".*")} == {names["alive"], names["elsewhere"]}
 
 
+def test_the_data_library_is_imported_where_it_is_needed():
+    """It takes a second, which --help and --plan would wait for."""
+    code = "import sys, train_dpo, planner.plan; assert not {'datasets', 'pyarrow', 'pandas'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     hashes = []
@@ -1143,3 +1153,81 @@ def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
         (tmp_path / f"code_{i}.py").write_text(f"def f():\n    {body}\n")
         hashes.append(token_cache.hash_code([importlib.import_module(f"code_{i}")]))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+TEXTS = st.one_of(
+    st.sampled_from(["Hi", "yo", "", " ", "\n", "<|end_of_text|>", "\n\nHuman: a\n\nAssistant: b", "\ud83d", "\u2028", '"', ",", "\x00"]),
+    st.text(max_size=6),
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2),
+    max_leaves=3,
+)
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": TEXTS | VALUES},
+    optional={key: VALUES for key in ("weight", "train", "tool_calls", "name")},
+)
+COLUMN = st.sampled_from(["prompt", "chosen", "rejected", "messages", "system", "history", "tools", "weight", "id", "input", "completion"])
+
+
+@st.composite
+def source_files(draw):
+    """(name, bytes) of a data file: rows like an example's, some of them changed, and sometimes bytes that are damaged."""
+    example = EXAMPLES[draw(st.sampled_from(list(EXAMPLES)))]
+    rows = []
+    for _ in range(draw(st.integers(1, 8))):
+        row = dict(example)
+        for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 2]))):
+            column = draw(st.sampled_from(list(example)) | COLUMN)
+            row[column] = draw(VALUES | TEXTS | st.lists(TURNS, max_size=3))
+        rows.append(row)
+    suffix = draw(st.sampled_from(["jsonl", "json", "csv", "jsonl.gz"]))
+    if suffix == "csv":
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(example), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        content = file.getvalue().encode(errors="replace")
+    else:
+        lines = [json.dumps(row, ensure_ascii=draw(st.booleans())) for row in rows]
+        text = "[" + ", ".join(lines) + "]" if suffix == "json" else "\n".join(lines)
+        content = text.encode(errors="replace" if draw(st.booleans()) else "surrogatepass")
+    damage = draw(st.integers(0, 5))
+    if damage == 1:
+        content = content[: draw(st.integers(0, len(content)))]
+    elif damage == 2:
+        at = draw(st.integers(0, len(content)))
+        content = content[:at] + draw(st.binary(max_size=3)) + content[at + 1 :]
+    if suffix.endswith("gz"):
+        content = gzip.compress(content)
+        content = content[: len(content) - draw(st.sampled_from([0, 0, 0, 1, 9]))]
+    return f"a.{suffix}", content
+
+
+def check_file(tokenizer, folder, name, content, load):
+    """Rows are kept, dropped and counted, or the file is refused in one line that names it. Returns what happened, and the rows kept."""
+    (folder / name).write_bytes(content)
+    options = dict(data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice", share_prefix=True)
+    config = SimpleNamespace(data={str(folder / name): 1.0}, cache_dir=folder / "cache", **options)
+    lines = []
+    try:
+        documents, _ = load(config, tokenizer, lines.append)
+    except UserError as error:
+        message = str(error)
+        assert message.startswith("data") and "\n" not in message, message
+        assert str(folder / name) in message or message.startswith("data: "), message  # the latter: of the whole mixture
+        return "refused", 0
+    rows = len(open_source(str(folder / name), log=lines.append))
+    counts = [int(count) for count in re.findall(r"(\d+) (?:rows:|train|dropped)", lines[-2] if name.endswith("gz") else lines[-1])]
+    assert counts[0] == rows == sum(counts[1:]) and counts[1] == len(documents)
+    return "read", len(documents)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(source_files(), st.sampled_from([data.load_sft, data.load_preferences]))
+def test_whatever_is_in_a_file_rows_are_counted_or_it_is_refused_by_name(tokenizer, tmp_path_factory, file, load):
+    check_file(tokenizer, tmp_path_factory.mktemp("fuzz"), *file, load)

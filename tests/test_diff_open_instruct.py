@@ -103,6 +103,30 @@ def test_what_is_missing_is_not_compared(compared):
         assert why in out
 
 
+UPDATE = """
+class DatasetConfig:
+    def update_range(self, wanted):
+        self.dataset = self.dataset.select(range(wanted))
+"""
+
+
+@pytest.mark.parametrize("file, source", [("dataset_transformation", UPDATE), ("utils", """
+def get_datasets(mixer, splits, columns_to_keep):
+    ((name, amount),) = mixer.items()
+    rows = load_dataset(name).shuffle(seed=42)
+    return {"train": rows.select(range(int(amount * len(rows)) if isinstance(amount, float) else amount))}
+""")], ids=["2025-01-28 to 2025-07-21", "before"])  # fmt: skip
+def test_older_rules_of_picking_rows(tmp_path, capsys, file, source):
+    """Of revisions without load_dataset_configs."""
+    root = write(tmp_path / "checkout", ("dataset_transformation", "def load_dataset_configs", "def configs"))
+    path = root / f"open_instruct/{file}.py"
+    path.write_text(f"from datasets import load_dataset\n{path.read_text()}{source}")
+    main(["--checkout", str(root)])
+    rule = "first" if file == "dataset_transformation" else "shuffle"
+    picked = [line for line in capsys.readouterr().out.splitlines() if line.startswith("picked rows")]
+    assert len(picked) == 4 and all(f"rows='{rule}'" in line and line.endswith("equal") for line in picked)
+
+
 @pytest.mark.slow
 def test_trl(compared, world, capsys):
     args = ["--trl", "--model", str(world / "base"), "--data", str(world / "pref.jsonl"), "--rows", "4"]

@@ -16,6 +16,7 @@ from world import ROOT, change_weights, launch, metrics, write_config
 import families
 import steer
 from plumbing import hub, weights
+from plumbing.files import UserError
 from plumbing.sources import open_source
 from tools import push
 
@@ -182,6 +183,36 @@ def test_a_key_that_some_rows_of_the_hub_lack_is_null_there(server):
     assert open_source("org/gaps")[1] == {"text": None, "label": "unsafe"}
     server.commit("datasets/org/words", {"train.csv": b"text,label\nNone,safe\n,unsafe\n"})
     assert open_source("org/words")["text"] == ["None", None]  # only an empty cell of a csv is null
+
+
+def test_a_configuration_is_picked_by_name(server):
+    """org/name[config/split]; without one, the error lists what there is."""
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.jsonl\n  - split: test\n    path: other.jsonl\n"
+        for name in ("main", "socratic")
+    )
+    files = {f"{name}.jsonl": json.dumps({"prompt": name}).encode() + b"\n" for name in ("main", "socratic", "other")}
+    server.commit("datasets/org/several", files | {"README.md": f"{card}---\n".encode()})
+    read = {part: open_source(f"org/several[{part}]")["prompt"] for part in ("main/", "socratic/train", "main/test")}
+    assert read == {"main/": ["main"], "socratic/train": ["socratic"], "main/test": ["other"]}
+    for name in ("org/several", "org/several[third/test]"):
+        with pytest.raises(UserError, match=r"^[^\n]+main.+socratic[^\n]+; expected \"org/several\[CONFIG/SPLIT\]\"$"):
+            open_source(name)
+
+
+BROKEN = {
+    "torn.jsonl": b'{"prompt": "a"}\n{"pro',
+    "types.jsonl": b'{"prompt": "a"}\n{"prompt": 1}\n',
+    "no.parquet": b"no parquet",
+    "cells.csv": b'a,b\n1,2\n"3',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_the_library_cannot_read_is_named_in_one_line(server, name):
+    server.commit("datasets/org/broken", {name: BROKEN[name]})
+    with pytest.raises(UserError, match="^data 'org/broken': [^\n]+$"):
+        open_source("org/broken")
 
 
 @pytest.mark.parametrize(

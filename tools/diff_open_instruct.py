@@ -50,16 +50,47 @@ def learning_rates(checkout, stage, total=50, peak=1e-5):
         yield numbers(name, "step", ours, theirs, 1e-9, (known, why))
 
 
+def _their_rule(checkout, rows):
+    """(the name of their rule here, amount as text -> the rows that their code picks), of whichever revision it is."""
+    instead = dict(load_dataset=lambda *_, **__: rows, get_commit_hash=lambda *_, **__: None)
+
+    def find(name, file):
+        try:
+            found = checkout.find([name], [file])
+        except NotFound:
+            return None
+        checkout.module(file).update(instead)
+        return found
+
+    def updated(amount):
+        config = kind.__new__(kind)  # __init__ asks the hub for a commit
+        config.dataset, config.dataset_name = rows, "rows"
+        config.update_range(int(float(amount) * len(rows)) if "." in amount else int(amount))
+        return list(config.dataset["row"])
+
+    def shuffled(amount):
+        mixture = {"rows": float(amount) if "." in amount else int(amount)}
+        return list(call(get, mixture, splits=["train"], columns_to_keep=["row"])["train"]["row"])
+
+    if load := find("load_dataset_configs", "dataset_transformation"):  # since 2025-11-03
+        return "choice", lambda amount: list(call(load, ["rows", amount], ["train"], [], [])[0].dataset["row"])
+    if kind := find("DatasetConfig", "dataset_transformation"):  # since 2025-01-28; repeats since 2025-07-21
+        return "choice" if hasattr(kind, "select_samples") else "first", updated
+    if get := find("get_datasets", "utils"):
+        return "shuffle", shuffled
+    raise NotFound("not found in this checkout: load_dataset_configs, DatasetConfig, get_datasets")
+
+
 def picked_rows(checkout, _stage, n=1009):
-    """Their mixture code on a data set of n numbered rows, which it is given in place of a download."""
-    load = checkout.find(["load_dataset_configs"], ["dataset_transformation"])
+    """Their mixture code on a data set of n numbered rows, which it is given in place of a download; ours by the same rule."""
     rows = datasets.Dataset.from_dict({"row": list(range(n))})
-    checkout.module("dataset_transformation").update(load_dataset=lambda *_, **__: rows, get_commit_hash=lambda *_, **__: None)
+    rule, pick = _their_rule(checkout, rows)
     for amount in ("0.1", "0.5", "1.0", "2.3", "100", "1500"):
-        name = f"picked rows, {amount} of {n:,}"
-        (config,) = call(load, ["rows", amount], ["train"], [], [])
-        ours = mixture_rows(n, float(amount) if "." in amount else int(amount)).tolist()
-        theirs = list(config.dataset["row"])
+        wanted = float(amount) if "." in amount else int(amount)
+        if rule != "choice" and (wanted > n or amount == "2.3"):
+            continue  # no repeats before 2025-07-21
+        name = f"picked rows, {amount} of {n:,}" + (f", rows={rule!r}" if rule != "choice" else "")
+        ours, theirs = mixture_rows(n, wanted, rule).tolist(), pick(amount)
         if len(ours) != len(theirs):
             yield Row(name, f"{len(ours):,} rows", "", DIFFERS, f"ours picks {len(ours):,} rows, theirs {len(theirs):,}")
         else:
