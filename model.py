@@ -66,6 +66,7 @@ class LlamaConfig:
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None  # only kept, for the export: documents are packed, nothing is padded
 
     @classmethod
     def from_hf(cls, directory):
@@ -87,6 +88,8 @@ class LlamaConfig:
             rope = {"rope_type": "llama3"} | vars(self.rope_scaling)
         keys = (*_REQUIRED, "num_key_value_heads", "head_dim", "tie_word_embeddings", "model_type")
         out = {key: getattr(self, key) for key in (*keys, "bos_token_id", "eos_token_id")}
+        if self.pad_token_id is not None:
+            out["pad_token_id"] = self.pad_token_id
         out["architectures"] = [_ARCHITECTURES[self.model_type]]
         out |= {"hidden_act": "silu", "attention_dropout": 0.0}
         # both spellings: transformers 4 reads rope_theta and rope_scaling, transformers 5 reads
@@ -211,6 +214,7 @@ def _config_from_hf(raw, source):
         model_type=model_type,
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+        pad_token_id=raw.get("pad_token_id"),
     )
 
 
@@ -345,8 +349,7 @@ class Block(nn.Module):
 class Body(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # zeros until weights are loaded or drawn: nn.Embedding draws its own, which imports the compiler (1
-        # s)
+        # zeros until weights are loaded or drawn: nn.Embedding draws its own, and imports a compiler for it
         zeros = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

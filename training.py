@@ -10,10 +10,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data import TEMPLATES, end_of_turn, resolve_template
-from model import Llama, LlamaConfig, apply_fused, apply_lora, apply_recompute, generate, init_lora, training_flops
+from model import (
+    Llama,
+    LlamaConfig,
+    apply_fused,
+    apply_lora,
+    apply_recompute,
+    generate,
+    init_lora,
+    training_flops,
+)
 from optim import (
     adamw,
     apply_gradients,
@@ -126,7 +136,8 @@ class Run:
             self.checkpointer.wait()
         if not stopped:
             return 0
-        self.world.say(f"stopped by signal {stopped} after step {step}, saved; the same command goes on from there")
+        goes_on = "saved; the same command goes on from there"
+        self.world.say(f"stopped by signal {stopped} after step {step}, {goes_on}")
         return 128 + stopped
 
     def finish(self):
@@ -162,9 +173,13 @@ def start(stage, config, load_data, facts):
 
     directory = parallel.main_first(world, lambda: resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
-    model_config = parallel.main_first(world, lambda: read_model_config(config, directory, tokenizer, world.device))
+    model_config = parallel.main_first(
+        world, lambda: read_model_config(config, directory, tokenizer, world.device)
+    )
     parallel.main_first(world, lambda: lock(config.out_dir) if world.main else None)
     data, held_out = parallel.main_first(world, lambda: load_data(config, tokenizer, world.say))
+    if world.main:
+        say_padding(model_config.pad_token_id, data, world)
     model = load_model(config, directory, model_config, world.device)
 
     steps_of_epochs = config.num_epochs * steps_per_epoch(len(data), config.global_batch_size)
@@ -180,12 +195,26 @@ def start(stage, config, load_data, facts):
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     if done := parallel.from_main(world, checkpointer.finished):
         world.say(done)
+        if config.push and world.main:
+            hub.push(config.out_dir, config.push)
+            world.say(f"pushed to {config.push}")
         raise SystemExit(0)
     parallel.require_same(world, data=data.fingerprint, data_eval=data_eval, checkpoint=str(latest))
     manifest = provenance | {"stage": stage, "warmup_steps": warmup, **implicit(config), **facts}
     log = Logbook(config, world, total_steps, manifest)
     return Run(config, world, tokenizer, model, optimizer, data, held_out, weights, total_steps, warmup,
                checkpointer, latest, log)  # fmt: skip
+
+
+def say_padding(pad_token_id, data, world):
+    """One line where transformers trains another model: the embedding of pad_token_id has no gradient there.
+
+    Here nothing is padded, and the id, often EOS, has the gradient that the loss gives it."""
+    sides = [data.chosen, data.rejected] if hasattr(data, "chosen") else [data]
+    count = sum(np.count_nonzero(side.input_ids == pad_token_id) for side in sides)
+    if pad_token_id is not None and count:
+        theirs = "transformers gives its embedding no gradient, here it has the loss's (docs/loss.md)"
+        world.say(f"pad_token_id={pad_token_id} occurs {count:,} times in the data: {theirs}")
 
 
 def sum_losses(losses):
@@ -258,7 +287,8 @@ def check_float8(model_config):
     keys = model_config.num_key_value_heads * model_config.head_dim
     sizes = (model_config.hidden_size, model_config.intermediate_size, queries, keys)
     if any(size % 16 for size in sizes):
-        raise UserError(f"precision='fp8': expected linears whose sizes are multiples of 16, the model has {sizes}")
+        expected = "expected linears whose sizes are multiples of 16"
+        raise UserError(f"precision='fp8': {expected}, the model has {sizes}")
 
 
 # ---------------------------------------------------------------- sampling and saving

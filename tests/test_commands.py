@@ -38,8 +38,8 @@ TULU10_SMALL = """
 import runpy
 _full = runpy.run_path("configs/tulu10.py")
 common = _full["common"]
-sft = _full["sft"] | dict(model_path="base", data={"chats.jsonl": 1.0}, max_seq_len=128)
-dpo = _full["dpo"] | dict(data={"pairs.jsonl": 1.0}, max_seq_len=128, lr=1e-2)
+sft = _full["sft"] | dict(model_path="base", data={"chats.jsonl": 1.0}, data_eval=0.2, max_seq_len=128)
+dpo = _full["dpo"] | dict(data={"pairs.jsonl": 1.0}, data_eval=0.2, max_seq_len=128, lr=1e-2)
 """
 
 DOCUMENTED = {}  # {command: the output that is shown below it, by lines}; one that is repeated is run once, where it comes first

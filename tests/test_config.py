@@ -59,6 +59,14 @@ def test_every_config_loads(path, stage):
         assert config.model_path == f"runs/{path.stem}/sft/final", "DPO starts from (and is compared with) the SFT model"
 
 
+@pytest.mark.parametrize("name", ["tulu10", "tulu10_lora", "tulu_full", "tulu_full_lora", "pku_lora"])
+def test_paid_runs_hold_pairs_out(name):
+    """Some 500 of the pairs, so that the ladder has an accuracy: 1.96 sqrt(0.7 * 0.3 / 500) is 4 %."""
+    rows = {"tulu10": 27_140, "tulu_full": 271_409, "pku": 12_000}[name.removesuffix("_lora")]
+    config = load("dpo", [str(FOLDER / f"{name}.py")])
+    assert 450 < config.data_eval * rows < 600
+
+
 def test_the_seed_run_is_as_recorded():
     sft, dpo = (load(stage, [str(FOLDER / "tulu10.py")]) for stage in ("sft", "dpo"))
     assert (sft.lr, sft.warmup_ratio, sft.num_epochs, sft.global_batch_size, sft.max_seq_len) == (5e-6, 0.03, 2, 128, 4096)

@@ -306,14 +306,15 @@ def test_counts_of_the_tulu_mixtures_are_marked_as_estimates():
     """A tenth of 271,409 pairs: 27,140, so 213 steps of 128; 250 + 384 + 384 tokens each.
 
     Cut at 300 tokens a pair is 250 + 50 + 50. A card is $1.20-2.80 an hour."""
-    planned, origin, counted = plan.make("dpo", str(CONFIGS / "tulu10.py"), [], "a100-80", 8)
+    tulu10, whole = str(CONFIGS / "tulu10.py"), ["--data_eval=none"]
+    planned, origin, counted = plan.make("dpo", tulu10, whole, "a100-80", 8)
     assert counted.startswith("estimate") and "assumed" in counted
     assert (planned.train.examples, planned.steps, planned.train.tokens) == (27_140, 213, 27_140 * 1018)
     assert planned.shape == SHAPE and "to come from meta-llama/Llama-3.1-8B" in origin
     assert planned.usd_per_hour == pytest.approx((9.6, 22.4))
-    short, _, _ = plan.make("dpo", str(CONFIGS / "tulu10.py"), ["--max_seq_len=300", "--data_eval=0.5"], "a100-80", 8)
+    short, _, _ = plan.make("dpo", tulu10, ["--max_seq_len=300", "--data_eval=0.5"], "a100-80", 8)
     assert (short.train.examples, short.held_out.examples, short.train.tokens) == (13_570, 13_570, 13_570 * 350)
-    apart, _, _ = plan.make("dpo", str(CONFIGS / "tulu10.py"), ["--share_prefix=false"], "a100-80", 8)
+    apart, _, _ = plan.make("dpo", tulu10, [*whole, "--share_prefix=false"], "a100-80", 8)
     assert apart.train.tokens == 27_140 * (1018 + 250) and apart.hours > planned.hours
 
 
@@ -405,7 +406,7 @@ def test_a_training_script_plans_without_gpu_process_group_or_run_folder(no_gpu,
     assert train_dpo.main(argv) == 0
     assert not dist.is_initialized() and not torch.cuda.is_initialized() and not list(tmp_path.iterdir())
     text = capsys.readouterr().out
-    assert "dpo on 8 x a100-80" in text and "8,030,261,248 parameters" in text and "recompute=full" in text and "27,140 pairs" in text
+    assert "dpo on 8 x a100-80" in text and "8,030,261,248 parameters" in text and "recompute=full" in text and "26,598 pairs" in text
     *terms, total = [float(number) for number in re.findall(r"^ +([\d.]+) GiB", text, re.M)]
     assert len(terms) >= 6 and sum(terms) == pytest.approx(total, abs=0.05)
     hours, usd = re.search(r"^total +([\d.]+) h, \$([\d.]+), at \$16.00 an hour for 8 x a100-80$", text, re.M).groups()
@@ -452,4 +453,4 @@ def test_the_ladder_is_one_line_per_config_and_stage(no_gpu, monkeypatch, tmp_pa
     assert set(stages) == {(name, stage) for name in trained for stage in ("sft", "dpo")}
     assert [line for line in lines if "pairs.py" in line and line.endswith("not a training config")]
     assert "error: model_path='runs/smol/base': not on this machine" in stages["smol", "sft"]
-    assert "27,628,520*" in stages["tulu10", "dpo"] and stages["tulu10", "dpo"].endswith("fits") and "$" in stages["tulu10", "dpo"]
+    assert f"{26_598 * 1018:,}*" in stages["tulu10", "dpo"] and stages["tulu10", "dpo"].endswith("fits") and "$" in stages["tulu10", "dpo"]

@@ -8,14 +8,18 @@ import signal
 import sys
 import types
 from functools import partial
+from operator import attrgetter
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import random_documents
 from world import final_weights, largest_difference, launch, metrics, save_at_once, stage_parts, write_config
 
+from data import load_preferences, load_sft
 from families import load_pretrained
 from model import generate
 from plumbing import config as config_module
+from plumbing import hub
 from plumbing.config import load
 from plumbing.files import progress_bar
 from plumbing.logbook import Logbook, commit
@@ -164,3 +168,45 @@ def test_a_bar_in_a_log_file_is_short(monkeypatch, is_terminal, refreshes):
     _, first, *lines = stream.getvalue().split("\r")
     assert "0/1000 [00:00<?" in first and len(lines) == pytest.approx(refreshes, rel=0.1)
     assert all("<" in line and "10.00it/s" in line for line in lines if line.strip())
+
+
+# ---------------------------------------------------------------- what is said before the first step
+
+
+@pytest.mark.slow
+def test_a_padding_id_in_the_data_is_said_and_kept(world, tmp_path):
+    """With pad = EOS, which ends every answer: transformers would not train its row; the export still names it."""
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    eos = Tokenizer.from_dir(base).eos_id
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | {"pad_token_id": eos}))
+    config = write_config(tmp_path, world, model_path=str(base), max_steps=1)
+    for stage, sides in (("sft", ["data"]), ("dpo", ["data.chosen", "data.rejected"])):
+        data = stage_data(stage, config)
+        count = sum(int((attrgetter(side)(SimpleNamespace(data=data)).input_ids == eos).sum()) for side in sides)
+        out = launch(stage, config).ok().out[0]
+        assert count > 35 and f"pad_token_id={eos} occurs {count:,} times in the data" in out
+        assert json.loads((tmp_path / stage / "final/config.json").read_text())["pad_token_id"] == eos
+    assert "pad_token_id" not in launch("sft", write_config(tmp_path / "without", world, max_steps=1)).ok().out[0]
+
+
+def stage_data(stage, path):
+    config = load(stage, [str(path)])
+    data, _ = {"sft": load_sft, "dpo": load_preferences}[stage](config, Tokenizer.from_dir(config.model_path))
+    return data
+
+
+def no_upload():
+    hub.open_for_push = lambda name: None
+    hub.push = lambda folder, name: print(f"UPLOAD {folder} {name}", flush=True)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_still_pushed(world, tmp_path):
+    """Trained without --push, repeated with it: nothing is trained, final/ is uploaded."""
+    config = write_config(tmp_path, world, max_steps=1)
+    assert "UPLOAD" not in launch("sft", config, prepare=no_upload).ok().out[0]
+    again = launch("sft", config, "--push=org/name", prepare=no_upload).ok().out[0]
+    assert "nothing is trained" in again and "step 0" not in again
+    assert f"UPLOAD {tmp_path}/sft org/name" in again and "pushed to org/name" in again
