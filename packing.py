@@ -63,34 +63,41 @@ def pack(documents: list[tuple[np.ndarray, np.ndarray]], prefixes=()) -> PackedB
     """
     P = len(prefixes)
     assert documents and P in (0, len(documents) / 2), "pack needs a document, or two for each prefix"
-    ids = [np.asarray(input_ids) for input_ids, _ in documents]
-    # of tokens 1, 2, ..: whether each is a target of the position before it
-    has_target = [np.asarray(mask)[1:].astype(bool) for _, mask in documents]
-    lengths = np.array([len(column) for column in ids])
-    left_out = np.zeros(len(documents), dtype=np.int64)
-    left_out[len(documents) - P :] = prefixes
-    assert (left_out < lengths).all(), "a document needs a token of its own"
-
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths - left_out)])
-    own = [np.arange(start, end) for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:])]
-    # rows of the stream with all of a document's tokens, those of its prefix being another document's
-    rows = list(own)
-    for i, n in enumerate(prefixes):
-        rows[P + i] = np.concatenate([own[i][:n], own[P + i]])
-
-    def stream(pieces):
-        return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
-
+    ids, positions, targets, supervised = [], [], [], []
+    rows = []  # of the stream, with all of a document's tokens: those of its prefix are another document's
+    starts, offsets, lengths = [0], [0], []
+    for d, (input_ids, mask) in enumerate(documents):
+        input_ids = np.asarray(input_ids)
+        has_target = np.asarray(mask)[1:].astype(bool)  # of tokens 1, 2, ..
+        left_out = int(prefixes[d - P]) if P and d >= P else 0
+        assert left_out < len(input_ids), "a document needs a token of its own"
+        own = starts[-1] + np.arange(len(input_ids) - left_out)
+        rows.append(np.concatenate([rows[d - P][:left_out], own]) if left_out else own)
+        ids.append(input_ids[left_out:])
+        positions.append(np.arange(left_out, len(input_ids)))
+        targets.append(input_ids[1:][has_target])
+        supervised.append(rows[d][:-1][has_target])
+        starts.append(starts[-1] + len(own))
+        offsets.append(offsets[-1] + len(targets[d]))
+        lengths.append(len(input_ids))
+    shared = None
+    if P:
+        shared = SharedPrefix(_joined(rows), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32))
     return PackedBatch(
-        input_ids=stream([column[n:] for column, n in zip(ids, left_out)]),
-        position_ids=stream([np.arange(n, length) for n, length in zip(left_out, lengths)]),
-        cu_seqlens=torch.from_numpy(cu_seqlens).int(),
-        max_seqlen=int(lengths.max()),
-        targets=stream([column[1:][mask] for column, mask in zip(ids, has_target)]),
-        supervised=stream([row[:-1][mask] for row, mask in zip(rows, has_target)]),
-        supervised_offsets=stream([[0], np.cumsum([mask.sum() for mask in has_target])]),
-        shared=SharedPrefix(stream(rows), stream([[0], np.cumsum(lengths)]).int()) if P else None,
+        input_ids=_joined(ids),
+        position_ids=_joined(positions),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        targets=_joined(targets),
+        supervised=_joined(supervised),
+        supervised_offsets=torch.tensor(offsets),
+        shared=shared,
     )
+
+
+def _joined(pieces):
+    """Numbers of all documents, end to end, int64."""
+    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
