@@ -36,4 +36,5 @@ $(READY): requirements.txt
 	@echo "Setting up .venv from requirements.txt: once, some minutes, 2 GB or more (the size of torch)."
 	@$(PYTHON) -m venv .venv || { echo "'$(PYTHON) -m venv' failed; Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --requirement requirements.txt
+	@(echo '#!$(CURDIR)/.venv/bin/python'; cat tools/torchrun.py) > .venv/bin/torchrun
 	@touch $@

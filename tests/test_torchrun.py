@@ -1,0 +1,41 @@
+"""tools/torchrun.py, which `make` puts in place of .venv/bin/torchrun."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.torchrun import expand
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("typed, meant", [
+    ("--nproc 8 train_dpo.py c.py", "--nproc-per-node 8 train_dpo.py c.py"),
+    ("--standalone --nproc=2 train_sft.py c.py", "--standalone --nproc-per-node=2 train_sft.py c.py"),
+    ("--nproc 2 -m tools.work", "--nproc-per-node 2 -m tools.work"),
+    ("--nproc-per-node 8 train_dpo.py c.py", "--nproc-per-node 8 train_dpo.py c.py"),
+    ("--nproc_per_node=8 --nproc_x 1 a.py", "--nproc_per_node=8 --nproc_x 1 a.py"),
+    ("--nnodes 1 script.py --nproc 3", "--nnodes 1 script.py --nproc 3"),
+])  # fmt: skip
+def test_nproc_is_spelt_out_before_the_script(typed, meant):
+    assert expand(typed.split()) == meant.split()
+
+
+@pytest.mark.slow
+def test_what_make_installs_starts_two_ranks(tmp_path):
+    """The recipe's line of the Makefile, run by hand: --nproc 2 is two ranks."""
+    recipe = re.search(r"^\t@(\(echo .*tools/torchrun\.py\)) > \.venv/bin/torchrun$", (ROOT / "Makefile").read_text(), re.M)[1]
+    installed = tmp_path / "torchrun"
+    command = recipe.replace("$(CURDIR)/.venv/bin/python", sys.executable)
+    installed.write_text(subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    installed.chmod(0o755)
+    (tmp_path / "who.py").write_text("import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = ["--standalone", "--nproc", "2", str(tmp_path / "who.py")]
+    done = subprocess.run([installed, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]

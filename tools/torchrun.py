@@ -1,0 +1,23 @@
+"""torchrun that takes --nproc 8 as well, which the real one refuses: two of its options begin so.
+
+`make` writes this file over .venv/bin/torchrun. With another torchrun, write --nproc-per-node.
+"""
+
+import runpy
+import sys
+
+
+def expand(argv):
+    """The arguments of torchrun with --nproc spelt out; those behind the script's name are the script's."""
+    expanded = []
+    for i, arg in enumerate(argv):
+        if arg.endswith(".py"):
+            return [*expanded, *argv[i:]]
+        flag, equals, value = arg.partition("=")
+        expanded.append(f"--nproc-per-node{equals}{value}" if flag == "--nproc" else arg)
+    return expanded
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = expand(sys.argv[1:])
+    runpy.run_module("torch.distributed.run", run_name="__main__")
