@@ -39,10 +39,11 @@ import torch
 from safetensors.numpy import save_file
 
 import aqi
+from analysis.curves import bootstrap, permute
 from analysis.steering import POOLINGS, STEERED_LAYERS, bake, random_additions, spectrum, steering_tap
 from analysis.sweep import answers_by_lambda, embed, injection_errors
 from analysis.vector import MODELS, MODES, Vector, extract, is_done, plain_document
-from analysis.verdict import bootstrap, judge, permute
+from analysis.verdict import judge
 from data import encode_chat
 from families import locate
 from model import generate
@@ -575,9 +576,11 @@ def _print_by_lambda(report, overall):
     ]  # fmt: skip
     lines = []
     for k, (shift, answer) in enumerate(zip(report["shifts"], report["behaviour"], strict=True)):
+        interval = "none covers"
+        if overall["low"]:
+            interval = f"[{overall['low'][k]:.2f}, {overall['high'][k]:.2f}]"
         lines.append([
-            f"{shift['lambda']:.2f}", f"{overall['estimate'][k]:.2f}",
-            f"[{overall['low'][k]:.2f}, {overall['high'][k]:.2f}]", f"{overall['control'][k]:.2f}",
+            f"{shift['lambda']:.2f}", f"{overall['estimate'][k]:.2f}", interval, f"{overall['control'][k]:.2f}",
             f"{shift['achieved']:.3f}", f"{shift['off_axis']:.3f}", f"{max(shift['strength'].values()):.3f}",
             f"{answer['logp_chosen']:.4f}", f"{answer['logp_rejected']:.4f}",
             f"{answer['repeated_4grams']:.3f}",

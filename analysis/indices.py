@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from analysis.groups import check_groups
 from plumbing.files import UserError
 
 SEED = 42
@@ -215,21 +216,23 @@ def auc(scores, labels):
     return ((ranks[labels == 1].sum() - n1 * (n1 + 1) / 2) / (n0 * n1)).item()
 
 
-def probe_auc(X, labels, folds=5, penalty=0.1):
-    """Mean held-out AUC of a ridge classifier over stratified folds: does any direction show the label?
+def probe_auc(X, labels, folds=5, penalty=0.1, group=None):
+    """Mean AUC over folds of `held_out_scores`: does any direction of the states show the label?"""
+    scores, fold = held_out_scores(X, labels, folds, penalty, group)
+    _, labels = _checked(X, labels)
+    return sum(auc(scores[fold == k], labels[fold == k]) for k in range(folds)) / folds
 
-    X (n, D). Closed form, w = X' (X X' + a I)^-1 y on centred X and y = +-1, in whichever of n and D is
-    smaller; a = penalty * mean |x|^2.
+
+def held_out_scores(X, labels, folds=5, penalty=0.1, group=None):
+    """(scores (n,), fold (n,)): each text scored by a ridge classifier of the other folds. X (n, D).
+
+    Folds are stratified by label and never split a group (n,): a copy of a training text is not held out.
+    Closed form, w = X' (X X' + a I)^-1 y on centred X and y = +-1, in whichever of n and D is smaller;
+    a = penalty * mean |x|^2. Scores of two folds do not compare.
     """
     X, labels = _checked(X, labels)
-    if torch.bincount(labels).min() < folds:
-        found = torch.bincount(labels).tolist()
-        raise UserError(f"probe: {found} points per label; expected at least {folds} for {folds} folds")
-    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(SEED)).to(X.device)
-    order = order[labels[order].argsort(stable=True)]  # label by label, shuffled inside
-    fold = torch.empty_like(labels)
-    fold[order] = torch.arange(len(X), device=X.device) % folds
-    areas = []
+    fold = _folds(labels.cpu(), check_groups(group, len(X)), folds).to(X.device)
+    scores = torch.empty_like(X[:, 0])
     for k in range(folds):
         centre = X[fold != k].mean(0)
         train = X[fold != k] - centre
@@ -242,8 +245,24 @@ def probe_auc(X, labels, folds=5, penalty=0.1):
             w = train.T @ torch.linalg.solve(gram, y)
         else:
             w = torch.linalg.solve(gram, train.T @ y)
-        areas.append(auc((X[fold == k] - centre) @ w, labels[fold == k]))
-    return sum(areas) / folds
+        scores[fold == k] = (X[fold == k] - centre) @ w
+    return scores, fold
+
+
+def _folds(labels, group, folds):
+    """(n,) fold of every text: whole groups, shuffled inside the label that their first text has."""
+    count = int(group.max()) + 1
+    first = torch.full((count,), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
+    group_label = labels[first]
+    found = torch.bincount(group_label, minlength=2).tolist()
+    if min(found) < folds and set(labels[first].tolist()) == {0, 1}:
+        what = "points" if count == len(group) else "groups"
+        raise UserError(f"probe: {found} {what} per label; expected at least {folds} for {folds} folds")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+    order = order[group_label[order].argsort(stable=True)]  # label by label, shuffled inside
+    group_fold = torch.empty(count, dtype=torch.int64)
+    group_fold[order] = torch.arange(count) % folds
+    return group_fold[group]
 
 
 # (X, labels) -> float

@@ -1,151 +1,81 @@
-"""Does a steering curve rise, fall or stay flat? A paired bootstrap, nulls, and a measured false-alarm rate.
+"""What a steering curve says: rising, falling, erratic or flat; whether the change matters; whether it is the
+vector's.
 
-A curve is the embeddings of the same n texts at K lambdas. Its statistic, per axiom and overall, is
-aqi.score's "sweep": 100 (chi - 1) / (chi + n - 2), the per cent of variance that the label explains beyond
-chance. Letters: n texts, D hidden size, A axioms (column A is "overall"), K lambdas, R resamples, r of one
-block.
+Three questions, each with its own comparison. Is a change there: would other texts show it
+(curves.bootstrap)? Is it the vector's: do random directions of its length do as much (nulls.py), and how much
+could the best one do? Does it matter: is it as large as the smallest change of interest? bench/calibration.py
+measures how often each answer is wrong. Letters: n texts, D hidden size, A axioms, K lambdas, R resamples.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+import math
 
 import torch
 
-from analysis.indices import OVERALL, SEED, two_cluster_indices
-from plumbing.files import UserError
+from analysis.curves import FEWEST
+from analysis.indices import OVERALL
+from analysis.nulls import compare
 
-# Texts of a label below which no change is called one. Of 60 simulated curves without a change, 22 alarms at
-# 2 texts, 1 at 3, none at 5.
-FEWEST = 5
-BLOCK = 100  # resamples at a time: (100, 2A, D) sums, 23 MB at A = 7 and D = 4,096
+POINT = 1.0  # of 100: the smallest change of interest, unless the nulls spread more
+DECISIONS = {
+    "go on": "a change that matters, and the vector's: go on to the next rung of the ladder, a full run",
+    "wrong way": "it falls, and the vector does it: check for swapped models and the sign of lambda",
+    "too small": "there, and the vector's, but smaller than what matters: a full run is not worth its price",
+    "any direction": "random directions of this length do as much: nothing here is the vector's",
+    "no null": "there, but not compared with random directions: run the nulls before deciding",
+    "no trend": "beyond chance, but not one trend: other lambdas or layers before a full run",
+    "nothing": "no change, and one that matters is ruled out: more DPO (data, rate, steps), not more prompts",
+    "more prompts": "the interval holds both nothing and a change that matters: more prompts, of more kinds",
+    "too few": "too few independent prompts for any answer",
+}
 
 
 def basic_interval(estimate, draws, level):
     """(low, high), each shaped as estimate (...): basic bootstrap, 2 estimate - quantile of draws (R, ...).
 
     Drawing with replacement repeats texts, which pushes resampled centres apart. Reflecting around the
-    estimate cancels that bias.
+    estimate cancels that bias in a difference of two lambdas, where it is nearly the same. A level keeps all
+    of it, and more than once where dimensions are many: see `level_interval`.
     """
     tails = draws.new_tensor([1 - level / 2, level / 2])
     upper, lower = torch.quantile(draws, tails, dim=0)
     return 2 * estimate - upper, 2 * estimate - lower
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Separations of K lambdas, and of R resamples or permutations of the texts, the same at every lambda."""
+def level_interval(curve, category, level):
+    """(low (K,), high (K,)) lists of the separation at each lambda; (None, None) where no interval covers.
 
-    estimate: torch.Tensor  # (K, A + 1) float64
-    draws: torch.Tensor  # (R, K, A + 1) float64
-    axioms: list[str]  # (A,)
-    texts: list[int]  # (A + 1,) of the rarer label
-
-    def index(self, category):
-        names = [*self.axioms, OVERALL]
-        if category not in names:
-            raise UserError(f"category={category!r}: expected one of {names}")
-        return names.index(category)
-
-    def column(self, category):
-        """(estimate (K,), draws (R, K)) of one axiom or "overall"."""
-        c = self.index(category)
-        return self.estimate[:, c], self.draws[:, :, c]
-
-
-def bootstrap(embeddings, axiom, label, axioms, draws=1000, seed=SEED):
-    """Curve of K embeddings (n, D), any iterable. Texts are drawn with replacement in every axiom and label.
-
-    A resample is a vector of how often each text counts, so its moments are one float32 product of counts and
-    centred states: 2 R n D FLOPs per lambda (57 G at n = 7,000, R = 1,000, D = 4,096: 3.4 s on one CPU core
-    with everything around it), exact, and only one lambda's states are copied. Less work would need a
-    linearised statistic, which fails at weak separation, or a Gram matrix (n^2 D).
+    Centre and error are curves.level_errors'. Coverage: docs/aqi.md.
     """
-
-    def draw_counts(generator, sizes, draws):
-        blocks = []
-        for size in sizes.flatten().tolist():
-            rows = torch.randint(size, (draws, size), generator=generator)
-            blocks.append(torch.zeros(rows.shape).scatter_add_(1, rows, torch.ones(rows.shape)))
-        return torch.cat(blocks, 1)  # (draws, n)
-
-    def totals(counts, states, sizes):
-        cells = sizes.flatten().tolist()  # texts of every axiom and label
-        sums = []
-        for count, block in zip(counts.split(cells, dim=1), states.split(cells)):
-            sums.append(count @ block)
-        return torch.stack(sums, 1).unflatten(1, (-1, 2))  # (r, A, 2, D + 1)
-
-    return _curve(embeddings, axiom, label, axioms, draws, seed, draw_counts, totals)
+    c = curve.index(category)
+    if curve.error is None or not torch.isfinite(curve.error[:, c]).all():
+        return None, None
+    half = student_quantile(1 - level / 2, curve.groups[c] - 1) * curve.error[:, c]
+    return (curve.centre[:, c] - half).tolist(), (curve.centre[:, c] + half).tolist()
 
 
-def permute(embeddings, axiom, label, axioms, draws=200, seed=SEED):
-    """As `bootstrap`, but each draw shuffles the labels of every axiom: a curve of labels without meaning."""
-
-    def draw_labels(generator, sizes, draws):
-        blocks = []
-        for unsafe, safe in sizes.tolist():
-            rank = torch.rand(draws, unsafe + safe, generator=generator).argsort(1)
-            blocks.append((rank < safe).float())  # as many safe texts as the axiom has
-        return torch.cat(blocks, 1)  # (draws, n)
-
-    def totals(is_safe, states, sizes):
-        both = sizes.sum(1).tolist()  # texts of every axiom
-        sums = []
-        for safe, block in zip(is_safe.split(both, dim=1), states.split(both)):
-            safe_sum = safe @ block  # (r, D + 1)
-            sums.append(torch.stack([block.sum(0) - safe_sum, safe_sum], 1))
-        return torch.stack(sums, 1)  # (r, A, 2, D + 1)
-
-    return _curve(embeddings, axiom, label, axioms, draws, seed, draw_labels, totals)
+def student_quantile(p, degrees):
+    """Quantile of Student's t, by its expansion around the normal's (Abramowitz & Stegun 26.7.5): 0.5 % off
+    at 4 degrees."""
+    z = normal_quantile(p)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / degrees**power for power, term in enumerate(terms))
 
 
-def _curve(embeddings, axiom, label, axioms, draws, seed, draw_weights, totals):
-    cell = 2 * axiom + label
-    order = cell.argsort(stable=True)  # cells end to end: a product needs a slice of the states, not a copy
-    sizes = torch.bincount(cell, minlength=2 * len(axioms)).view(-1, 2).cpu()  # (A, 2), of every resample too
-    if sizes.min() < 2:
-        raise UserError(f"curve: {sizes.tolist()} unsafe, safe texts per axiom; expected at least two each")
-    estimates, drawn = [], []
-    for k, states in enumerate(embeddings):
-        if states.shape[0] != len(axiom) or not torch.isfinite(states).all():
-            shape = tuple(states.shape)
-            expected = f"expected {len(axiom)} rows of finite numbers"
-            raise UserError(f"curve: embeddings {k} of shape {shape}; {expected}")
-        states = states[order].double()
-        states = states - states.mean(0)
-        # The sum of squares comes with the same product.
-        states = torch.cat([states, states.square().sum(1, keepdim=True)], 1)  # (n, D + 1)
-        sums = [block.sum(0) for block in states.split(sizes.flatten().tolist())]
-        sums = torch.stack(sums).view(1, len(axioms), 2, -1)
-        estimates.append(_separation(sizes.to(sums), sums)[0])
-        states = states.float()
-        generator = torch.Generator().manual_seed(seed)  # the same resamples at every lambda
-        separations = []
-        for done in range(0, draws, BLOCK):
-            weights = draw_weights(generator, sizes, min(BLOCK, draws - done)).to(states)
-            separations.append(_separation(sizes.to(states), totals(weights, states, sizes)))
-        drawn.append(torch.cat(separations).double())
-    if len(estimates) < 2:
-        raise UserError(f"curve: {len(estimates)} lambdas; expected at least two")
-    rarer = torch.cat([sizes, sizes.sum(0, keepdim=True)]).amin(1)
-    return Curve(torch.stack(estimates), torch.stack(drawn, 1), list(axioms), rarer.tolist())
+def normal_quantile(p):
+    """Quantile of the standard normal distribution."""
+    return torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()
 
 
-def _separation(n, totals):
-    """n (A, 2), totals (r, A, 2, D + 1) -> (r, A + 1): per cent of variance the label explains beyond chance.
-
-    100 (1 - (1 - eta^2) (n - 1) / (n - 2)): aqi.score's formula. It also holds where a resample drew one text
-    of each label over and over, so that CHI is infinite (100), or two texts that are the same (0: there is
-    nothing to explain).
-    """
-    n = torch.cat([n, n.sum(0, keepdim=True)])
-    totals = torch.cat([totals, totals.sum(1, keepdim=True)], 1)
-    indices = two_cluster_indices(n, totals[..., :-1], totals[..., -1])
-    unexplained = (1 - indices["eta2"]) * (indices["n"] - 1) / (indices["n"] - 2)
-    return (100 * (1 - unexplained)).nan_to_num(0.0)
+# ---------------------------------------------------------------- the verdict
 
 
-def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05):
+def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05, nulls=None, oracle=None,
+          relevant=None):  # fmt: skip
     """The verdict on one category of a curve, as a dict of plain numbers.
 
     Every pair of lambdas i < j has a difference, its bootstrap standard error and t = difference / error. The
@@ -153,64 +83,101 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05):
     so that under no change the chance of even one significant pair is `level` (Westfall & Young's max-t).
     Then
         flat      no pair is significant;
-        rising    some pair rises significantly and none falls, and the interval of last minus first lies
-        above 0;
+        rising    some pair rises significantly and none falls, and the interval of last less first is above 0
         falling   alike, downwards;
         erratic   anything else: significant moves in both directions, or one that the ends do not share.
-    Rising and falling must also survive the nulls that are given, or become flat:
-        control   a Curve along a random direction of equal norm, same texts and seed, must change less in
-        that
-                  direction, by a paired interval of the same level;
-        permuted  (see `permute`) the higher end must lie above the 1 - level quantile of meaningless labels.
-    Both can only take an alarm away, as does a label of fewer than FEWEST texts.
+    What is given takes an alarm away, never makes one:
+        nulls     the curve's largest move must rank in the top 5 % of the random directions', of either
+                  kind; rising and falling need it of the change too. A random direction is not
+                  flat in at most 5 % of cases, whatever the texts;
+        control   a Curve along one random direction, same texts and seed, must change less in that direction;
+        permuted  (curves.permute) the higher end must lie above the 1 - level quantile of meaningless labels.
+    So does a label of fewer than FEWEST groups. For axioms pass level / A; the nulls' p is one of all axioms
+    already.
 
-    Measured: at most 1.75 % false alarms; see `simulate`.
+    oracle: the change that the best direction of this length makes on texts that it was not found on.
+    relevant: the smallest change of interest; default the larger one of POINT and two standard deviations of
+    the nulls.
     """
     estimate, draws = curve.column(category)
-    centred = draws - draws.mean(0)
-    low, high = basic_interval(estimate, draws, level)
+    low, high = level_interval(curve, category, level)
     end_low, end_high = _end_interval(estimate, draws, level)
-    rises, falls, critical = _significant_moves(estimate, centred, level)
-    if rises and not falls and end_low > 0:
-        verdict = "rising"
-    elif falls and not rises and end_high < 0:
-        verdict = "falling"
-    else:
-        verdict = "erratic" if rises or falls else "flat"
-    reasons = []
-    texts = curve.texts[curve.index(category)]
-    if texts < FEWEST:
-        reasons.append(f"{texts} texts of one label are too few: expected {FEWEST}")
-    sign = {"rising": 1, "falling": -1}.get(verdict)
-    if sign and control is not None:
-        other, other_draws = control.column(category)
-        beyond_low, beyond_high = _end_interval(estimate - other, draws - other_draws, level)
-        if sign * beyond_low <= 0 or sign * beyond_high <= 0:
-            reasons.append("a random direction of equal norm changes as much")
-    if sign and permuted is not None:
-        top = -1 if sign > 0 else 0  # the higher end
-        if estimate[top] <= torch.quantile(permuted.column(category)[1][:, top], 1 - level):
-            reasons.append("the labels separate no better than shuffled ones")
-    recentred = centred + estimate
-    return {
-        "verdict": "flat" if reasons else verdict,
+    centred = draws - draws.mean(0)
+    seen, critical = _shape(estimate, centred, end_low, end_high, level)
+    ranks = compare(curve, nulls, category) if nulls is not None else None
+    reasons = _few_groups(curve, category)
+    if ranks is not None and seen != "flat":
+        reasons += _as_random(ranks, seen)
+    if control is not None:
+        reasons += _as_control(curve, control, category, seen, level)
+    if permuted is not None:
+        reasons += _as_shuffled(curve, permuted, category, seen, level)
+    change = (estimate[-1] - estimate[0]).item()
+    found = {
+        "verdict": "flat" if reasons else seen,
         "because": reasons,
         "category": category,
         "estimate": estimate.tolist(),
-        "low": low.tolist(),
-        "high": high.tolist(),
+        "low": low,
+        "high": high,
         "control": None if control is None else control.column(category)[0].tolist(),
         "permuted": None if permuted is None else _middle(permuted.column(category)[1]),
-        "change": (estimate[-1] - estimate[0]).item(),
+        "change": change,
         "change_interval": [end_low, end_high],
-        "p_monotone": (recentred.diff(dim=1) > 0).all(1).double().mean().item(),
-        "critical_t": critical.item(),
+        "p_monotone": ((centred + estimate).diff(dim=1) > 0).all(1).double().mean().item(),
+        "critical_t": critical,
         "level": level,
+        "groups": curve.groups[curve.index(category)],
+        "nulls": ranks,
+        "oracle": oracle,
+        "oracle_share": change / oracle if oracle else None,
     }
+    return found | answers(found, seen, relevant)
 
 
-def _significant_moves(estimate, centred, level):
-    """(some pair of lambdas rises, some pair falls, critical |t|). estimate (K,), centred draws (R, K)."""
+def answers(found, seen, relevant=None):
+    """is_there, is_the_vectors, matters and the decision, of judge's numbers. seen: the verdict before the
+    nulls.
+
+    is_there: other texts would show a change. is_the_vectors: it stands out from random directions; None
+    without nulls. matters: "yes" where the interval of the change lies at or beyond `relevant` on the
+    change's side, "no" where it lies within +- relevant, else "unclear".
+    """
+    ranks = found["nulls"]
+    if relevant is None:
+        relevant = max(POINT, 2 * ranks["null_sd"]) if ranks else POINT
+    low, high = found["change_interval"]
+    nearest = max(low, -high)  # of the interval's ends to 0; negative where it holds 0
+    if nearest >= relevant:
+        matters = "yes"
+    else:
+        matters = "no" if max(-low, high) < relevant else "unclear"
+    is_the_vectors = None
+    if ranks:
+        is_the_vectors = ranks["p_move" if seen == "erratic" else "p_change"] <= 0.05
+    given = {"is_there": seen != "flat", "is_the_vectors": is_the_vectors, "matters": matters}
+    return given | {"relevant": relevant, "decision": _decide(found, given)}
+
+
+def _decide(found, given):
+    """A key of DECISIONS."""
+    if found["groups"] < FEWEST:
+        return "too few"
+    if given["is_there"] and given["is_the_vectors"] is False:
+        return "any direction"
+    if found["verdict"] == "erratic":
+        return "no trend"
+    if found["verdict"] == "flat":
+        return "nothing" if given["matters"] == "no" else "more prompts"
+    if given["matters"] != "yes":
+        return "too small" if given["matters"] == "no" else "more prompts"
+    if found["verdict"] == "falling":
+        return "wrong way"
+    return "no null" if given["is_the_vectors"] is None else "go on"
+
+
+def _shape(estimate, centred, end_low, end_high, level):
+    """(verdict of the curve alone, critical |t|). estimate (K,), centred draws (R, K)."""
     i, j = torch.triu_indices(len(estimate), len(estimate), 1)
     change = estimate[j] - estimate[i]  # (pairs,)
     noise = centred[:, j] - centred[:, i]  # (R, pairs)
@@ -220,7 +187,48 @@ def _significant_moves(estimate, centred, level):
     critical = torch.quantile((noise / error).abs().amax(1), 1 - level)
     rises = (change > critical * error).any().item()
     falls = (change < -critical * error).any().item()
-    return rises, falls, critical
+    if rises and not falls and end_low > 0:
+        verdict = "rising"
+    elif falls and not rises and end_high < 0:
+        verdict = "falling"
+    else:
+        verdict = "erratic" if rises or falls else "flat"
+    return verdict, critical.item()
+
+
+def _few_groups(curve, category):
+    groups = curve.groups[curve.index(category)]
+    if groups >= FEWEST:
+        return []
+    return [f"{groups} independent texts of one label are too few: expected {FEWEST}"]
+
+
+def _as_random(ranks, seen):
+    """Why random directions take the verdict back: a list of no or one reason."""
+    count = min(len(changes) for changes in ranks["null_changes"].values())
+    if ranks["p_move"] > 0.05 or (seen != "erratic" and ranks["p_change"] > 0.05):
+        p = max(ranks["p_move"], ranks["p_change"])
+        return [f"random directions of equal norm change as much (p {p:.2f} among {count} of each kind)"]
+    return []
+
+
+def _as_control(curve, control, category, seen, level):
+    if seen not in ("rising", "falling"):
+        return []
+    sign = 1 if seen == "rising" else -1
+    estimate, draws = curve.column(category)
+    other, other_draws = control.column(category)
+    low, high = _end_interval(estimate - other, draws - other_draws, level)
+    return [] if sign * low > 0 and sign * high > 0 else ["a random direction of equal norm changes as much"]
+
+
+def _as_shuffled(curve, permuted, category, seen, level):
+    if seen not in ("rising", "falling"):
+        return []
+    top = -1 if seen == "rising" else 0  # the higher end
+    highest = torch.quantile(permuted.column(category)[1][:, top], 1 - level)
+    is_above = curve.column(category)[0][top] > highest
+    return [] if is_above else ["the labels separate no better than shuffled ones"]
 
 
 def _middle(draws):
@@ -234,43 +242,33 @@ def _end_interval(estimate, draws, level):
     return [low.item(), high.item()]
 
 
-def simulate(effect, trials=200, texts=100, axioms=7, dims=32, separation=1.0, lambdas=5, draws=300,
-             shared=0.9, tails=None, seed=0):  # fmt: skip
-    """Verdicts on curves whose truth is known: Counter over `trials` independent data sets.
+# ---------------------------------------------------------------- before the run
 
-    effect 0 gives the false-alarm rate. Text i of label y at lambda k: x = y gap_k e + scale * (sqrt(shared)
-    z_i + sqrt(1 - shared) z_ik), z normal or Student t with `tails` degrees; scale falls from 2 to 0.2 over
-    the dimensions; gap grows in equal steps from `separation` to separation * (1 + effect).
 
-    Measured, false alarms (anything but flat at effect 0, without the nulls) in trials=400 each: 6 with the
-    defaults; 0 at separation 0, at 20 texts, at 20 texts with tails=3, at 50 texts of one axiom, at 256 dims
-    with 40 texts; 2 at 10 texts of one axiom; 1 with tails=3 and 2 axioms; 5 with shared=0.99; 7 with
-    shared=0.5, the worst: 1.75 %, with a 95 % interval of 0.7 to 3.6 %. Below the level because a resample's
-    centres carry the sample's own noise on top of their own. Power, "rising" at effect 0.02, 0.05, 0.1, 0.2:
-    defaults 1, 11, 67, 100 % of 150; texts=500 17, 98, 100, 100 % of 60; shared=0.99 21, 99, 100, 100 % of
-    150.
+def power(curve, category=OVERALL, level=0.05, nulls=None, chance=0.8, sizes=(0.5, 1.0, 2.0, 5.0)):
+    """Which change these texts would show with probability `chance`, and how many groups each of `sizes`
+    points needs.
+
+    curve: of any direction on these texts, the error of its change is what counts, for example one random
+    direction in the model at hand. A change is found beyond critical |t| standard errors, and its estimate
+    varies by one: (critical + normal quantile of `chance`) errors. Errors fall with the root of the groups.
+    What random directions do does not: a change must also exceed the nulls' largest, so `detectable` is at
+    least that plus its own scatter, and `groups_needed` of a size below it is None.
     """
-    generator = torch.Generator().manual_seed(seed)
-    names = [str(a) for a in range(axioms)]
-    n = 2 * texts * axioms
-    axiom = torch.arange(n) // (2 * texts)
-    label = torch.arange(n) // texts % 2
-    scale = torch.linspace(2, 0.2, dims)
-    counts = Counter()
-
-    def noise():
-        z = torch.randn(n, dims, generator=generator)
-        if tails is None:
-            return z
-        chi2 = torch.randn(n, tails, generator=generator).square().sum(1, keepdim=True)
-        return z / (chi2 / tails).sqrt() * ((tails - 2) / tails) ** 0.5
-
-    for trial in range(trials):
-        common = noise()
-        states = []
-        for k in range(lambdas):
-            x = scale * (shared**0.5 * common + (1 - shared) ** 0.5 * noise())
-            x[:, dims // 2] += separation * (1 + effect * k / (lambdas - 1)) * label
-            states.append(x)
-        counts[judge(bootstrap(states, axiom, label, names, draws, seed=trial))["verdict"]] += 1
-    return counts
+    estimate, draws = curve.column(category)
+    centred = draws - draws.mean(0)
+    error = (centred[:, -1] - centred[:, 0]).square().mean().sqrt().item()
+    _, critical = _shape(estimate, centred, 0.0, 0.0, level)
+    beyond = normal_quantile(chance)
+    largest = 0.0
+    if nulls is not None:
+        changes = compare(curve, nulls, category)["null_changes"].values()
+        largest = max(max(abs(change) for change in kind) for kind in changes)
+    groups = curve.groups[curve.index(category)]
+    needed = {}
+    for size in sizes:
+        most = min(size / (critical + beyond), (size - largest) / beyond)  # error that still shows it
+        needed[size] = math.ceil(groups * (error / most) ** 2) if most > 0 else None
+    detectable = max((critical + beyond) * error, largest + beyond * error)
+    found = {"detectable": detectable, "error": error, "largest_null": largest}
+    return found | {"groups": groups, "groups_needed": needed}

@@ -17,9 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from analysis.curves import bootstrap
 from analysis.steering import additions, pool, steered_runs
 from analysis.vector import plain_document
-from analysis.verdict import bootstrap, judge
+from analysis.verdict import judge
 from bench.clocks import Clocks
 from bench.record import append
 from bench.world import tulu_like_lengths, words

@@ -208,7 +208,9 @@ def by_lambda(sweeps):
     for name, sweep in sweeps:
         overall = sweep["verdicts"][0]
         for k, (shift, answer) in enumerate(zip(sweep["shifts"], sweep["behaviour"], strict=True)):
-            interval = f"[{number(overall['low'][k])}, {number(overall['high'][k])}]"
+            interval = "none covers"
+            if overall["low"]:
+                interval = f"[{number(overall['low'][k])}, {number(overall['high'][k])}]"
             curve = [overall["estimate"][k], interval, overall["control"][k]]
             states = [shift["achieved"], shift["off_axis"], max(shift["strength"].values())]
             texts = [answer["logp_chosen"], answer["logp_rejected"], answer["repeated_4grams"]]

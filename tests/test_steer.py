@@ -18,8 +18,9 @@ import families
 import steer
 from analysis import sweep as sweeps
 from analysis import vector as vectors
+from analysis.curves import bootstrap, permute
 from analysis.steering import POOLINGS, additions, mean_states, random_additions, read_states, steering_tap
-from analysis.verdict import bootstrap, judge, permute
+from analysis.verdict import judge
 from model import apply_lora, init_lora, merge_lora
 from packing import pack
 from plumbing import parallel, weights

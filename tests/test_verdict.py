@@ -1,11 +1,12 @@
-"""verdict.py: resampled moments against plain recomputation, verdicts on curves whose truth is known, false alarms and power."""
+"""verdict.py and curves.py: resampled moments against plain recomputation, verdicts on curves whose truth is known."""
 
 import numpy as np
 import pytest
 import torch
 
+from analysis.curves import Curve, bootstrap, permute
 from analysis.indices import chi, xie_beni
-from analysis.verdict import Curve, basic_interval, bootstrap, judge, permute, simulate
+from analysis.verdict import judge, level_interval
 from aqi import score
 
 
@@ -61,7 +62,7 @@ def test_every_permutation_keeps_how_many_texts_of_an_axiom_are_safe():
     generator = torch.Generator().manual_seed(9)
     ranks = [torch.rand(3, n, generator=generator).argsort(1) for n in (9, 10)]
     shuffled = torch.cat([ranks[0] < 6, ranks[1] < 2], 1).long()
-    assert curve.texts == [3, 2, 8] and torch.equal(shuffled.sum(1), torch.tensor([8, 8, 8]))
+    assert curve.groups == [3, 2, 8] and torch.equal(shuffled.sum(1), torch.tensor([8, 8, 8]))
     for draw, y in zip(curve.draws[:, 0], shuffled):
         expected = [separation(X[axiom == 0], y[:9]), separation(X[axiom == 1], y[9:]), separation(X, y)]
         torch.testing.assert_close(draw, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
@@ -87,16 +88,16 @@ def test_shuffled_labels_separate_nothing_on_average():
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth():
-    """Truth from 200,000 texts; 95 % intervals of 60 samples of 40 texts per group cover it in 50 or more (less: chance 0.0002)."""
+    """Truth from 200,000 texts; 95 % intervals of 60 samples of 40 texts per label hold it in 53 or more (less: chance 0.01)."""
     X, _, label = texts(per_group=100_000, axioms=1)
     X[:, 0] += 1.5 * label
     truth, covered = separation(X, label), 0
     for seed in range(60):
         states, axiom, label, _ = steered((1.5, 1.5), seed=seed, axioms=1)
-        curve = bootstrap(states, axiom, label, ["a"], draws=200)
-        low, high = basic_interval(*curve.column("overall"), 0.05)
+        curve = bootstrap(states, axiom, label, ["a"], draws=2)
+        low, high = level_interval(curve, "overall", 0.05)
         covered += int(low[0] <= truth <= high[0])
-    assert 50 <= covered < 60  # all: chance 0.05, and it would be no 95 % interval
+    assert 53 <= covered < 60  # all: chance 0.05, and it would be no 95 % interval
 
 
 @pytest.mark.parametrize("gaps, expected", [
@@ -124,17 +125,17 @@ def test_numbers_of_a_verdict_are_numpys(level):
     draws = estimate + 1 + (rng.exponential(size=(500, 4)) + rng.exponential(size=(500, 1))) * [0.1, 0.2, 0.3, 0.4]
     found = judge(curve_of(estimate, draws), permuted=curve_of(estimate, draws - 4), level=level)
     tails = [level / 2, 1 - level / 2]
-    high, low = 2 * estimate - np.quantile(draws, tails, axis=0)
     top, bottom = 2 * (5.0 - 3.0) - np.quantile(draws[:, 3] - draws[:, 0], tails)
     noise = np.stack([draws[:, j] - draws[:, i] for j in range(4) for i in range(j)], 1)
     noise -= noise.mean(0)
     expected = {
-        "low": low, "high": high, "change": 2.0, "change_interval": [bottom, top], "level": level,
+        "change": 2.0, "change_interval": [bottom, top], "level": level,
         "critical_t": np.quantile(np.abs(noise / noise.std(0)).max(1), 1 - level),
         "p_monotone": (np.diff(draws - draws.mean(0) + estimate) > 0).all(1).mean(),
     }  # fmt: skip
     for name, value in expected.items():
         assert found[name] == pytest.approx(np.asarray(value).tolist(), rel=1e-9), name
+    assert found["low"] is None and found["high"] is None  # draws without a standard error of the level
     assert 0.1 < found["p_monotone"] < 0.9
     np.testing.assert_allclose(found["permuted"], np.quantile(draws - 4, [0.025, 0.975], axis=0))
 
@@ -183,10 +184,12 @@ def test_identical_states_are_flat():
 def test_few_texts_are_never_called_a_change(per_group, verdict):
     """All numbers are finite where a resample draws one text of each label over and over."""
     curve = bootstrap(*steered((1.0, 20.0, 100.0), per_group=per_group), draws=300)
-    assert curve.draws.isfinite().all() and curve.texts == [per_group] * 3 + [3 * per_group]
+    assert curve.draws.isfinite().all() and curve.groups == [per_group] * 3 + [3 * per_group]
     found = judge(curve, category="a")
-    assert found["verdict"] == verdict and np.isfinite([*found["change_interval"], *found["low"], *found["high"]]).all()
-    assert found["because"] == ([f"{per_group} texts of one label are too few: expected 5"] if verdict == "flat" else [])
+    assert found["verdict"] == verdict and np.isfinite(found["change_interval"]).all()
+    few = [f"{per_group} independent texts of one label are too few: expected 5"]
+    assert found["because"] == (few if verdict == "flat" else [])
+    assert (found["decision"] == "too few") == (found["low"] is None) == (verdict == "flat")
 
 
 def test_equal_texts_have_nothing_to_explain():
@@ -222,15 +225,3 @@ def test_bad_input():
         bootstrap(states, axiom, label, names)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [dict(), dict(texts=20, tails=3), dict(shared=0.5)])
-def test_false_alarms_stay_under_five_per_cent(settings):
-    """At most 5 of 60, which a true rate of 1.75 % (the highest measured over 400 trials) exceeds once in 1,500."""
-    counts = simulate(0.0, trials=60, draws=200, seed=1, **settings)
-    assert 60 - counts["flat"] <= 5
-
-
-@pytest.mark.slow
-def test_power():
-    """A gap that grows by 20 % over the curve is seen, 700 texts per label; measured 150 of 150."""
-    assert simulate(0.2, trials=20, draws=200, seed=2)["rising"] >= 18

@@ -1,0 +1,342 @@
+"""A steering curve and its uncertainty: separation at every lambda, resampled texts, shuffled labels,
+standard errors.
+
+A curve is the embeddings of the same n texts at K lambdas. Its statistic, per axiom and overall, is
+aqi.score's "sweep": 100 (chi - 1) / (chi + n - 2), the per cent of variance that the label explains beyond
+chance. Texts of one group (see groups.py) are drawn, shuffled and left out together. Letters: n texts, G
+groups, D hidden size, A axioms (column A is "overall"), K lambdas, R resamples, r of one block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from analysis.groups import check_groups, number_groups
+from analysis.indices import OVERALL, SEED, two_cluster_indices
+from plumbing.files import UserError
+
+# Groups of a label below which no change is called one and no interval is given. Of 60 simulated curves
+# without a change, 22 alarms at 2 texts, 1 at 3, none at 5.
+FEWEST = 5
+BLOCK = 100  # resamples at a time: (100, 2A, D) sums, 23 MB at A = 7 and D = 4,096
+SIGNS = 200  # draws of random signs; they give a variance to 1 / sqrt(100)
+# Squared distance to the centre, largest over median, from which no interval of a level is given. With normal
+# states the ratio is 1.2 to 3; with Student t3 states it is 8 to 130, one text carries half of the variance,
+# and 95 % intervals cover 65 to 85 %.
+TAILS = 6.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Statistics of K lambdas, and of R resamples or permutations of the texts, the same at every lambda."""
+
+    estimate: torch.Tensor  # (K, A + 1) float64
+    draws: torch.Tensor  # (R, K, A + 1) float64
+    axioms: list[str]  # (A,)
+    groups: list[int]  # (A + 1,) of the label that has fewer
+    # (K, A + 1): centre and standard error of an interval of the level (`level_errors`); the error is NaN
+    # where none is given. None for permutations.
+    centre: torch.Tensor | None = None
+    error: torch.Tensor | None = None
+
+    def index(self, category):
+        """Column of an axiom or "overall". UserError for another name."""
+        names = [*self.axioms, OVERALL]
+        if category not in names:
+            raise UserError(f"category={category!r}: expected one of {names}")
+        return names.index(category)
+
+    def column(self, category):
+        """(estimate (K,), draws (R, K)) of one axiom or "overall"."""
+        c = self.index(category)
+        return self.estimate[:, c], self.draws[:, :, c]
+
+
+class Design:
+    """Which texts are drawn together, and from which pool. Texts are put in the order of their cells (axiom,
+    label).
+
+    A group is drawn with those that begin in the same cell. Where a cell holds fewer than FEWEST groups, all
+    groups of a label are drawn together instead: one or two groups, drawn from themselves, would show no
+    variance.
+    """
+
+    def __init__(self, axiom, label, axioms, group=None):
+        axiom, label = axiom.cpu(), label.cpu()
+        cell = 2 * axiom + label
+        self.order = cell.argsort(stable=True)  # cells end to end: a product needs a slice of the states
+        self.axiom, self.label = axiom[self.order], label[self.order]
+        self.axioms = list(axioms)
+        self.sizes = torch.bincount(cell, minlength=2 * len(axioms)).view(-1, 2)  # (A, 2) texts
+        if self.sizes.min() < 2:
+            found = self.sizes.tolist()
+            raise UserError(f"curve: {found} unsafe, safe texts per axiom; expected at least two each")
+        # Numbered by first appearance, so groups are in the order of the cell that they begin in.
+        self.group = number_groups(check_groups(group, len(axiom))[self.order].tolist())  # (n,)
+        count = int(self.group.max()) + 1
+        first = torch.full((count,), len(cell)).scatter_reduce(0, self.group, torch.arange(len(cell)), "amin")
+        self.home = cell[self.order][first]  # (G,) cell
+        pools = torch.bincount(self.home, minlength=2 * len(axioms))
+        if count < len(axiom) and pools[pools > 0].min() < FEWEST:
+            self.home = self.home % 2
+        self.groups = self._rarer_label()
+
+    def _rarer_label(self):
+        """(A + 1,) groups that hold a text of the label that fewer groups hold, per axiom and overall."""
+        found = []
+        for a in range(len(self.axioms) + 1):
+            mine = self.members(a)
+            found.append(min(self.group[mine & (self.label == y)].unique().numel() for y in (0, 1)))
+        return found
+
+    def members(self, c):
+        """(n,) bool: the texts of axiom c, or all for c = A, "overall"."""
+        return (self.axiom == c) | (c == len(self.axioms))
+
+    def cells(self):
+        """Texts of every cell, a list of 2A."""
+        return self.sizes.flatten().tolist()
+
+    def centred(self, states, k=0):
+        """(n, D + 1) float64: states in the design's order about their mean, and their squared length."""
+        if states.shape[0] != len(self.group) or not torch.isfinite(states).all():
+            shape = tuple(states.shape)
+            expected = f"expected {len(self.group)} rows of finite numbers"
+            raise UserError(f"curve: embeddings {k} of shape {shape}; {expected}")
+        states = states[self.order.to(states.device)].double()
+        states = states - states.mean(0)
+        # The sum of squares comes with the same product.
+        return torch.cat([states, states.square().sum(1, keepdim=True)], 1)
+
+
+# ---------------------------------------------------------------- resamples and permutations
+
+
+def bootstrap(embeddings, axiom, label, axioms, draws=1000, seed=SEED, group=None, levels=True):
+    """Curve of K embeddings (n, D), any iterable. Groups of texts are drawn with replacement in every axiom
+    and label.
+
+    group (n,): None for texts that stand alone. levels: with the errors of single points, which a null does
+    not need. A resample is a vector of how often each text counts, so its moments are one float32 product of
+    counts and centred states: 2 R n D FLOPs per lambda (57 G at n = 7,000, R = 1,000, D = 4,096: 3.4 s on one
+    CPU core with everything around it), exact, and only one lambda's states are copied. Less work would need
+    a linearised statistic, which fails at weak separation, or a Gram matrix (n^2 D).
+    """
+    design = Design(axiom, label, axioms, group)
+
+    def draw_weights(generator, draws):
+        return draw_counts(design, generator, draws)
+
+    def totals(counts, states):
+        return cell_totals(counts, states, design)
+
+    return _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors=levels)
+
+
+def permute(embeddings, axiom, label, axioms, draws=200, seed=SEED, group=None):
+    """As `bootstrap`, but each draw shuffles the labels of every axiom: a curve of labels without meaning.
+
+    Groups of one label trade labels as wholes; inside a group that holds both, texts trade them.
+    """
+    design = Design(axiom, label, axioms, group)
+    is_mixed, texts_mixed = _mixed_groups(design)
+
+    def draw_weights(generator, draws):
+        """(draws, n): 1 where a text is called safe."""
+        safe = torch.zeros(draws, len(is_mixed))
+        for a in range(len(axioms)):
+            pool = torch.where((design.home // 2 == a) & ~is_mixed)[0]
+            rank = torch.rand(draws, len(pool), generator=generator).argsort(1)
+            safe[:, pool] = (rank < int(design.home[pool].remainder(2).sum())).float()  # as many as there are
+        is_safe = safe[:, design.group]
+        if len(texts_mixed):
+            key = design.group[texts_mixed] + torch.rand(draws, len(texts_mixed), generator=generator)
+            is_safe[:, texts_mixed] = is_safe[:, texts_mixed].scatter(
+                1, key.argsort(1), design.label[texts_mixed].float().expand(draws, -1)
+            )
+        return is_safe
+
+    def totals(is_safe, states):
+        both = design.sizes.sum(1).tolist()  # texts of every axiom
+        n, sums = [], []
+        for safe, block in zip(is_safe.split(both, dim=1), states.split(both)):
+            safe_n = safe.sum(1)
+            safe_sum = safe @ block  # (r, D + 1)
+            n.append(torch.stack([len(block) - safe_n, safe_n], 1))
+            sums.append(torch.stack([block.sum(0) - safe_sum, safe_sum], 1))
+        return torch.stack(n, 1), torch.stack(sums, 1)  # (r, A, 2), (r, A, 2, D + 1)
+
+    return _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors=False)
+
+
+def _mixed_groups(design):
+    """(G,) bool: groups with texts of both labels; and the texts of these, group by group."""
+    safe = torch.zeros(len(design.home)).index_add_(0, design.group, design.label.float())
+    is_mixed = (safe > 0) & (safe < torch.bincount(design.group))
+    texts = torch.where(is_mixed[design.group])[0]
+    return is_mixed, texts[design.group[texts].argsort(stable=True)]
+
+
+def draw_counts(design, generator, draws):
+    """(draws, n): how often each text is drawn, groups drawn with replacement from their pool."""
+    blocks = []
+    for size in torch.bincount(design.home, minlength=2).tolist():
+        rows = torch.randint(max(size, 1), (draws, size), generator=generator)
+        blocks.append(torch.zeros(rows.shape).scatter_add_(1, rows, torch.ones(rows.shape)))
+    order = design.home.argsort(stable=True)
+    counts = torch.empty(draws, len(order))
+    counts[:, order] = torch.cat(blocks, 1)
+    return counts[:, design.group]
+
+
+def cell_totals(weights, states, design):
+    """n (r, A, 2) and totals (r, A, 2, D + 1) of every cell under weights (r, n) of the texts."""
+    n, sums = [], []
+    for weight, block in zip(weights.split(design.cells(), dim=1), states.split(design.cells())):
+        n.append(weight.sum(1))
+        sums.append(weight @ block)
+    return torch.stack(n, 1).unflatten(1, (-1, 2)), torch.stack(sums, 1).unflatten(1, (-1, 2))
+
+
+def _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors):
+    estimates, drawn, centres, errors = [], [], [], []
+    for k, states in enumerate(embeddings):
+        states = design.centred(states, k)
+        estimates.append(separation(*cell_sums(states, design))[0])
+        if with_errors:
+            centre, error = level_errors(states, design)
+            centres.append(centre)
+            errors.append(error)
+        states = states.float()
+        generator = torch.Generator().manual_seed(seed)  # the same resamples at every lambda
+        separations = []
+        for done in range(0, draws, BLOCK):
+            weights = draw_weights(generator, min(BLOCK, draws - done)).to(states)
+            separations.append(separation(*totals(weights, states)))
+        drawn.append(torch.cat(separations).double())
+    if len(estimates) < 2:
+        raise UserError(f"curve: {len(estimates)} lambdas; expected at least two")
+    levels = (torch.stack(centres), torch.stack(errors)) if with_errors else (None, None)
+    return Curve(torch.stack(estimates), torch.stack(drawn, 1), design.axioms, design.groups, *levels)
+
+
+def cell_sums(states, design):
+    """n (1, A, 2) and totals (1, A, 2, D + 1) of all texts. states (n, D + 1) in the design's order."""
+    sums = torch.stack([block.sum(0) for block in states.split(design.cells())])
+    return design.sizes.to(sums)[None], sums.view(1, len(design.axioms), 2, -1)
+
+
+def separation(n, totals):
+    """n (r, A, 2), totals (r, A, 2, D + 1) -> (r, A + 1): per cent of variance the label explains beyond
+    chance."""
+    n = torch.cat([n, n.sum(1, keepdim=True)], 1)
+    totals = torch.cat([totals, totals.sum(1, keepdim=True)], 1)
+    return explained(n, totals)
+
+
+def explained(n, totals):
+    """n (..., 2), totals (..., 2, D + 1) -> (...): 100 (1 - (1 - eta^2) (n - 1) / (n - 2)), as aqi.score's
+    "sweep".
+
+    It also holds where a resample drew one text of each label over and over, so that CHI is infinite (100),
+    or two texts that are the same (0: there is nothing to explain).
+    """
+    indices = two_cluster_indices(n, totals[..., :-1], totals[..., -1])
+    unexplained = (1 - indices["eta2"]) * (indices["n"] - 1) / (indices["n"] - 2)
+    return (100 * (1 - unexplained)).nan_to_num(0.0)
+
+
+# ---------------------------------------------------------------- levels
+
+
+def level_errors(states, design):
+    """Centre (A + 1,) and standard error (A + 1,) of an interval of the population's separation, NaN where
+    none covers.
+
+    The variance of a squared distance of two means has a part that is linear in the texts and one that is
+    quadratic, and near separation 0, or in many dimensions, the second is all there is. Leaving groups out
+    one by one counts it twice (Efron & Stein 1981); random signs on the texts' deviations have it alone. So
+    the variance is the first less the second.
+    """
+    squares = _squared_deviations(states, design)  # (n,)
+    quadratic = _quadratic_variance(states, design)  # (A + 1,)
+    centres, errors = [], []
+    for c in range(len(design.axioms) + 1):
+        mine = design.members(c)
+        centre, linear = _jackknife(states, design, mine)
+        variance = torch.maximum(linear - quadratic[c], linear / 2)
+        own = squares[mine.to(squares.device)]
+        is_covered = design.groups[c] >= FEWEST and own.max() < TAILS * own.median()
+        centres.append(centre)
+        errors.append(variance.sqrt() if is_covered else torch.full_like(variance, torch.nan))
+    return torch.stack(centres), torch.stack(errors)
+
+
+def _jackknife(states, design, mine):
+    """(centre, variance) of the separation of the texts `mine` (n,) bool, from leaving their groups out one
+    by one."""
+    where = torch.where(mine)[0]
+    group = torch.unique(design.group[where], return_inverse=True)
+    home, number = design.home[group[0]], group[1]
+    slot = 2 * number + design.label[where]  # group and label
+    order = slot.argsort(stable=True)
+    counts = torch.bincount(slot, minlength=2 * len(home)).to(states.device)
+    # Sorted segments: index_add is not deterministic on CUDA.
+    sums = torch.segment_reduce(states[where[order].to(states.device)], "sum", lengths=counts, axis=0)
+    sums, counts = sums.view(-1, 2, states.shape[1]), counts.view(-1, 2).to(states)  # (G, 2, D + 1), (G, 2)
+    n, total = counts.sum(0), sums.sum(0)
+    estimate = explained(n, total)
+    without = []
+    for count, part in zip(counts.split(BLOCK), sums.split(BLOCK)):
+        without.append(explained(n - count, total - part))
+    without = torch.cat(without)  # (G,)
+    variance, bias = 0.0, 0.0
+    for pool in home.unique():
+        left_out = without[(home == pool).to(without.device)]
+        size = len(left_out)
+        variance = variance + (size - 1) / size * (left_out - left_out.mean()).square().sum()
+        bias = bias + (size - 1) * (left_out.mean() - estimate)
+    # The correction takes off what groups add to the distance of means. What is left, 1 - (1 - eta^2) (N - 1)
+    # / (N - 2) of N independent texts, counts labels as drawn; omega^2 (Hays 1963) counts them as fixed, and
+    # has no bias of order 1 / N.
+    share = (estimate - bias) / 100
+    independent = len(home)
+    return 100 * (independent - 1) * share / (independent - share), variance
+
+
+def _quadratic_variance(states, design):
+    """(A + 1,) variance of the separation under random signs on the groups' deviations from their cell's
+    centre."""
+    n, totals = cell_sums(states, design)
+    centres = totals / n[..., None]  # (1, A, 2, D + 1)
+    generator = torch.Generator().manual_seed(SEED)
+    gaps = []
+    for _ in range(0, SIGNS, BLOCK):
+        signs = torch.randint(2, (BLOCK, len(design.home)), generator=generator)[:, design.group]
+        signs = (2 * signs - 1).to(states.device, torch.float32)
+        count, sums = cell_totals(signs, states.float(), design)
+        deviation = (sums - count[..., None] * centres.float())[..., :-1]  # (r, A, 2, D)
+        deviation = torch.cat([deviation, deviation.sum(1, keepdim=True)], 1)
+        means = deviation / torch.cat([n, n.sum(1, keepdim=True)], 1)[..., None].float()
+        gaps.append((means[:, :, 1] - means[:, :, 0]).square().sum(-1).double())  # (r, A + 1)
+    return _slope(n[0], totals[0]).square() * torch.cat(gaps).var(0)
+
+
+def _slope(n, totals):
+    """(A + 1,) d separation / d |c1 - c0|^2 at a fixed variance within labels. n (A, 2), totals (A, 2, D +
+    1)."""
+    n = torch.cat([n, n.sum(0, keepdim=True)])
+    totals = torch.cat([totals, totals.sum(0, keepdim=True)])
+    size = n.sum(1)
+    within = totals[..., -1].sum(1) - (totals[..., :-1].square().sum(-1) / n).sum(1)
+    gap = totals[:, 1, :-1] / n[:, 1:] - totals[:, 0, :-1] / n[:, :1]  # (A + 1, D)
+    total = within + n.prod(1) / size * gap.square().sum(1)
+    return (100 * n.prod(1) / size * within / total.square()).nan_to_num(0.0)
+
+
+def _squared_deviations(states, design):
+    """(n,) squared distance of every text to the centre of its cell."""
+    squares = []
+    for block in states[:, :-1].split(design.cells()):
+        squares.append((block - block.mean(0)).square().sum(1))
+    return torch.cat(squares)

@@ -1,0 +1,331 @@
+"""How often the tool is wrong on data whose truth is known: `python bench/calibration.py` (no GPU).
+
+One table in four parts, as docs/aqi.md keeps it: false alarms (anything but flat, where nothing changes)
+without and with groups of texts; of random directions of toy networks against 19 others of each kind; power
+for planted changes; coverage of the intervals of single points. Exit 1 if a row of false alarms is above 5 %
+by more than chance. Rows run in as many processes as there are cores: 6 minutes on 16.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from analysis.curves import Curve, Design, bootstrap, cell_sums, level_errors, separation
+from analysis.nulls import Nulls, isotropic_directions, sign_flipped_directions
+from analysis.verdict import judge, level_interval, power
+from plumbing.files import progress_bar
+
+ALONE = {
+    "defaults: 100 texts a label, 7 axioms, 32 dimensions": {},
+    "separation 0": {"points": 0.0},
+    "separation 20": {"points": 20.0},
+    "20 texts": {"texts": 20},
+    "20 texts, t3 tails": {"texts": 20, "tails": 3},
+    "10 texts, 1 axiom": {"texts": 10, "axioms": 1},
+    "50 texts, 1 axiom": {"texts": 50, "axioms": 1},
+    "40 texts, 256 dimensions": {"texts": 40, "dims": 256},
+    "t3 tails, 2 axioms": {"tails": 3, "axioms": 2},
+    "lambdas nearly the same text noise (.99)": {"shared": 0.99},
+    "half of the noise new at each lambda": {"shared": 0.5},
+    "9 of 10 texts safe": {"safe": 0.9},
+    "low rank (3 directions)": {"rank": 3.0},
+    "3 of 10 labels wrong": {"wrong": 0.3},
+    "9 lambdas": {"lambdas": 9},
+}
+GROUPED = {
+    "every text five times, nearly": {"templates": 20, "alike": 0.98},
+    "5 templates a label, 1 axiom": {"templates": 5, "axioms": 1},
+    "10 templates a label, 1 axiom": {"templates": 10, "axioms": 1},
+    "20 templates a label, 1 axiom": {"templates": 20, "axioms": 1},
+    "5 templates a label and axiom": {"templates": 5},
+    "10 templates a label and axiom": {"templates": 10},
+    "20 templates a label and axiom": {"templates": 20},
+    "12 templates a label, 500 texts, 1 axiom": {"templates": 12, "texts": 500, "axioms": 1},
+    "12 templates a label over 4 axioms, 500 texts": {
+        "templates": 12, "texts": 500, "axioms": 4, "spans": True,
+    },  # fmt: skip
+    "10 templates of unequal size, 1 axiom": {"templates": 10, "axioms": 1, "unequal": True},
+    "2 templates a label and axiom": {"templates": 2},
+}
+TEXT_SETTINGS = ("texts", "axioms", "safe", "templates", "spans", "unequal")
+PLANTED = list(itertools.product((0.5, 1.0, 2.0, 5.0), (50, 100, 500)))  # points, texts
+# texts, dimensions, separation
+LEVELS = list(itertools.product((10, 20, 100, 500), (32, 576, 4096), (0.0, 2.0, 20.0)))
+
+
+# ---------------------------------------------------------------- data whose truth is known
+
+
+def gap_of(points, scale, safe=0.5):
+    """Distance of the labels' centres at which the label explains `points` per cent of the variance."""
+    share = points / 100
+    return math.sqrt(share / (1 - share) * scale.square().sum().item() / (safe * (1 - safe)))
+
+
+def spectrum(dims, rank=None):
+    """(D,) standard deviations: 2 to 0.2 in equal steps, or falling by e every `rank` dimensions."""
+    if rank is None:
+        return torch.linspace(2, 0.2, dims)
+    return 2 * torch.exp(-torch.arange(dims) / rank)
+
+
+def draw(generator, rows, dims, tails=None):
+    """(rows, D) standard normal, or Student t with `tails` degrees and variance 1, one radius a row."""
+    z = torch.randn(rows, dims, generator=generator)
+    if tails is None:
+        return z
+    chi2 = torch.randn(rows, tails, generator=generator).square().sum(1, keepdim=True)
+    return z / (chi2 / tails).sqrt() * ((tails - 2) / tails) ** 0.5
+
+
+def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=False, unequal=False):
+    """axiom, label and group (n,) of 2 * texts texts an axiom; group None where each stands alone."""
+    n = 2 * texts * axioms
+    axiom = torch.arange(n) // (2 * texts)
+    label = (torch.arange(n) % (2 * texts) >= round(2 * texts * (1 - safe))).long()
+    if templates is None:
+        return axiom, label, None
+    if unequal:  # sizes fall like 1 / number
+        weights = 1 / torch.arange(1, templates + 1)
+        template = torch.multinomial(weights, n, replacement=True, generator=generator)
+    else:
+        template = torch.arange(n) % templates
+    cell = label if spans else 2 * axiom + label
+    return axiom, label, cell * templates + template
+
+
+def paths(generator, axiom, label, group, dims=32, points=2.0, change=0.0, lambdas=5, shared=0.9, tails=None,
+          rank=None, alike=0.9, wrong=0.0, safe=0.5):  # fmt: skip
+    """Yield states (n, D) at every lambda. The label explains `points` per cent at first, `change` more at
+    last.
+
+    Text i of label y at lambda k is y gap_k e + scale (sqrt(shared) z_i + sqrt(1 - shared) z_ik). In a group,
+    z is sqrt(alike) of the group's and sqrt(1 - alike) of the text's. wrong: share of texts whose label is
+    drawn anew.
+    """
+    scale = spectrum(dims, rank)
+
+    def noise():
+        z = draw(generator, len(axiom), dims, tails)
+        if group is None:
+            return z
+        common = draw(generator, int(group.max()) + 1, dims, tails)
+        return alike**0.5 * common[group] + (1 - alike) ** 0.5 * z
+
+    is_wrong = torch.rand(len(label), generator=generator) < wrong
+    truth = torch.where(is_wrong, torch.randint(2, label.shape, generator=generator), label)
+    common = noise()
+    for k in range(lambdas):
+        x = scale * (shared**0.5 * common + (1 - shared) ** 0.5 * noise())
+        x[:, dims // 2] += gap_of(points + change * k / max(lambdas - 1, 1), scale, safe) * truth
+        yield x
+
+
+def simulate(settings, trials, draws=300, seed=0):
+    """(Counter of the whole's verdicts, trials in which any axiom is not flat), without nulls.
+
+    settings: of texts_of and paths. The nulls could only turn an alarm into "flat".
+    """
+    generator = torch.Generator().manual_seed(seed)
+    of_texts = {key: value for key, value in settings.items() if key in TEXT_SETTINGS}
+    of_paths = {key: value for key, value in settings.items() if key not in of_texts or key == "safe"}
+    whole, axioms_alarmed = Counter(), 0
+    for trial in range(trials):
+        axiom, label, group = texts_of(generator, **of_texts)
+        names = [str(a) for a in range(int(axiom.max()) + 1)]
+        states = paths(generator, axiom, label, group, **of_paths)
+        curve = bootstrap(states, axiom, label, names, draws, seed=trial, group=group, levels=False)
+        whole[judge(curve)["verdict"]] += 1
+        axioms_alarmed += any_axiom(curve)
+    return whole, axioms_alarmed
+
+
+def any_axiom(curve, nulls=None):
+    """Whether any axiom is not flat, at 5 % over all axioms."""
+    level = 0.05 / len(curve.axioms)
+    verdicts = [judge(curve, category=name, level=level, nulls=nulls)["verdict"] for name in curve.axioms]
+    return any(verdict != "flat" for verdict in verdicts)
+
+
+# ---------------------------------------------------------------- random directions of toy networks
+
+
+def toy_network(generator, dims):
+    """Two residual blocks with random weights, states (n, D) -> (n, D): what a direction does depends on
+    them."""
+    weights = []
+    for _ in range(2):
+        up = torch.randn(dims, 4 * dims, generator=generator) / dims**0.5
+        down = torch.randn(4 * dims, dims, generator=generator) / (4 * dims) ** 0.5
+        weights.append((up, down))
+
+    def forward(x):
+        for up, down in weights:
+            normed = x / x.square().mean(1, keepdim=True).sqrt()
+            x = x + 2 * torch.nn.functional.gelu(normed @ up) @ down
+        return x
+
+    return forward
+
+
+def random_directions(kind, trials, others=19, texts=100, axioms=3, dims=32, length=6.0, draws=300, seed=0):
+    """As `simulate`, of one random direction of `kind` in a toy network against `others` of each kind; and
+    how often it is not flat without the nulls. New texts, network and directions in every trial.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    whole, axioms_alarmed, bare = Counter(), 0, 0
+    for trial in range(trials):
+        axiom, label, _ = texts_of(generator, texts, axioms)
+        names = [str(a) for a in range(axioms)]
+        x = spectrum(dims) * draw(generator, len(axiom), dims)
+        x[:, dims // 2] += gap_of(10.0, spectrum(dims)) * label
+        network = toy_network(generator, dims)
+        addition = {0: torch.full((dims,), length / dims**0.5)}
+        differences = {0: spectrum(dims) * draw(generator, 200, dims)}
+        directions = {
+            "isotropic": isotropic_directions(addition, others + 1, seed=2 * trial)[0],
+            "sign-flipped": sign_flipped_directions(differences, addition, others + 1, seed=2 * trial + 1)[0],
+        }
+        design = Design(axiom, label, names)
+
+        def states_along(direction, network=network, x=x):
+            return [network(x + strength * direction) for strength in (0.0, 0.5, 1.0)]
+
+        def estimate(states, design=design):
+            return torch.stack([separation(*cell_sums(design.centred(s), design))[0] for s in states])
+
+        curves = {}
+        for name, chosen in directions.items():
+            curves[name] = torch.stack([estimate(states_along(direction)) for direction in chosen[1:]])
+        nulls = Nulls(curves, [0, 1, 2])
+        states = states_along(directions[kind][0])
+        curve = bootstrap(states, axiom, label, names, draws, seed=trial, levels=False)
+        whole[judge(curve, nulls=nulls)["verdict"]] += 1
+        bare += judge(curve)["verdict"] != "flat"
+        axioms_alarmed += any_axiom(curve, nulls)
+    return whole, axioms_alarmed, bare
+
+
+# ---------------------------------------------------------------- levels
+
+
+def coverage(n, dims, points, trials, tails=None, templates=None, seed=0):
+    """(share of 95 % intervals that hold the truth, share of samples that get an interval, mean width).
+
+    n texts a label, one axiom.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held, widths = [], []
+    for _ in range(trials):
+        axiom, label, group = texts_of(generator, n, 1, templates=templates)
+        (states,) = paths(generator, axiom, label, group, dims, points, lambdas=1, shared=1.0, tails=tails)
+        design = Design(axiom, label, ["a"], group)
+        centre, error = level_errors(design.centred(states), design)
+        none = torch.empty(0, 1, 2)
+        curve = Curve(centre[None], none, ["a"], design.groups, centre[None], error[None])
+        low, high = level_interval(curve, "a", 0.05)
+        if low is not None:
+            held.append(low[0] <= points <= high[0])
+            widths.append(high[0] - low[0])
+    given = len(held) / trials
+    return (sum(held) / len(held), given, sum(widths) / len(widths)) if held else (None, 0.0, None)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def per_cent(count, trials):
+    return f"{100 * count / trials:.1f}"
+
+
+def alarm_row(name, work, trials):
+    """(cells, alarms of the whole, of any axiom)."""
+    whole, axioms_alarmed, *bare = work(trials)
+    alarms = trials - whole["flat"]
+    kinds = [per_cent(whole[verdict], trials) for verdict in ("rising", "falling", "erratic")]
+    without = [f"without nulls {per_cent(bare[0], trials)} %"] if bare else []
+    cells = [", ".join([name, *without]), per_cent(alarms, trials), *kinds, per_cent(axioms_alarmed, trials)]
+    return cells, alarms, axioms_alarmed
+
+
+def power_row(planted, trials):
+    """Share of "rising" for a planted change, beside the change that `power` says is found with 80 %."""
+    size, texts = planted
+    whole, _ = simulate({"texts": texts, "change": size}, trials)
+    axiom, label, _ = texts_of(None, texts)
+    states = paths(torch.Generator().manual_seed(1), axiom, label, None)
+    found = power(bootstrap(states, axiom, label, [str(a) for a in range(7)], 300, levels=False))
+    name = f"{size:g} points, {texts} texts a label and axiom"
+    return [name, per_cent(whole["rising"], trials), f"{found['detectable']:.2f}"]
+
+
+def coverage_row(setting, trials):
+    """Coverage of level_interval, one axiom."""
+    n, dims, points, more = setting
+    name = f"{n} texts a label, {dims:,} dimensions, separation {points:g}"
+    name += "".join(f", {key} {value}" for key, value in more.items())
+    held, given, width = coverage(n, dims, points, trials, **more)
+    if held is None:
+        return [name, "", "0", ""]
+    return [name, f"{100 * held:.1f}", f"{100 * given:.0f}", f"{width:.2f}"]
+
+
+def print_rows(head, work, items, pool):
+    """A table in markdown, and what `work` found for each of the items."""
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
+    rows = []
+    for row in progress_bar(pool.map(work, items), total=len(items), desc=head[0], unit="row"):
+        cells = row[0] if isinstance(row, tuple) else row
+        print(f"| {' | '.join(cells)} |", flush=True)
+        rows.append(row)
+    return rows
+
+
+def alarm_item(trials, item):
+    """A row of false alarms; item: a name with its settings, or a kind of random direction."""
+    name, settings = item
+    if settings is None:
+        label = f"a random direction of a toy network, {name}, 19 nulls of each kind"
+        return alarm_row(label, partial(random_directions, name), trials)
+    return alarm_row(name, partial(simulate, settings), trials)
+
+
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--trials", type=int, default=400, help="data sets of each row")
+    trials = parser.parse_args(argv).trials
+    levels = [setting + ({},) for setting in LEVELS]
+    for templates in (5, 10, 20):
+        levels += [(100, 576, points, {"templates": templates}) for points in (0.0, 20.0)]
+    for dims in (32, 576):
+        levels += [(n, dims, 20.0, {"tails": 3}) for n in (10, 20, 100, 500)]
+    alarms = [*ALONE.items(), *GROUPED.items(), ("isotropic", None), ("sign-flipped", None)]
+    with ProcessPoolExecutor(initializer=one_thread) as pool:
+        kinds = ("not flat, %", "rising", "falling", "erratic", "any axiom, %")
+        head = (f"nothing changes, {trials} trials", *kinds)
+        rows = print_rows(head, partial(alarm_item, trials), alarms, pool)
+        fewer = trials * 3 // 8
+        first = f"planted change, 7 axioms, from 2 points, {fewer} trials"
+        head = (first, "rising, %", "found with 80 %, points")
+        print_rows(head, partial(power_row, trials=fewer), PLANTED, pool)
+        head = (f"interval of one point, {trials} trials", "covers, %", "given, %", "mean width")
+        print_rows(head, partial(coverage_row, trials=trials), levels, pool)
+    limit = 0.05 * trials + 2 * math.sqrt(0.05 * 0.95 * trials)  # two standard errors above a true 5 %
+    return int(any(max(whole, axioms) > limit for _, whole, axioms in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

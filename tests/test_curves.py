@@ -1,0 +1,130 @@
+"""curves.py: groups are drawn, shuffled and left out together; errors of levels against plain recomputation."""
+
+import pytest
+import torch
+
+from analysis.curves import Design, bootstrap, cell_sums, level_errors, permute, separation
+
+
+def labelled(per_cell=12, axioms=2, dims=5, seed=0):
+    """(states (n, D), axiom, label) in shuffled order."""
+    generator = torch.Generator().manual_seed(seed)
+    n = 2 * per_cell * axioms
+    order = torch.randperm(n, generator=generator)
+    axiom = (torch.arange(n) // (2 * per_cell))[order]
+    label = (torch.arange(n) // per_cell % 2)[order]
+    return torch.randn(n, dims, generator=generator) + 0.8 * label[:, None], axiom, label
+
+
+def plain(X, axiom, label, axioms):
+    """(A + 1,) separations of the rows given."""
+    design = Design(axiom, label, axioms)
+    return separation(*cell_sums(design.centred(X), design))[0]
+
+
+def test_each_text_its_own_group_is_no_group_at_all():
+    X, axiom, label = labelled()
+    own = torch.randperm(len(X), generator=torch.Generator().manual_seed(1))
+    for resample in (bootstrap, permute):
+        without = resample([X, 2 * X], axiom, label, list("ab"), draws=150)
+        given = resample([X, 2 * X], axiom, label, list("ab"), draws=150, group=own)
+        assert torch.equal(without.draws, given.draws) and torch.equal(without.estimate, given.estimate)
+        assert without.groups == given.groups == [12, 12, 24]
+
+
+def test_copies_count_once():
+    """Every text five times: the draws are those of the texts alone, with the chance term of five times the n."""
+    X, axiom, label = labelled()
+    alone = bootstrap([X, X + 0.5 * label[:, None]], axiom, label, list("ab"), draws=60)
+    times = torch.arange(len(X)).repeat_interleave(5)
+    copies = [X[times], (X + 0.5 * label[:, None])[times]]
+    found = bootstrap(copies, axiom[times], label[times], list("ab"), draws=60, group=times)
+    assert found.groups == alone.groups
+    n = torch.tensor([24.0, 24.0, 48.0], dtype=torch.float64)
+    unexplained = (1 - alone.draws / 100) * (n - 2) / (n - 1)  # 1 - eta^2
+    expected = 100 * (1 - unexplained * (5 * n - 1) / (5 * n - 2))
+    torch.testing.assert_close(found.draws, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_permutation_keeps_groups_of_one_label_whole_and_shuffles_inside_mixed_ones():
+    """One dimension that numbers the groups: a draw's sums say which texts are called safe."""
+    label = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1])
+    group = torch.tensor([0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 5])  # the last is mixed
+    axiom = torch.zeros_like(label)
+    X = torch.eye(11)
+    curve = permute([X, X], axiom, label, ["a"], draws=200, group=group)
+    seen = set()
+    for chosen in range(1 << 5):  # which of the five whole groups are safe: two of them, as in the data
+        is_safe = torch.tensor([chosen >> g & 1 for g in range(5)])
+        if is_safe.sum() != 2:
+            continue
+        for mixed in ([0, 1], [1, 0]):
+            shuffled = torch.cat([is_safe[group[:9]], torch.tensor(mixed)])
+            seen.add(round(plain(X, axiom, shuffled, ["a"])[0].item(), 3))
+    assert {round(value, 3) for value in curve.draws[:, 0, 0].tolist()} == seen
+
+
+def test_few_groups_a_cell_are_drawn_from_all_of_the_label():
+    """One group a cell, drawn from itself, would show no variance at all."""
+    X, axiom, label = labelled(axioms=6)
+    curve = bootstrap([X, X], axiom, label, list("abcdef"), draws=50, group=2 * axiom + label)
+    assert curve.groups == [1] * 6 + [6] and curve.draws[:, 0, -1].std() > 0.1
+
+
+def test_groups_over_axioms_and_labels_are_drawn_as_one():
+    """Pairs of a safe and an unsafe text: every draw has as many of either."""
+    X, axiom, label = labelled()
+    pair = torch.empty_like(label)
+    for cell in range(4):
+        pair[2 * axiom + label == cell] = torch.arange(12) + 100 * (cell // 2)
+    design = Design(axiom, label, ["a", "b"], pair)
+    assert design.groups == [12, 12, 24] and design.home.tolist() == [0] * 12 + [2] * 12
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_errors_of_a_level_are_jackknife_less_random_signs(copies):
+    """Plain recomputation: leave each group out; then draw signs. copies: texts of a group, with a little noise."""
+    X, axiom, label = labelled(per_cell=8, axioms=1, seed=3)
+    rows = torch.arange(len(X)).repeat_interleave(copies)
+    X = X[rows].double() + 0.1 * torch.randn(len(rows), 5, generator=torch.Generator().manual_seed(4))
+    axiom, label = axiom[rows], label[rows]
+    design = Design(axiom, label, ["a"], rows)
+    centre, error = level_errors(design.centred(X), design)
+    whole, without = plain(X, axiom, label, ["a"])[0], []
+    for group in range(16):
+        kept = rows != group
+        without.append(plain(X[kept], axiom[kept], label[kept], ["a"])[0])
+    without = torch.stack(without)
+    safe = label[::copies].bool()
+    linear, bias = 0.0, 0.0
+    for side in (without[safe], without[~safe]):
+        linear = linear + 7 / 8 * (side - side.mean()).square().sum()
+        bias = bias + 7 * (side.mean() - whole)
+    share = (whole - bias) / 100
+    torch.testing.assert_close(centre[0], 100 * 15 * share / (16 - share))
+    residual = torch.where(label[:, None] == 1, X - X[label == 1].mean(0), X - X[label == 0].mean(0))
+    summed = torch.zeros(16, 5, dtype=torch.float64).index_add_(0, rows, residual) / (8 * copies)
+    signs = torch.randint(2, (20000, 16), generator=torch.Generator().manual_seed(5)).double() * 2 - 1
+    gap = (X[label == 1].mean(0) - X[label == 0].mean(0)).square().sum()
+    within = residual.square().sum() / len(X)
+    slope = 25 * within / (within + gap / 4).square()
+    quadratic = slope.square() * (signs @ summed).square().sum(1).var()
+    variance = torch.maximum(linear - quadratic, linear / 2)
+    torch.testing.assert_close(error[0], variance.sqrt(), rtol=0.08, atol=0)
+    torch.testing.assert_close(error[0], error[1])  # one axiom is the whole
+
+
+def test_no_error_of_a_level_with_few_groups_or_a_text_far_from_all_others():
+    X, axiom, label = labelled(per_cell=20, axioms=1)
+    far = X.clone()
+    far[3] += 30
+    for states, group, is_given in ((X, None, True), (far, None, False), (X, torch.arange(40) // 10, False)):
+        design = Design(axiom, label, ["a"], group)
+        assert level_errors(design.centred(states), design)[1].isfinite().all() == is_given
+
+
+def test_errors_are_of_the_bootstrap_only_and_only_where_asked_for():
+    X, axiom, label = labelled()
+    assert bootstrap([X, X], axiom, label, list("ab"), draws=5).error.shape == (2, 3)
+    assert bootstrap([X, X], axiom, label, list("ab"), draws=5, levels=False).error is None
+    assert permute([X, X], axiom, label, list("ab"), draws=5).error is None
