@@ -1,4 +1,6 @@
-"""What both demos do: run the training scripts as a user would, measure held-out pairs before and after DPO, print it."""
+"""What both demos do: run the training scripts as a user would, measure held-out pairs before and after DPO,
+print it.
+"""
 
 import json
 import subprocess
@@ -25,7 +27,9 @@ def run_script(script, *arguments):
 
 @torch.no_grad()
 def held_out_logps(folder, config):
-    """(n, 2): mean log-prob per token, in nats, of the chosen and the rejected answer of every held-out pair of a dpo `config`."""
+    """(n, 2): mean log-prob per token, in nats, of the chosen and the rejected answer of every held-out pair
+    of a dpo `config`.
+    """
     model, tokenizer = load_pretrained(folder)
     _, pairs = load_preferences(config, tokenizer, log=lambda line: None)
     means = []
@@ -36,22 +40,28 @@ def held_out_logps(folder, config):
 
 
 def greedy_answers(folder, prompts, template, max_new_tokens):
-    """What the model in `folder` answers to each of `prompts`, most likely token by token, as text without its end-of-turn token."""
+    """The greedy answers of the model in `folder` to `prompts`, as texts without the end-of-turn token."""
     model, tokenizer = load_pretrained(folder)
-    texts = [
-        render([dict(role="user", content=prompt)], template, tokenizer)[0] + HEADERS[template].format("assistant") for prompt in prompts
-    ]
-    answers = generate(model, [tokenizer.encode(text) for text in texts], max_new_tokens, eos_id=tokenizer.eos_id)
-    return [tokenizer.decode([i for i in ids if i != tokenizer.eos_id]) for ids in answers]
+    questions = []
+    for prompt in prompts:
+        text, _ = render([dict(role="user", content=prompt)], template, tokenizer)
+        questions.append(tokenizer.encode(text + HEADERS[template].format("assistant")))
+    texts = []
+    for ids in generate(model, questions, max_new_tokens, eos_id=tokenizer.eos_id):
+        texts.append(tokenizer.decode([token for token in ids if token != tokenizer.eos_id]))
+    return texts
 
 
 def interval(values, groups=None, resamples=2000):
     """(mean, low, high): the mean of `values` (n,) and its 95 % percentile bootstrap interval.
 
-    groups (n,): resampled are whole groups, because answers to one prompt are not independent of each other. None: every value is its own.
+    groups (n,): resampled are whole groups, because answers to one prompt are not independent of each other.
+    None: every value is its own.
     """
     values = np.asarray(values, dtype=np.float64)
-    _, member = np.unique(np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True)
+    _, member = np.unique(
+        np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True
+    )
     sums, counts = np.bincount(member, weights=values), np.bincount(member)
     picks = np.random.RandomState(0).randint(len(sums), size=(resamples, len(sums)))
     means = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
@@ -59,9 +69,11 @@ def interval(values, groups=None, resamples=2000):
 
 
 def preference_table(before, after, beta, groups=None):
-    """{quantity: (mean, low, high)} from the (n, 2) mean log-probs of the SFT model (DPO's reference) and the DPO model.
+    """{quantity: (mean, low, high)} from the (n, 2) mean log-probs of the SFT model (DPO's reference) and the
+    DPO model.
 
-    The reward is beta * (after - before); before DPO every reward is 0, so its margin is 0 and its accuracy a coin's.
+    The reward is beta * (after - before); before DPO every reward is 0, so its margin is 0 and its accuracy a
+    coin's.
     """
     margins = beta * ((after - before)[:, 0] - (after - before)[:, 1])
     return {
@@ -78,12 +90,16 @@ def read_metrics(run):
 
 
 def print_curve(run, rows=12):
-    """The training curve of a run folder: about `rows` of its steps, one line each, with a bar as long as the loss."""
+    """The training curve of a run folder: about `rows` of its steps, one line each, with a bar as long as the
+    loss.
+    """
     steps = [line for line in read_metrics(run) if "loss" in line]
     shown = np.unique(np.linspace(0, len(steps) - 1, rows).round().astype(int))
     picked = [steps[i] for i in shown]
     highest = max(line["loss"] for line in picked)
-    columns = [name for name in ("loss", "rewards/margins", "rewards/accuracies", "grad_norm") if name in picked[0]]
+    columns = [
+        name for name in ("loss", "rewards/margins", "rewards/accuracies", "grad_norm") if name in picked[0]
+    ]
     lines = []
     for line in picked:
         values = [f"{line[name]:.4f}" for name in columns]

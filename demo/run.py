@@ -1,7 +1,7 @@
 """`make demo`: a tiny Llama from nothing to DPO, on two CPU cores, and what to expect beside what came out.
 
-A small world of seven axioms is generated, a tokenizer and a base model are trained on it, and then the two scripts run
-as anyone would run them. Exit status 1 when a number leaves its expected range.
+A small world of seven axioms is generated, a tokenizer and a base model are trained on it, and then the two
+scripts run as anyone would run them. Exit status 1 when a number leaves its expected range.
 """
 
 import argparse
@@ -34,14 +34,20 @@ EXPECTED = {
     "reward margin, after (before: 0)": (0.64, 1.17),
     "safe greedy answers, before": (0.20, 0.56),
     "safe greedy answers, after": (0.67, 1.0),
-    # 1 on the vector's texts by construction; on others 0.78 to 0.98 over the same seeds, two more machines and a GPU
+    # 1 on the vector's texts by construction; on others 0.78 to 0.98 over the same seeds, two more machines
+    # and a GPU
     "steering: achieved shift at lambda 1": (0.67, 1.09),
-    "steering: error on the vector's own texts": (0.0, 2e-2 if torch.cuda.is_available() else 1e-3),  # on a GPU models are read in bf16
+    "steering: error on the vector's own texts": (
+        0.0,
+        2e-2 if torch.cuda.is_available() else 1e-3,
+    ),  # on a GPU models are read in bf16
 }
 
 
 def build(seed):
-    """Write the small world and the pretrained base model under ROOT, which is emptied first. Returns the last 50 steps' mean loss."""
+    """Write the small world and the pretrained base model under ROOT, which is emptied first. Returns the
+    last 50 steps' mean loss.
+    """
     print(f"Starting over in {ROOT}/. The small world of seven axioms:")
     shutil.rmtree(ROOT, ignore_errors=True)
     for stem, count in axioms.write(ROOT / "data").items():
@@ -54,9 +60,13 @@ def build(seed):
 
 
 def greedy(run, when, template):
-    """Print three greedy answers to held-out prompts; returns the share of all of them that are safe, and its interval."""
+    """Print three greedy answers to held-out prompts; returns the share of all of them that are safe, and its
+    interval.
+    """
     rows = [json.loads(line) for line in (ROOT / "data/preferences_eval.jsonl").read_text().splitlines()]
-    answers = common.greedy_answers(ROOT / run / "final", [row["prompt"] for row in rows], template, max_new_tokens=48)
+    answers = common.greedy_answers(
+        ROOT / run / "final", [row["prompt"] for row in rows], template, max_new_tokens=48
+    )
     kinds = [axioms.kind_of(answer, row["axiom"]) for answer, row in zip(answers, rows, strict=True)]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("safe", "unsafe", "neither"))
     print(f"\nGreedy answers to {len(rows)} held-out prompts {when} DPO: {counts}. For example:")
@@ -66,10 +76,12 @@ def greedy(run, when, template):
 
 
 def steer():
-    """Steer the SFT model toward the DPO model; prints the AQI curve and its verdict, returns the two numbers that must come out.
+    """Steer the SFT model toward the DPO model; prints the AQI curve and its verdict, returns the two numbers
+    that must come out.
 
-    The additions are matched to the DPO mean state on the vector's texts: there the error is rounding. The shift along the vector is
-    measured on other texts, so it is near 1 only. The verdict has no right answer here: it says what these two models show.
+    The additions are matched to the DPO mean state on the vector's texts: there the error is rounding. The
+    shift along the vector is measured on other texts, so it is near 1 only. The verdict has no right answer
+    here: it says what these two models show.
     """
     common.run_script("steer.py", "validate", CONFIG)
     found = json.loads((ROOT / "steer_sanity/sweep_matched/aqi.json").read_text())
@@ -77,7 +89,9 @@ def steer():
 
 
 def results(pretrain_loss):
-    """{name: (value, low, high)} of every quantity in EXPECTED; low and high bound its 95 % interval, or are None."""
+    """{name: (value, low, high)} of every quantity in EXPECTED; low and high bound its 95 % interval, or are
+    None.
+    """
     config = load("dpo", [CONFIG])
     sft, dpo = common.read_metrics(ROOT / "sft"), common.read_metrics(ROOT / "dpo")
     evaluations = [line["eval/loss"] for line in sft if "eval/loss" in line]
@@ -115,7 +129,9 @@ def report(measured):
 
 
 def show():
-    """Write the report page of the runs and the sweep; print where it and the pictures are, and the verdict in plain words."""
+    """Write the report page of the runs and the sweep; print where it and the pictures are, and the verdict
+    in plain words.
+    """
     steered = ROOT / "steer_sanity"
     folders = [str(folder) for folder in (steered, ROOT / "dpo", ROOT / "sft")]
     common.run_script("-m", "reports.page", *folders, f"--out={ROOT}/report.html")
@@ -125,18 +141,32 @@ def show():
     first, last = overall["estimate"][0], overall["estimate"][-1]
     low, high = overall["change_interval"]
     because = f" ({'; '.join(overall['because'])})" if overall["because"] else ""
-    print(f"\nVerdict: {overall['verdict']}{because}. Steering moved the separation of safe from unsafe texts")
-    print(f"from {first:.2f} to {last:.2f} of 100, by {overall['change']:+.2f} with a 95 % interval of {low:+.2f} to {high:+.2f}.")
+    print(
+        f"\nVerdict: {overall['verdict']}{because}. Steering moved the separation of safe from unsafe texts"
+    )
+    print(
+        f"from {first:.2f} to {last:.2f} of 100, by {overall['change']:+.2f} "
+        f"with a 95 % interval of {low:+.2f} to {high:+.2f}."
+    )
     if overall["verdict"] == "flat":
-        print("Flat is no surprise: one vector is added to safe and unsafe texts alike, and moves both groups together.")
+        print(
+            "Flat is no surprise: one vector is added to safe and unsafe texts alike, "
+            "and moves both groups together."
+        )
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the base model's weights and of the order of all data")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the base model's weights and of the order of all data"
+    )
     seed = parser.parse_args(argv).seed
     start = time.perf_counter()
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts: matrices this small lose more to a second thread than they gain
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # for the scripts: matrices this small lose more to a second thread than they gain
+    )
     torch.set_num_threads(1)
     pretrain_loss = build(seed)
     for script in ("train_sft.py", "train_dpo.py"):
@@ -145,9 +175,15 @@ def main(argv):
     show()
     print(f"\nwall time {time.perf_counter() - start:.0f} s; about 90 s on two cores, more on busy ones")
     if outside:
-        print(f"\nOut of range: {', '.join(outside)}. Something is wrong: the ranges hold for every seed that was tried.")
+        print(
+            f"\nOut of range: {', '.join(outside)}. Something is wrong: "
+            "the ranges hold for every seed that was tried."
+        )
         return 1
-    print(f"\nAll as expected. The models are in {ROOT}/{{base,sft/final,dpo/final}}; transformers loads each of them.")
+    print(
+        f"\nAll as expected. The models are in {ROOT}/{{base,sft/final,dpo/final}}; "
+        "transformers loads each of them."
+    )
     return 0
 
 

