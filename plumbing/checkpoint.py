@@ -314,7 +314,7 @@ def _on_all_ranks(work):
         raise error
     if failures.item():
         problem = f"the checkpoint failed on {failures.item()} other rank(s), see there"
-        raise RuntimeError(f"{problem}; earlier checkpoints are untouched")
+        raise parallel.OtherRankFailed(f"{problem}; earlier checkpoints are untouched")
 
 
 def _write_rows(path, rows, header):

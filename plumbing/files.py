@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -61,7 +62,7 @@ def write_json(path, value):
     """Write `finite(value)` atomically and durably: a reader sees the old file or the new one, also after a
     power cut."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with named(path), open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -92,13 +93,16 @@ def write_hashes(folder, known=None):
     write_json(folder / HASHES, found)
 
 
-def verify_hashes(folder, sha256=sha256_of):
-    """UserError when a file that folder/hashes.json lists is missing or is not what was written. No
-    hashes.json, no check: the folders of others are read as they are. sha256(path): how a file is hashed, for
-    a caller that remembers the result."""
+def verify_hashes(folder, wanted=lambda name: True, sha256=sha256_of):
+    """UserError when a file that folder/hashes.json lists is missing or is not what was written.
+
+    No hashes.json, no check: the folders of others are read as they are. wanted(name): which files.
+    sha256(path): how a file is hashed, for a caller that remembers the results.
+    """
     if not (folder / HASHES).is_file():
         return
     listed = read_json(folder / HASHES)
+    listed = {name: digest for name, digest in listed.items() if wanted(name)}
     missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: missing {', '.join(missing)}, which {HASHES} lists; expected it whole")
@@ -168,8 +172,19 @@ def sync(path):
     """fsync a file or a folder. The fsync of a file does not cover its name, which is an entry of its
     folder."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
+    with named(path):
+        os.fsync(handle)
     os.close(handle)
+
+
+@contextmanager
+def named(path):
+    """OSErrors of the block name the path: a write or an fsync that fails does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 # ---------------------------------------------------------------- text for people

@@ -19,7 +19,7 @@ import torch
 
 from plumbing import hub, watchdog
 from plumbing.config import config_dict
-from plumbing.files import finite, progress_bar, read_json, write_json
+from plumbing.files import finite, named, progress_bar, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 _PACKAGES = ("torch", "triton", "flash-attn-4", "numpy", "safetensors", "tokenizers", "datasets")
@@ -186,11 +186,9 @@ class Logbook:
     def write(self, metrics):
         """Append one line to metrics.jsonl and flush it; with `tensorboard` also one scalar per metric."""
         if self.world.main:
-            try:
+            with named(self._metrics.name):
                 self._metrics.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
                 self._metrics.flush()
-            except OSError as error:  # a write does not say to which file
-                raise OSError(error.errno, error.strerror, self._metrics.name) from error
         if self._events:
             for name in metrics.keys() - {"step"}:
                 self._events.add_scalar(name, metrics[name], metrics["step"])
@@ -244,7 +242,8 @@ class Health:
         if near_zero and loss > 1.02 * self.lowest_eval:
             rises = f"held-out loss up from {self.lowest_eval:.4g} to {loss:.4g}"
             problem = f"step {step}: {rises}, training loss {sum(last) / len(last):.3g}"
-            yield from self._once("overfit", f"{problem}: rows learned by heart; fewer epochs, or a lower lr?")
+            advice = "rows are learned by heart; fewer epochs, or a lower lr?"
+            yield from self._once("overfit", f"{problem}: {advice}")
         self.lowest_eval = min(self.lowest_eval, loss)
 
     def _once(self, kind, text):
@@ -287,7 +286,7 @@ def _forget_after(step, path, say):
             kept.append(entry)
     # By a rename: a kill here must not cost the steps that are not trained again.
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
+    with named(path), temporary.open("w") as file:
         for entry in kept:
             file.write(json.dumps(entry) + "\n")
         file.flush()

@@ -128,6 +128,10 @@ def gather_texts(text, group=None):
 DISK_REFUSES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
+class OtherRankFailed(RuntimeError):
+    """This rank stops because another has failed, which says why."""
+
+
 def run(main, argv):
     """main(argv), then leave the process group. Returns the exit code.
 
@@ -162,7 +166,7 @@ def run(main, argv):
 def _message(error):
     """The line for an error that needs no traceback; None for any other. An OSError without a path is not
     one: it must name it."""
-    if isinstance(error, UserError | FloatingPointError):
+    if isinstance(error, UserError | FloatingPointError | OtherRankFailed):
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_REFUSES and error.filename:
         return f"{error.filename}: {error.strerror}"
@@ -176,7 +180,7 @@ def _yield_to_the_cause(error):
     Rank 0 does not wait: an error that every rank has is printed by it alone. A rank that stopped for
     another's sake (SystemExit of main_first, a connection that broke) waits longest, rank 0 too.
     """
-    is_consequence = isinstance(error, SystemExit | dist.DistError) or "gloo" in str(error)
+    is_consequence = isinstance(error, SystemExit | OtherRankFailed | dist.DistError) or "gloo" in str(error)
     seconds = 10 if is_consequence else 5 * min(int(os.environ["RANK"]), 1)  # an exit takes one or two
     sys.stdout.flush()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # 0: torchrun's summary then lists the cause alone

@@ -43,6 +43,7 @@ def resolve(path_or_repo):
     """The folder of a model, as find_folder gives it. UserError for a LoRA adapter, which needs its base, and
     for a run folder."""
     folder = find_folder(path_or_repo)
+    verify_hashes(folder, lambda name: not _is_weights(name))  # before parsing them; load_weights does the rest
     if (folder / "config.json").is_file():
         return folder
     key = f"model_path={str(path_or_repo)!r}"
@@ -95,6 +96,10 @@ def weight_files(directory):
             hint = f"; {pickled.name} is a pickle, and pickles are never loaded: convert it to safetensors"
         raise UserError(f"{directory}: missing weight files: {', '.join(missing)}{hint}")
     return [directory / name for name in names]
+
+
+def _is_weights(name):
+    return name.endswith(".safetensors")
 
 
 def fingerprint(directory):
@@ -198,7 +203,7 @@ def load_weights(model, directory):
             del stored[name]
     _check_fit(params, stored, files)
     with ThreadPoolExecutor(1) as beside:
-        verified = beside.submit(verify_hashes, directory, _sha256) if _rank() == 0 else None
+        verified = beside.submit(verify_hashes, directory, _is_weights, _sha256) if _rank() == 0 else None
         for name, param in _bar(params.items(), desc="reading weights", unit="tensor"):
             copy_rows(param, stored[name])
         if verified:

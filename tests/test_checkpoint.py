@@ -26,7 +26,7 @@ from families import load_adapter, load_pretrained
 from model import apply_lora
 from plumbing import checkpoint, parallel, tensors, weights
 from plumbing.checkpoint import Checkpointer
-from plumbing.files import sha256_of
+from plumbing.files import sha256_of, write_hashes
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import fingerprint, load_weights, resolve, save_adapter, save_pretrained
 from training import read_model_config
@@ -59,8 +59,10 @@ def root(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def base(root, tmp_path):
-    """A copy of the pretrained folder, to spoil."""
-    return Path(shutil.copytree(root / "base", tmp_path / "base"))
+    """A copy of the pretrained folder, to spoil; like the folders of others without hashes.json."""
+    folder = Path(shutil.copytree(root / "base", tmp_path / "base"))
+    (folder / "hashes.json").unlink()
+    return folder
 
 
 def logits(model):
@@ -466,6 +468,7 @@ def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, mon
         load_pretrained(base)
     monkeypatch.setattr(weights, "MAX_FILE_BYTES", 40_000)
     save_pretrained(random_llama(tiny_config()), tokenizer, base.with_name("several"))
+    (base.parent / "several/hashes.json").unlink()
     next(base.parent.glob("several/model-00002-of-*")).unlink()
     with pytest.raises(ValueError, match="missing weight files: model-00002-of-"):
         load_pretrained(base.parent / "several")
@@ -544,6 +547,7 @@ def test_an_adapter_is_no_model(base, tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "hashes.json"])
 def test_a_flipped_bit_of_our_export_is_refused(base, name):
     """Every file that load_pretrained reads; a folder without hashes.json, of others, is read as it is."""
+    write_hashes(base)
     whole, rng = (base / name).read_bytes(), random.Random(1)
     for _ in range(8):
         (base / name).write_bytes(flipped(whole, rng.randrange(8 * len(whole))))

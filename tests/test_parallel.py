@@ -52,11 +52,18 @@ def test_a_disk_that_refuses_is_one_line_with_its_path(capsys):
         assert caught.value is foreign
 
 
+refuse = fails(UserError("beta=-1: expected float > 0"))
+
+
+def rank_1_fails(world):
+    return refuse([]) if world.rank == 1 else parallel.barrier()
+
+
 # The ranks of test_torchrun_ends_with_the_message: each fails in its own way.
 FAILURES = {
-    "a key that every rank refuses": lambda world: fails(UserError("beta=-1: expected float > 0"))([]),
-    "rank 0 alone, the others wait for it": lambda world: parallel.main_first(world, lambda: fails(UserError("beta=-1: expected float > 0"))([])),
-    "rank 1 alone, rank 0 in a collective": lambda world: fails(UserError("beta=-1: expected float > 0"))([]) if world.rank else parallel.barrier(),
+    "a key that every rank refuses": lambda world: refuse([]),
+    "rank 0 alone, the others wait for it": lambda world: parallel.main_first(world, lambda: refuse([])),
+    "rank 1 alone, rank 0 in a collective": rank_1_fails,
 }
 
 

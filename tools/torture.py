@@ -1,0 +1,357 @@
+"""Faults on purpose, on a tiny model: `python -m tools.torture` prints what each did to a run, and exits 1
+when any is wrong.
+
+A fault is survived when the same command, given again, ends with the weights, the adapter and the metrics of
+a run that nothing has disturbed, bit for bit; a corrupted file when its reader refuses it by name.
+"""
+
+import argparse
+import errno
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import world as tiny  # noqa: E402  the world of the tests: a Llama of 2 layers, 35 rows, runs of a second
+
+from families import load_adapter, load_pretrained  # noqa: E402
+from model import apply_lora  # noqa: E402
+from optim import adamw  # noqa: E402
+from plumbing import parallel, token_cache, watchdog, weights  # noqa: E402
+from plumbing.checkpoint import Checkpointer  # noqa: E402
+from plumbing.files import UserError, table  # noqa: E402
+from plumbing.tensors import read_verified  # noqa: E402
+
+KEYS = dict(max_steps=4, save_every=1, keep_last=1, lora_rank=4, lora_alpha=8.0, data_eval=None)
+ALL_BITS = 600  # bytes: of smaller files every bit is flipped
+Tried = namedtuple("Tried", "runs wrong")
+
+
+# ---------------------------------------------------------------- the run that is disturbed
+
+
+class Campaign:
+    """A folder with the tiny world, and the result of the undisturbed run."""
+
+    def __init__(self, folder, seed):
+        self.folder, self.rng = Path(folder), random.Random(seed)
+        self.world = tiny.make_world(self.folder / "world")
+        self.count = 0
+        began = time.perf_counter()
+        self.whole = self.new_run()
+        self.train(self.whole).ok()
+        self.seconds = time.perf_counter() - began
+
+    def new_run(self):
+        """The config of a run that has not begun, in a folder and with a cache of its own."""
+        self.count += 1
+        return tiny.write_config(self.folder / f"run_{self.count:05d}", self.world, **KEYS)
+
+    def train(self, config, prepare=None, ranks=1):
+        """One process, or several, of that run; prepare() is called in each first."""
+        return tiny.launch("dpo", config, prepare=prepare, ranks=ranks)
+
+    def ends_well(self, config):
+        """Give the command until it ends by itself; is the result that of the undisturbed run? Its folder is
+        deleted then."""
+        outcome = self.train(config)
+        if any(outcome.codes) or result_of(config) != result_of(self.whole):
+            print(f"{config.parent}: wrong\n{outcome.err[0][-500:]}", file=sys.stderr)
+            return False
+        shutil.rmtree(config.parent)
+        return True
+
+
+def result_of(config):
+    """Weights and adapter as bytes, and the metrics that are no measurement."""
+    run = config.parent / "dpo"
+    files = [run / "final/model.safetensors", run / "adapter/adapter_model.safetensors"]
+    measured = {"step_s", "tokens_per_s", "peak_mem_gib"}
+    steps = []
+    for line in tiny.metrics(run):
+        steps.append({key: value for key, value in line.items() if key not in measured})
+    return [path.read_bytes() for path in files], steps
+
+
+# ---------------------------------------------------------------- kills
+
+
+def die_after(seconds):
+    """SIGKILL this process that long from now."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+
+
+def random_kills(campaign, number):
+    """SIGKILL at a random moment, each run up to three times."""
+    kills = wrong = 0
+    while kills < number:
+        config = campaign.new_run()
+        for _ in range(campaign.rng.randint(1, 3)):
+            moment = campaign.rng.uniform(0, 1.2 * campaign.seconds)
+            kills += campaign.train(config, functools.partial(die_after, moment)).codes != [0]
+        wrong += not campaign.ends_well(config)
+    return Tried(kills, wrong)
+
+
+def at_operation(number, act):
+    """Call act(path or handle) before this process's file operation of that number: fsync, rename, unlink,
+    mkdir."""
+    seen = 0
+
+    def counted(real, *args, **options):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            act(args[0])
+        return real(*args, **options)
+
+    for name in ("fsync", "rename", "unlink", "mkdir"):
+        setattr(os, name, functools.partial(counted, getattr(os, name)))
+
+
+def kill(_place):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_is_full(place):
+    names = [] if isinstance(place, int) else [str(place)]  # as from the kernel: an fsync does not say of what
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
+
+
+def placed_kills(campaign, number):
+    """SIGKILL in front of every file operation of a run, or of `number` random ones."""
+    return _at_each_operation(campaign, number, kill)
+
+
+def full_disks(campaign, number):
+    """ENOSPC at every file operation of a run, or at `number` random ones: one line that names the path."""
+    return _at_each_operation(campaign, number, disk_is_full)
+
+
+def _at_each_operation(campaign, number, act):
+    runs = wrong = 0
+    places = campaign.rng.sample(range(1, 151), number) if number < 150 else range(1, 10**6)
+    for place in places:
+        config = campaign.new_run()
+        outcome = campaign.train(config, functools.partial(at_operation, place, act))
+        if outcome.codes == [0]:  # the run has fewer operations
+            if number >= 150:
+                break
+            continue
+        runs += 1
+        said = act is kill or re.search(r"^error: /\S+: No space left on device", outcome.err[0], re.M)
+        if not said:
+            print(f"{config.parent}: operation {place}: {outcome.err[0][-500:]}", file=sys.stderr)
+        wrong += not campaign.ends_well(config) or not said
+    return Tried(runs, wrong)
+
+
+# ---------------------------------------------------------------- two writers, a stopped rank
+
+
+def two_writers(campaign, number):
+    """A second process with other settings, started at a random moment: it ends naming the first."""
+    wrong = 0
+    for _ in range(number):
+        config = campaign.new_run()
+        other = config.with_name("other")
+        other.mkdir()
+        shutil.copy(config, other)
+        thread = threading.Thread(target=campaign.train, args=(config, slow_down))
+        thread.start()
+        while thread.is_alive() and not (config.parent / "dpo/manifest.json").exists():
+            time.sleep(0.01)
+        time.sleep(campaign.rng.uniform(0, 1))
+        second = tiny.launch("dpo", other / "config.py", "--lr=0.5", "--fresh")
+        refused = second.codes == [1] and "in use by process" in second.err[0]
+        thread.join()
+        wrong += not refused or not campaign.ends_well(config)
+    return Tried(number, wrong)
+
+
+def slow_down():
+    """Half a second a step."""
+    at_step(range(9), lambda: time.sleep(0.5))
+
+
+def at_step(steps, act, rank=0):
+    """Call act() in that rank once one of the steps is logged."""
+    logbook = tiny.logbook.Logbook
+    original = logbook.step
+
+    def hooked(self, done, *args):
+        original(self, done, *args)
+        if done in steps and self.world.rank == rank:
+            act()
+
+    logbook.step = hooked
+
+
+def stop_itself(rank, step):
+    """SIGSTOP that rank after that step; patience is seconds. What no watchdog has ended is killed after a
+    minute."""
+    watchdog.PATIENCE = 5.0
+    pid = os.getpid()
+
+    def stop():
+        subprocess.Popen(["sh", "-c", f"sleep 40; kill -KILL {pid}"])
+        os.kill(pid, signal.SIGSTOP)
+
+    at_step([step], stop, rank)
+
+
+def stopped_ranks(campaign, number):
+    """One of two ranks is stopped: the other ends naming it, and the run goes on from its last checkpoint."""
+    wrong = 0
+    for _ in range(number):
+        config = campaign.new_run()
+        rank, step = campaign.rng.randrange(2), campaign.rng.randint(1, 3)
+        outcome = campaign.train(config, functools.partial(stop_itself, rank, step), ranks=2)
+        named = re.search(rf"error: no progress for .*; what hangs: rank {rank}\n", outcome.err[1 - rank])
+        done = campaign.train(config, ranks=2)
+        same = tiny.largest_difference(tiny.final_weights(config.parent / "dpo"), campaign.final) < 1e-5
+        if not (named and not any(done.codes) and same):
+            wrong += 1
+            said = outcome.err[1 - rank][-500:]
+            print(f"rank {rank}, step {step}: {said} {done.codes} {same}", file=sys.stderr)
+    return Tried(number, wrong)
+
+
+# ---------------------------------------------------------------- corruption
+
+
+def readers(campaign, folder):
+    """{kind: (files, read)} of a copy of the undisturbed run; read() raises UserError, or returns False, for
+    a damaged file."""
+    run = folder / "dpo"
+    alone = parallel.World(0, 1, torch.device("cpu"))
+    config, _, model = tiny.stage_parts("dpo", folder / "config.py", alone)
+    optimizer = adamw(model, config.weight_decay)
+    (step,) = run.glob("checkpoints/step_*")
+    identity = json.loads((step / "checkpoint.json").read_text())["run_identity"]
+    (cached,) = [path.parent for path in folder.glob("cache/**/meta.json")]
+    (reference,) = folder.glob("cache/reference/*.safetensors")
+    adapted, _ = load_pretrained(config.model_path)
+    apply_lora(adapted, **weights.adapter_settings(run / "adapter"))
+
+    def read_checkpoint():
+        checkpointer = Checkpointer(run, 1, identity)
+        checkpointer.load(checkpointer.latest(), model, optimizer)
+
+    def read_export():
+        weights._digests.clear()
+        load_pretrained(run / "final")
+
+    def read_cache():
+        copy = shutil.copytree(cached, folder / "copy", dirs_exist_ok=True)
+        return token_cache.is_intact(Path(copy), lambda text: None)
+
+    exported = [path for path in sorted((run / "final").iterdir()) if path.name != "README.md"]
+    return {
+        "checkpoint": (sorted(step.iterdir()), read_checkpoint),
+        "final/": (exported, read_export),
+        "adapter/": (sorted((run / "adapter").iterdir()), lambda: load_adapter(adapted, run / "adapter")),
+        "reference log-probs": ([reference], lambda: read_verified(reference)),
+        "tokenised data": (sorted(cached.iterdir()), read_cache),
+    }
+
+
+def corruption(campaign, number):
+    """One bit at a time: all of the small files, `number` random ones of the others. {kind: Tried}"""
+    parallel.init()
+    found = {}
+    folder = Path(shutil.copytree(campaign.whole.parent, campaign.folder / "corrupted"))
+    text = (folder / "config.py").read_text().replace(str(campaign.whole.parent), str(folder))
+    (folder / "config.py").write_text(text)
+    for kind, (files, read) in readers(campaign, folder).items():
+        runs = wrong = 0
+        for path in files:
+            intact = path.read_bytes()
+            bits = range(8 * len(intact))
+            if len(intact) > ALL_BITS:
+                bits = campaign.rng.sample(bits, min(number, len(bits)))
+            for bit in campaign.rng.sample(bits, min(len(bits), 8 * number)):
+                path.write_bytes(flipped(intact, bit))
+                runs += 1
+                wrong += not refuses(read, path, bit)
+            path.write_bytes(intact)
+        wrong += refuses(read, files[0], "no")  # intact again
+        found[kind] = Tried(runs, wrong)
+    parallel.shutdown()
+    return found
+
+
+def flipped(data, bit):
+    """The bytes with one bit changed."""
+    data = bytearray(data)
+    data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def refuses(read, path, bit):
+    """Whether the reader says that something is wrong, in one line that names the place."""
+    try:
+        if read() is False:
+            return True
+    except UserError:
+        return True
+    if bit != "no":
+        print(f"{path}: bit {bit} was not noticed", file=sys.stderr)
+    return False
+
+
+# ---------------------------------------------------------------- the table
+
+FAULTS = {
+    "random kills": (random_kills, 100),
+    "placed kills": (placed_kills, 150),
+    "full disk": (full_disks, 150),
+    "two writers": (two_writers, 10),
+    "stopped rank": (stopped_ranks, 4),
+    "flipped bits": (corruption, 300),
+}
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m tools.torture", description=__doc__)
+    parser.add_argument("faults", nargs="*", help=f"default: all of {', '.join(FAULTS)}")
+    parser.add_argument("--number", type=int, help="of kills, of runs, of bits of a large file")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.faults if name not in FAULTS]
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no such fault; expected of {', '.join(FAULTS)}")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        campaign = Campaign(folder, args.seed)
+        campaign.final = tiny.final_weights(campaign.whole.parent / "dpo")
+        for name in args.faults or FAULTS:
+            inflict, number = FAULTS[name]
+            number = args.number or number
+            command = f'python -m tools.torture "{name}" --number={number} --seed={args.seed}'
+            tried = inflict(campaign, number)
+            for kind, (runs, wrong) in (tried if isinstance(tried, dict) else {"": tried}).items():
+                rows.append([f"{name}: {kind}" if kind else name, f"{runs:,}", f"{wrong:,}", command])
+                print(f"{rows[-1][0]}: {runs:,} tried, {wrong:,} wrong", file=sys.stderr, flush=True)
+    print(table(["fault", "runs", "lost or wrong", "command"], rows, left=(0, -1)))
+    return 1 if any(row[2] != "0" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(parallel.run(main, sys.argv[1:]))
