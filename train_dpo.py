@@ -52,6 +52,7 @@ def dpo_loss(
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
     logits = beta * (chosen_logratios - rejected_logratios)
+    # logsigmoid(x) and not log(sigmoid(x)), which is -inf below x = -89 and has no gradient there
     losses = -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
@@ -130,6 +131,7 @@ def preference_loss(config, policy_logps, ref_logps, counts):
     A loss without a reference ignores ref_logps.
     """
     loss = LOSSES[config.loss]
+    # Sums grow with an answer's length and means do not: under one beta they are different losses.
     means = policy_logps / counts
     if loss.average == "mean":
         policy_logps, ref_logps = means, ref_logps / counts
@@ -220,6 +222,8 @@ def answer_logps(model, batch, num_pairs):
 
     The policy's and the reference's both come from here, so at step 0 they are equal to the last bit.
     """
+    # Chosen and rejected answers of all pairs lie in one stream without padding. With batch.shared a pair's
+    # prompt is in it once: a quarter of the tokens less, where it is as long as an answer.
     stream = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
     hidden = model(*stream, shared=batch.shared)  # (T, D)
     logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)  # (S,)
@@ -245,7 +249,7 @@ METRICS = (
 def pair_metrics(losses, chosen_rewards, rejected_rewards, policy_logps):
     """(len(METRICS), N): every metric per pair, detached."""
     margins = chosen_rewards - rejected_rewards
-    accuracies = (margins > 0).float()
+    accuracies = (margins > 0).float()  # a tie, as at step 1, is no win
     rows = [losses.detach(), chosen_rewards, rejected_rewards, margins, accuracies, *policy_logps.detach()]
     return torch.stack(rows)
 
@@ -265,11 +269,14 @@ def forward_backward(model, pairs, reference, ids, config, world):
         policy_logps, counts = answer_logps(model, batch, len(micro_batch_ids))
         ref_logps = torch.from_numpy(reference[micro_batch_ids].T).to(world.device)  # (2, N)
         pair_losses, *rewards = preference_loss(config, policy_logps, ref_logps, counts)
-        loss = pair_losses.sum() / len(ids)  # this rank's share of the global mean over pairs
+        # This rank's share of the global mean over pairs: summed over ranks and micro-batches it is exact,
+        # whatever their sizes.
+        loss = pair_losses.sum() / len(ids)
         if config.sft_weight:
             loss = loss - config.sft_weight * policy_logps[0].sum() / chosen_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; we want the sum
         totals += pair_metrics(pair_losses, *rewards, policy_logps).sum(dim=1)
+        # the policy's distance from the reference, per answer; only step 1 asks for it
         gaps.append(((policy_logps.detach() - ref_logps).abs() / counts.sqrt()).flatten())
         losses.append((loss.detach(), pairs.row_ids[micro_batch_ids]))
     loss = training.sum_losses(losses)
@@ -292,6 +299,7 @@ def evaluate(model, pairs, reference, config, world, log):
             values = pair_metrics(*losses_and_rewards, policy_logps).double().cpu()
             sums += torch.stack([values.sum(dim=1), values.square().sum(dim=1)])
     parallel.release(model)
+    # E[x^2] - E[x]^2 cancels, in float64 at 1e-16 of the squares: enough for rewards of some nats
     sums = torch.tensor(parallel.sum_across_ranks(sums.flatten().tolist()), dtype=torch.float64)
     means, squares = sums.view(2, -1) / len(pairs)
     errors = 1.96 * ((squares - means.square()).clamp(min=0) / len(pairs)).sqrt()
@@ -343,6 +351,7 @@ def reference_logps(model, pairs, steps, key, config, world, log):
     table = _sum_of_tables(table)
     _require_plausible(path, table, pairs)
     known = ~np.isnan(table[:, 0])
+    # A whole step, if there is one, is compared in the packing that wrote it: its difference is 0 to the bit.
     found = [ids for ids in steps if known[ids].all()]
     if not found:
         found = [ids[known[ids]] for ids in steps if known[ids].any()]
@@ -384,15 +393,17 @@ def _write_table(path, table):
 
 def _compute_reference(model, pairs, ids, config, world):
     """(B, 2) float32 log-probs of one step's pairs, on every rank."""
+    # Every pair is on one rank and zero on the others, so their sum over ranks is exact.
     values = np.zeros((len(ids), 2))
     row_of = {pair: row for row, pair in enumerate(ids.tolist())}
+    # Under LoRA the reference is the frozen model below the adapters, whatever these have become.
     with adapters_disabled(model):
         micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
         for micro_batch_ids, batch, _ in micro_batches:
             logps, _ = answer_logps(model, batch, len(micro_batch_ids))
             values[[row_of[pair] for pair in micro_batch_ids.tolist()]] = logps.T.cpu().numpy()
     parallel.require_finite(values.sum(axis=1), [[pairs.row_ids[i]] for i in ids])
-    return _sum_of_tables(values)  # every pair was on one rank, zeros elsewhere: the sum is exact
+    return _sum_of_tables(values)
 
 
 def _sum_of_tables(values):
@@ -440,7 +451,7 @@ def main(argv):
     world.say(f"DPO: {len(pairs):,} pairs, {run.pace}{describe_sharing(pairs)}")
     say_unusual_beta(config, world)
 
-    def ids_of(step):  # (B,)
+    def ids_of(step):  # (B,), of any epoch
         return step_examples(step, len(pairs), config.global_batch_size, config.seed)
 
     def evaluate_after(steps):
@@ -453,6 +464,7 @@ def main(argv):
     if held_out:
         held_out_reference = reference_of(run, held_out, in_order(len(held_out), config.global_batch_size))
 
+    # Step and seed alone decide which pairs a step has, so a resumed run sees those of an unbroken one.
     for step in range(run.resume(), run.total_steps):
         if run.evaluates_before(step):
             evaluate_after(step)

@@ -19,7 +19,8 @@ from planner import plan
 from plumbing import parallel
 from plumbing.config import Config, load, setting
 
-UNITS = {"token_mean": "nats per token", "tulu3_release": "nats per document"}  # of the losses
+# {loss: the unit of its value}, for the report
+UNITS = {"token_mean": "nats per token", "tulu3_release": "nats per document"}
 
 # ---------------------------------------------------------------- the keys of this command
 
@@ -39,7 +40,8 @@ class SFTConfig(Config):
 def nll_sum(model, batch):
     """Summed negative log-likelihood of a packed batch's supervised tokens, in nats: a float32 scalar."""
     hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # (T, D)
-    # unsupervised positions are dropped before the vocabulary matmul, the largest of the model
+    # Unsupervised positions are dropped before the vocabulary matmul, the largest of the model. Its logits
+    # (S, V), 4 GB for 8,192 tokens of Llama 3, are never held: token_logps goes through them in chunks.
     hidden = hidden.index_select(0, batch.supervised)  # (S, D)
     return -token_logps(hidden, model.lm_head.weight, batch.targets).sum()
 
@@ -61,6 +63,8 @@ def forward_backward(model, documents, ids, config, world):
     """Accumulate the gradient of the loss over the examples `ids` (B,) of one optimizer step.
 
     Returns its metrics, equal on all ranks."""
+    # One division by a count of the whole step. A mean of micro-batch means would weigh the tokens of a small
+    # micro-batch more, and would change with the number of ranks.
     denominator = loss_denominator(config.loss, int(documents.num_targets[ids].sum()), len(ids))
     losses = []  # of the micro-batches, with the rows behind each
     micro_batches = local_batches(documents, ids, model.config, config.tokens_per_microbatch, world)
@@ -97,6 +101,7 @@ def main(argv):
     documents, held_out = run.data, run.held_out
     run.world.say(f"SFT: {len(documents):,} documents, {run.pace}")
 
+    # Step and seed alone decide which examples a step has, so a resumed run sees those of an unbroken one.
     for step in range(run.resume(), run.total_steps):
         if run.evaluates_before(step):
             run.log.evaluation(step, evaluate(run.model, held_out, config, run.world, run.log))

@@ -1,10 +1,11 @@
-"""PKU-SafeRLHF with LoRA on Llama-3.1-8B: the run that failed (its AQI fell under steering), kept as the control.
+"""PKU-SafeRLHF with LoRA on Llama-3.1-8B: the run that failed (its AQI fell under steering), as the control.
 
     python train_sft.py configs/pku_lora.py
     python train_dpo.py configs/pku_lora.py
 
-Numbers: the failed run's own, down to beta 0.1 on *summed* log-probs. Model, template and batch size were not recorded
-and are our choice. Rows count only where exactly one response is safe (about 12 k); that one is chosen, and SFT learns it.
+Numbers: the failed run's own, down to beta 0.1 on *summed* log-probs. Model, template and batch size were not
+recorded and are our choice. Rows count only where exactly one response is safe (about 12 k); that one is
+chosen, and SFT learns it.
 Hardware: one GPU of 40 GB or more. Time: not measured.
 """
 

@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct on real preference pairs: real weights, real data, minutes on a laptop. `make smol` runs it.
+"""SmolLM2-135M-Instruct on real preference pairs: real weights and data, minutes on a laptop. `make smol`.
 
     python train_sft.py configs/smol.py
     python train_dpo.py configs/smol.py
 
 demo/smol.py first puts the model into runs/smol/base and the pairs into runs/smol/data.
-Numbers: our own choice for a short run. Hardware: two CPU cores, 8 GB of memory. Time: 11 minutes, 19 on a busy machine.
+Numbers: our own choice for a short run. Hardware: two CPU cores, 8 GB of memory. Time: 11 minutes, 19 on a
+busy machine.
 """
 
 _root = "runs/smol"

@@ -1,12 +1,12 @@
-"""The embedded default: a tiny Llama in a small world of seven axioms, all made in this repository. `make demo` runs it.
+"""The embedded default: a tiny Llama in a small world of seven axioms, all made here. `make demo` runs it.
 
     python train_sft.py configs/tiny.py
     python train_dpo.py configs/tiny.py        (or torchrun --nproc-per-node 8: the same losses)
     python steer.py validate configs/tiny.py
 
-demo/run.py first pretrains runs/tiny/base and writes runs/tiny/data. The preferences' safe answers are chosen.
+demo/run.py first pretrains runs/tiny/base and writes runs/tiny/data. In its pairs the safe answer is chosen.
 Numbers: our own choice, by eight seeds of demo/run.py. Hardware: one CPU core. Time: 6 to 20 s each.
-Raise the dpo lr to 1e-3 to see over-optimisation: reward accuracy 1.0, and answers that are no longer sentences.
+Raise the dpo lr to 1e-3 to see over-optimisation: reward accuracy 1.0, answers that are no longer sentences.
 """
 
 _root = "runs/tiny"

@@ -3,8 +3,8 @@
     python train_sft.py configs/tulu10_lora.py
     python train_dpo.py configs/tulu10_lora.py
 
-Numbers: data, batches, epochs and loss as configs/tulu10.py. Rank, alpha and learning rates are our own choice, not tuned:
-adapters take some 10-20 times the learning rate of full fine-tuning. DPO's reference is the merged SFT model.
+Numbers: data, batches, epochs and loss as configs/tulu10.py. Rank, alpha and rates are our own choice, not
+tuned: adapters take some 10-20 times the rate of full fine-tuning. DPO's reference is the merged SFT model.
 Hardware: one GPU of 40 GB or more. Time: not measured.
 """
 

@@ -1,10 +1,10 @@
-"""All of Tulu 3's SFT and preference data on Llama-3.1-8B with LoRA: the rung for one 48 GB A40 or one 40 GB A100.
+"""All of Tulu 3's SFT and preference data on Llama-3.1-8B with LoRA: for one 48 GB A40 or one 40 GB A100.
 
     python train_sft.py configs/tulu_full_lora.py
     python train_dpo.py configs/tulu_full_lora.py
 
-Numbers: data, batches, epochs and loss as configs/tulu_full.py. Rank, alpha and learning rates are our own choice, not tuned:
-adapters take some 10-20 times the learning rate of full fine-tuning. DPO's reference is the merged SFT model.
+Numbers: data, batches, epochs and loss as configs/tulu_full.py. Rank, alpha and rates are our own choice, not
+tuned: adapters take some 10-20 times the rate of full fine-tuning. DPO's reference is the merged SFT model.
 Hardware: one GPU of 40 GB or more. Time: not measured.
 """
 
