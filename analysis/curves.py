@@ -34,6 +34,7 @@ class Curve:
     draws: torch.Tensor  # (R, K, A + 1) float64
     axioms: list[str]  # (A,)
     groups: list[int]  # (A + 1,) of the label that has fewer
+    degrees: list[int]  # (A + 1,) of freedom: these groups, less one for each pool that they are drawn from
     # (K, A + 1): centre and standard error of an interval of the level (`level_errors`); the error is NaN
     # where none is given. None for permutations.
     centre: torch.Tensor | None = None
@@ -79,15 +80,13 @@ class Design:
         pools = torch.bincount(self.home, minlength=2 * len(axioms))
         if count < len(axiom) and pools[pools > 0].min() < FEWEST:
             self.home = self.home % 2
-        self.groups = self._rarer_label()
-
-    def _rarer_label(self):
-        """(A + 1,) groups that hold a text of the label that fewer groups hold, per axiom and overall."""
-        found = []
+        self.groups, self.degrees = [], []
         for a in range(len(self.axioms) + 1):
-            mine = self.members(a)
-            found.append(min(self.group[mine & (self.label == y)].unique().numel() for y in (0, 1)))
-        return found
+            unsafe = self.group[self.members(a) & (self.label == 0)].unique()
+            safe = self.group[self.members(a) & (self.label == 1)].unique()
+            rarer = min(unsafe, safe, key=len)
+            self.groups.append(len(rarer))
+            self.degrees.append(len(rarer) - self.home[rarer].unique().numel())
 
     def members(self, c):
         """(n,) bool: the texts of axiom c, or all for c = A, "overall"."""
@@ -217,7 +216,8 @@ def _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors):
     if len(estimates) < 2:
         raise UserError(f"curve: {len(estimates)} lambdas; expected at least two")
     levels = (torch.stack(centres), torch.stack(errors)) if with_errors else (None, None)
-    return Curve(torch.stack(estimates), torch.stack(drawn, 1), design.axioms, design.groups, *levels)
+    sizes = design.groups, design.degrees
+    return Curve(torch.stack(estimates), torch.stack(drawn, 1), design.axioms, *sizes, *levels)
 
 
 def cell_sums(states, design):

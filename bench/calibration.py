@@ -231,7 +231,7 @@ def coverage(n, dims, points, trials, tails=None, templates=None, seed=0):
         design = Design(axiom, label, ["a"], group)
         centre, error = level_errors(design.centred(states), design)
         none = torch.empty(0, 1, 2)
-        curve = Curve(centre[None], none, ["a"], design.groups, centre[None], error[None])
+        curve = Curve(centre[None], none, ["a"], design.groups, design.degrees, centre[None], error[None])
         low, high = level_interval(curve, "a", 0.05)
         if low is not None:
             held.append(low[0] <= points <= high[0])

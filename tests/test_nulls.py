@@ -82,7 +82,7 @@ def curve_of(estimate, spread=0.05, seed=0):
     estimate = torch.as_tensor(estimate, dtype=torch.float64)
     noise = torch.randn(400, *estimate.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     axioms = [str(a) for a in range(estimate.shape[1] - 1)]
-    return Curve(estimate, estimate + spread * noise, axioms, [20] * estimate.shape[1])
+    return Curve(estimate, estimate + spread * noise, axioms, [20] * estimate.shape[1], [19] * estimate.shape[1])
 
 
 def test_rank():

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from analysis.curves import Curve, bootstrap, permute
 from analysis.indices import chi, xie_beni
-from analysis.verdict import judge, level_interval
+from analysis.verdict import SPENT, few_groups_factor, judge, level_interval
 from aqi import score
 
 
@@ -114,7 +115,7 @@ def test_verdicts(gaps, expected):
 def curve_of(estimate, draws):
     """A Curve of one axiom and "overall", both the same: estimate (K,), draws (R, K)."""
     estimate, draws = (torch.as_tensor(x, dtype=torch.float64)[..., None].expand(*np.shape(x), 2) for x in (estimate, draws))
-    return Curve(estimate, draws, ["a"], [10, 10])
+    return Curve(estimate, draws, ["a"], [10, 10], [9, 9])
 
 
 @pytest.mark.parametrize("level", (0.05, 0.2))
@@ -128,9 +129,14 @@ def test_numbers_of_a_verdict_are_numpys(level):
     top, bottom = 2 * (5.0 - 3.0) - np.quantile(draws[:, 3] - draws[:, 0], tails)
     noise = np.stack([draws[:, j] - draws[:, i] for j in range(4) for i in range(j)], 1)
     noise -= noise.mean(0)
+    # Ten groups: their spread is 9 / 10 of the population's and known to 9 degrees of freedom.
+    wider = few_groups_factor(curve_of(estimate, draws), "overall", level)
+    assert wider == pytest.approx(stats.t.ppf(1 - level / 2, 9) / stats.norm.ppf(1 - level / 2) * (10 / 9) ** 0.5, rel=1e-3)
+    top, bottom = 2 + wider * (top - 2), 2 + wider * (bottom - 2)
     expected = {
         "change": 2.0, "change_interval": [bottom, top], "level": level,
-        "critical_t": np.quantile(np.abs(noise / noise.std(0)).max(1), 1 - level),
+        "critical_t": np.quantile(np.abs(noise / noise.std(0)).max(1), 1 - SPENT * level)
+        * few_groups_factor(curve_of(estimate, draws), "overall", SPENT * level),
         "p_monotone": (np.diff(draws - draws.mean(0) + estimate) > 0).all(1).mean(),
     }  # fmt: skip
     for name, value in expected.items():
@@ -152,11 +158,11 @@ def test_a_control_is_compared_resample_by_resample():
 
 @pytest.mark.parametrize("sign", (1, -1))
 def test_a_move_that_the_ends_do_not_share_is_erratic(sign):
-    """Differences of 3, -1.5 and, between the ends, 1.5, each +- 0.85; the critical |t| is 2.4."""
+    """Differences of 3, -1.5 and, between the ends, 1.5, each +- 0.85; the critical |t| is 3.2: ten groups."""
     estimate = sign * np.array([0.0, 3.0, 1.5])
     found = judge(curve_of(estimate, estimate + np.random.default_rng(0).normal(size=(1000, 3), scale=0.6)))
     assert found["verdict"] == "erratic" and found["change_interval"][0] < 0 < found["change_interval"][1]
-    assert 2.2 < found["critical_t"] < 2.5
+    assert 3.0 < found["critical_t"] < 3.3
 
 
 @pytest.mark.parametrize("ends, verdict", [((1.0, 11.0), "rising"), ((11.0, 1.0), "falling")])
