@@ -83,14 +83,19 @@ def sha256_of(path, advance=None):
     return digest.hexdigest()
 
 
-def write_hashes(folder, known=None):
-    """folder/hashes.json: the sha256 of every other file in it. known: {name: sha256} of those that need not
-    be read."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != HASHES:
-            found[path.name] = (known or {}).get(path.name) or sha256_of(path)
-    write_json(folder / HASHES, found)
+def write_hashes(folder, names=None, known=None):
+    """folder/hashes.json: the sha256 of these files of it, of all by default, beside those that it has
+    already.
+
+    known: {name: sha256} of files that need not be read.
+    """
+    path = folder / HASHES
+    if names is None:
+        names = [file.name for file in folder.iterdir() if file.is_file() and file.name != HASHES]
+    found = read_json(path) if path.is_file() else {}
+    for name in sorted(names):
+        found[name] = (known or {}).get(name) or sha256_of(folder / name)
+    write_json(path, found)
 
 
 def verify_hashes(folder, wanted=lambda name: True, sha256=sha256_of):
@@ -112,6 +117,12 @@ def verify_hashes(folder, wanted=lambda name: True, sha256=sha256_of):
     if damaged:
         problem = f"{folder}: {', '.join(damaged)}: damaged, the sha256 is not the one in {HASHES}"
         raise UserError(f"{problem}; restore it, or, if you changed it on purpose, delete {HASHES}")
+
+
+def read_verified_json(path):
+    """read_json of a file that hashes.json beside it may list."""
+    verify_hashes(path.parent, lambda name: name == path.name)
+    return read_json(path)
 
 
 # ---------------------------------------------------------------- folders

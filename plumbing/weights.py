@@ -288,7 +288,7 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
             hashes[file_name] = _write_gathered(folder / file_name, tensors, read)
         if _rank() == 0:
             _write_configs(folder, model.config, tokenizer, plan, chat_template)
-            write_hashes(folder, hashes)
+            write_hashes(folder, known=hashes)
 
 
 def check_replaceable(directory, config_name):
@@ -440,7 +440,7 @@ def save_adapter(model, directory, base):
         digest = _write_gathered(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
         if _rank() == 0:
             write_json(folder / ADAPTER_CONFIG, fixed | source | config)
-            write_hashes(folder, {ADAPTER_WEIGHTS: digest})
+            write_hashes(folder, known={ADAPTER_WEIGHTS: digest})
 
 
 # Keys of adapter_config.json that LoRALinear has no counterpart for

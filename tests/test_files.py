@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from plumbing.files import UserError, publish, table, verify_hashes, write_hashes
+from plumbing.files import UserError, publish, read_verified_json, table, verify_hashes, write_hashes
 from plumbing.tensors import is_finite, read_verified, write_verified
 
 
@@ -40,6 +40,13 @@ def test_hashes_of_a_folder(tmp_path):
                 verify_hashes(tmp_path)
         (tmp_path / name).write_bytes(whole)
     verify_hashes(tmp_path)
+    (tmp_path / "aqi.json").write_text('{"verdicts": []}')
+    assert read_verified_json(tmp_path / "aqi.json") == {"verdicts": []}  # not listed
+    write_hashes(tmp_path, ["aqi.json"])
+    assert read_verified_json(tmp_path / "aqi.json") == {"verdicts": []}
+    (tmp_path / "aqi.json").write_text('{"verdicts": [1]}')
+    with pytest.raises(UserError, match="aqi.json: damaged"):
+        read_verified_json(tmp_path / "aqi.json")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="missing tokenizer.json, which hashes.json lists"):
         verify_hashes(tmp_path)

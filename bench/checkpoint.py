@@ -1,0 +1,66 @@
+"""What a checkpoint costs: seconds of save and load on this disk, and what hashing adds. `python bench/checkpoint.py [GB]`"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from plumbing import checkpoint, files, parallel, tensors
+from plumbing.checkpoint import Checkpointer
+
+
+def timed(label, size, work):
+    """cpu: seconds of all threads, which a busy machine does not change."""
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    print(f"{label:<48} {seconds:6.2f} s  {size / seconds / 1e9:5.2f} GB/s  cpu {cpu:5.2f} s", flush=True)
+
+
+class NoHash:
+    """In the place of sha256, for the time before it."""
+
+    def __init__(self, data=b""):
+        pass
+
+    def update(self, data):
+        pass
+
+    def hexdigest(self):
+        return "0" * 64
+
+
+def measure(folder, model, optimizer, size, name):
+    """One save and one load of `size` bytes."""
+    checkpointer = Checkpointer(folder, 1, {})
+    timed(f"save, until training goes on ({name})", size, lambda: checkpointer.save(1, model, optimizer))
+    timed(f"save, the rest, in the background ({name})", size, checkpointer.wait)
+    path = checkpointer.latest()
+    timed(f"load ({name})", size, lambda: checkpointer.load(path, model, optimizer))
+    return path / "rank_00000.safetensors"
+
+
+def main(argv):
+    world = parallel.init()
+    size = int(float(argv[0]) * 1e9) if argv else 10**9
+    # weights are a third of it, beside two moments
+    model = torch.nn.Linear(4096, size // 3 // 4 // 4096, bias=False, device=world.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.weight.grad = torch.randn_like(model.weight)
+    optimizer.step()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        sha256, damage_of = tensors.hashlib.sha256, checkpoint._damage_of
+        tensors.hashlib.sha256, checkpoint._damage_of = NoHash, lambda *args: None
+        measure(Path(folder) / "without", model, optimizer, size, "without")
+        tensors.hashlib.sha256, checkpoint._damage_of = sha256, damage_of
+        path = measure(Path(folder) / "with", model, optimizer, size, "with sha256")
+        timed("sha256 alone, one file", size, lambda: files.sha256_of(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(parallel.run(main, sys.argv[1:]))
