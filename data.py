@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -23,7 +24,7 @@ from plumbing import sources, token_cache
 from plumbing.files import UserError, progress_bar
 from plumbing.sources import find_source
 from plumbing.tokenizer import Tokenizer
-from schemas import ANOTHER_PROMPT, answer_one_prompt, find_schema
+from schemas import ANOTHER_PROMPT, answer_one_prompt, find_schema, in_one_line
 
 ROLES = ("system", "user", "assistant")
 
@@ -107,6 +108,7 @@ def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
     UserError when `tokenizer` lacks a token.
     """
     eos = SPECIAL_TOKENS[template][-1] if template in SPECIAL_TOKENS else tokenizer.eos_token
+    # One id each, or the template's text would be spelled out in pieces that the model never saw as marks.
     needed = [*SPECIAL_TOKENS.get(template, ()), eos]
     if template == "llama3":
         needed.append(tokenizer.bos_token)
@@ -182,7 +184,7 @@ def encode_chat(
 
 
 def trained_spans(messages: list[dict], spans: list[tuple], supervise: str) -> list[tuple]:
-    """The spans of the answers that are trained on: of "all" or the "last", if they do not say train=False."""
+    """The spans of the answers that are trained on: "all" or the "last", without those that say train=False."""
     if supervise not in ("all", "last"):
         raise UserError(f"supervise={supervise!r}: expected 'all' or 'last'")
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -203,6 +205,7 @@ def ids_and_mask(encoding, spans, tokenizer: Tokenizer, template: str) -> tuple[
     mask, straddling = np.zeros(len(ids), dtype=bool), 0
     end_id = _end_id(template, tokenizer)
     for start, end in spans:
+        # Offsets are characters of the text, also where a normaliser changed its length.
         # A character may be several tokens (the bytes of an emoji), of which char_to_token gives the first,
         # or none (dropped by a normaliser).
         tokens = map(encoding.char_to_token, range(start, end))
@@ -237,6 +240,7 @@ def mixture_rows(n: int, amount: float | int, rule: str = "choice") -> np.ndarra
         raise UserError(f"rows={rule!r}: expected one of {list(ROW_RULES)}")
     wanted = int(amount * n) if isinstance(amount, float) else amount
     if rule == "choice":
+        # RandomState: numpy keeps its streams frozen across versions
         repeats, rest = divmod(wanted, n)
         picked = [np.arange(n)] * repeats + [np.random.RandomState(42).choice(n, rest, replace=False)]
         return np.concatenate(picked).astype(np.int64)
@@ -383,6 +387,7 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log):
         "rows": config.rows,
         "held_out": config.data_eval if isinstance(config.data_eval, float) else 0.0,
     }
+    # The share of prompts to hold out is taken from `data`; a mixture of its own is tokenised apart.
     mixtures = {"data": config.data}
     if isinstance(config.data_eval, dict):
         mixtures["data_eval"] = config.data_eval
@@ -395,11 +400,12 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log):
         if not token_cache.is_intact(folders[key], log):
             options = (mixture, sides, settings, config.cache_dir, log)
             opened[key] = [_open(key, source, *options) for source in found]
-    # All are open, with columns that are known, before the first is tokenised: that may take half an hour.
-    for key, picked in opened.items():
-        columns, stats = _tokenise(picked, sides, tokenizer, settings)
-        for one in picked:
-            one.source.check_unchanged()
+    # All sources are open before the first is tokenised, which may take half an hour.
+    for key, parts in opened.items():
+        columns, stats = _tokenise(parts, sides, tokenizer, settings)
+        for part in parts:
+            part.source.check_unchanged()
+        # The key says what the columns are of; meta.json says it to people, and holds what the log repeats.
         meta = {"data": mixtures[key], "settings": settings, "stats": stats}
         token_cache.write(folders[key], columns, meta)
 
@@ -419,8 +425,8 @@ RENDERED = re.compile(r"<\|(?:im_start|user|start_header_id)\|>|<start_of_turn>|
 
 
 @dataclass(frozen=True)
-class _Picked:
-    """An open source, and which of its rows are wanted."""
+class _Part:
+    """A source of a mixture, open, and which of its rows are wanted."""
 
     source: object  # of plumbing.sources
     rows: sources.Rows
@@ -433,14 +439,14 @@ class _Picked:
         return self.source.name
 
 
-def _open(key: str, source, mixture: dict, sides, settings: dict, cache_dir, log) -> _Picked:
+def _open(key: str, source, mixture: dict, sides, settings: dict, cache_dir, log) -> _Part:
     rows, amount = source.open(cache_dir, log), mixture[source.name]
     schema = find_schema(source.name, rows, sides)
     numbers = mixture_rows(len(rows), amount, settings["rows"])
     if len(numbers) == 0:
         picked = f"{amount} of {len(rows):,} rows is less than one"
         raise UserError(f"{key} {source.name!r}: {picked}; expected a larger fraction, or a count")
-    return _Picked(source, rows, numbers, schema, amount)
+    return _Part(source, rows, numbers, schema, amount)
 
 
 def _read_cache(folder: Path, sides, key: str, log) -> dict[str, list[Documents]]:
@@ -451,14 +457,18 @@ def _read_cache(folder: Path, sides, key: str, log) -> dict[str, list[Documents]
             log(f"{key}: {name}: {picked:,} picked of {rows:,} rows ({amount})")
     log(describe(stats, key))
 
-    def documents(split, side):
-        files = [folder / f"{split}.{side}.{field.name}.npy" for field in dataclasses.fields(Documents)]
-        return Documents(*[np.load(file, mmap_mode="r", allow_pickle=False) for file in files])
-
     loaded = {}
     for split in stats["kept"]:
-        loaded[split] = [documents(split, side) for side in sides]
+        loaded[split] = [_map_documents(folder, f"{split}.{side}") for side in sides]
     return loaded
+
+
+def _map_documents(folder: Path, prefix: str) -> Documents:
+    columns = {}
+    for field in dataclasses.fields(Documents):
+        file = folder / f"{prefix}.{field.name}.npy"
+        columns[field.name] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return Documents(**columns)
 
 
 def _cache_key(found: list, mixture: dict, sides, tokenizer: Tokenizer, settings: dict) -> str:
@@ -473,43 +483,63 @@ def _cache_key(found: list, mixture: dict, sides, tokenizer: Tokenizer, settings
 def _token_code() -> str:
     """Hash of the code that decides ids and masks: another version of it makes another cache."""
     chat = (end_of_turn, render, trained_spans, ids_and_mask)
-    rows = (mixture_rows, is_held_out, _tokenise, _render_rows, _render_row, _encode_rows)
+    rows = (mixture_rows, is_held_out, _tokenise, _render_rows, _render_row, _encode_rows, _why_drop)
     return token_cache.hash_code([sources, schemas, *chat, *rows])
 
 
-def _tokenise(picked: list[_Picked], sides, tokenizer: Tokenizer, settings: dict) -> tuple[dict, dict]:
+def _tokenise(parts: list[_Part], sides, tokenizer: Tokenizer, settings: dict) -> tuple[dict, dict]:
     """Columns {"train.chosen.input_ids": array, ..} of the rows that are kept, and the counts."""
     splits = ["train", "eval"] if settings["held_out"] else ["train"]
-    documents = {f"{split}.{side}": [] for split in splits for side in sides}  # (ids, mask) each
-    row_ids = {split: [] for split in splits}
+    kept = {split: _Kept(sides) for split in splits}
     tally = _Tally()
-    total = sum(len(one.numbers) for one in picked)
+    total = sum(len(part.numbers) for part in parts)
     with progress_bar(total=total, desc="tokenising", unit=" rows") as progress:
-        for one in picked:
-            for first in range(0, len(one.numbers), CHUNK):
-                numbers = one.numbers[first : first + CHUNK].tolist()
-                rendered = _render_rows(one, numbers, sides, tokenizer, settings["template"], tally)
-                encoded = _encode_rows(one, numbers, rendered, tokenizer, settings, tally)
+        for part in parts:
+            for first in range(0, len(part.numbers), CHUNK):
+                numbers = part.numbers[first : first + CHUNK].tolist()
+                rendered = _render_rows(part, numbers, sides, tokenizer, settings, tally)
+                encoded = _encode_rows(part, numbers, rendered, tokenizer, settings, tally)
                 for number, row in zip(numbers, encoded):
                     if isinstance(row, str):
                         tally.dropped[row] += 1
-                        continue
-                    split, columns = row
-                    row_ids[split].append(f"{one.name}#{number}")
-                    for side, document in zip(sides, columns):
-                        documents[f"{split}.{side}"].append(document)
+                    else:
+                        split, documents = row
+                        kept[split].add(f"{part.name}#{number}", documents)
                 progress.update(len(numbers))
-            tally.check_source(one)
-    kept = {split: len(row_ids[split]) for split in splits}
-    stats = tally.stats(picked, kept)
+            tally.check_source(part)
+    stats = tally.stats(parts, {split: len(kept[split].row_ids) for split in splits})
     _check_stats(stats, settings)
     columns = {}
-    for name, pieces in documents.items():
-        columns[f"{name}.input_ids"] = np.concatenate([ids for ids, _ in pieces])
-        columns[f"{name}.loss_mask"] = np.concatenate([mask for _, mask in pieces])
-        columns[f"{name}.offsets"] = np.cumsum([0] + [len(ids) for ids, _ in pieces], dtype=np.int64)
-        columns[f"{name}.row_ids"] = np.array(row_ids[name.split(".")[0]])
+    for split in splits:
+        columns |= kept[split].columns(split)
     return columns, stats
+
+
+class _Kept:
+    """The documents of a split, side by side, until all are there."""
+
+    def __init__(self, sides):
+        self.row_ids = []
+        self.ids = {side: [] for side in sides}
+        self.masks = {side: [] for side in sides}
+
+    def add(self, row_id: str, documents: list[tuple]) -> None:
+        """Add a row's (ids, mask) per side."""
+        self.row_ids.append(row_id)
+        for side, (ids, mask) in zip(self.ids, documents):
+            self.ids[side].append(ids)
+            self.masks[side].append(mask)
+
+    def columns(self, split: str) -> dict[str, np.ndarray]:
+        """What the fields of Documents are, by "split.side.field"."""
+        columns = {}
+        for side, ids in self.ids.items():
+            lengths = [0] + [len(document) for document in ids]
+            columns[f"{split}.{side}.input_ids"] = np.concatenate(ids)
+            columns[f"{split}.{side}.loss_mask"] = np.concatenate(self.masks[side])
+            columns[f"{split}.{side}.offsets"] = np.cumsum(lengths, dtype=np.int64)
+            columns[f"{split}.{side}.row_ids"] = np.array(self.row_ids)
+        return columns
 
 
 class _Tally:
@@ -524,38 +554,44 @@ class _Tally:
         self.seen = {}  # {hash of a row's text: hash of its source and number}
         self.ignored = {}  # columns that are not read, in order
 
-    def see_row(self, one: _Picked, number: int, conversations: list) -> None:
+    def see_row(self, part: _Part, number: int, conversations: "list[_Rendered]") -> None:
         """Count empty answers, prompts that hold a rendered template, and texts that another row had."""
-        for messages, _, _ in conversations:
-            answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        for conversation in conversations:
+            answers = _contents(conversation.messages, "assistant")
             self.counts["empty"] += sum(not answer.strip() for answer in answers)
-        messages = conversations[0][0]
-        asked = [message["content"] for message in messages if message["role"] != "assistant"]
-        marker = next(filter(None, map(RENDERED.search, asked)), None)
+        prompts = _contents(conversations[0].messages, "user", "system")
+        marker = next(filter(None, map(RENDERED.search, prompts)), None)
         if marker:
             self.counts["rendered"] += 1
-            self.first_rendered = self.first_rendered or f"{one.name}#{number}: {marker.group().strip()}"
-        text = hash(tuple(text for _, text, _ in conversations))
-        row = hash((one.name, number))  # a row that the amount repeats is no duplicate of itself
+            self.first_rendered = self.first_rendered or f"{part.name}#{number}: {marker.group().strip()}"
+        # Hashes: the texts of a million rows would take gigabytes. Rows that the amount repeats do not count.
+        text = hash(tuple(conversation.text for conversation in conversations))
+        row = hash((part.name, number))
         self.counts["duplicates"] += self.seen.setdefault(text, row) != row
 
-    def check_source(self, one: _Picked) -> None:
+    def see_document(self, ids: np.ndarray, mask: np.ndarray, straddling: int, is_cut: bool) -> None:
+        """Count a document's tokens."""
+        self.counts.update(tokens=len(ids), supervised=int(mask.sum()))
+        self.counts.update(straddling=straddling, truncated=is_cut)
+
+    def check_source(self, part: _Part) -> None:
         """UserError when more of a source was dropped than chance explains."""
         for reason in SUSPECT:
-            count, rows = self.suspect[reason, one.name], len(one.numbers)
+            count, rows = self.suspect[reason, part.name], len(part.numbers)
             if count > MOST * rows:
                 dropped = f"{count:,} of {rows:,} rows dropped {reason}"
-                raise UserError(f"data {one.name!r}: {dropped}; expected at most {MOST:.0%}")
+                raise UserError(f"data {part.name!r}: {dropped}; expected at most {MOST:.0%}")
 
-    def stats(self, picked: list[_Picked], kept: dict) -> dict:
+    def stats(self, parts: list[_Part], kept: dict) -> dict:
         """All of it, as meta.json keeps it."""
-        sizes = [(one.name, len(one.numbers), len(one.rows), one.amount) for one in picked]
-        rows = sum(len(one.numbers) for one in picked)
+        sizes = [(part.name, len(part.numbers), len(part.rows), part.amount) for part in parts]
+        rows = sum(len(part.numbers) for part in parts)
         said = {"first_rendered": self.first_rendered, "ignored": list(self.ignored)}
         return {"rows": rows, "picked": sizes, "kept": kept, "dropped": self.dropped, **self.counts, **said}
 
 
 def _check_stats(stats: dict, settings: dict) -> None:
+    # Refused here, not after the reference pass: data without targets, or with nothing but targets.
     kept = sum(stats["kept"].values())
     assert stats["rows"] == kept + sum(stats["dropped"].values()), "a row is neither kept nor dropped"
     if 0 in stats["kept"].values() or stats["supervised"] in (0, stats["tokens"]):
@@ -566,36 +602,54 @@ def _check_stats(stats: dict, settings: dict) -> None:
         raise UserError(f"{describe(stats)}; expected pairs of different answers ({cut})")
 
 
-def _render_rows(one: _Picked, numbers, sides, tokenizer: Tokenizer, template: str, tally: _Tally) -> list:
-    """Per row: [(messages, text, spans) per side], or the reason to drop it. UserError names the row."""
+class _Rendered(NamedTuple):
+    """A conversation, its text, and where its answers are."""
+
+    messages: list[dict]
+    text: str
+    spans: list[tuple[int, int]]  # of all answers
+    trained: list[tuple[int, int]]  # of those that are trained on
+
+
+def _render_rows(part: _Part, numbers, sides, tokenizer: Tokenizer, settings: dict, tally: _Tally) -> list:
+    """Per row: [_Rendered per side], or the reason to drop it. UserError names source and row."""
     rendered = []
-    for number, row in zip(numbers, one.rows.read(numbers)):
-        tally.ignored |= dict.fromkeys(one.schema.ignored(row))
+    for number, row in zip(numbers, part.rows.read(numbers)):
+        tally.ignored |= dict.fromkeys(part.schema.ignored(row))
         try:
-            result = _render_row(one.schema, row, sides, template, tokenizer)
+            result = _render_row(part.schema, row, sides, tokenizer, settings)
         except UserError as error:
-            raise UserError(f"data {one.name!r}, {one.rows.where(number)}: {error}") from error
+            raise UserError(f"data {part.name!r}, {part.rows.where(number)}: {error}") from error
         if isinstance(result, str):
-            tally.suspect[result, one.name] += 1
+            tally.suspect[result, part.name] += 1
         rendered.append(result)
     return rendered
 
 
-def _render_row(schema, row: dict, sides, template: str, tokenizer: Tokenizer) -> list[tuple] | str:
+def _render_row(schema, row: dict, sides, tokenizer: Tokenizer, settings: dict) -> list[_Rendered] | str:
     conversations = schema.read(row)
     if isinstance(conversations, str):
         return conversations
     if schema.is_pair and not answer_one_prompt(row, *conversations):
         return ANOTHER_PROMPT
-    eos, rendered = end_of_turn(template, tokenizer), []
-    for messages in conversations[: len(sides)]:
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        if any(isinstance(answer, str) and answer.rstrip().endswith(eos) for answer in answers):
+    template = settings["template"]
+    rendered = []
+    for messages in conversations[: len(sides)]:  # SFT takes the chosen side of a pair
+        # The template adds the end-of-turn token: an answer that brings its own would end twice.
+        eos = end_of_turn(template, tokenizer)
+        if any(answer.rstrip().endswith(eos) for answer in _contents(messages, "assistant")):
             return ENDS_IN_EOS
         text, spans = render(messages, template, tokenizer)
         _check_characters(text, row)
-        rendered.append((messages, text, spans))
+        trained = trained_spans(messages, spans, settings["supervise"])
+        rendered.append(_Rendered(messages, text, spans, trained))
     return rendered
+
+
+def _contents(messages: list[dict], *roles: str) -> list[str]:
+    """The texts of turns of these roles; anything else is for `render` to refuse."""
+    contents = [turn["content"] for turn in messages if turn["role"] in roles]
+    return [content for content in contents if isinstance(content, str)]
 
 
 def _check_characters(text: str, row: dict) -> None:
@@ -604,40 +658,52 @@ def _check_characters(text: str, row: dict) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         broken = text[error.start : error.end]
-        written = {column: json.dumps(value, default=str, ensure_ascii=False) for column, value in row.items()}
-        columns = [column for column, value in written.items() if broken in value]
+        columns = []
+        for column, value in row.items():
+            if broken in json.dumps(value, default=str, ensure_ascii=False):
+                columns.append(column)
         problem = f"column {' or '.join(map(repr, columns))} holds {ascii(broken)}, half of a character"
         raise UserError(f"{problem}; expected text that UTF-8 can write") from error
 
 
-def _encode_rows(one: _Picked, numbers, rendered: list, tokenizer: Tokenizer, settings: dict, tally: _Tally):
+def _encode_rows(part: _Part, numbers, rendered: list, tokenizer: Tokenizer, settings: dict, tally: _Tally):
     """Per row of `rendered`: ("train" or "eval", [(ids, mask) per side]), or the reason why it is dropped."""
     texts = []
     for row in rendered:
         if not isinstance(row, str):
-            texts += [text for _, text, _ in row]
-    encodings = iter(tokenizer.encode_batch(texts))
+            texts += [conversation.text for conversation in row]
+    encodings = iter(tokenizer.encode_batch(texts))  # all at once: the tokenizer's threads share them out
     limit = settings["max_seq_len"]
     for number, row in zip(numbers, rendered):
         if isinstance(row, str):
             yield row
             continue
-        wanted = [trained_spans(messages, spans, settings["supervise"]) for messages, _, spans in row]
-        whole = [ids_and_mask(next(encodings), spans, tokenizer, settings["template"]) for spans in wanted]
-        cut = [(ids[:limit], mask[:limit]) for ids, mask, _ in whole]
-        if not all(spans for _, _, spans in row):
-            yield "without an assistant turn"
-        elif not all(wanted):
-            yield "without a turn to train on"
-        elif not all(mask.any() for _, mask in cut):
-            yield f"without an answer in the first {limit} tokens"
-        else:
-            tally.see_row(one, number, row)
-            tally.counts["equal"] += len(cut) == 2 and np.array_equal(cut[0][0], cut[1][0])
-            for (ids, mask), (all_ids, _, straddling) in zip(cut, whole):
-                tally.counts.update(tokens=len(ids), supervised=int(mask.sum()))
-                tally.counts.update(straddling=straddling, truncated=len(all_ids) > limit)
-            yield "eval" if is_held_out(row[0][0], settings["held_out"]) else "train", cut
+        whole, cut = [], []
+        for conversation in row:
+            encoded = ids_and_mask(next(encodings), conversation.trained, tokenizer, settings["template"])
+            whole.append(encoded)
+            cut.append((encoded[0][:limit], encoded[1][:limit]))
+        reason = _why_drop(row, cut, limit)
+        if reason:
+            yield reason
+            continue
+        tally.see_row(part, number, row)
+        tally.counts["equal"] += len(cut) == 2 and np.array_equal(cut[0][0], cut[1][0])
+        for (ids, mask), (all_ids, _, straddling) in zip(cut, whole):
+            tally.see_document(ids, mask, straddling, len(all_ids) > limit)
+        yield "eval" if is_held_out(row[0].messages, settings["held_out"]) else "train", cut
+
+
+def _why_drop(row: list[_Rendered], cut: list[tuple], limit: int) -> str | None:
+    """A row is dropped where a side of it has nothing to train on."""
+    for conversation, (_, mask) in zip(row, cut):
+        if not conversation.spans:
+            return "without an assistant turn"
+        if not conversation.trained:
+            return "without a turn to train on"
+        if not mask.any():
+            return f"without an answer in the first {limit} tokens"
+    return None
 
 
 def describe(stats: dict, key: str = "data") -> str:
@@ -659,5 +725,5 @@ def describe(stats: dict, key: str = "data") -> str:
         problem = "prompts hold a rendered template, which is rendered again"
         notes.append(f"WARNING: {stats['rendered']:,} {problem} (first: {first})")
     if stats["ignored"]:
-        notes.append(f"columns not read: {', '.join(stats['ignored'])}")
+        notes.append(f"columns not read: {', '.join(map(in_one_line, stats['ignored']))}")
     return "; ".join([f"{key}: {stats['rows']:,} rows: {kept}, {dropped or '0 dropped'}", lengths, *notes])

@@ -29,6 +29,7 @@ def _turn(i: int, turn: dict) -> dict:
             raise UserError(
                 f"message {i}: key {key!r}: no template here renders it; expected turns of text alone"
             )
+    # Tables give every turn all keys, null where it has none.
     if turn.get("role") is None and "from" in turn:
         role, content = turn["from"], turn.get("value")
     else:
@@ -40,6 +41,7 @@ def _turn(i: int, turn: dict) -> dict:
         value = turn.get(key)
         if value is None:
             continue
+        # A loss of single turns at other weights is another loss than the one that is documented.
         if isinstance(value, (list, dict, str)) or value not in (0, 1):
             raise UserError(
                 f"message {i}: {key}={value!r}; expected 0 or 1 (one weight for all trained tokens)"
@@ -168,6 +170,7 @@ def answer_one_prompt(row: dict, chosen: list[dict], rejected: list[dict]) -> bo
 
     The column may hold any of the user's turns, or a whole transcript: one need only contain the other.
     """
+    # Later turns may differ: some pairs of hh-rlhf part before their last answer.
     if _opening(chosen) != _opening(rejected):
         return False
     prompt = row.get("prompt")
@@ -258,6 +261,7 @@ class Schema:
         for column in self.optional:
             if column in ("prompt", "input") and not isinstance(row.get(column), str | NoneType):
                 raise UserError(f"column {column!r} holds {type(row[column]).__name__}; expected str")
+        # Empty values are what a table holds for rows that have none.
         for column in MEANINGFUL:
             value = row.get(column)
             says_nothing = column in TRAIN_KEYS and not isinstance(value, list) and value in (1, "1", "True")
@@ -277,7 +281,8 @@ SCHEMAS = (
     Schema("prompt, completion: message lists", {"prompt": list, "completion": list}, _completion),
     Schema("instruction, input, output: Alpaca", {"instruction": str, "output": str},
            lambda row: [_exchange(_instruction(row), row["output"])], optional=("input", *FREE)),
-    Schema("prompt, chosen, rejected: message lists", {"prompt": list, "chosen": list, "rejected": list}, _triple, is_pair=True),
+    Schema("prompt, chosen, rejected: message lists", {"prompt": list, "chosen": list, "rejected": list},
+           _triple, is_pair=True),
     Schema("chosen, rejected: message lists", {"chosen": list, "rejected": list}, _dialogues, is_pair=True,
            optional=("prompt", *SYSTEM)),
     Schema("prompt, chosen, rejected: strings", {"prompt": str, "chosen": str, "rejected": str},
@@ -290,12 +295,20 @@ SCHEMAS = (
            lambda row: _pair(row, row["input"]), is_pair=True, optional=FREE),
     Schema("chosen, rejected: hh-rlhf transcripts", {"chosen": str, "rejected": str},
            lambda row: [_transcript(row["chosen"]), _transcript(row["rejected"])], is_pair=True),
-    Schema("prompt, response_0, response_1, is_response_0_safe, is_response_1_safe: PKU-SafeRLHF, rows where exactly one is safe",
-           {"prompt": str, "response_0": str, "response_1": str, "is_response_0_safe": LABEL, "is_response_1_safe": LABEL},
+    Schema("prompt, response_0, response_1, is_response_0_safe, is_response_1_safe: PKU-SafeRLHF, "
+           "rows where exactly one is safe",
+           {"prompt": str, "response_0": str, "response_1": str,
+            "is_response_0_safe": LABEL, "is_response_1_safe": LABEL},
            _pku, is_pair=True),
     # Which of the two is safer is inferred from their contents; no column says so.
-    Schema("prompt, response: PKU-SafeRLHF pairs, the safer first", {"prompt": str, "response": list}, _pku_pair, is_pair=True),
+    Schema("prompt, response: PKU-SafeRLHF pairs, the safer first", {"prompt": str, "response": list},
+           _pku_pair, is_pair=True),
 )  # fmt: skip
+
+
+def in_one_line(column: str) -> str:
+    """A column's name for a log: JSON allows newlines and terminal codes in it."""
+    return column if column.isprintable() else ascii(column)
 
 
 def find_schema(name: str, rows, sides: tuple[str, ...]) -> Schema:
@@ -306,10 +319,11 @@ def find_schema(name: str, rows, sides: tuple[str, ...]) -> Schema:
     if len(rows) == 0:
         raise UserError(f"data {name!r}: no rows")
     known = [schema for schema in SCHEMAS if schema.is_pair or len(sides) == 1]
+    # It decides for all rows: of a source with two formats, the others' rows are refused by number.
     first = rows[0]
     for schema in known:
         if schema.fits(first):
             return schema
-    found = ", ".join(f"{column} ({type(value).__name__})" for column, value in first.items())
+    found = ", ".join(f"{in_one_line(column)} ({type(value).__name__})" for column, value in first.items())
     expected = "; ".join(schema.name for schema in known)
     raise UserError(f"data {name!r}: columns {found}; expected one of: {expected}")

@@ -43,20 +43,20 @@ def open_source(name: str, scratch=None, log=print) -> "Rows":
 def find_source(name: str) -> "LocalFiles | SavedFolder | HubData":
     """The source that a name means. Nothing is read yet, but it exists: UserError if not."""
     path, part = re.fullmatch(r"(.*?)(?:\[([\w./-]+)\])?", name, re.S).groups()
+    # A file may be called "a[1]" itself.
     if part and Path(name).exists():
         path, part = name, None
     if Path(path).is_dir():
         is_saved = any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
-        return (
-            SavedFolder(name, Path(path), part)
-            if is_saved
-            else LocalFiles(name, _files_of_folder(name, Path(path), part))
-        )
+        if is_saved:
+            return SavedFolder(name, Path(path), part)
+        return LocalFiles(name, _files_of_folder(name, Path(path), part))
     if Path(path).is_file():
         if _kind(Path(path)) is None or part:
             needs = f"expected a file of {list(READERS)} (or, but for parquet, .gz of one), and no [split]"
             raise UserError(f"data {name!r}: {needs}")
         return LocalFiles(name, [Path(path)])
+    # Only what is no file by that name is a pattern.
     if "*" in path or "?" in path:
         files = [Path(file) for file in sorted(glob.glob(path, recursive=True)) if Path(file).is_file()]
         return LocalFiles(name, _of_one_kind(name, files))
@@ -86,6 +86,7 @@ def _files_of_folder(name: str, folder: Path, split: str | None) -> list[Path]:
     """The data files of a folder; of one split where their names begin with splits, as on the hub."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and _kind(file))
     begins = {file: re.match(r"[a-zA-Z]*", file.name).group().lower() for file in files}
+    # A folder with train and test files must not train on both because nobody wrote [train].
     has_splits = bool({*begins.values()} & {*SPLITS})
     if split or has_splits:
         of_split = [file for file in files if begins[file] == (split or "train")]
@@ -111,6 +112,7 @@ class LocalFiles:
         self.seen = self._stats()
 
     def _stats(self) -> list[tuple]:
+        # To notice a change within one run; between runs the bytes are compared.
         stats = [file.stat() for file in self.files]
         return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
@@ -240,6 +242,7 @@ def _pick_split(name: str, splits, split: str):
 
 
 def _hash_files(name: str, files: list[Path]) -> str:
+    # Names too: READERS goes by them, and rows are told apart by them.
     digest = hashlib.sha256()
     for path in files:
         try:
@@ -293,6 +296,7 @@ class Rows:
     def read(self, numbers) -> list[dict]:
         """Rows `numbers`, in that order. UserError names the file's row that cannot be read."""
         numbers = np.asarray(numbers, dtype=np.int64)
+        # Batches per part, then back in order: rows of a table cost three times as much one by one.
         owners = np.searchsorted(self.starts, numbers, side="right") - 1
         rows = [None] * len(numbers)
         for owner in np.unique(owners):
@@ -368,6 +372,7 @@ def _open_file(path: Path, scratch, log):
         import datasets
         import pyarrow.parquet
 
+        # As a file and not as a data set: "a=b" in a folder's name would become a column.
         table = pyarrow.parquet.ParquetFile(path).read()
         return _Table(datasets.Dataset(datasets.table.InMemoryTable(table)))
     file = _unpack(path, scratch, log) if path.name.endswith(".gz") else path.open("rb")
@@ -379,6 +384,7 @@ def _open_file(path: Path, scratch, log):
     while first.isspace():
         first = file.read(1)
     file.seek(start)
+    # By content: many files of rows, one a line, are called .json.
     if first == b"[":
         return _TextFile(file, _array_spans(file.read().decode("utf-8"), start), json.loads)
     return _TextFile(file, _line_spans(file, start), json.loads)
@@ -448,6 +454,7 @@ def _open_csv(file, start: int) -> _TextFile:
             end += len(line)
             yield line.decode("utf-8")
 
+    # Not strict, a quote that is never closed would swallow the rest of the file as one cell.
     rows = csv.reader(lines(), strict=True)
     header = None
     while True:
@@ -461,7 +468,7 @@ def _open_csv(file, start: int) -> _TextFile:
         if header is None:
             header = cells
             if len(set(header)) < len(header):
-                raise ValueError(f"columns {', '.join(header)}; expected names that differ")
+                raise ValueError(f"columns {header}; expected names that differ")
         elif cells:
             if len(cells) != len(header):
                 raise _BadRow(len(spans), f"{len(cells)} cells; expected {len(header)}")

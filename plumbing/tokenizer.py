@@ -35,7 +35,7 @@ class Tokenizer:
         self.files, self.origin = files, origin
         try:
             config = json.loads(files["tokenizer_config.json"])
-            # as in transformers: without added_tokens_decoder, the other file's names come before the config's
+            # As in transformers: without added_tokens_decoder, the other file's names come first.
             if "added_tokens_decoder" not in config:
                 config |= json.loads(files.get("special_tokens_map.json", b"{}"))
             self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
