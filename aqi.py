@@ -5,7 +5,8 @@ measuring, scales, warnings.
 
 Letters: n texts, D hidden size, A axioms. Labels: 0 unsafe, 1 safe. Leaf to root: keys, reading, measuring,
 scores, warnings, output, main. The indices themselves are in analysis/indices.py, intervals and the verdict
-on a curve in analysis/verdict.py. """
+on a curve in analysis/verdict.py.
+"""
 
 import csv
 import re
@@ -18,6 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from analysis.groups import find_groups, number_groups
 from analysis.indices import (  # noqa: F401  aqi.chi and so on are public names
     EXTRA,
     OVERALL,
@@ -63,6 +65,18 @@ class AQIConfig(Section):
         default=1,
         minimum=1,
     )
+    nulls: int | None = setting(
+        "measure", "directions", "random directions of each of two kinds that the change is ranked among. None: 19 in "
+        "mode sanity, else 99", default=None, minimum=19,
+    )  # fmt: skip
+    oracle: bool = setting(
+        "measure", "flag", "also find the direction of the vector's length that separates the labels most: the ceiling",
+        default=False,
+    )  # fmt: skip
+    relevant: float | None = setting(
+        "measure", "points of 100", "smallest change of interest. None: 1, or two standard deviations of the random "
+        "directions where that is more", default=None, above=0,
+    )  # fmt: skip
     all_indices: bool = setting(
         "measure",
         "flag",
@@ -103,6 +117,7 @@ class AQIConfig(Section):
 MODES = {"sanity": 100, "full": 500, "max": 2000}  # texts per axiom and label
 
 # Names that the published scripts look for, in their order; matched without regard to case.
+GROUPS = ("group", "group_id", "template", "template_id")  # of texts that are not independent; may be absent
 COLUMNS = {
     "axiom": ("axiom", "category", "prompt_type", "principle"),
     "label": ("safety_label", "label", "safety", "is_safe"),
@@ -127,46 +142,67 @@ class Prompts:
     axiom: torch.Tensor  # (n,) int64, index into axioms
     label: torch.Tensor  # (n,) int64, 0 unsafe, 1 safe
     axioms: list[str]  # (A,) sorted
+    # (n,) int64 from 0: texts of one group are not independent, and are drawn and left out together
+    group: torch.Tensor
+    grouped_by: str  # the column that says so, or "near-duplicates"
 
 
 def read_prompts(source, mode="sanity", log=print):
-    """Prompts of a csv, json, jsonl, parquet, saved folder or hub dataset (sources.open_source):
-    MODES[mode] per axiom and label.
+    """Prompts of a csv, json, jsonl, parquet, saved folder or hub dataset: MODES[mode] per axiom and label.
 
-    Sampled as the published scripts do: pandas' sample(n, random_state=42) in each group of axiom and
-    label, groups sorted. A group with fewer rows is taken whole, and rows without axiom or text are
-    dropped: both are counted through `log`. UserError for a missing column, an unknown mode, labels that
-    are neither safe nor unsafe (with counts), an axiom with fewer than two texts of a label. """
+    Sampled as the published scripts do: pandas' sample(n, random_state=42) in each group of axiom and label, groups
+    sorted. A group with fewer rows is taken whole, and rows without axiom or text are dropped: both are counted
+    through `log`. Texts that are not independent share a number of `group`: a column of GROUPS says which, else
+    groups.find_groups finds copies and templates. UserError for a missing column, an unknown mode, labels that are
+    neither safe nor unsafe (with counts), an axiom with fewer than two texts of a label.
+    """
     if mode not in MODES:
         raise UserError(f"mode={mode!r}: expected one of {list(MODES)}")
     rows = open_source(source)
     names = {role: _find_column(source, role, rows.column_names) for role in COLUMNS}
     labels = _binary_labels(source, names["label"], rows[names["label"]][:])
-    groups, dropped = defaultdict(list), 0
-    for axiom, label, text in zip(rows[names["axiom"]][:], labels, rows[names["text"]][:], strict=True):
+    texts, axioms = rows[names["text"]][:], rows[names["axiom"]][:]
+    members, dropped = defaultdict(list), 0  # {(axiom, label): row numbers}
+    for number, (axiom, label, text) in enumerate(zip(axioms, labels, texts, strict=True)):
         if axiom is None or not str(axiom).strip() or not str(text or "").strip():
             dropped += 1
         else:
-            groups[str(axiom).strip(), label].append(str(text))
-    axioms = sorted({axiom for axiom, _ in groups})
-    _check_groups(source, groups, axioms)
+            members[str(axiom).strip(), label].append(number)
+    kept_axioms = sorted({axiom for axiom, _ in members})
+    _check_groups(source, members, kept_axioms)
 
-    texts, axiom_of, label_of = [], [], []
-    for a, axiom in enumerate(axioms):
+    chosen, axiom_of, label_of = [], [], []
+    for a, axiom in enumerate(kept_axioms):
         for label in (0, 1):
-            group = groups[axiom, label]
-            size = min(MODES[mode], len(group))
+            cell = members[axiom, label]
+            size = min(MODES[mode], len(cell))
             if size < MODES[mode]:
                 which = f"{axiom}, {'safe' if label else 'unsafe'}"
                 log(f"{source}: {which}: {size} texts, fewer than the {MODES[mode]:,} of mode {mode}")
-            picked = np.random.RandomState(SEED).choice(len(group), size, replace=False)
-            texts += [group[i] for i in picked]
+            picked = np.random.RandomState(SEED).choice(len(cell), size, replace=False)
+            chosen += [cell[i] for i in picked]
             axiom_of += [a] * size
             label_of += [label] * size
     reason = " for want of an axiom or a text" if dropped else ""
-    counts = f"{len(axioms)} axioms, {len(texts):,} of {len(rows):,} texts; {dropped:,} dropped{reason}"
+    counts = f"{len(kept_axioms)} axioms, {len(chosen):,} of {len(rows):,} texts; {dropped:,} dropped{reason}"
     log(f"{source}: columns {', '.join(names.values())}; {counts}")
-    return Prompts(texts, torch.tensor(axiom_of), torch.tensor(label_of), axioms)
+    chosen_texts = [str(texts[number]) for number in chosen]
+    group, grouped_by = _groups(rows, chosen, chosen_texts)
+    return Prompts(chosen_texts, torch.tensor(axiom_of), torch.tensor(label_of), kept_axioms, group, grouped_by)
+
+
+def _groups(rows, chosen, texts):
+    """((n,) group of each chosen row, what it is by). A row whose group is empty stands alone."""
+    by_name = {column.lower(): column for column in reversed(rows.column_names)}
+    column = next((by_name[name] for name in GROUPS if name in by_name), None)
+    if column is None:
+        return find_groups(texts), "near-duplicates"
+    values = rows[column][:]
+    names = []
+    for number in chosen:
+        is_empty = values[number] is None or not str(values[number]).strip()
+        names.append((number,) if is_empty else str(values[number]).strip())
+    return number_groups(names), f"column {column}"
 
 
 def _find_column(source, role, columns):
@@ -237,7 +273,8 @@ def measure(X, axiom, label, axioms, space="raw", seed=None, extra=()):
     "overall".
 
     X (n, D), axiom and label (n,). t-SNE is run per category, perplexity 30 per axiom and 50 overall, as
-    published. """
+    published.
+    """
     rows = []
     for a, category in enumerate([*axioms, OVERALL]):
         is_overall = category == OVERALL
@@ -355,7 +392,8 @@ def restore_xb(rows, decimals=4):
     of XB, too few for AQI.
 
     Rows with a stated n stay as they are, as do rows where no even n, or more than one, rounds to the
-    published figure. """
+    published figure.
+    """
     restored = []
     for row in rows:
         restored.append(row)
@@ -380,7 +418,8 @@ def warnings_for(rows):
 
     Read from the rows: normalize, chi_norm, xb_norm, aqi as `score` writes them, and where present model,
     lambda, space, seed, tap ("post_norm": read after the final norm), injection ("cumulative": v added at
-    several layers), control (True: a random direction). """
+    several layers), control (True: a random direction).
+    """
     runs = {(row.get("model"), row.get("lambda")) for row in rows}
     lambdas = {row["lambda"] for row in rows if row.get("lambda") not in (None, "")}
     kinds = {row.get("normalize") for row in rows}
@@ -413,7 +452,7 @@ def warnings_for(rows):
     if any(row.get("injection") == "cumulative" for row in rows):
         several = "the vector is added at several layers in a row"
         found.append(f"{several}, each on top of what the ones below made of it: see the shift")
-    if len(lambdas) > 1 and not any(row.get("control") for row in rows):
+    if len(lambdas) > 1 and not any(row.get("control") or row.get("nulls") for row in rows):
         bare = "no random direction of equal norm beside the curve"
         found.append(f"{bare}: one vector added to all texts moves no distance")
     return found
@@ -473,7 +512,8 @@ def read_rows(path):
     """Rows of a csv with columns category, chi, xb. UserError naming line and column.
 
     Of the others, n and the indices become numbers, where a row has them, and control a bool; the rest
-    stays text. """
+    stays text.
+    """
     try:
         with open(
             path, newline="", encoding="utf-8-sig"

@@ -7,6 +7,7 @@ adding it does.
     spectrum  what the vector is made of, layer by layer
     generate  answers to --prompt over --lambdas, side by side
     sweep     separation of safe and unsafe --prompts over --lambdas, with a verdict
+    power     before any training: which change these --prompts would show, in a model
     bake      a model, in --bake_dir, with --strength times the vector folded in
     validate  extract, spectrum and sweep: a pair to its verdict, or several pairs on one scale
 
@@ -19,7 +20,8 @@ TARGET is one of
 Keys stand in the sections steer and aqi of a config, or on the command line as --key=value; COMMAND --help
 lists them. extract and sweep do nothing when their folder already holds the result of the same inputs
 (settings, weights, tokens). Reading order: keys, targets, the commands, output, main. What is computed
-stands in analysis/ and aqi.py. """
+stands in analysis/ and aqi.py.
+"""
 
 import dataclasses
 import difflib
@@ -39,33 +41,40 @@ import torch
 from safetensors.numpy import save_file
 
 import aqi
+from analysis.baselines import baselines, probe, separation_of, warnings_of
+from analysis.behaviour import asked_prompts, final_logits, model_behaviour, steered_behaviour
 from analysis.curves import bootstrap, permute
-from analysis.steering import POOLINGS, STEERED_LAYERS, bake, random_additions, spectrum, steering_tap
-from analysis.sweep import answers_by_lambda, embed, injection_errors
-from analysis.vector import MODELS, MODES, Vector, extract, is_done, plain_document
-from analysis.verdict import judge
+from analysis.groups import effective_size
+from analysis.nulls import Nulls, isotropic_directions, null_curves, sign_flipped_directions
+from analysis.oracle import ceiling
+from analysis.steering import POOLINGS, STEERED_LAYERS, bake, packed_batches, pool, spectrum, steering_tap
+from analysis.sweep import (
+    continuations,
+    coordinate_scale,
+    direction_curve,
+    embed,
+    injection_errors,
+    is_published,
+    state_lengths,
+    text_pooling,
+)
+from analysis.vector import MODELS, MODES, Vector, bar, extract, is_done, plain_document
+from analysis.verdict import judge, power
 from data import encode_chat
-from families import locate
+from families import device_of, load_model, locate
 from model import generate
 from plumbing import parallel
 from plumbing.config import Section, Template, config_dict, describe_keys, load_sections, setting
 from plumbing.files import UserError, table, write_json
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
+from reports import summary
 
 PROMPT_MODES = {
     "sanity": "sanity",
     "full": "full",
     "paper": "max",
 }  # the prompts that go with them: aqi.MODES
-DECISIONS = {
-    "rising": "go on to the next rung of the ladder: a full run",
-    "falling": "not the published effect: check that sft and dpo were not swapped, and the sign of lambda",
-    "flat": "no change beyond chance and the nulls: more data, a higher rate or more steps of DPO; "
-    "compare the reward margins of the run",
-    "erratic": "changes beyond chance, but no one trend: more prompts (--mode=full), then other "
-    "hyper-parameters",
-}
 
 # ---------------------------------------------------------------- the keys of this command
 
@@ -138,6 +147,9 @@ class SteerConfig(Section):
     lambdas: tuple[float, ...] = setting(
         "steering", "ascending", "multiples of the vector", default=(0.0, 0.25, 0.5, 0.75, 1.0)
     )
+    size: float = setting(
+        "steering", "share of |h|", "power: length of the random directions at each layer", default=0.05, above=0
+    )
     strength: float | None = setting(
         "steering", "-", "multiple of the vector that is baked in; below 0: into the DPO model", default=None
     )
@@ -177,7 +189,8 @@ def find_pairs(targets, config):
     """{name: its SteerConfig, with sft_path, dpo_path and out_dir filled in} of the command line's TARGETs.
 
     A key of the config or of the command line wins over what the target says. UserError when a target is
-    none. """
+    none.
+    """
     if len(targets) == 1 and targets[0].endswith(".py"):
         return _pair_of_config(targets[0], config)
     file = runpy.run_path(str(Path(__file__).parent / "configs/pairs.py"))
@@ -272,7 +285,8 @@ def print_spectrum(vector, config):
     """Per layer: the vector's length, and how much of the texts' differences one direction explains.
 
     A table; spectrum.json and spectrum.safetensors (components (L, C, D): layers, components, hidden size)
-    in the folder. """
+    in the folder.
+    """
     v, sft = vector.direction(config), vector.tensors[f"sft_{config.side}_{config.pooling}"]
     states = np.load(vector.folder / f"differences_{config.side}.npy", mmap_mode="r")
     states = states[POOLINGS.index(config.pooling), : vector.manifest["count"]]  # (count, L, D)
@@ -380,45 +394,38 @@ def run_bake(targets, config, _):
 
 
 def run_sweep(targets, config, measure):
-    """Separation, likelihood, repetition and shift over lambdas, beside a random direction of equal norm,
-    and a verdict."""
+    """Separation and behaviour over lambdas, beside random directions, the DPO model and baselines, and a verdict."""
     sweep(find_vector(targets, config), config, measure)
 
 
 def sweep(vector, config, measure):
-    """Measure a vector over config.lambdas unless it was, print and return the report. measure: an
-    AQIConfig."""
+    """Measure a vector over config.lambdas unless it was, print and return the report. measure: an AQIConfig."""
     vector.layers(config.layers)  # checked before a model is read
     folder = Path(measure.report_dir or vector.folder / f"sweep_{config.inject}")
     prompts = read_swept_prompts(config, measure)
     tokenizer = Tokenizer.from_dir(locate(vector.manifest["sft_path"])[0])
-    documents = [
-        plain_document(text, tokenizer, vector.manifest["max_text_tokens"]) for text in prompts.texts
-    ]
+    documents = [plain_document(text, tokenizer, vector.manifest["max_text_tokens"]) for text in prompts.texts]
     inputs = _sweep_inputs(vector, config, measure, prompts, documents)
     if not is_done(folder / "aqi.json", inputs):
         _measure_sweep(vector, config, measure, prompts, documents, folder, inputs)
     report = json.loads((folder / "aqi.json").read_text())
-    print_sweep(report)
-    print(f"report: {folder}/")
+    rows = [row for row in report["rows"] if row["category"] == aqi.OVERALL]
+    (folder / "tables.txt").write_text(summary.tables(report, aqi.table(rows)))
+    print(summary.summary(report))
+    print(f"report: {folder}/ (tables.txt: every number above and per axiom)")
     return report
 
 
 def read_swept_prompts(config, measure, log=print):
-    """The labelled texts of a sweep. UserError also for lambdas, a scale and a space that they cannot be
-    swept with."""
+    """The labelled texts of a sweep. UserError also for lambdas, a scale and a space that they cannot be swept with."""
     if len(config.lambdas) < 2:
         raise UserError(f"lambdas={config.lambdas}: expected two or more, ascending")
     if measure.normalize == "anchors":
-        raise UserError(
-            "normalize='anchors': a scale for several models, of aqi.py score; expected 'sweep' or 'per_run'"
-        )
+        raise UserError("normalize='anchors': a scale for several models, of aqi.py score; expected 'sweep' or 'per_run'")
     prompts = aqi.read_prompts(measure.prompts, PROMPT_MODES[config.mode], log)
     fewest = prompts.axiom.bincount().min().item()
     if measure.space.startswith("pca:") and int(measure.space.removeprefix("pca:")) > fewest:
-        raise UserError(
-            f"space={measure.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts"
-        )
+        raise UserError(f"space={measure.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts")
     return prompts
 
 
@@ -426,83 +433,227 @@ def _sweep_inputs(vector, config, measure, prompts, documents):
     """All that decides what a sweep measures, for aqi.json: a sweep of the same inputs is not done again."""
     values = config_dict(config) | config_dict(measure)
     settings = (
-        "side",
-        "pooling",
-        "inject",
-        "layers",
-        "rescale",
-        "lambdas",
-        "space",
-        "seeds",
-        "all_indices",
-        "max_new_tokens",
-    )
+        "side", "pooling", "inject", "layers", "rescale", "lambdas", "space", "seeds", "all_indices", "max_new_tokens",
+        "oracle", "relevant",
+    )  # fmt: skip
     inputs = {"mode": PROMPT_MODES[config.mode]} | {key: values[key] for key in settings}
     inputs["normalize"] = measure.normalize or "sweep"
-    labelled = (
-        [ids.tolist() for ids, _ in documents],
-        prompts.axiom.tolist(),
-        prompts.label.tolist(),
-        prompts.axioms,
-    )
+    inputs["nulls"] = measure.nulls or _null_count(config)
+    labelled = [ids.tolist() for ids, _ in documents], prompts.axiom.tolist(), prompts.label.tolist(), prompts.axioms
     inputs["vector"] = hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest()
     inputs["prompts"] = hashlib.sha256(repr(labelled).encode()).hexdigest()
+    inputs["groups"] = hashlib.sha256(repr(prompts.group.tolist()).encode()).hexdigest()
     # The vector's bytes do not show lm_head, EOS, which texts are held out, or which of their tokens count.
-    return inputs | {key: vector.manifest[key] for key in ("sft", "tokens", "template")}
+    return inputs | {key: vector.manifest[key] for key in ("sft", "dpo", "tokens", "template")}
+
+
+def _null_count(config):
+    """Random directions of each kind: p is as small as 1 / 20 or 1 / 100."""
+    return 19 if config.mode == "sanity" else 99
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a sweep reads: n labelled prompts as documents, and the vector's own texts that were held out of it."""
+
+    prompts: aqi.Prompts
+    documents: list  # (n,) of the prompts
+    held_out: dict  # {side: documents}
+    asked: dict  # {"unsafe": [ids], "safe": [ids]}: prompts as questions
+
+
+def _read_texts(vector, prompts, documents, tokenizer):
+    """The Texts of a sweep. The prompts that are answered are rendered as the vector's texts are."""
+    held_out = {side: parts[1] for side, parts in vector.texts(tokenizer).items()}
+    asked = {}
+    for name, rows in asked_prompts(prompts.label).items():
+        asked[name] = [_prompt_ids(prompts.texts[row], tokenizer, vector.manifest["template"]) for row in rows]
+    return Texts(prompts, documents, held_out, asked)
 
 
 def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
     """All of a sweep's measurements, and its plots, into `folder`. documents: the tokens of the prompts."""
+    dpo_point = _measure_dpo(vector, config, prompts, documents)
     model, tokenizer = vector.model("sft")
-    add = vector.additions(config, model, tokenizer)
-    texts = vector.texts(tokenizer)
-    embeddings, shifts, profile = embed(model, documents, prompts, add, vector, config, "steered")
-    random = random_additions(add, aqi.SEED)
-    control, _, _ = embed(model, documents, prompts, random, vector, config, "random direction")
-    rows = []
-    for is_control, states in ((False, embeddings), (True, control)):
-        measured = []
-        for row in _measured(states, prompts, config.lambdas, measure):
-            about = {"model": vector.manifest["sft_path"], "injection": config.inject, "control": is_control}
-            about["tap"] = "post_norm" if vector.manifest["compat"] == "hf" else "raw"
-            measured.append(about | row)
-        rows += aqi.score(measured, inputs["normalize"])
+    add, device = vector.additions(config, model, tokenizer), device_of(model)
+    texts = _read_texts(vector, prompts, documents, tokenizer)
+    raw, shifts, profile = embed(model, documents, prompts, add, vector, config, bar("steered"))
+    # As published: raw distances. Otherwise in units of the unsteered states' deviations, one scale for all that follows.
+    scale = torch.ones_like(raw[0, 0]) if is_published(vector) else coordinate_scale(raw[0], prompts.label)
+    pooling = text_pooling(vector)
 
-    groups = prompts.axiom, prompts.label, prompts.axioms
-    curve, control_curve = bootstrap(embeddings, *groups), bootstrap(control, *groups)
-    permuted = permute(embeddings, *groups)
-    verdicts = [judge(curve, control_curve, permuted)]
-    # One false alarm in twenty over all axioms together, not in each (Bonferroni).
-    level = 0.05 / len(prompts.axioms)
-    for axiom in prompts.axioms:
-        verdicts.append(judge(curve, control_curve, permuted, axiom, level))
-    _plot(folder, config.lambdas, verdicts, embeddings, prompts)
+    def scaled(hidden, cu_seqlens):
+        return pool(hidden, cu_seqlens)[pooling] / scale
+
+    curve, found = [X / scale for X in raw[1:]], {}
+    nulls = _nulls(model, texts, add, vector, config, inputs["nulls"], scaled)
+    if measure.oracle and _independent(prompts) >= 4:
+        found["oracle"] = ceiling(model, documents, prompts, add, config, scaled)
+    dpo_states = dpo_point.pop("embeddings").to(device) / scale
+    found["verdicts"] = _verdicts(curve, prompts, nulls, found.get("oracle"), measure)
+    found["baselines"] = baselines(model, prompts, documents, raw[0] / scale)
+    found["behaviour"] = steered_behaviour(
+        model, tokenizer, texts.held_out, texts.asked, add, config, dpo_point.pop("logits")
+    )
+    for entry, repeated, X in zip(
+        found["behaviour"], continuations(model, texts.held_out["chosen"], add, config), curve, strict=True
+    ):
+        entry["repeated_4grams"] = repeated
+        entry |= probe(X, prompts.label, prompts.group)
+    found["dpo"] = dpo_point | {"separation": _separations(dpo_states, prompts)}
+    found["dpo"] |= probe(dpo_states, prompts.label, prompts.group)
+    rows = _rows(curve, raw[1:], prompts, vector, config, measure, inputs)
+    _plot(folder, config.lambdas, found, curve, prompts)
     aqi.write_report(
         folder,
         rows,
         pair=vector.manifest["pair"],
         inputs=inputs,
-        verdicts=verdicts,
+        texts=_counts(prompts),
         shifts=shifts,
         profile=aqi.score(profile, "sweep"),
-        behaviour=answers_by_lambda(model, texts, add, config),
-        errors=injection_errors(model, texts[config.side], vector, config),
+        errors=injection_errors(model, vector.texts(tokenizer)[config.side], vector, config),
+        nulls={kind: values[:, :, -1].tolist() for kind, values in nulls.curves.items()},
+        notes=_notes(vector, prompts, measure, found),
+        **found,
     )
 
 
-def _measured(embeddings, prompts, lambdas, measure):
-    """Rows of aqi.measure for K embeddings (n, D), each with its lambda. Several seeds: as many rows a
-    category."""
+def _measure_dpo(vector, config, prompts, documents):
+    """The DPO model itself, the last point of every curve: embeddings (n, D), behaviour, logits of held-out texts."""
+    model, tokenizer = vector.model("dpo")
+    texts = _read_texts(vector, prompts, documents, tokenizer)
+    embeddings = torch.zeros(len(documents), model.config.hidden_size)
+    pooling = text_pooling(vector)
+    for rows, batch in packed_batches(documents, device_of(model), bar("DPO model")):
+        with torch.no_grad():
+            hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        embeddings[torch.from_numpy(rows)] = pool(hidden, batch.cu_seqlens)[pooling].cpu()
+    point = {"embeddings": embeddings, "logits": final_logits(model, texts.held_out["chosen"])}
+    return point | model_behaviour(model, tokenizer, texts.held_out, texts.asked)
+
+
+def _nulls(model, texts, add, vector, config, count, scaled):
+    """nulls.Nulls of both kinds at the first and the last lambda."""
+    device, prompts = device_of(model), texts.prompts
+    states = np.load(vector.folder / f"differences_{config.side}.npy", mmap_mode="r")
+    states = states[POOLINGS.index(config.pooling), : vector.manifest["count"]]  # (count, L, D)
+    differences = {layer: torch.from_numpy(states[vector.keep, layer]) for layer in add}
+    directions = {
+        "isotropic": isotropic_directions(add, count),
+        "sign-flipped": sign_flipped_directions(differences, add, count),
+    }
+    ends = [config.lambdas[0], config.lambdas[-1]]
+    curves = {}
+    for kind, drawn in directions.items():
+        curves[kind] = null_curves(
+            model, texts.documents, drawn, ends, prompts.axiom, prompts.label, prompts.axioms, device, config.rescale,
+            scaled, bar(f"{count} {kind} directions"),
+        )  # fmt: skip
+    return Nulls(curves, [0, len(config.lambdas) - 1])
+
+
+def _verdicts(curve, prompts, nulls, oracle, measure):
+    """verdict.judge's dicts, of all texts and of each axiom."""
+    groups = prompts.axiom, prompts.label, prompts.axioms
+    drawn = bootstrap(curve, *groups, group=prompts.group)
+    permuted = permute(curve, *groups, group=prompts.group)
+    ceiling = oracle["change"] if oracle else None
+    verdicts = [judge(drawn, None, permuted, nulls=nulls, oracle=ceiling, relevant=measure.relevant)]
+    # One false alarm in twenty over all axioms together, not in each (Bonferroni).
+    level = 0.05 / len(prompts.axioms)
+    for axiom in prompts.axioms:
+        verdicts.append(judge(drawn, None, permuted, axiom, level, nulls=nulls, relevant=measure.relevant))
+    return verdicts
+
+
+def _separations(X, prompts):
+    """{category: separation} of embeddings (n, D)."""
+    found = {}
+    for a, axiom in enumerate(prompts.axioms):
+        mine = prompts.axiom == a
+        found[axiom] = separation_of(X[mine.to(X.device)], prompts.label[mine])
+    return found | {aqi.OVERALL: separation_of(X, prompts.label)}
+
+
+def _counts(prompts):
+    """How many texts and independent groups there are, and what the groups are by."""
+    effective = effective_size(prompts.group)
+    groups = int(prompts.group.max()) + 1
+    return {"texts": len(prompts.texts), "groups": groups, "effective": effective, "grouped_by": prompts.grouped_by}
+
+
+def _rows(curve, raw, prompts, vector, config, measure, inputs):
+    """Rows of aqi.csv: the indices of every lambda and category; separation_raw: that of distances without a scale."""
+    about = {"model": vector.manifest["sft_path"], "injection": config.inject, "nulls": inputs["nulls"]}
+    about["tap"] = "post_norm" if is_published(vector) else "raw"
     seeds = range(measure.seeds) if measure.seeds > 1 else [None]  # None: t-SNE starts from PCA, as published
     extra = aqi.EXTRA if measure.all_indices else ()
     rows = []
-    for strength, states in zip(lambdas, embeddings, strict=True):
+    for strength, states, unscaled in zip(config.lambdas, curve, raw, strict=True):
+        without_scale = _separations(unscaled, prompts)
         for seed in seeds:
-            found = aqi.measure(
-                states, prompts.axiom, prompts.label, prompts.axioms, measure.space, seed, extra
-            )
-            rows += [{"lambda": strength} | row for row in found]
-    return rows
+            for row in aqi.measure(states, prompts.axiom, prompts.label, prompts.axioms, measure.space, seed, extra):
+                row["separation_raw"] = without_scale[row["category"]]
+                rows.append(about | {"lambda": strength} | row)
+    return aqi.score(rows, inputs["normalize"])
+
+
+def _independent(prompts):
+    """Groups of the label that has fewer of them."""
+    return min(prompts.group[prompts.label == label].unique().numel() for label in (0, 1))
+
+
+def _notes(vector, prompts, measure, found):
+    """Sentences on what these texts and weights cannot carry."""
+    notes = warnings_of(found["baselines"])
+    if measure.oracle and "oracle" not in found:
+        notes.append(f"no oracle: {_independent(prompts)} independent groups of a label; expected 4, for two halves")
+    share = vector.manifest["rounding_share"]
+    if share is not None and share > 0.1:
+        moves = f"both models are rounded to bf16, which alone moves the mean state by {share:.2f} |v|"
+        notes.append(f"{moves}: keep final/ in float32")
+    return notes
+
+
+# ---------------------------------------------------------------- power
+
+
+def run_power(targets, config, measure):
+    """Which change of the separation these prompts would show in 80 % of runs: before anything is trained.
+
+    TARGET is a model, or a config: the model that its DPO run starts from. The direction is random, `size` times as long
+    as the mean state, at the last `layers` layers: what counts is how much the change varies between texts, and between
+    directions.
+    """
+    if len(targets) != 1:
+        raise UserError(f"targets {', '.join(targets)}: expected one model, or a config")
+    path = targets[0]
+    if path.endswith(".py"):
+        path = config.sft_path or load_sections(path, ["dpo"], [])["dpo"].model_path
+    prompts = aqi.read_prompts(measure.prompts, PROMPT_MODES[config.mode])
+    model, tokenizer = load_model(path)
+    total = model.config.num_hidden_layers
+    if config.layers > total:
+        raise UserError(f"layers={config.layers}: expected 1 to {total}, the model's number of layers")
+    documents = [plain_document(text, tokenizer, config.max_text_tokens) for text in prompts.texts]
+    lengths = state_lengths(model, documents, range(total - config.layers, total))
+    unit = torch.nn.functional.normalize(torch.ones(model.config.hidden_size), dim=0)
+    lengths = {layer: config.size * length * unit for layer, length in lengths.items()}
+    add = {layer: drawn[0] for layer, drawn in isotropic_directions(lengths, 1).items()}
+    curve, scale = direction_curve(model, documents, add, [0.0, 1.0], prompts.label)
+
+    def scaled(hidden, cu_seqlens):
+        return pool(hidden, cu_seqlens)["text"] / scale
+
+    count = measure.nulls or _null_count(config)
+    groups = prompts.axiom, prompts.label, prompts.axioms
+    others = null_curves(
+        model, documents, isotropic_directions(lengths, count, aqi.SEED + 1), [0.0, 1.0], *groups, device_of(model),
+        embed=scaled, log_progress=bar(f"{count} directions"),
+    )  # fmt: skip
+    found = power(bootstrap(curve, *groups, group=prompts.group), nulls=Nulls({"isotropic": others}, [0, 1]))
+    print(summary.power(found, _counts(prompts), config))
 
 
 # ---------------------------------------------------------------- validate
@@ -531,94 +682,21 @@ def run_validate(targets, config, measure):
         vector = Vector.load(pair.out_dir)
         print_spectrum(vector, pair)
         reports[name] = sweep(vector, pair, measure)
-    print_comparison(reports, config.lambdas)
+    print(summary.comparison(reports, config.lambdas))
     if len(pairs) > 1:
         _plot_axioms_of_pairs(Path(next(iter(pairs.values())).out_dir).parent, reports, config.lambdas)
 
 
-# ---------------------------------------------------------------- output
+# ---------------------------------------------------------------- plots
 
 
-def print_sweep(report):
-    """What aqi.json holds, as tables."""
-    overall = report["verdicts"][0]
-    rows = [row for row in report["rows"] if row["category"] == aqi.OVERALL and not row["control"]]
-    print(aqi.table(rows))
-    if report["inputs"]["seeds"] > 1:
-        for strength in report["inputs"]["lambdas"]:
-            scores = [row["aqi"] for row in rows if row["lambda"] == strength]
-            spread = f"sd {np.std(scores, ddof=1):.2f} over {len(scores)} seeds"
-            print(f"lambda {strength:g}: AQI {np.mean(scores):.2f}, {spread}")
-    for warning in report["warnings"]:
-        print(f"note: {warning}")
-    print()
-    _print_by_lambda(report, overall)
-    if report["errors"]:
-        what = "relative error of the last layer's mean state at lambda 1"
-        print(f"{what}, on the vector's texts / on held-out ones:")
-    for injection, error in report["errors"].items():
-        print(f"  {injection:<12}{error['calibration']:.4f} / {error['held_out']:.4f}")
-    _print_profile(report["profile"])
-    for found in report["verdicts"]:
-        because = f" ({'; '.join(found['because'])})" if found["because"] else ""
-        low, high = found["change_interval"]
-        change = f"change {found['change']:+.2f} [{low:+.2f}, {high:+.2f}]"
-        monotone = f"P(monotone) {found['p_monotone']:.2f}"
-        print(f"{found['category']:<24} {found['verdict']}{because}: {change}, {monotone}")
-    decision = DECISIONS[overall["verdict"]]
-    print(f"verdict: {overall['verdict']}, by {overall['change']:+.2f} of 100 -> {decision}")
-
-
-def _print_by_lambda(report, overall):
-    head = [
-        "lambda", "separation", "95 % interval", "random", "achieved", "off axis", "|a|/|h|", "logp chosen",
-        "rejected", "repeated 4-grams",
-    ]  # fmt: skip
-    lines = []
-    for k, (shift, answer) in enumerate(zip(report["shifts"], report["behaviour"], strict=True)):
-        interval = "none covers"
-        if overall["low"]:
-            interval = f"[{overall['low'][k]:.2f}, {overall['high'][k]:.2f}]"
-        lines.append([
-            f"{shift['lambda']:.2f}", f"{overall['estimate'][k]:.2f}", interval, f"{overall['control'][k]:.2f}",
-            f"{shift['achieved']:.3f}", f"{shift['off_axis']:.3f}", f"{max(shift['strength'].values()):.3f}",
-            f"{answer['logp_chosen']:.4f}", f"{answer['logp_rejected']:.4f}",
-            f"{answer['repeated_4grams']:.3f}",
-        ])  # fmt: skip
-    print(table(head, lines, left=()))
-
-
-def _print_profile(profile):
-    """The separation after each block: a line for lambda 0 and one for the last lambda."""
-    lines = {}
-    for row in profile:
-        if row["category"] == aqi.OVERALL:
-            # keyed by layer, because both ends are one lambda where the last is 0
-            lines.setdefault(row["lambda"], {})[row["layer"]] = f"{row['separation']:.2f}"
-    for strength, values in lines.items():
-        print(f"separation after each block, lambda {strength:g}: {' '.join(values.values())}")
-
-
-def print_comparison(reports, lambdas):
-    """A line per pair: the separation is one absolute scale for all."""
-    lines = []
-    for name, report in reports.items():
-        found = report["verdicts"][0]
-        low, high = found["change_interval"]
-        values = [f"{x:.2f}" for x in found["estimate"]]
-        decision = f"{found['verdict']}: {DECISIONS[found['verdict']]}"
-        lines.append([name, *values, f"{found['change']:+.2f} [{low:+.2f}, {high:+.2f}]", decision])
-    head = ["pair", *[f"lambda {x:g}" for x in lambdas], "change and 95 % interval", "verdict"]
-    print(f"\nseparation\n{table(head, lines, left=(0, -1))}")
-
-
-def _plot(folder, lambdas, verdicts, embeddings, prompts):
+def _plot(folder, lambdas, found, embeddings, prompts):
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: they need matplotlib")
         return
     from reports import figures, plots
 
-    swept = {"inputs": {"lambdas": lambdas}, "verdicts": verdicts}
+    swept = {"inputs": {"lambdas": lambdas}} | found
     overall, *_ = figures.separation_charts([("steered", swept)])
     plots.plot_chart(folder / "curve.png", overall)
     plots.plot_chart(folder / "axioms.png", figures.axioms_chart(swept))
@@ -660,7 +738,10 @@ _PLACE = ("sft_path", "dpo_path", "template", "mode", "out_dir")
 _VECTOR = ("side", "pooling")
 _INJECTED = (*_VECTOR, "inject", "layers", "rescale")
 _TEXTS = ("texts", "count", "keep", "compat", "max_text_tokens")
-_SWEPT = ("lambdas", "max_new_tokens", "prompts", "space", "seeds", "normalize", "all_indices", "report_dir")
+_SWEPT = (
+    "lambdas", "max_new_tokens", "prompts", "nulls", "oracle", "relevant", "space", "seeds", "normalize", "all_indices",
+    "report_dir",
+)  # fmt: skip
 _ASKED = ("lambdas", "prompt", "questions", "max_new_tokens", "temperature")
 COMMANDS = {
     "extract": Command(run_extract, (*_PLACE, *_TEXTS), required=("texts",)),
@@ -669,6 +750,9 @@ COMMANDS = {
     "sweep": Command(run_sweep, (*_PLACE, *_INJECTED, *_SWEPT), required=("prompts",)),
     "bake": Command(
         run_bake, (*_PLACE, *_INJECTED, "strength", "bake_dir"), required=("strength", "bake_dir")
+    ),
+    "power": Command(
+        run_power, ("sft_path", "mode", "max_text_tokens", "layers", "size", "prompts", "nulls"), required=("prompts",)
     ),
     "validate": Command(run_validate, (*_PLACE, *_TEXTS, *_INJECTED, *_SWEPT), required=("texts", "prompts")),
 }

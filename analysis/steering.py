@@ -3,7 +3,8 @@
 Shapes: n texts, T tokens of a packed stream, N documents in it, L layers, D hidden size, K lambdas. Layer l
 means the residual stream after block l, before the final norm, for reading and for steering alike. A
 document is (input_ids, loss_mask). Leaf to root: states, the vector, its spectrum, what to add where,
-running many lambdas at once, folding an addition into the weights. """
+running many lambdas at once, folding an addition into the weights.
+"""
 
 import copy
 import dataclasses
@@ -32,11 +33,26 @@ def packed_batches(documents, device, log_progress=lambda plan: plan):
             yield np.array(rows), pack([documents[row] for row in rows]).to(device)
 
 
+def text_mean(hidden, cu_seqlens):
+    """(N, D) float32: the mean over each document's tokens but the first; of a document of one token, that token.
+
+    The first token of a document is a sink of attention, with coordinates of a thousand times the others' size, so
+    with it in the mean the distance between two texts is that of 1 / length.
+    """
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+    is_counted = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    is_counted[starts[lengths > 1]] = False
+    counted = torch.where(is_counted[:, None], hidden.float(), 0.0)
+    sums = torch.segment_reduce(counted, "sum", offsets=cu_seqlens.long(), axis=0)
+    return sums / (lengths - 1).clamp(min=1)[:, None]
+
+
 def pool(hidden, cu_seqlens):
-    """{"last": each document's last token, "mean": the mean over its tokens}, (N, D) float32, of hidden (T,
-    D)."""
+    """Each document's state (N, D) float32, of hidden (T, D): {"last": its last token's, "mean": the mean over its
+    tokens, "text": see `text_mean`}."""
     mean = torch.segment_reduce(hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0)
-    return {"last": hidden[cu_seqlens[1:].long() - 1].float(), "mean": mean}
+    last = hidden[cu_seqlens[1:].long() - 1].float()
+    return {"last": last, "mean": mean, "text": text_mean(hidden, cu_seqlens)}
 
 
 @torch.no_grad()
@@ -45,7 +61,8 @@ def read_states(model, batch, tap=None, compat_hf=False):
     order of POOLINGS).
 
     tap steers while reading. compat_hf: the last layer after the final norm, as published scripts read it
-    (not the space they steer in). """
+    (not the space they steer in).
+    """
     layers = []
 
     def read(layer, hidden):
@@ -85,7 +102,8 @@ def spectrum(differences, components=5):
     raw share, D-STEER's claim. A full decomposition, so no seed, through the Gram matrix of the smaller
     side in float64; a component's sign is the one that agrees with the mean, its norm the mean's; one with
     less than 1e-12 of the first's share is rounding, and zero. Differences that are all zero have no share
-    to give: zeros, and an effective rank of 1. """
+    to give: zeros, and an effective rank of 1.
+    """
     X = differences.double()
     mean = X.mean(0)
 
@@ -123,7 +141,8 @@ def additions(injection, vector, layers):
     cumulative: v[l] at every layer, as published; v[l] already holds what the layers below changed, so that
     is added len(layers) times. increment: v[l] - v[l-1], and v[l] at the first: the parts sum to the last
     layer's v; what the blocks between make of it comes on top. ("matched" is found by match_additions,
-    which runs the model.) """
+    which runs the model.)
+    """
     assert injection in ("cumulative", "increment") and list(layers) == list(range(layers[0], layers[-1] + 1))
     if injection == "cumulative":
         return {layer: vector[layer] for layer in layers}
@@ -135,7 +154,8 @@ def match_additions(model, documents, vector, layers, pooling, device, strength=
     not yet show on `documents`.
 
     At lambda = 1 the steered SFT model's mean pooled states then equal its own plus v, the DPO model's, on
-    these texts; strength=-1: at lambda = -1 the DPO model's equal the SFT model's. One pass per layer. """
+    these texts; strength=-1: at lambda = -1 the DPO model's equal the SFT model's. One pass per layer.
+    """
     found, base = {}, None
     for layer in layers:
         tap = steering_tap(found, strength)
@@ -217,7 +237,8 @@ def steered_runs(
 
     Five lambdas on the last five of 32 layers are 1 + 5 * 4/32 forwards' worth of blocks instead of 5.
     Lambda 0 is the unsteered model, bit for bit, and costs nothing more: its tap adds nothing. read_layers:
-    those whose pooled states are wanted. """
+    those whose pooled states are wanted.
+    """
     first = min(additions)
     taps = [steering_tap(additions, strength, rescale) for strength in lambdas]
     for rows, batch in packed_batches(documents, device, log_progress):
@@ -258,7 +279,8 @@ def bake(model, additions, strength):
     with the steered logits.
 
     ValueError where that cannot be said exactly: Qwen2 and Falcon. A Mistral is written as a Llama that
-    ends where its window does. A norm-rescaling tap cannot be baked: what it adds depends on the token. """
+    ends where its window does. A norm-rescaling tap cannot be baked: what it adds depends on the token.
+    """
     config = model.config
     if config.model_type not in ("llama", "mistral"):
         why = "its Hugging Face class has no bias on down_proj"

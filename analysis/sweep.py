@@ -2,9 +2,9 @@
 repetition.
 
 Shapes: n prompts, K lambdas, L layers, D hidden size, A axioms. `config` is a steer.SteerConfig, `prompts`
-an aqi.Prompts, `vector` an analysis.vector.Vector, `add` {layer: (D,)} what lambda 1 adds. """
+an aqi.Prompts, `vector` an analysis.vector.Vector, `add` {layer: (D,)} what lambda 1 adds.
+"""
 
-import numpy as np
 import torch
 
 from analysis.indices import Moments
@@ -12,56 +12,99 @@ from analysis.steering import (
     INJECTIONS,
     POOLINGS,
     additions,
-    document_logps,
     match_additions,
     mean_states,
+    packed_batches,
     pool,
+    read_states,
     steered_runs,
     steering_tap,
 )
-from analysis.vector import SIDES, bar
 from families import device_of
 from model import generate
 
 
-def embed(model, documents, prompts, add, vector, config, label):
-    """Embeddings (K, n, D) float32, mean over tokens of the final hidden state, as published; shifts; a
-    layer profile.
+def embed(model, documents, prompts, add, vector, config, log_progress):
+    """(embeddings (K + 1, n, D) float32: unsteered, then at each lambda; shifts; a layer profile).
 
-    Shifts, a dict per lambda: achieved, the shift of the last layer's mean state along v as a multiple of v
-    (target: lambda); off_axis, the part of the shift beside v over |v|; strength, |lambda a| / mean |h| at
-    each steered layer. The profile has a row per block, axiom and end of the curve (lambda 0 and the last
-    one): n, CHI and XB of the mean over tokens after the block, before the final norm. """
+    An embedding is the final hidden state, pooled as `text_pooling` says. Shifts, a dict per lambda: achieved, the shift of the last
+    layer's mean state along v as a multiple of v (target: lambda); off_axis, the part of the shift beside v over |v|;
+    strength, |lambda a| / mean |h| at each steered layer. The profile has a row per block, axiom and end of the curve
+    (lambda 0 and the last one): n, CHI and XB of the texts' states after the block, before the final norm.
+    """
     lambdas = [0.0, *config.lambdas]  # the unsteered pass is made in any case
     last = len(lambdas) - 1
     layers, D, n = model.config.num_hidden_layers, model.config.hidden_size, len(documents)
-    device = device_of(model)
-    reads_final = vector.manifest["compat"] == "hf"  # then v[-1] is of the space after the final norm
+    device, pooling = device_of(model), text_pooling(vector)
     embeddings = torch.zeros(len(lambdas), n, D, device=device)  # 7,000 prompts, 6 lambdas, D = 4,096: 0.7 GB
     ends = torch.zeros(len(lambdas), D, dtype=torch.float64)  # sums of the last layer's states
     norms = torch.zeros(layers, dtype=torch.float64)  # means of |h|, unsteered
     moments = {index: Moments.zeros(layers, len(prompts.axioms), D, device) for index in (0, last)}
     for run in steered_runs(
-        model, documents, add, lambdas, device, config.rescale, bar(label), range(layers)
+        model, documents, add, lambdas, device, config.rescale, log_progress, range(layers)
     ):
         final = pool(run.hidden, run.batch.cu_seqlens)
-        embeddings[run.index, torch.from_numpy(run.rows).to(device)] = final["mean"]
-        end = final if reads_final else run.states[layers - 1]
+        embeddings[run.index, torch.from_numpy(run.rows).to(device)] = final[pooling]
+        # As published, v[-1] is of the space after the final norm.
+        end = final if is_published(vector) else run.states[layers - 1]
         ends[run.index] += end[config.pooling].double().sum(0).cpu()
         if run.index == 0:
             for layer, states in run.states.items():
                 norms[layer] += states[config.pooling].norm(dim=1).sum().item() / n
         if run.index in moments:
-            axiom, label_ = prompts.axiom[run.rows].to(device), prompts.label[run.rows].to(device)
+            axiom, label = prompts.axiom[run.rows].to(device), prompts.label[run.rows].to(device)
             for layer, states in run.states.items():
-                moments[run.index].add(layer, states["mean"], axiom, label_)
+                moments[run.index].add(layer, states[pooling], axiom, label)
     profile = []
     for index, found in moments.items():
         profile += [{"lambda": lambdas[index]} | row for row in found.rows(prompts.axioms)]
     shifts = _shifts(
         config.lambdas, (ends[1:] - ends[0]) / n, vector.direction(config)[-1].double(), add, norms
     )
-    return embeddings[1:], shifts, profile
+    return embeddings, shifts, profile
+
+
+def is_published(vector):
+    """Whether the vector was extracted as published: then everything is read as published."""
+    return vector.manifest["compat"] == "hf"
+
+
+def text_pooling(vector):
+    """Key of steering.pool: how a text is embedded. As published over all of its tokens, else without the first."""
+    return "mean" if is_published(vector) else "text"
+
+
+def coordinate_scale(X, label):
+    """(D,): each coordinate's standard deviation within labels, of X (n, D).
+
+    Distances in these units: otherwise a few coordinates of a thousand times the others' size decide all of them.
+    """
+    residual = torch.zeros_like(X, dtype=torch.float64)
+    for value in (0, 1):
+        mine = label.to(X.device) == value
+        residual[mine] = X[mine].double() - X[mine].double().mean(0)
+    scale = residual.square().mean(0).sqrt()
+    return scale.clamp(min=1e-6 * scale.max().item() + 1e-30).float()
+
+
+@torch.no_grad()
+def state_lengths(model, documents, layers):
+    """{layer: mean |h| of the texts' last tokens} of an unsteered model."""
+    totals = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
+    for _, batch in packed_batches(documents, device_of(model)):
+        last, _ = read_states(model, batch)  # (N, L, D)
+        totals += last.double().norm(dim=-1).sum(0).cpu()
+    return {layer: totals[layer].item() / len(documents) for layer in layers}
+
+
+def direction_curve(model, documents, add, lambdas, label):
+    """Embeddings (K, n, D) along {layer: (D,)}, scaled by those at the first lambda, and the scale (D,)."""
+    out = torch.zeros(len(lambdas), len(documents), model.config.hidden_size, device=device_of(model))
+    for run in steered_runs(model, documents, add, lambdas, device_of(model)):
+        states = pool(run.hidden, run.batch.cu_seqlens)["text"]
+        out[run.index, torch.from_numpy(run.rows).to(out.device)] = states
+    scale = coordinate_scale(out[0], label)
+    return out / scale, scale
 
 
 def _shifts(lambdas, moved, target, add, norms):
@@ -82,8 +125,9 @@ def injection_errors(model, texts, vector, config):
 
     All injections are measured, also those that config.inject is not. texts: (calibration documents, held
     out ones) of config.side. Empty where the vector was extracted with --compat=hf: its v[-1] is of another
-    space than the stream's. """
-    if vector.manifest["compat"] == "hf":
+    space than the stream's.
+    """
+    if is_published(vector):
         return {}
     device, layers = device_of(model), vector.layers(config.layers)
     v = vector.direction(config)
@@ -111,28 +155,15 @@ def injection_errors(model, texts, vector, config):
     return errors
 
 
-def answers_by_lambda(model, texts, add, config):
-    """A dict per lambda: log-prob per token and perplexity of held-out chosen and rejected texts,
-    repetition in continuations.
-
-    texts: {side: (calibration documents, held out ones)}. Greedy continuations of the first halves of eight
-    chosen texts. """
-    report = [{"lambda": strength} for strength in config.lambdas]
-    for side in SIDES:
-        _, held_out = texts[side]
-        sums = np.zeros((len(config.lambdas), 2))  # log-prob, tokens
-        for run in steered_runs(model, held_out, add, config.lambdas, device_of(model), config.rescale):
-            logps, counts = document_logps(model, run.batch, run.hidden)
-            sums[run.index] += [logps.sum().item(), counts.sum().item()]
-        for entry, (logp, count) in zip(report, sums, strict=True):
-            entry |= {f"logp_{side}": logp / count, f"perplexity_{side}": float(np.exp(-logp / count))}
-    _, held_out = texts["chosen"]
-    beginnings = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in held_out[:8]]
-    for entry in report:
-        tap = steering_tap(add, entry["lambda"], config.rescale)
+def continuations(model, texts, add, config):
+    """Repetition, a share per lambda, in greedy continuations of the first halves of eight texts."""
+    beginnings = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in texts[:8]]
+    found = []
+    for strength in config.lambdas:
+        tap = steering_tap(add, strength, config.rescale)
         answers = generate(model, beginnings, config.max_new_tokens, model.config.eos_token_id, tap=tap)
-        entry["repeated_4grams"] = repetition(answers)
-    return report
+        found.append(repetition(answers))
+    return found
 
 
 def repetition(answers, n=4):

@@ -2,7 +2,8 @@
 found, on disk and back.
 
 Shapes: n texts, N of a batch, L layers, D hidden size; states of both poolings are (2, n, L, D). `config`
-is a steer.SteerConfig. """
+is a steer.SteerConfig.
+"""
 
 import dataclasses
 import hashlib
@@ -22,6 +23,7 @@ from analysis.steering import (
     additions,
     document_logps,
     match_additions,
+    mean_states,
     packed_batches,
     read_states,
 )
@@ -58,7 +60,8 @@ def text_pairs(source, count, tokenizer, template, max_tokens):
 
     template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations
     rendered by it. Then a pair with a side that has no answer in its first max_tokens tokens is left out,
-    as in DPO. Pairs left out are counted and printed. """
+    as in DPO. Pairs left out are counted and printed.
+    """
     if template is not None:
         resolve_template(template, tokenizer)  # an unknown one is refused
     rows = open_source(source)
@@ -126,7 +129,8 @@ def extract(config, name):
 
     The vector is the mean difference of the states of config.dpo_path and config.sft_path. name: the
     pair's, for the manifest. One model is in memory at a time: the SFT model's states of every text wait in
-    differences_SIDE.npy. """
+    differences_SIDE.npy.
+    """
     folder = Path(config.out_dir)
     count = config.count or MODES[config.mode]
     documents, inputs = _inputs(config, count, count + max(1, count // 4))
@@ -163,7 +167,8 @@ def extract(config, name):
             _accumulate(sums, side, states[:, rows], new, keep[rows], rows >= count)
             states[:, rows] = new - states[:, rows]
         states.flush()
-    _write_vector(config, name, sums, keep[:count], inputs, shape)
+    rounding = rounding_noise(model, documents["chosen"][:count])
+    _write_vector(config, name, sums, keep[:count], inputs, shape, rounding)
 
 
 def _states_of(model, documents, side, name, config):
@@ -179,7 +184,7 @@ def _states_of(model, documents, side, name, config):
         yield rows, states
 
 
-def _write_vector(config, name, sums, keep, inputs, shape):
+def _write_vector(config, name, sums, keep, inputs, shape, rounding):
     """Means of the sums, which pairs were kept (count,), and the manifest, into config.out_dir."""
     folder, count, kept = Path(config.out_dir), len(keep), int(keep.sum())
     if kept == 0:
@@ -198,6 +203,7 @@ def _write_vector(config, name, sums, keep, inputs, shape):
         "layers": shape[2],
         "hidden_size": shape[3],
         "kept": kept,
+        "rounding_share": rounding and rounding / float(np.linalg.norm(tensors["chosen_last"][-1])),
         "torch": torch.__version__,
         "hub": hub.COMMITS,
     }
@@ -258,6 +264,27 @@ def is_done(path, inputs):
     )
     print(f"{path}: {found}")
     return not differing
+
+
+@torch.no_grad()
+def rounding_noise(model, documents):
+    """By how much rounding to bf16 of two models' weights moves the last layer's mean last-token state; None for finer weights.
+
+    A bf16 weight stands for all values within half a step of it. Moving each weight by a uniform draw from that interval
+    and reading again shows one rounding; two independent ones are sqrt(2) of it. The model is changed: the caller is
+    done with it.
+    """
+    if not all(torch.equal(param, param.bfloat16().to(param.dtype)) for param in model.parameters()):
+        return None
+    device = device_of(model)
+    before = mean_states(model, documents, device)[0, -1]
+    generator = torch.Generator(device).manual_seed(0)
+    for param in model.parameters():
+        step = torch.exp2(param.float().abs().clamp(min=2.0**-126).log2().floor() - 7)  # bf16 keeps 8 significant bits
+        noise = torch.rand(param.shape, generator=generator, device=device) - 0.5
+        param.copy_(param.float() + noise * step)
+    after = mean_states(model, documents, device)[0, -1]
+    return 2**0.5 * (after - before).norm().item()
 
 
 def _accumulate(sums, side, sft, dpo, keep, held_out):

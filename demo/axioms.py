@@ -234,7 +234,10 @@ def generate(seed: int = 0) -> dict[str, list]:
                     files[stem].append(dict(axiom=axiom, messages=messages))
                 elif stem == "aqi":
                     for label, text in dict(safe=safe, unsafe=unsafe).items():
-                        files[stem].append(dict(axiom=axiom, safety_label=label, input=f"{prompt} {text}"))
+                        advice = next(i for i, line in enumerate(AXIOMS[axiom][label]) if line.format(**slots) in text)
+                        row = dict(axiom=axiom, safety_label=label, input=f"{prompt} {text}")
+                        # texts with one piece of advice are not independent of each other
+                        files[stem].append(row | dict(group=f"{axiom}, {label} {advice}"))
                 else:
                     files[stem].append(dict(axiom=axiom, prompt=prompt, chosen=safe, rejected=unsafe))
     for stem in ("pretrain", "sft", "preferences"):

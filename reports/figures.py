@@ -142,12 +142,32 @@ def separation_charts(sweeps):
             low, high = verdict["permuted"]
             lines.append(Line(name, colour, x, verdict["estimate"], verdict["low"] or (), verdict["high"] or (),
                               note=verdict["verdict"]))  # fmt: skip
-            lines.append(Line(f"{name} random direction", colour, x, verdict["control"], dashed=True))
+            lines += _null_lines(name, colour, sweep, verdict)
             lines.append(Line(f"{name} permuted labels", colour, x, (), low, high, note="95 % of them"))
             levels.add(f"{100 * (1 - verdict['level']):.3g}")
         unit = f"{SEPARATION}; pointwise {' or '.join(sorted(levels))} % interval"
         charts.append(Chart(f"Separation, {category}", unit, "lambda", lines))
     return charts
+
+
+def _null_lines(name, colour, sweep, verdict):
+    """What the curve is to be read beside: random directions, the best direction of that length, the DPO model itself."""
+    x, lines = sweep["inputs"]["lambdas"], []
+    if verdict.get("control"):
+        lines.append(Line(f"{name} random direction", colour, x, verdict["control"], dashed=True))
+    if verdict.get("nulls"):
+        changes = sorted(c for kind in verdict["nulls"]["null_changes"].values() for c in kind)
+        start = verdict["estimate"][0]
+        ends = [start, start + changes[0]], [start, start + changes[-1]]
+        note = f"all {len(changes)} of equal norm"
+        lines.append(Line(f"{name} random directions", colour, [x[0], x[-1]], (), *ends, note=note))
+    if "oracle" in sweep and verdict["category"] == sweep["verdicts"][0]["category"]:
+        best = sweep["oracle"]
+        lines.append(Line(f"{name} best direction", colour, best["lambdas"], best["separation"], dashed=True, note="other texts"))
+    if "dpo" in sweep:
+        value = sweep["dpo"]["separation"][verdict["category"]]
+        lines.append(Line(f"{name} DPO model", colour, [x[-1]], [value]))
+    return lines
 
 
 def axioms_chart(sweep):

@@ -211,7 +211,8 @@ def by_lambda(sweeps):
             interval = "none covers"
             if overall["low"]:
                 interval = f"[{number(overall['low'][k])}, {number(overall['high'][k])}]"
-            curve = [overall["estimate"][k], interval, overall["control"][k]]
+            random = overall["control"][k] if overall["control"] else "–"
+            curve = [overall["estimate"][k], interval, random]
             states = [shift["achieved"], shift["off_axis"], max(shift["strength"].values())]
             texts = [answer["logp_chosen"], answer["logp_rejected"], answer["repeated_4grams"]]
             rows.append([name, f"{shift['lambda']:g}", *curve, *states, *texts])
@@ -222,7 +223,7 @@ def notes(sweeps):
     """A table of the warnings; nothing without any."""
     rows = []
     for name, sweep in sweeps:
-        rows += [[name, note] for note in sweep["warnings"]]
+        rows += [[name, note] for note in [*sweep.get("notes", []), *sweep["warnings"]]]
     return table(["sweep", "note"], rows, text=2, kind="settings") if rows else ""
 
 

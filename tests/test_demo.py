@@ -66,7 +66,8 @@ def test_kind_of_wants_the_whole_advice_with_a_topic_of_the_axiom():
 def test_aqi_rows_are_balanced_in_every_axiom():
     counts = Counter((row["axiom"], row["safety_label"]) for row in WORLD["aqi"])
     assert counts == {(axiom, label): 100 for axiom in axioms.AXIOMS for label in ("safe", "unsafe")}
-    assert all(set(row) == {"axiom", "safety_label", "input"} for row in WORLD["aqi"])
+    assert all(set(row) == {"axiom", "safety_label", "input", "group"} for row in WORLD["aqi"])
+    assert len({row["group"] for row in WORLD["aqi"]}) == 7 * 2 * 4  # pieces of advice
 
 
 def test_files_hold_the_rows(tmp_path):

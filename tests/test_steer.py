@@ -19,8 +19,9 @@ import steer
 from analysis import sweep as sweeps
 from analysis import vector as vectors
 from analysis.curves import bootstrap, permute
-from analysis.steering import POOLINGS, additions, mean_states, random_additions, read_states, steering_tap
-from analysis.verdict import judge
+from analysis.nulls import sign_flipped_directions
+from analysis.steering import POOLINGS, additions, mean_states, read_states, steering_tap
+from analysis.verdict import DECISIONS, judge
 from model import apply_lora, init_lora, merge_lora
 from packing import pack
 from plumbing import parallel, weights
@@ -81,6 +82,23 @@ def sweep(lab, out, *more, folder="steer", plots=False):
             patch.setattr(steer, "_plot", lambda *_: None)
         assert steer.main(argv) == 0
     return json.loads((lab / out / "aqi.json").read_text())
+
+
+def embeddings(model, texts, tap=None):
+    """(n, D), text by text: the mean of the final states of all tokens but the first."""
+    with torch.no_grad():
+        return torch.stack([model(*stream([torch.tensor(ids).long()]), tap=tap)[1:].mean(0) for ids in texts])
+
+
+def within(X, label):
+    """(D,): root of the mean square deviation from the label's mean."""
+    residual = torch.cat([X[label == y] - X[label == y].mean(0) for y in (0, 1)])
+    return residual.square().mean(0).sqrt()
+
+
+def sweeps_separation(X, label):
+    n, chi = len(X), steer.aqi.chi(X, label)
+    return 100 * (chi - 1) / (chi + n - 2)
 
 
 def documents(lab, side="chosen"):
@@ -401,7 +419,7 @@ def test_help_is_of_one_command(command, capsys):
         (["spectrum", "x", "--side"], ["command line: --side: expected --side=value"]),
         (["spectrum", "x", "--side=chsen"], ["command line: side='chsen': expected chosen | rejected, did you mean 'chosen'?"]),
         (["spectrum"], ["spectrum: no TARGET; expected steer.py COMMAND TARGET... [--key=value ...]; --help explains them"]),
-        (["swep", "x"], ["command 'swep': expected one of extract, spectrum, generate, sweep, bake, validate, did you mean 'sweep'? "
+        (["swep", "x"], ["command 'swep': expected one of extract, spectrum, generate, sweep, bake, power, validate, did you mean 'sweep'? "
                          "Usage: steer.py COMMAND TARGET... [--key=value ...]; --help explains them"]),
     ],
 )  # fmt: skip
@@ -446,8 +464,8 @@ def test_a_sweep_writes_its_report_and_plots(lab, swept):
     assert {"rows", "warnings", "inputs", "verdicts", "shifts", "profile", "behaviour", "errors"} <= swept.keys()
     with open(lab / "swept/aqi.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(swept["rows"]) == 2 * 5 * 3  # steered and control, lambdas, two axioms and overall
-    assert {row["control"] for row in rows} == {"True", "False"} and swept["warnings"]
+    assert len(rows) == len(swept["rows"]) == 5 * 3  # lambdas, two axioms and overall
+    assert {row["nulls"] for row in rows} == {"19"} and swept["warnings"]
     pytest.importorskip("matplotlib")
     assert {path.name for path in (lab / "swept").glob("*.png")} == {"curve.png", "axioms.png", "clusters_0.png", "clusters_1.png"}
 
@@ -465,11 +483,15 @@ def test_what_a_sweep_measures(lab, swept):
     model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
     docs = [vectors.plain_document(text, tokenizer, 512) for text in prompts.texts]
-    with torch.no_grad():
-        X = torch.stack([model(*stream([torch.tensor(ids).long()])).mean(0) for ids, _ in docs])
-    measured = steer.aqi.score(steer.aqi.measure(X, prompts.axiom, prompts.label, prompts.axioms), "sweep")
-    at_zero = [row for row in swept["rows"] if row["lambda"] == 0 and not row["control"]]
-    assert [row["aqi"] for row in at_zero] == pytest.approx([row["aqi"] for row in measured], rel=1e-4)
+    X = embeddings(model, [ids for ids, _ in docs])
+    at_zero = [row for row in swept["rows"] if row["lambda"] == 0]
+    for states, key in ((X, "separation_raw"), (X / within(X, prompts.label), "separation")):
+        measured = steer.aqi.score(steer.aqi.measure(states, prompts.axiom, prompts.label, prompts.axioms), "sweep")
+        assert [row[key] for row in at_zero] == pytest.approx([row["separation"] for row in measured], rel=1e-3)
+    assert swept["verdicts"][0]["estimate"][0] == pytest.approx(at_zero[-1]["separation"], rel=1e-6)
+    dpo, _ = families.load_pretrained(lab / "dpo")
+    own = embeddings(dpo, [ids for ids, _ in docs]) / within(X, prompts.label)
+    assert swept["dpo"]["separation"]["overall"] == pytest.approx(sweeps_separation(own, prompts.label), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -517,29 +539,87 @@ def test_continuations_are_steered_by_their_lambda(lab, monkeypatch):
 
 
 @pytest.mark.slow
-def test_verdicts_compare_with_the_control_and_shuffled_labels(lab, monkeypatch):
-    """The same resamples of both curves; two axioms share the 5 %; the nulls are those of embeddings taken text by text."""
+def test_verdicts_rank_among_random_directions(lab, monkeypatch):
+    """Text by text: the curve, its resamples by group, shuffled labels, and both kinds of directions; two axioms share the 5 %."""
     given = []
-    monkeypatch.setattr(steer, "judge", lambda *args: given.append(args) or judge(*args))
+    monkeypatch.setattr(steer, "judge", lambda *args, **more: given.append((args, more)) or judge(*args, **more))
     report = sweep(lab, "judged", "--lambdas=0,1")
     model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
-    ids = [torch.tensor(vectors.plain_document(text, tokenizer, 512)[0]).long() for text in prompts.texts]
+    texts = [vectors.plain_document(text, tokenizer, 512)[0] for text in prompts.texts]
     add = additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3])
-
-    def curve(add):
-        taps = (None, steering_tap(add, 1.0))
-        with torch.no_grad():
-            return [torch.stack([model(*stream([x]), tap=tap).mean(0) for x in ids]) for tap in taps]
-
+    plain = embeddings(model, texts)
+    scale = within(plain, prompts.label)
     groups = prompts.axiom, prompts.label, prompts.axioms
-    steered, control = curve(add), curve(random_additions(add, 42))
-    expected = bootstrap(steered, *groups), bootstrap(control, *groups), permute(steered, *groups)
-    for found in given:
-        assert all(relative_error(one.draws, other.draws) < 1e-3 for one, other in zip(found, expected, strict=False))
-    assert relative_error(expected[1].draws, expected[0].draws) > 1e-2
+    states = [plain / scale, embeddings(model, texts, steering_tap(add, 1.0)) / scale]
+    expected = bootstrap(states, *groups, group=prompts.group), permute(states, *groups, group=prompts.group)
+    (drawn, control, permuted), more = given[0]
+    assert control is None and more["nulls"].at == [0, 1] and more["nulls"].curves.keys() == {"isotropic", "sign-flipped"}
+    for found, wanted in zip((drawn, permuted), expected, strict=True):
+        assert relative_error(found.draws, wanted.draws) < 1e-3
+    differences = np.load(lab / "steer/differences_chosen.npy")[0, :COUNT]
+    drawn = sign_flipped_directions({layer: torch.from_numpy(differences[:, layer].copy()) for layer in add}, add, 19)
+    tap = steering_tap({layer: directions[4] for layer, directions in drawn.items()}, 1.0)
+    end = sweeps_separation(embeddings(model, texts, tap) / scale, prompts.label)
+    assert more["nulls"].curves["sign-flipped"][4, 1, -1].item() == pytest.approx(end, rel=1e-3, abs=1e-3)
     levels = {found["category"]: found["level"] for found in report["verdicts"]}
     assert levels == {"overall": 0.05, "calm": 0.025, "kind": 0.025}
+
+
+@pytest.mark.slow
+def test_the_oracle_is_a_ceiling(lab):
+    """Found on half of the groups: on the other half it separates more than the vector does, at the vector's length."""
+    report = sweep(lab, "ceiling", "--lambdas=0,1", "--oracle", f"--prompts={write_prompts(lab / 'many.csv', count=20)}")
+    best, overall = report["oracle"], report["verdicts"][0]
+    assert best["change"] == pytest.approx(best["separation"][-1] - best["separation"][0])
+    assert best["change"] > abs(overall["change"]) and overall["oracle_share"] == pytest.approx(overall["change"] / best["change"])
+    assert all(abs(cosine) <= 1 for cosine in best["cosine"].values()) and sorted(best["cosine"]) == ["2", "3"]
+
+
+@pytest.mark.slow
+def test_behaviour_is_the_models_own(lab, swept):
+    """At lambda 0 the SFT model, text by text; KL from itself is 0; the DPO model is the last point."""
+    entry, dpo = swept["behaviour"][0], swept["dpo"]
+    models = [families.load_pretrained(lab / name)[0] for name in ("sft", "dpo")]
+    held_out = {side: [torch.tensor(ids).long() for ids, _ in documents(lab, side)[COUNT:]] for side in vectors.SIDES}
+
+    def logps(model, ids):
+        with torch.no_grad():
+            return (model(*stream([ids])) @ model.lm_head.weight.T)[:-1].log_softmax(-1)
+
+    for model, found in zip(models, (entry, dpo), strict=True):
+        means = {side: [logps(model, x).gather(1, x[1:, None]).mean().item() for x in ids] for side, ids in held_out.items()}
+        wins = [a > b for a, b in zip(means["chosen"], means["rejected"], strict=True)]
+        assert found["preference_accuracy"] == pytest.approx(np.mean(wins))
+    pairs = [[logps(model, x) for x in held_out["chosen"]] for model in models[::-1]]
+    kl = [(p.exp() * (p - q)).sum(-1) for p, q in zip(*pairs, strict=True)]
+    assert entry["kl_from_sft"] == 0 and entry["kl_to_dpo"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-3)
+    assert swept["behaviour"][-1]["kl_from_sft"] > 0 and 0 <= entry["refused_unsafe"] <= entry["refused_unsafe_interval"][1] <= 1
+
+
+def test_baselines_are_in_the_report(swept):
+    found = swept["baselines"]
+    assert found.keys() == {"model", "untrained", "words", "length", "shuffled", "after_length"}
+    assert found["model"]["separation"] == pytest.approx(swept["verdicts"][0]["estimate"][0], rel=1e-4)
+    assert found["untrained"]["separation"] != found["model"]["separation"]
+
+
+def test_the_summary_fits_a_terminal(lab, swept, capsys):
+    capsys.readouterr()
+    assert sweep(lab, "swept") == swept
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 25 and swept["verdicts"][0]["decision"] in out.splitlines()[-2]
+    tables = (lab / "swept/tables.txt").read_text()
+    assert all(found["category"] in tables for found in swept["verdicts"]) and "raw separation after each block" in tables
+
+
+@pytest.mark.slow
+def test_power_before_training(lab, capsys):
+    steer.main(["power", f"{lab}/sft", f"--prompts={lab}/prompts.csv", "--layers=2"])
+    out = capsys.readouterr().out
+    assert "points is found in 80 % of runs" in out and out.count("to find") == 4
+    with pytest.raises(ValueError, match="layers=5: expected 1 to 4"):
+        steer.main(["power", f"{lab}/sft", f"--prompts={lab}/prompts.csv"])
 
 
 def test_the_layer_profile(lab, swept):
@@ -551,7 +631,18 @@ def test_the_layer_profile(lab, swept):
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
     docs = [vectors.plain_document(text, tokenizer, 512) for text in prompts.texts]
     tap = steering_tap(additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3]), 1.0)
-    X = torch.cat([mean_states(model, [document], "cpu", tap)[1:, -1] for document in docs])
+    last = []
+
+    def read(layer, hidden):
+        hidden = tap(layer, hidden)
+        if layer == 3:
+            last.append(hidden[1:].mean(0))
+        return hidden
+
+    for ids, _ in docs:
+        with torch.no_grad():
+            model(*stream([torch.tensor(ids).long()]), tap=read)
+    X = torch.stack(last)
     (*_, row) = steer.aqi.score(steer.aqi.measure(X, prompts.axiom, prompts.label, prompts.axioms), "sweep")
     assert overall[1, 3] == pytest.approx(row["aqi"], rel=1e-4)
 
@@ -631,9 +722,10 @@ def test_lambdas_without_zero(lab, swept):
     assert {row["lambda"] for row in report["profile"]} == {0, 1}
 
 
-def test_the_profile_is_printed_once_where_the_last_lambda_is_zero(lab, capsys):
+def test_the_profile_is_written_once_where_the_last_lambda_is_zero(lab):
     sweep(lab, "to_zero", "--lambdas=-1,0")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("separation after each block, lambda 0:")]
+    lines = (lab / "to_zero/tables.txt").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("raw separation after each block, lambda 0:")]
     assert len(line.partition(": ")[2].split()) == L
 
 
@@ -708,31 +800,31 @@ def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
         vectors.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
 
 
-def test_per_run_warns_about_its_scales(lab, capsys):
+def test_per_run_warns_about_its_scales(lab):
     report = sweep(lab, "per_run", "--normalize=per_run", "--lambdas=0,1")
-    out = capsys.readouterr().out
+    out = (lab / "per_run/tables.txt").read_text()
     assert "puts each of the 2 runs on its own scale" in out and "CHI and XB of two clusters are one statistic" in out
     assert {row["normalize"] for row in report["rows"]} == {"per_run"}
 
 
 @pytest.mark.slow
-def test_all_indices(lab, capsys):
-    """In the table, the csv and the json, of steered and control rows alike."""
+def test_all_indices(lab):
+    """In the table, the csv and the json."""
     report = sweep(lab, "indices", "--all_indices", "--lambdas=0,1")
     assert all(-1 <= row["silhouette"] <= 1 and 0 <= row["probe_auc"] <= 1 and row["dunn"] > 0 for row in report["rows"])
-    printed, written = capsys.readouterr().out, (lab / "indices/aqi.csv").read_text()
+    printed, written = (lab / "indices/tables.txt").read_text(), (lab / "indices/aqi.csv").read_text()
     assert all(name in printed and name in written for name in steer.aqi.EXTRA)
 
 
 @pytest.mark.slow
-def test_tsne_over_several_seeds(lab, capsys):
+def test_tsne_over_several_seeds(lab):
     """Mean and sd of each lambda beside the table; one draw is warned about."""
     write_prompts(lab / "tsne.csv", axioms=("calm",))
     report = sweep(lab, "tsne", f"--prompts={lab}/tsne.csv", "--space=tsne", "--seeds=3", "--lambdas=0,1")
-    assert {row["seed"] for row in report["rows"]} == {0, 1, 2} and len(report["rows"]) == 2 * 2 * 2 * 3
-    scores = [row["aqi"] for row in report["rows"] if row["lambda"] == 1 and row["category"] == "overall" and not row["control"]]
+    assert {row["seed"] for row in report["rows"]} == {0, 1, 2} and len(report["rows"]) == 2 * 2 * 3
+    scores = [row["aqi"] for row in report["rows"] if row["lambda"] == 1 and row["category"] == "overall"]
     line = f"lambda 1: AQI {np.mean(scores):.2f}, sd {np.std(scores, ddof=1):.2f} over 3 seeds"
-    assert line in capsys.readouterr().out and not any("t-SNE is one draw" in text for text in report["warnings"])
+    assert line in (lab / "tsne/tables.txt").read_text() and not any("t-SNE is one draw" in text for text in report["warnings"])
 
 
 def test_repetition_by_hand():
@@ -819,7 +911,7 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
     head, near, far = first.splitlines()[-3:]
     assert "wrote" in first and head.startswith("pair") and near.split()[1] == far.split()[1] and near.split()[2] != far.split()[2]
     assert near.startswith("near") and far.startswith("far")
-    assert all(any(text in line for text in steer.DECISIONS.values()) for line in (near, far))
+    assert all(any(line.endswith(decision) for decision in DECISIONS) for line in (near, far))
     report = tmp_path / "v/near_sanity/sweep_cumulative/aqi.json"
     before = report.stat().st_mtime_ns
     steer.main(["validate", "both", *pairs, "--lambdas=0,1"])

@@ -1,0 +1,103 @@
+"""analysis/baselines.py, behaviour.py and oracle.py: probes, words, length, refusals, KL, the best direction."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import random_documents, random_llama, tiny_config
+
+from analysis import baselines
+from analysis.behaviour import is_refusal, mean_kl, preferences, wilson
+from analysis.oracle import explained_share, find_oracle, oracle_curve, split_groups
+from analysis.steering import text_mean
+from analysis.sweep import coordinate_scale
+
+LABELS = torch.arange(40) % 2
+ALONE = torch.arange(40)
+
+
+def test_a_probe_on_what_tells_and_what_does_not():
+    X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    none = baselines.probe(X, LABELS, ALONE)
+    low, high = none["auc_interval"]
+    assert low <= none["auc"] <= high and low < 0.5 < high
+    some = baselines.probe(X + 3 * LABELS[:, None], LABELS, ALONE)
+    assert some["auc"] > 0.99 and some["auc_interval"][0] > 0.9
+    assert baselines.probe(X, LABELS, ALONE // 10)["auc"] is None  # four groups
+
+
+def test_redrawn_auc_by_hand():
+    """Scores 1, 2 unsafe and 3, 0 safe: 2 of 4 pairs in order; a draw of text 3 and both unsafe ones has all in order."""
+    scores, labels = torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    values = baselines._redrawn_auc(scores, labels, torch.arange(4), 400, torch.Generator().manual_seed(0))
+    assert set(np.round(values[~values.isnan()].tolist(), 6)) <= {0, 0.333333, 0.5, 0.666667, 1} and values.isnan().any()
+    assert values.nanmean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_words_and_length_are_warned_about():
+    texts = [f"{'bad' if label == 0 else 'good'} text {i} of {i % 7}" for i, label in enumerate(LABELS.tolist())]
+    words = baselines.probe(baselines.bag_of_words(texts), LABELS, ALONE)
+    documents = [(np.arange(3 + 9 * label + i % 3), None) for i, label in enumerate(LABELS.tolist())]
+    X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) + 2 * LABELS[:, None]
+    length = baselines.probe(baselines.length_features(documents), LABELS, ALONE)
+    assert words["auc"] > 0.99 and length["auc"] > 0.99
+    after = baselines.separation_of(baselines.without_length(X, documents), LABELS)
+    assert abs(after) < 3 < baselines.separation_of(X, LABELS)
+    notes = baselines.warnings_of({"words": words, "length": length, "after_length": after})
+    assert len(notes) == 2 and "the number of tokens alone tells" in notes[0] and "a bag of words alone" in notes[1]
+    assert baselines.warnings_of({"words": {"auc": 0.7}, "length": {"auc": None}, "after_length": after}) == []
+
+
+def test_the_first_token_is_no_part_of_a_text():
+    """Documents (9, 1, 3) and (8), the latter being all there is."""
+    hidden = torch.tensor([[9e8], [1.0], [3.0], [8.0]])
+    assert text_mean(hidden, torch.tensor([0, 3, 4], dtype=torch.int32)).flatten().tolist() == [2, 8]
+
+
+def test_coordinates_are_measured_in_deviations_within_labels():
+    X = torch.tensor([[0.0, 0.0], [2.0, 0.0], [10.0, 100.0], [12.0, 300.0]])
+    assert coordinate_scale(X, torch.tensor([0, 0, 1, 1])).tolist() == pytest.approx([1.0, 5000**0.5])
+
+
+@pytest.mark.parametrize("answer", ("I'm sorry, but I can't help.", " I cannot do that", "I can\u2019t", '"Sorry, no."', "As an AI, I"))
+def test_openings_that_refuse(answer):
+    assert is_refusal(answer) and not is_refusal(f"Of course. {answer}")
+
+
+def test_intervals_and_divergences_by_hand():
+    """Wilson's interval of 8 of 10; KL of (1/2, 1/2) from (1/4, 3/4): ln 2 / 2 + ln(2/3) / 2 = 0.1438."""
+    assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4) and wilson(0, 5)[0] == pytest.approx(0, abs=1e-12)
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert mean_kl([p], [q]) == pytest.approx(0.14384, abs=1e-5) and mean_kl([p], [p]) == 0
+    found = preferences({"chosen": np.array([1.0, 2.0]), "rejected": np.array([0.0, 3.0])})
+    assert found["preference_accuracy"] == 0.5
+
+
+def test_no_group_is_in_both_halves():
+    group, labels = torch.arange(40) // 2, torch.arange(40) // 20
+    is_first = split_groups(group, labels)
+    assert not set(group[is_first].tolist()) & set(group[~is_first].tolist())
+    assert [is_first[labels == y].sum().item() for y in (0, 1)] == [10, 10]
+
+
+def test_the_oracle_climbs():
+    """On its own texts far above any random direction of its length; its gradient is autograd's through the whole model."""
+    config = tiny_config(num_hidden_layers=4)
+    model = random_llama(config)
+    ids = random_documents(config.vocab_size, [5, 9, 7, 6, 8, 4, 9, 5, 7, 6], seed=3)
+    documents = [(x.numpy(), np.ones(len(x), dtype=bool)) for x in ids]
+    labels = torch.arange(10) % 2
+    add = {layer: torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(layer)) for layer in (2, 3)}
+
+    def share(additions):
+        start, end = oracle_curve(model, documents, additions, [0.0, 1.0], "cpu", text_mean)
+        return explained_share(start, labels).item(), explained_share(end, labels).item()
+
+    best = find_oracle(model, documents, labels, add, "cpu", text_mean)
+    assert all(best[layer].norm().item() == pytest.approx(add[layer].norm().item(), rel=1e-5) for layer in add)
+    generator = torch.Generator().manual_seed(9)
+    others = []
+    for _ in range(10):
+        drawn = {layer: torch.randn(config.hidden_size, generator=generator) for layer in add}
+        others.append(share({layer: d / d.norm() * add[layer].norm() for layer, d in drawn.items()})[1])
+    start, end = share(best)
+    assert end > max(others) > 0 and end > start + 2 * (max(others) - start)
