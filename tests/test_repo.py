@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -144,7 +145,8 @@ def test_paths_in_documents_exist(path):
     """Link targets, and every file of the repository that the text names; runs/ is what the commands make."""
     text = path.read_text()
     links = [target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"[a-z]+:", target)]
-    named = re.findall(r"(?<![\w./-])(?:(?:configs|demo|kernels|analysis|families|plumbing|planner|reports|tests|bench|tools|docs)/[\w./-]*\w|\w+\.py)\b(?!\()", text)
+    rooms = "configs|demo|kernels|analysis|families|plumbing|planner|reports|tests|bench|tools|docs"
+    named = re.findall(rf"(?<![\w./-])(?:(?:{rooms})/[\w./-]*\w|\w+\.py)\b(?!\()", text)
     assert not [link for link in links if not (path.parent / link).exists()]
     assert not [name for name in named if not (ROOT / name).exists()]
 
@@ -191,7 +193,8 @@ def test_names_in_documents_exist(path):
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): defined(TREES[file]) for file in HOUSE}
     modules["kernels"] = set(kernels.__all__)
     for span in spans:
-        if found := re.fullmatch(r"((?:kernels|analysis|families|plumbing|planner|reports)\.\w+|\w+)\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(.*\))?", span):
+        room = r"(?:kernels|analysis|families|plumbing|planner|reports)\.\w+"
+        if found := re.fullmatch(rf"({room}|\w+)\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(.*\))?", span):
             module, name = found.groups()
             assert name in ENDINGS | modules.get(module, set()), f"{span}: no such name"
         if found := re.fullmatch(r"(tests/\w+\.py)::(\w+)", span):
@@ -292,3 +295,17 @@ def test_requirements_pin_every_dependency():
     pinned = {line.split("==")[0].lower().replace("-", "_") for line in lines}
     assert {re.split(r"[<>=]", name)[0].replace("-", "_") for name in wanted} <= pinned
     assert not [name for name in pinned if name.startswith("nvidia")], "pip takes these with the build of torch it finds"
+
+
+def test_nothing_names_the_machine_it_was_written_on():
+    """Neither its folders nor where its packages came from: both are another's on every other machine."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    places = re.compile("|".join(["/wor" + "k/", "share" + "d/(?:design|tools|cases)", "pypi" + r"\.org", "pythonho" + "sted", "/opt/py" + "pi"]))
+    found = []
+    for name in listed:
+        try:
+            text = (ROOT / name).read_text()
+        except (UnicodeDecodeError, FileNotFoundError):  # a picture; or deleted and not yet committed
+            continue
+        found += [f"{name}: {place}" for place in places.findall(text)]
+    assert not found

@@ -22,7 +22,8 @@ from reports.html import COLOURS, table
 
 CONFIG = {"out_dir": "o", "loss": "dpo_norm", "beta": 2.0, "max_grad_norm": 1.0, "lr": 1e-3, "data": {"a.jsonl": 1.0}}
 LOSSES = {name: loss.facts() for name, loss in train_dpo.LOSSES.items()}
-MANIFEST = {"stage": "dpo", "loss": LOSSES["dpo_norm"], "weights": "0123456789abcdef" * 4, "versions": {"torch": "2.13"}, "commit": "a" * 40 + "+changes"}
+MANIFEST = {"stage": "dpo", "loss": LOSSES["dpo_norm"], "weights": "0123456789abcdef" * 4, "versions": {"torch": "2.13"},
+            "commit": "a" * 40 + "+changes"}  # fmt: skip
 NORMS = (0.5, 1.5, 1.0)  # one of three is clipped: 1.0 is not above 1.0
 PROMPT = "<|user|>\n<script>alert(\"x\")</script> & 'more'\n"
 
