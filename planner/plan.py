@@ -1,7 +1,7 @@
 """Plan before renting: memory, time and cost of a config on a named GPU. No GPU is touched and no run folder is written.
 
     python train_dpo.py configs/tulu10.py --plan --gpu a100-80 --count 8 [--usd-per-hour 16] [--key=value ...]
-    python -m planner.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]              one line per config and stage
+    python -m planner.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]              all stages of each config, and their total
 
 The arithmetic is budget.py's. Reading order: the counts, the plan, what to turn when it does not fit, the text, the command line.
 """
@@ -65,6 +65,10 @@ ESTIMATES = {
     ),
     "PKU-Alignment/PKU-SafeRLHF": Estimate(12_000, 40, 110, "rows with one safe answer as in configs/pku_lora.py; tokens assumed"),
 }
+# The sweep's labelled texts: of an axiom and label by mode, as aqi.py takes them. Assumed: as many axioms as were published, and the
+# mean length of bench/sweep.py's prompts.
+PROMPTS = {"sanity": 100, "full": 500, "paper": 2000}
+AXIOMS, PROMPT_TOKENS = 7, 60
 # Shapes of models that a plan may name without having them.
 SHAPES = {
     "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
@@ -369,7 +373,8 @@ def _time_lines(plan):
     assumed = " (assumed: see --usd-per-hour)" if plan.usd_per_hour[0] < plan.usd_per_hour[1] else ""
     lines += [f"total    {unless}{_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"]
     lines += ["         not counted: loading, tokenising, checkpoints (in the background, after a copy to host memory), the final save,"]
-    return [*lines, "         and ranks that wait for the longest stream of a micro-batch"]
+    lines.append("         and ranks that wait for the longest stream of a micro-batch")
+    return [*lines, "         SFT, DPO, extract and sweep with one total: python -m planner.plan CONFIG.py --gpu NAME --count N"]
 
 
 def _scaling_lines(plan):
@@ -426,7 +431,7 @@ def main(stage, argv):
 
 
 def ladder(argv):
-    """`python -m planner.plan CONFIG.py ... --gpu NAME --count N [--usd-per-hour X]`: one line per config and stage. Returns 0."""
+    """`python -m planner.plan CONFIG.py ... --gpu NAME --count N [--usd-per-hour X]`: the stages of each config. Returns 0."""
     options, paths = _options(argv)
     if not paths or any(path.startswith("-") for path in paths):
         raise UserError(f"expected config files, --gpu, --count and --usd-per-hour, got {paths}")
@@ -441,23 +446,65 @@ def ladder(argv):
 
 
 def _rows(path, options):
-    """The table's lines of one config."""
+    """The table's lines of one config: both trainings, the vector and the sweep of steer.py validate, and their total."""
     stages = [stage for stage in ("sft", "dpo") if stage in sections_of(path)]
     if not stages:
         return [[path, *[""] * 6, "not a training config"]]
-    rows = []
+    rows, plans = [], {}
     for stage in stages:
         try:
             plan, _, counted = make(stage, path, [], options.gpu, options.count, options.usd_per_hour, log=lambda line: None)
         except UserError as error:  # one config's; the others have their lines
             rows.append([path, stage, *[""] * 5, f"error: {error}"])
             continue
+        plans[stage] = plan
         tokens = f"{plan.trained.tokens:,.0f}{'' if counted.startswith('exact') else '*'}"
         verdict = _verdict(plan)
         if plan.count > 1 and plan.speedup < 1:
             verdict += f"; slower than one {plan.gpu_name}"
         rows.append([path, stage, f"{plan.steps:,}", tokens, f"{plan.gib:.1f}", f"{plan.hours:.2f}", _usd(plan.usd), verdict])
-    return rows
+    if len(plans) < 2:
+        return rows
+    return rows + _steering_rows(path, plans)
+
+
+def _steering_rows(path, plans):
+    """Lines of the passes of steer.py validate, and the total of all stages. plans: {stage: Plan} of the trainings."""
+    dpo = plans["dpo"]
+    hours = sum(plan.hours for plan in plans.values())
+    gib = (2 * (dpo.sizes.trained + dpo.sizes.frozen)) / GIB + CONTEXT_GIB  # bf16, one model at a time
+    said = "on one GPU" if gib < dpo.gpu.gib else f"does not fit, {gib - dpo.gpu.gib:.1f} GiB too much"
+    rows = []
+    for stage, (tokens, seconds) in steering_passes(load("steer", [path]), dpo).items():
+        hours += seconds / 3600
+        price = _usd([seconds / 3600 * price for price in dpo.usd_per_hour])  # the others are rented meanwhile
+        rows.append([path, stage, "", f"{tokens:,.0f}*", f"{gib:.1f}", f"{seconds / 3600:.2f}", price, said])
+    total = _usd([hours * price for price in dpo.usd_per_hour])
+    return [*rows, [path, "total", "", "", "", f"{hours:.2f}", total, "loading, tokenising and saving not counted"]]
+
+
+def steering_passes(config, dpo):
+    """{stage: (tokens read, seconds)} of the section steer, on one GPU. dpo: the Plan of the pair's second model.
+
+    extract reads both texts of every pair with both models. sweep reads every prompt once, then only the steered blocks again for each
+    lambda; and all of that once more along the random direction.
+    """
+    from analysis.vector import MODES  # here: `--plan` of a training starts without it
+
+    count = config.count or MODES[config.mode]
+    texts = 2 * (count + max(1, count // 4))  # a quarter is held out
+    mean = min(config.max_text_tokens, dpo.train.keys // (2 * dpo.train.examples))
+    extracted = _states_pass(dpo.shape, texts, mean).times(2)
+    prompts = _states_pass(dpo.shape, 2 * AXIOMS * PROMPTS[config.mode], PROMPT_TOKENS)
+    layers = min(config.layers, dpo.shape.num_hidden_layers)
+    again = len(config.lambdas) * layers / dpo.shape.num_hidden_layers
+    swept = prompts.times(2 * (1 + again))
+    return {stage: (work.tokens, forward_seconds(work, dpo.gpu)) for stage, work in (("extract", extracted), ("sweep", swept))}
+
+
+def _states_pass(shape, count, length):
+    """`count` documents of `length` tokens, of which only hidden states are asked."""
+    return Pass.of(shape, [(np.full(count, length), np.zeros(count, dtype=np.int64))])
 
 
 def _options(argv):
