@@ -80,6 +80,19 @@ def test_float64_decides_between_two_float32_gradients(compared):
 
 
 @pytest.mark.slow
+def test_names_of_other_months(compared):
+    """January to March 2025 a tokenizer was asked for by other names; July 2025 to January 2026 the warm-up was a statement of its own."""
+    warm_up = "int(args.warmup_ratio * num_training_steps_for_scheduler)"
+    edits = [
+        ("dataset_transformation", "tc.tokenizer_name_or_path", "tc.model_name_or_path, revision=tc.revision"),
+        ("dpo_tune_cache", f"optimizer, {warm_up}", "optimizer, num_warmup_steps"),
+        ("dpo_tune_cache", "    lr_scheduler =", f"    num_warmup_steps = {warm_up}\n    lr_scheduler ="),
+    ]
+    code, verdicts, _ = compared(*edits)
+    assert code == 0 and verdicts["token ids"] == verdicts["rate: linear, warm-up 0.03, 1 process"] == EQUAL
+
+
+@pytest.mark.slow
 def test_turns_trained_on(compared, world, tmp_path):
     """A checkout that trains on the last turn only is an intended difference, and the numbers are then of the last turn on both sides."""
     said = zip(("user", "assistant") * 2, ("the cat", "runs fast", "good", "bad dog"))

@@ -31,11 +31,16 @@ def learning_rates(checkout, stage, total=50, peak=1e-5):
     def assigns(name):
         return lambda node: isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call)
 
-    module, node = checkout.main_part(SCRIPT[stage], "lr_scheduler = ..", assigns("lr_scheduler"))
+    module, schedules = checkout.main_part(SCRIPT[stage], "lr_scheduler = ..", assigns("lr_scheduler"))
+    statements = [schedules]
+    if any(isinstance(part, ast.Name) and part.id == "num_warmup_steps" for part in ast.walk(schedules)):
+        # from July 2025 to January 2026 an argument of the call is set a statement earlier
+        _, warms_up = checkout.main_part(SCRIPT[stage], "num_warmup_steps = ..", assigns("num_warmup_steps"))
+        statements.insert(0, warms_up)
     for processes, schedule, ratio in [(p, s, r) for p in (1, 8) for s, r in (("linear", 0.03), ("cosine", 0.1), ("linear", 0.0))]:
         args = SimpleNamespace(lr_scheduler_type=schedule, warmup_ratio=ratio, final_lr_ratio=None)
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=peak)
-        call(module.run, [node], args=args, optimizer=optimizer, num_training_steps_for_scheduler=total * processes)
+        call(module.run, statements, args=args, optimizer=optimizer, num_training_steps_for_scheduler=total * processes)
         theirs = []
         for _ in range(total):
             theirs.append(module["lr_scheduler"].get_last_lr()[0])

@@ -43,8 +43,10 @@ class Case:
     @cached_property
     def their_tokenizer(self):
         """Theirs, made by their function, with the template of --template."""
-        config = SimpleNamespace(tokenizer_name_or_path=self.args.model, tokenizer_revision=None, trust_remote_code=False, use_fast=True,
-                                 chat_template_name=self.args.template, add_bos=False)  # fmt: skip
+        names = dict(tokenizer_name_or_path=self.args.model, tokenizer_revision=None)
+        names |= dict(model_name_or_path=self.args.model, revision=None)  # as they were called from January to March 2025
+        settings = dict(trust_remote_code=False, use_fast=True, chat_template_name=self.args.template, add_bos=False)
+        config = SimpleNamespace(**names, **settings)
         try:
             tokenizer = call(self.checkout.find(TOKENIZERS, ["dataset_transformation"]), config)
         except NotFound:  # before 2025 main() did it
