@@ -61,6 +61,7 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     """IPO (Azar et al. 2023, eq. 17): (difference of log-ratios - 1 / (2 beta))^2; on means, as in TRL."""
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    # a distance from a target, where DPO's loss goes on falling as the margin grows
     losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)).square()
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
@@ -70,6 +71,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta, gamma_beta_rati
 
     It has no reference. gamma = beta * gamma_beta_ratio. Rewards are beta * mean log-prob, detached.
     """
+    # only the difference of the two means counts: nothing holds their level, which may fall
     logits = beta * (policy_chosen_logps - policy_rejected_logps - gamma_beta_ratio)
     losses = -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
     return losses, beta * policy_chosen_logps.detach(), beta * policy_rejected_logps.detach()
@@ -330,6 +332,8 @@ def reference_key(weights, pairs, config, world):
     The content of the weights; tokens and mask (hence template and supervised turns); dtype, kernels and
     attention path, and whether prefixes are shared, because policy and reference must round alike.
     """
+    # beta, loss, lr, seed, batch sizes and the number of GPUs are left out: they change a log-prob by
+    # rounding at most, so a sweep over beta computes its reference once.
     path = attention_path(world.device, config.precision, config.attention)
     parts = [weights, pairs.fingerprint, config.precision, config.kernels, path, pairs.share_prefix]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -388,6 +392,7 @@ def _require_plausible(path, table, pairs):
 
 
 def _write_table(path, table):
+    # A rename replaces the old table, so two runs that fill one at once never read a torn file.
     write_verified(path, {"logps": torch.from_numpy(table)})
 
 
@@ -427,6 +432,8 @@ def check_first_step(metrics, gap, config, world):
     """Before the first update policy and reference are one model, so the DPO loss is ln 2.
 
     UserError when they differ by more than rounding."""
+    # A number known beforehand, of the whole chain: template, mask, packing, kernels and reference cache must
+    # agree to give it.
     loss = LOSSES[config.loss]
     is_ln2 = loss.function is dpo_loss and not loss.weights and not config.sft_weight
     expected = f" (ln 2 = {math.log(2):.6f})" if is_ln2 else ""

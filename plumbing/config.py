@@ -52,7 +52,9 @@ ALIASES = {
     "save_every": ("save_steps", "checkpointing_steps"),
     "sft_weight": ("rpo_alpha",),
 }
-THEIR_NAMES = {theirs: ours for ours, names in ALIASES.items() for theirs in names}
+THEIR_NAMES = {}
+for _ours, _theirs in ALIASES.items():
+    THEIR_NAMES |= dict.fromkeys(_theirs, _ours)
 SIGNS = {"above": ">", "minimum": ">=", "below": "<"}
 Template = Literal["tulu", "zephyr", "llama3", "chatml"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
