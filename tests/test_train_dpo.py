@@ -387,6 +387,22 @@ def test_two_ranks_evaluate_as_one(world, tmp_path, ranks):
     assert {name: actual[name].item() for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
 
 
+def test_holding_out_changes_no_pick(world, tmp_path, ranks):
+    """data_eval takes from the rows that are picked without it: the two sides together are the same rows, in order."""
+    data = dict(data={f"{world}/pref.jsonl": 0.6})
+    picked = load_pairs(write_config(tmp_path, world, dpo=data))[0].row_ids
+    train, held_out = load_pairs(write_config(tmp_path, world, dpo=data | dict(data_eval=0.3)))
+    is_held_out = np.isin(picked, held_out.row_ids)
+    assert len(picked) == 21 and 0 < len(held_out) < 21
+    assert picked[~is_held_out].tolist() == train.row_ids.tolist()
+    assert picked[is_held_out].tolist() == held_out.row_ids.tolist()
+
+
+def load_pairs(path):
+    config = load("dpo", [str(path)])
+    return load_preferences(config, Tokenizer.from_dir(config.model_path))
+
+
 def test_pairs_that_teach_nothing_are_counted(world, tmp_path):
     """One pair of three has equal answers; the held-out file's line says that it is held out."""
     rows = [{"prompt": "the cat", "chosen": answer, "rejected": "a dog"} for answer in ("a dog", "fast", "slow")]
