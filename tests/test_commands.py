@@ -81,7 +81,7 @@ def run(command, folder):
         command = command.replace(old, new)
     own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HOME": str(folder.parent / "hub"),
            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_STANDALONE": "1"}  # fmt: skip  # a free port
-    return subprocess.run(command, shell=True, cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, shell=True, cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
