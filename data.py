@@ -1,7 +1,7 @@
 """From conversations to token ids: templates, ids and loss mask in one pass, mixtures, documents, the
 tokenised cache.
 
-Reading order is leaf to root. schemas.py comes before this file (rows to conversations), packing.py after it.
+Reading order is leaf to root. formats/__init__.py comes before this file (rows to conversations), packing.py after it.
 Letters: T tokens of a conversation, n documents of a dataset, B of its ids.
 """
 
@@ -18,13 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-import schemas
+import formats
+from formats import ANOTHER_PROMPT, answer_one_prompt, find_schema, in_one_line
 from packing import PackedBatch, common_prefix, pack
 from plumbing import sources, token_cache
 from plumbing.files import UserError, progress_bar
 from plumbing.sources import find_source
 from plumbing.tokenizer import Tokenizer
-from schemas import ANOTHER_PROMPT, answer_one_prompt, find_schema, in_one_line
 
 ROLES = ("system", "user", "assistant")
 
@@ -431,7 +431,7 @@ class _Part:
     source: object  # of plumbing.sources
     rows: sources.Rows
     numbers: np.ndarray  # (rows wanted,) int64
-    schema: schemas.Schema
+    schema: formats.Schema
     amount: float | int
 
     @property
@@ -484,7 +484,7 @@ def _token_code() -> str:
     """Hash of the code that decides ids and masks: another version of it makes another cache."""
     chat = (end_of_turn, render, trained_spans, ids_and_mask)
     rows = (mixture_rows, is_held_out, _tokenise, _render_rows, _render_row, _encode_rows, _why_drop)
-    return token_cache.hash_code([sources, schemas, *chat, *rows])
+    return token_cache.hash_code([sources, formats, *chat, *rows])
 
 
 def _tokenise(parts: list[_Part], sides, tokenizer: Tokenizer, settings: dict) -> tuple[dict, dict]:

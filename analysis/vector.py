@@ -29,12 +29,12 @@ from analysis.steering import (
 )
 from data import encode_chat, resolve_template
 from families import device_of, load_model, locate, model_config, weights_hash
+from formats import find_schema
 from plumbing import hub
 from plumbing.files import UserError, progress_bar, write_json
 from plumbing.sources import open_source
 from plumbing.tensors import open_safetensors
 from plumbing.tokenizer import Tokenizer
-from schemas import find_schema
 
 SIDES = ("chosen", "rejected")
 MODELS = ("sft", "dpo")

@@ -26,9 +26,9 @@ from bench.record import append
 from bench.world import tulu_like_lengths
 from data import ids_and_mask
 from data import render as render_chat
+from formats import find_schema
 from plumbing.sources import open_source
 from plumbing.tokenizer import Tokenizer
-from schemas import find_schema
 
 # TEMPLATES["tulu"], with the marks from which transformers takes the mask
 TULU = (

@@ -21,12 +21,12 @@ import numpy as np
 from data import is_held_out
 from demo import common, gguf_weights
 from families import load_pretrained
+from formats import find_schema
 from model import generate
 from plumbing import parallel
 from plumbing.config import load
 from plumbing.sources import open_source
 from plumbing.weights import resolve
-from schemas import find_schema
 
 CONFIG = "configs/smol.py"
 ROOT = Path("runs/smol")

@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-import schemas
+import formats
 from data import Documents, Pairs, encode_chat
+from formats import find_schema
 from plumbing import token_cache
 from plumbing.files import UserError, progress_bar
 from plumbing.sources import open_source
 from plumbing.tokenizer import Tokenizer
-from schemas import find_schema
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
 # Pairs merged into one token, first to last: Ċ is a newline and Ġ a space in byte-level BPE.
@@ -353,12 +353,12 @@ def test_messages_come_first_for_sft_and_are_no_pair():
 @pytest.mark.parametrize("safe", [(True, True), (False, False), (None, True), (True, None)])
 def test_pku_rows_without_exactly_one_safe_response_are_dropped(safe):
     row = PKU | {"is_response_0_safe": safe[0], "is_response_1_safe": safe[1]}
-    assert schemas._pku(row) == "for not exactly one safe response"
+    assert formats._pku(row) == "for not exactly one safe response"
 
 
 def test_a_transcript_of_several_turns():
     text = "\n\nHuman: a\n\nb\n\nAssistant: c: d\n\nHuman: e\n\nAssistant:"
-    assert schemas._transcript(text) == chat("a\n\nb", "c: d", "e", "")
+    assert formats._transcript(text) == chat("a\n\nb", "c: d", "e", "")
 
 
 @pytest.mark.parametrize(
@@ -833,10 +833,10 @@ def loaded(config, tokenizer, rows, is_pair):
 
 
 def test_the_document_has_an_example_of_every_schema():
-    assert list(EXAMPLES) == [schema.name for schema in schemas.SCHEMAS]
+    assert list(EXAMPLES) == [schema.name for schema in formats.SCHEMAS]
 
 
-@pytest.mark.parametrize("schema", schemas.SCHEMAS, ids=lambda schema: schema.name)
+@pytest.mark.parametrize("schema", formats.SCHEMAS, ids=lambda schema: schema.name)
 def test_every_format_gives_the_ids_and_masks_of_its_plain_form(tokenizer, config, schema):
     """The example of docs/data.md, beside the same content as messages, or as chosen and rejected message lists."""
     row = EXAMPLES[schema.name]
@@ -888,7 +888,7 @@ def test_what_carries_meaning_is_used_or_its_row_refused(tokenizer, config, case
         data.load_sft(config, tokenizer)
 
 
-@pytest.mark.parametrize("key", schemas.TRAIN_KEYS)
+@pytest.mark.parametrize("key", formats.TRAIN_KEYS)
 def test_a_turn_that_is_not_to_be_trained_is_context(tokenizer, config, key):
     messages = chat("Hi", "no", "Hi", "yo")
     expected = encode_chat(messages, tokenizer, "tulu", 64)[0], encode_chat(messages, tokenizer, "tulu", 64, supervise="last")[1]

@@ -4,7 +4,6 @@ import json
 import math
 import os
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

@@ -9,10 +9,10 @@ import torch
 
 from data import encode_chat
 from families import load_pretrained
+from formats import find_schema
 from packing import pack
 from plumbing.files import UserError
 from plumbing.sources import open_source
-from schemas import find_schema
 from tools.agreement import call
 from tools.checkout import NotFound
 from train_dpo import answer_logps
