@@ -184,7 +184,7 @@ def encode_chat(
 
 
 def trained_spans(messages: list[dict], spans: list[tuple], supervise: str) -> list[tuple]:
-    """The spans of the answers that are trained on: "all" or the "last", without those that say train=False."""
+    """The spans of the answers that are trained on: "all" or the "last", none that says train=False."""
     if supervise not in ("all", "last"):
         raise UserError(f"supervise={supervise!r}: expected 'all' or 'last'")
     answers = [message for message in messages if message["role"] == "assistant"]
