@@ -234,7 +234,9 @@ def generate(seed: int = 0) -> dict[str, list]:
                     files[stem].append(dict(axiom=axiom, messages=messages))
                 elif stem == "aqi":
                     for label, text in dict(safe=safe, unsafe=unsafe).items():
-                        advice = next(i for i, line in enumerate(AXIOMS[axiom][label]) if line.format(**slots) in text)
+                        advice = next(
+                            i for i, line in enumerate(AXIOMS[axiom][label]) if line.format(**slots) in text
+                        )
                         row = dict(axiom=axiom, safety_label=label, input=f"{prompt} {text}")
                         # texts with one piece of advice are not independent of each other
                         files[stem].append(row | dict(group=f"{axiom}, {label} {advice}"))

@@ -80,7 +80,9 @@ def read_pairs(sources):
 
 
 def prepare_data(sources, train_pairs, eval_pairs):
-    """Write a random choice of pairs to ROOT/data, for training and held out, no prompt in both. Returns the latter."""
+    """Write a random choice of pairs to ROOT/data, for training and held out, no prompt in both. Returns the
+    latter.
+    """
     rows = read_pairs(sources)
     rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]
     sides = {False: [], True: []}

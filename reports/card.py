@@ -10,11 +10,23 @@ from plumbing.files import read_json
 from reports.folders import read
 
 WHAT = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimisation"}
-SETUP = ("loss_reduction", "clipping", "parameter_dtype", "warmup_steps", "processes", "weights", "data", "hub", "versions")
+SETUP = (
+    "loss_reduction",
+    "clipping",
+    "parameter_dtype",
+    "warmup_steps",
+    "processes",
+    "weights",
+    "data",
+    "hub",
+    "versions",
+)
 
 
 def write(run_dir):
-    """Write the card of a run that has ended into its final/, in place of an earlier one. Returns its path."""
+    """Write the card of a run that has ended into its final/, in place of an earlier one. Returns its
+    path.
+    """
     path = Path(run_dir) / "final/README.md"
     # not in final/: a file that a kill leaves there is none of an export, and would be refused
     temporary = Path(run_dir) / ".tmp_README.md"
@@ -24,7 +36,9 @@ def write(run_dir):
 
 
 def card(run_dir):
-    """The card's text: YAML front matter as the hub reads it, what was trained, how it went, every value that decides the numbers."""
+    """The card's text: YAML front matter as the hub reads it, what was trained, how it went, every value that
+    decides the numbers.
+    """
     run = read(run_dir)
     stage, config = run.manifest["stage"], run.config
     decisive = {}
@@ -60,7 +74,9 @@ def _lineage(run_dir):
 
 
 def _front_matter(lineage, tags):
-    """Only what came from the hub is named, as org/name: a folder of this machine is in the configuration below. JSON is YAML."""
+    """Only what came from the hub is named, as org/name: a folder of this machine is in the configuration
+    below. JSON is YAML.
+    """
     datasets = []
     for config, manifest in reversed(lineage):
         for source in config["data"]:

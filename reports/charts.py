@@ -12,7 +12,9 @@ BUCKETS = 300
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, its interval, or both. x, y, low, high: numbers of one length; y may be () for a band without a curve."""
+    """A curve, its interval, or both. x, y, low, high: numbers of one length; y may be () for a band without
+    a curve.
+    """
 
     name: str
     colour: int  # number of a palette's colour; lines of one run share theirs
@@ -107,7 +109,9 @@ class Frame:
 
 
 def svg(chart):
-    """The chart as an <svg> element. Colours come from the CSS variables --c0, --c1, .. and from currentColor."""
+    """The chart as an <svg> element. Colours come from the CSS variables --c0, --c1, .. and from
+    currentColor.
+    """
     frame = Frame.around(chart.lines)
     label = f"{escape(chart.title)}, {escape(chart.unit)}"
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">', *_axes(chart, frame)]
@@ -150,7 +154,9 @@ def _line(line, frame, aside):
     if not line.marked:
         return
     place = f'transform="translate({aside:g})"' if line.low else ""
-    whiskers = [f"M{frame.at(x, low)}L{frame.at(x, high)}" for x, low, high in zip(line.x, line.low, line.high)]
+    whiskers = [
+        f"M{frame.at(x, low)}L{frame.at(x, high)}" for x, low, high in zip(line.x, line.low, line.high)
+    ]
     yield f'<path class="whisker" {style} {place} d="{"".join(whiskers)}"/>'
     dots = [f"M{frame.at(x, y)}h0" for x, y in curve]  # a stroke of no length with round ends is a dot
     yield f'<path class="dot" {style} {place} d="{"".join(dots)}"/>'
@@ -164,7 +170,9 @@ def _range(values, margin):
 
 
 def _thin(x, y):
-    """(x, y) points: of a long line the lowest and the highest in each of BUCKETS stretches, so that no spike is lost."""
+    """(x, y) points: of a long line the lowest and the highest in each of BUCKETS stretches, so that no spike
+    is lost.
+    """
     count = len(y)
     if count <= 2 * BUCKETS:
         return list(zip(x, y))

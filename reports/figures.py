@@ -1,4 +1,6 @@
-"""The charts of training runs and of sweeps: which numbers stand under which title, in which unit. charts.py draws them."""
+"""The charts of training runs and of sweeps: which numbers stand under which title, in which unit. charts.py
+draws them.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +8,8 @@ from dataclasses import dataclass
 from reports.charts import Chart, Line
 
 SMOOTHING = 40  # noisy curves are means over a 40th of the run: 25 of 1,000 steps; none below 80 steps
-# Named as in aqi.py and analysis/verdict.py: 0 where the label explains no more than chance, 100 where it explains all.
+# Named as in aqi.py and analysis/verdict.py: 0 where the label explains no more than chance, 100 where it
+# explains all.
 SEPARATION = "% of variance explained by the label, beyond chance"
 
 
@@ -24,12 +27,26 @@ PANELS = (
     Panel("Loss", None, {"loss": ""}),
     Panel("Held-out loss", None, {"eval/loss": ""}, noisy=False),
     Panel("Reward margin", "chosen - rejected", {"rewards/margins": ""}),
-    Panel("Held-out reward margin", "chosen - rejected, 95 % interval over pairs", {"eval/rewards/margins": ""}, noisy=False),
+    Panel(
+        "Held-out reward margin",
+        "chosen - rejected, 95 % interval over pairs",
+        {"eval/rewards/margins": ""},
+        noisy=False,
+    ),
     Panel("Reward accuracy", "share of pairs with a positive margin", {"rewards/accuracies": ""}),
-    Panel("Held-out reward accuracy", "share of pairs, 95 % interval over pairs", {"eval/rewards/accuracies": ""}, noisy=False),
+    Panel(
+        "Held-out reward accuracy",
+        "share of pairs, 95 % interval over pairs",
+        {"eval/rewards/accuracies": ""},
+        noisy=False,
+    ),
     Panel("Rewards", "beta x log-ratio", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-    Panel("Log-ratio to the reference", None, {"logratios/chosen": "chosen", "logratios/rejected": "rejected"}),
-    Panel("Log-prob of the answers", "nats per answer", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    Panel(
+        "Log-ratio to the reference", None, {"logratios/chosen": "chosen", "logratios/rejected": "rejected"}
+    ),
+    Panel(
+        "Log-prob of the answers", "nats per answer", {"logps/chosen": "chosen", "logps/rejected": "rejected"}
+    ),
     Panel("Gradient norm", "L2 before clipping, dotted: max_grad_norm", {"grad_norm": ""}),
     Panel("Learning rate", "of the step", {"lr": ""}, noisy=False),
     Panel("Throughput", "tokens per second, all ranks", {"tokens_per_s": ""}),
@@ -56,7 +73,9 @@ def training_charts(names, runs):
 
 
 def _metric_line(name, colour, run, metric, noisy):
-    """A Line of the finite values; its note counts the others. No points where the run has none of the metric."""
+    """A Line of the finite values; its note counts the others. No points where the run has none of the
+    metric.
+    """
     steps, values = run.points(metric)
     _, halves = run.points(f"{metric}_ci95")
     finite = [i for i, value in enumerate(values) if math.isfinite(value)]
@@ -102,13 +121,19 @@ def _levels(panel, runs):
 
 
 def row_chart(title, unit, x, named_rows, keys):
-    """A Chart of row[key] over row[x]. named_rows [(name, rows)], keys {label: key}: lines after the first are dashed."""
+    """A Chart of row[key] over row[x]. named_rows [(name, rows)], keys {label: key}: lines after the first
+    are dashed.
+    """
     lines = []
     for colour, (name, rows) in enumerate(named_rows):
         across = [row[x] for row in rows]
         for label, key in keys.items():
             values = [row[key] for row in rows]
-            lines.append(Line(f"{name} {label}".strip(), colour, across, values, dashed=key != next(iter(keys.values()))))
+            lines.append(
+                Line(
+                    f"{name} {label}".strip(), colour, across, values, dashed=key != next(iter(keys.values()))
+                )
+            )
     return Chart(title, unit, x, lines)
 
 
@@ -124,7 +149,9 @@ def spectrum_charts(spectra):
 
 
 def verdicts_of(sweeps):
-    """{category: [(colour, name of the sweep, sweep, verdict)]}; a sweep has the same colour in every category."""
+    """{category: [(colour, name of the sweep, sweep, verdict)]}; a sweep has the same colour in every
+    category.
+    """
     found = {}
     for colour, (name, sweep) in enumerate(sweeps):
         for verdict in sweep["verdicts"]:
@@ -133,7 +160,9 @@ def verdicts_of(sweeps):
 
 
 def separation_charts(sweeps):
-    """The curve of every category with its interval, and the nulls beside it. sweeps: [(name, what its aqi.json holds)]."""
+    """The curve of every category with its interval, and the nulls beside it. sweeps: [(name, what its
+    aqi.json holds)].
+    """
     charts = []
     for category, found in verdicts_of(sweeps).items():
         lines, levels = [], set()
@@ -151,7 +180,9 @@ def separation_charts(sweeps):
 
 
 def _null_lines(name, colour, sweep, verdict):
-    """What the curve is to be read beside: random directions, the best direction of that length, the DPO model itself."""
+    """What the curve is to be read beside: random directions, the best direction of that length, the DPO
+    model itself.
+    """
     x, lines = sweep["inputs"]["lambdas"], []
     if verdict.get("control"):
         lines.append(Line(f"{name} random direction", colour, x, verdict["control"], dashed=True))
@@ -163,7 +194,16 @@ def _null_lines(name, colour, sweep, verdict):
         lines.append(Line(f"{name} random directions", colour, [x[0], x[-1]], (), *ends, note=note))
     if "oracle" in sweep and verdict["category"] == sweep["verdicts"][0]["category"]:
         best = sweep["oracle"]
-        lines.append(Line(f"{name} best direction", colour, best["lambdas"], best["separation"], dashed=True, note="other texts"))
+        lines.append(
+            Line(
+                f"{name} best direction",
+                colour,
+                best["lambdas"],
+                best["separation"],
+                dashed=True,
+                note="other texts",
+            )
+        )
     if "dpo" in sweep:
         value = sweep["dpo"]["separation"][verdict["category"]]
         lines.append(Line(f"{name} DPO model", colour, [x[-1]], [value]))
@@ -175,7 +215,15 @@ def axioms_chart(sweep):
     lines = []
     _, *axioms = sweep["verdicts"]  # the first is that of all of them
     for colour, verdict in enumerate(axioms):
-        lines.append(Line(verdict["category"], colour, sweep["inputs"]["lambdas"], verdict["estimate"], note=verdict["verdict"]))
+        lines.append(
+            Line(
+                verdict["category"],
+                colour,
+                sweep["inputs"]["lambdas"],
+                verdict["estimate"],
+                note=verdict["verdict"],
+            )
+        )
     return Chart("Separation, by axiom", SEPARATION, "lambda", lines)
 
 
@@ -188,14 +236,18 @@ def effect_charts(sweeps):
     texts = {"chosen": "logp_chosen", "rejected": "logp_rejected"}
     ends = {"at the last lambda": "steered", "unsteered": "unsteered"}
     return [
-        row_chart("Shift of the mean state", "in |v|; along v it should be lambda", "lambda", shifts, directions),
+        row_chart(
+            "Shift of the mean state", "in |v|; along v it should be lambda", "lambda", shifts, directions
+        ),
         row_chart("Held-out texts", "nats per token", "lambda", behaviour, texts),
         row_chart("Separation after each block", SEPARATION, "layer", profiles, ends),
     ]
 
 
 def _profile(sweep):
-    """Rows {layer, unsteered, steered} of all axioms together; the sweep holds all blocks at lambda 0, then all at the last lambda."""
+    """Rows {layer, unsteered, steered} of all axioms together; the sweep holds all blocks at lambda 0, then
+    all at the last lambda.
+    """
     overall = sweep["verdicts"][0]["category"]
     half = len(sweep["profile"]) // 2
     rows = []

@@ -1,4 +1,6 @@
-"""A report as one HTML page: tables, and figures with legends; style and charts are inline, and nothing is fetched."""
+"""A report as one HTML page: tables, and figures with legends; style and charts are inline, and nothing is
+fetched.
+"""
 
 from html import escape
 from pathlib import Path
@@ -19,7 +21,9 @@ FOLDED = 40  # longer tables are folded behind their number of rows
 
 
 def table(head, rows, text=1, marked=(), kind=""):
-    """A table in a box that scrolls sideways. The first `text` columns are text, the others numbers; marked: the rows in bold."""
+    """A table in a box that scrolls sideways. The first `text` columns are text, the others numbers; marked:
+    the rows in bold.
+    """
     body = [_row("td", row, text, " class=strong" if row in marked else "") for row in rows]
     content = f"<thead>{_row('th', head, text)}</thead><tbody>{''.join(body)}</tbody>"
     box = f'<div class="scroll"><table class="{kind}">{content}</table></div>'
@@ -54,7 +58,9 @@ def _entry(line):
 
 
 def page(title, lead, sections):
-    """The page as text. sections: [(title, [(heading, a table as HTML or a list of Charts)])]; parts without content are left out."""
+    """The page as text. sections: [(title, [(heading, a table as HTML or a list of Charts)])]; parts without
+    content are left out.
+    """
     body = [f"<h1>{escape(title)}</h1><p class=lead>{'<br>'.join(map(escape, lead))}</p>"]
     for name, parts in sections:
         body.append(f"<h2>{escape(name)}</h2>")

@@ -1,7 +1,9 @@
-"""The ladder as a table, `python -m reports.ladder [RUNS]`: what was trained, what steering did to it, the published curves.
+"""The ladder as a table, `python -m reports.ladder [RUNS]`: what was trained, what steering did to it, the
+published curves.
 
-Read from the folders below RUNS (default: runs/): finished training runs, and sweeps beside the vector that they steered along. They are
-joined by the hash of their weights, not by name. A model that was trained again after its sweep is a line of its own, not validated.
+Read from the folders below RUNS (default: runs/): finished training runs, and sweeps beside the vector that
+they steered along. They are joined by the hash of their weights, not by name. A model that was trained again
+after its sweep is a line of its own, not validated.
 """
 
 import argparse
@@ -43,7 +45,8 @@ class Sweep:
 
 
 def find(root):
-    """({stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name of a sweep whose vector is there no more]) below `root`.
+    """({stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name of a sweep whose vector is there
+    no more]) below `root`.
 
     Names are folders relative to `root`. A run without an export, still training or stopped, is none.
     """
@@ -67,7 +70,9 @@ def find(root):
 
 
 def rows(runs, sweeps, pairs):
-    """A line per sweep, per trained run that none of them is of, and per rung of `pairs` that was not run. runs, sweeps: of `find`."""
+    """A line per sweep, per trained run that none of them is of, and per rung of `pairs` that was not run.
+    runs, sweeps: of `find`.
+    """
     lines, seen = [], set()
     for sweep in sweeps:
         _, sft = runs["sft"].get(sweep.sft, ("", None))
@@ -92,7 +97,9 @@ def rows(runs, sweeps, pairs):
 
 
 def _training(sft, dpo):
-    """Last SFT loss, DPO accuracy and margin: held out where the run held any out, else of the last step, marked."""
+    """Last SFT loss, DPO accuracy and margin: held out where the run held any out, else of the last step,
+    marked.
+    """
     return [_last(sft, "loss"), _last(dpo, "rewards/accuracies"), _last(dpo, "rewards/margins")]
 
 
@@ -120,7 +127,9 @@ def _steering(report):
 
 def main(argv):
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m reports.ladder", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        prog="python -m reports.ladder", description=__doc__, formatter_class=form
+    )
     parser.add_argument("runs", nargs="?", type=Path, help="folder; default: runs, if it is there")
     given = parser.parse_args(argv).runs
     if given and not given.is_dir():
@@ -132,11 +141,15 @@ def main(argv):
     for name, curve in PUBLISHED.items():
         published.append([name, "", "", "", *(f"{x:.2f}" for x in curve), "", "published, per_run"])
     count = len(runs["sft"]) + len(runs["dpo"])
-    print(f"{root}/: {count} finished runs, {len(sweeps)} sweeps. Columns 0 to 1: separation at that lambda; in published lines AQI")
+    print(
+        f"{root}/: {count} finished runs, {len(sweeps)} sweeps. Columns 0 to 1: separation at that lambda; in published lines AQI"
+    )
     print(table(HEAD, [*rows(runs, sweeps, pairs), *published], left=(0, -1)))
     if outdated:
         print(f"left out, measured along a vector that is there no more: {', '.join(outdated)}")
-    print("per_run: every lambda on its own scale, 55.00 is saturation; compare verdicts, not values, with the lines above.")
+    print(
+        "per_run: every lambda on its own scale, 55.00 is saturation; compare verdicts, not values, with the lines above."
+    )
     return 0
 
 

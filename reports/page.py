@@ -2,8 +2,9 @@
 
     python -m reports.page RUN [RUN ...] [--out PAGE.html]
 
-RUN is a folder of train_sft.py or train_dpo.py, or one of steer.py: what extract or validate wrote, with its sweeps, or a sweep's own.
-Runs of one stage are drawn over each other. PAGE is report.html in the first RUN. Verdicts come first, then training, manifests last.
+RUN is a folder of train_sft.py or train_dpo.py, or one of steer.py: what extract or validate wrote, with its
+sweeps, or a sweep's own. Runs of one stage are drawn over each other. PAGE is report.html in the first RUN.
+Verdicts come first, then training, manifests last.
 """
 
 import argparse
@@ -21,7 +22,14 @@ from reports.figures import effect_charts, separation_charts, spectrum_charts, t
 from reports.folders import Run, Steering, read, short_names
 from reports.html import COLOURS, page, table
 
-EVALUATED = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+EVALUATED = (
+    "loss",
+    "perplexity",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+)
 ERRORS = "Relative error of the last layer's mean state at lambda 1"
 SPECTRUM = "Spectrum of the differences between the two models"
 
@@ -74,7 +82,9 @@ def outcome(name, run):
 
 
 def spread(lines, metric):
-    """The last value of a metric with its half-width, "0.982 ± 0.016"; the bare value without one, None without a value."""
+    """The last value of a metric with its half-width, "0.982 ± 0.016"; the bare value without one, None
+    without a value.
+    """
     found = [line for line in lines if metric in line]
     if not found:
         return None
@@ -144,7 +154,9 @@ def manifests(runs, steered):
     parts = []
     made = [one for one in steered if one.manifest]
     if made:
-        parts.append(("Vectors", comparison(short_names([one.folder for one in made]), [one.manifest for one in made])))
+        parts.append(
+            ("Vectors", comparison(short_names([one.folder for one in made]), [one.manifest for one in made]))
+        )
     for stage, found in runs.items():
         if found:
             names = short_names([run.folder for run in found])
@@ -160,8 +172,16 @@ def steering_section(folders):
     sweeps, spectra = named_sweeps(folders), named_spectra(folders)
     parts = []
     if sweeps:
-        parts += [("Verdicts", verdicts(sweeps)), ("Curves", separation_charts(sweeps)), ("By lambda", by_lambda(sweeps))]
-        parts += [("Notes", notes(sweeps)), ("What steering did", effect_charts(sweeps)), (ERRORS, errors(sweeps))]
+        parts += [
+            ("Verdicts", verdicts(sweeps)),
+            ("Curves", separation_charts(sweeps)),
+            ("By lambda", by_lambda(sweeps)),
+        ]
+        parts += [
+            ("Notes", notes(sweeps)),
+            ("What steering did", effect_charts(sweeps)),
+            (ERRORS, errors(sweeps)),
+        ]
     if spectra:
         parts.append((SPECTRUM, spectrum_charts(spectra)))
     if sweeps:
@@ -197,12 +217,23 @@ def verdicts(sweeps):
             change = [f"{verdict['change']:+.3f}", f"[{low:+.3f}, {high:+.3f}]"]
             chances = [f"{1 - verdict['level']:.1%}", f"{verdict['p_monotone']:.2f}"]
             rows.append([category, name, verdict["verdict"] + because, *change, *chances])
-    return table(["axiom", "sweep", "verdict", "change", "its interval", "level", "P(monotone)"], rows, text=3)
+    return table(
+        ["axiom", "sweep", "verdict", "change", "its interval", "level", "P(monotone)"], rows, text=3
+    )
 
 
 def by_lambda(sweeps):
     """A table of what every lambda did."""
-    head = ["sweep", "lambda", "separation", "95 % interval", "random direction", "shift along v", "beside v", "|a| / |h|"]
+    head = [
+        "sweep",
+        "lambda",
+        "separation",
+        "95 % interval",
+        "random direction",
+        "shift along v",
+        "beside v",
+        "|a| / |h|",
+    ]
     head += ["logp chosen", "rejected", "repeated 4-grams"]
     rows = []
     for name, sweep in sweeps:
@@ -228,11 +259,17 @@ def notes(sweeps):
 
 
 def errors(sweeps):
-    """A table of how far the steered mean state is from the DPO model's, per injection; nothing without any."""
+    """A table of how far the steered mean state is from the DPO model's, per injection; nothing without
+    any.
+    """
     rows = []
     for name, sweep in sweeps:
         rows += [[name, inject, *error.values()] for inject, error in sweep["errors"].items()]
-    return table(["sweep", "injection", "on the vector's texts", "on held-out texts"], rows, text=2) if rows else ""
+    return (
+        table(["sweep", "injection", "on the vector's texts", "on held-out texts"], rows, text=2)
+        if rows
+        else ""
+    )
 
 
 # ---------------------------------------------------------------- main

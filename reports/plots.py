@@ -1,4 +1,6 @@
-"""PNGs, for slides and papers: the charts of a sweep, clusters of texts, a map of pairs. matplotlib is imported here only."""
+"""PNGs, for slides and papers: the charts of a sweep, clusters of texts, a map of pairs. matplotlib is
+imported here only.
+"""
 
 from pathlib import Path
 
@@ -26,7 +28,9 @@ def plot_chart(path, chart):
 def _draw_line(ax, line):
     colour, label = f"C{line.colour}", f"{line.name} {line.note}".strip()
     if line.low and not line.marked:
-        ax.fill_between(line.x, line.low, line.high, alpha=0.15, color=colour, label=None if line.y else label)
+        ax.fill_between(
+            line.x, line.low, line.high, alpha=0.15, color=colour, label=None if line.y else label
+        )
     if not line.y:
         return
     if line.smooth > 1:

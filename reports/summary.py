@@ -1,4 +1,5 @@
-"""A sweep in words and tables: the terminal's summary, all tables of a sweep, several pairs beside each other.
+"""A sweep in words and tables: the terminal's summary, all tables of a sweep, several pairs beside each
+other.
 
 `report` is what a sweep's aqi.json holds.
 """
@@ -193,6 +194,8 @@ def power(found, texts, config):
         f"a change of {found['detectable']:.2g} points is found in 80 % of runs",
     ]
     for size, groups in found["groups_needed"].items():
-        needed = "never: random directions change as much" if groups is None else f"{groups:,} groups of a label"
+        needed = (
+            "never: random directions change as much" if groups is None else f"{groups:,} groups of a label"
+        )
         lines.append(f"  to find {size:g} points: {needed}")
     return "\n".join(lines)

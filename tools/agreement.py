@@ -1,4 +1,6 @@
-"""What the diff tools print: one row per quantity with a verdict, then the reasons and the first disagreements in context."""
+"""What the diff tools print: one row per quantity with a verdict, then the reasons and the first
+disagreements in context.
+"""
 
 import contextlib
 import sys
@@ -17,7 +19,9 @@ class NotCompared(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity. note: why a difference is intended, why nothing was compared, what decided, or the first disagreement."""
+    """One quantity. note: why a difference is intended, why nothing was compared, what decided, or the first
+    disagreement.
+    """
 
     quantity: str
     size: str  # what was compared, "24 texts"
@@ -27,7 +31,9 @@ class Row:
 
 
 def call(function, *args, **kwargs):
-    """function(*args, **kwargs) of the other side. NotCompared, saying what it raised: its signature or its libraries are others."""
+    """function(*args, **kwargs) of the other side. NotCompared, saying what it raised: its signature or its
+    libraries are others.
+    """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what it prints is not ours
             return function(*args, **kwargs)
@@ -37,11 +43,19 @@ def call(function, *args, **kwargs):
 
 
 def items(quantity, unit, ours, theirs, describe):
-    """Row for two equally long lists of things that must be equal; describe(i) is the context of the first that differ."""
+    """Row for two equally long lists of things that must be equal; describe(i) is the context of the first
+    that differ.
+    """
     assert len(ours) == len(theirs)
     unequal = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]
     note = describe(unequal[0]) if unequal else ""
-    return Row(quantity, f"{len(ours):,} {unit}{'s' * (len(ours) != 1)}", f"{len(unequal):,} differ", DIFFERS if unequal else EQUAL, note)
+    return Row(
+        quantity,
+        f"{len(ours):,} {unit}{'s' * (len(ours) != 1)}",
+        f"{len(unequal):,} differ",
+        DIFFERS if unequal else EQUAL,
+        note,
+    )
 
 
 def gap(ours, theirs):
@@ -53,7 +67,8 @@ def gap(ours, theirs):
 def numbers(quantity, unit, ours, theirs, tolerance, intended=None):
     """Row for two arrays. The difference is relative to the largest of theirs; `tolerance` bounds it.
 
-    intended: (array, why), what theirs should be if the known difference is the only one: checked before it is called intended.
+    intended: (array, why), what theirs should be if the known difference is the only one: checked before it
+    is called intended.
     """
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     assert ours.shape == theirs.shape and ours.size
@@ -64,7 +79,13 @@ def numbers(quantity, unit, ours, theirs, tolerance, intended=None):
         known, why = intended
         rest = gap(known, theirs)
         if rest <= tolerance:
-            return Row(quantity, size, f"{difference:.1e}", INTENDED, f"{why} (computed that way, ours differs by {rest:.1e})")
+            return Row(
+                quantity,
+                size,
+                f"{difference:.1e}",
+                INTENDED,
+                f"{why} (computed that way, ours differs by {rest:.1e})",
+            )
     first = np.argmax(np.abs(ours - theirs).ravel() > tolerance * np.abs(theirs).max())
     note = f"number {first}: ours {ours.ravel()[first]:.8g}, theirs {theirs.ravel()[first]:.8g}"
     return Row(quantity, size, f"{difference:.1e}", DIFFERS, note)
@@ -78,10 +99,17 @@ def text_context(ours, theirs):
 
 
 def print_table(rows):
-    """Print the table and the notes. Returns the exit code: 1 for a disagreement, else 2 for something not compared, else 0."""
+    """Print the table and the notes. Returns the exit code: 1 for a disagreement, else 2 for something not
+    compared, else 0.
+    """
     lines = [[row.quantity, row.size, row.difference, row.verdict] for row in rows]
     print(table(["quantity", "compared", "largest difference", "verdict"], lines, left=(0, -1)))
-    titles = {EQUAL: "Decided", INTENDED: "Intended differences", DIFFERS: "Disagreements", SKIPPED: "Not compared"}
+    titles = {
+        EQUAL: "Decided",
+        INTENDED: "Intended differences",
+        DIFFERS: "Disagreements",
+        SKIPPED: "Not compared",
+    }
     for verdict, title in titles.items():
         noted = [row for row in rows if row.verdict == verdict and row.note]
         if noted:

@@ -1,7 +1,9 @@
-"""Single functions out of a source checkout that is not installed: modules whose statements run only when a name of theirs is asked for.
+"""Single functions out of a source checkout that is not installed: modules whose statements run only when a
+name of theirs is asked for.
 
-Importing open-instruct's files would need its whole environment (DeepSpeed, Ray, OLMo-core). A function needs only what it names, and
-Python looks a global up when it is used: each name's statement runs at that moment, and what is never used is never imported.
+Importing open-instruct's files would need its whole environment (DeepSpeed, Ray, OLMo-core). A function needs
+only what it names, and Python looks a global up when it is used: each name's statement runs at that moment,
+and what is never used is never imported.
 """
 
 import __future__
@@ -22,19 +24,28 @@ class NotFound(LookupError):
 
 
 class Checkout:
-    """A folder with the package `package`; `find(name, *files)` returns one function, class or constant of it."""
+    """A folder with the package `package`; `find(name, *files)` returns one function, class or constant of
+    it.
+    """
 
     def __init__(self, root, package="open_instruct"):
         self.root, self.package, self.modules = Path(root), package, {}
         if not (self.root / package).is_dir():
-            raise UserError(f"--checkout {root}: no folder {package}/ in it; expected a checkout of the repository")
+            raise UserError(
+                f"--checkout {root}: no folder {package}/ in it; expected a checkout of the repository"
+            )
 
     @property
     def commit(self):
         """The commit of the checkout, or that git knows none."""
-        outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(self.root.resolve().parent)}  # not the commit of a repository around it
+        outside = os.environ | {
+            "GIT_CEILING_DIRECTORIES": str(self.root.resolve().parent)
+        }  # not the commit of a repository around it
         command = ["git", "-C", str(self.root), "log", "-1", "--format=%h (%as)"]
-        return subprocess.run(command, capture_output=True, text=True, env=outside).stdout.strip() or "unknown (git knows no commit there)"
+        return (
+            subprocess.run(command, capture_output=True, text=True, env=outside).stdout.strip()
+            or "unknown (git knows no commit there)"
+        )
 
     def module(self, name):
         """The lazy module package/name.py. NotFound when there is no such file."""
@@ -49,13 +60,19 @@ class Checkout:
         """The first of `names` that one of the files (module names) defines. NotFound names all of them."""
         for file in files:
             for name in names:
-                if (self.root / self.package / f"{file}.py").is_file() and name in self.module(file).statements:
+                if (self.root / self.package / f"{file}.py").is_file() and name in self.module(
+                    file
+                ).statements:
                     return self.module(file)[name]
-        raise NotFound(f"not found in this checkout: looked for {' or '.join(names)} in {', '.join(f'{file}.py' for file in files)}")
+        raise NotFound(
+            f"not found in this checkout: looked for {' or '.join(names)} in {', '.join(f'{file}.py' for file in files)}"
+        )
 
     def main_part(self, file, what, pick):
         """(module, the first node of its main() that `pick` accepts). NotFound when there is none."""
-        for node in [part for main in self.module(file).statements.get("main", []) for part in ast.walk(main)]:
+        for node in [
+            part for main in self.module(file).statements.get("main", []) for part in ast.walk(main)
+        ]:
             if pick(node):
                 return self.module(file), node
         raise NotFound(f"not found in this checkout: looked for {what} in main() of {file}.py")
@@ -65,7 +82,9 @@ class Module(dict):
     """Globals of one source file. A missing name runs the one top-level statement that binds it."""
 
     def __init__(self, checkout, path):
-        super().__init__(__name__=__name__, __file__=str(path))  # dataclasses looks the name up in sys.modules
+        super().__init__(
+            __name__=__name__, __file__=str(path)
+        )  # dataclasses looks the name up in sys.modules
         self.checkout, self.statements, self.source = checkout, {}, path.read_text()
         for statement in ast.parse(self.source).body:
             for name in _bound(statement):
@@ -75,7 +94,9 @@ class Module(dict):
         if name not in self.statements:
             raise KeyError(name)  # the interpreter goes on to the builtins
         needed = list(self.statements[name])
-        for statement in needed:  # grows: what else these bind may be bound again further down; an import's names come one by one
+        for statement in (
+            needed
+        ):  # grows: what else these bind may be bound again further down; an import's names come one by one
             names = () if isinstance(statement, IMPORT) else _bound(statement)
             needed += [other for bound in names for other in self.statements[bound] if other not in needed]
         for statement in sorted(needed, key=lambda statement: statement.lineno):
@@ -103,7 +124,9 @@ class Module(dict):
         package, _, file = statement.module.partition(".")
         if package != self.checkout.package:
             return getattr(importlib.import_module(statement.module), alias.name)
-        return self.checkout.module(file)[alias.name] if file else Attributes(self.checkout.module(alias.name))
+        return (
+            self.checkout.module(file)[alias.name] if file else Attributes(self.checkout.module(alias.name))
+        )
 
 
 class Attributes:
@@ -144,7 +167,9 @@ def _bound(node):
         return {node.id} if isinstance(node.ctx, ast.Store) else set()
     changed = (
         {node.value.id}
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name)
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
         else set()
     )
     return changed.union(*map(_bound, ast.iter_child_nodes(node)))

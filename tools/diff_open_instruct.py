@@ -1,11 +1,12 @@
-"""Glassbox beside the user's own open-instruct checkout (or installed TRL): the same rows, the same weights, quantity by quantity.
+"""Glassbox beside the user's own open-instruct checkout (or installed TRL): the same rows, the same weights,
+quantity by quantity.
 
     python -m tools.diff_open_instruct --checkout DIR [--model FOLDER --data FILE] [--stage sft|dpo]
     python -m tools.diff_open_instruct --trl --model FOLDER --data FILE
     python -m tools.diff_open_instruct --their-log FILE --our-run FOLDER
 
-Functions of the checkout are run: use one that you trust. Exit code 0: all equal, or different as intended; 1: a disagreement; 2: something
-was not compared. docs/open_instruct.md says what each row means.
+Functions of the checkout are run: use one that you trust. Exit code 0: all equal, or different as intended;
+1: a disagreement; 2: something was not compared. docs/open_instruct.md says what each row means.
 """
 
 import argparse
@@ -26,10 +27,16 @@ from tools.same_rows import SCRIPT, Case
 
 
 def learning_rates(checkout, stage, total=50, peak=1e-5):
-    """Their scheduler, stepped as accelerate does: once per process in every optimizer step, over so many times as many steps."""
+    """Their scheduler, stepped as accelerate does: once per process in every optimizer step, over so many
+    times as many steps.
+    """
 
     def assigns(name):
-        return lambda node: isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call)
+        return lambda node: (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == name
+            and isinstance(node.value, ast.Call)
+        )
 
     module, schedules = checkout.main_part(SCRIPT[stage], "lr_scheduler = ..", assigns("lr_scheduler"))
     statements = [schedules]
@@ -37,10 +44,18 @@ def learning_rates(checkout, stage, total=50, peak=1e-5):
         # from July 2025 to January 2026 an argument of the call is set a statement earlier
         _, warms_up = checkout.main_part(SCRIPT[stage], "num_warmup_steps = ..", assigns("num_warmup_steps"))
         statements.insert(0, warms_up)
-    for processes, schedule, ratio in [(p, s, r) for p in (1, 8) for s, r in (("linear", 0.03), ("cosine", 0.1), ("linear", 0.0))]:
+    for processes, schedule, ratio in [
+        (p, s, r) for p in (1, 8) for s, r in (("linear", 0.03), ("cosine", 0.1), ("linear", 0.0))
+    ]:
         args = SimpleNamespace(lr_scheduler_type=schedule, warmup_ratio=ratio, final_lr_ratio=None)
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=peak)
-        call(module.run, statements, args=args, optimizer=optimizer, num_training_steps_for_scheduler=total * processes)
+        call(
+            module.run,
+            statements,
+            args=args,
+            optimizer=optimizer,
+            num_training_steps_for_scheduler=total * processes,
+        )
         theirs = []
         for _ in range(total):
             theirs.append(module["lr_scheduler"].get_last_lr()[0])
@@ -50,13 +65,17 @@ def learning_rates(checkout, stage, total=50, peak=1e-5):
         ours = [learning_rate(step, total, peak, schedule, int(ratio * total)) for step in range(total)]
         warmup = int(ratio * total * processes) / processes
         known = [learning_rate(step, total, peak, schedule, warmup) for step in range(total)]
-        why = f"their schedule counts processes, so its warm-up is {warmup:g} steps, ours {int(ratio * total)}"
+        why = (
+            f"their schedule counts processes, so its warm-up is {warmup:g} steps, ours {int(ratio * total)}"
+        )
         name = f"rate: {schedule}, warm-up {ratio:g}, {processes} process{'es' if processes > 1 else ''}"
         yield numbers(name, "step", ours, theirs, 1e-9, (known, why))
 
 
 def _their_rule(checkout, rows):
-    """(the name of their rule here, amount as text -> the rows that their code picks), of whichever revision it is."""
+    """(the name of their rule here, amount as text -> the rows that their code picks), of whichever revision
+    it is.
+    """
     instead = dict(load_dataset=lambda *_, **__: rows, get_commit_hash=lambda *_, **__: None)
 
     def find(name, file):
@@ -78,7 +97,9 @@ def _their_rule(checkout, rows):
         return list(call(get, mixture, splits=["train"], columns_to_keep=["row"])["train"]["row"])
 
     if load := find("load_dataset_configs", "dataset_transformation"):  # since 2025-11-03
-        return "choice", lambda amount: list(call(load, ["rows", amount], ["train"], [], [])[0].dataset["row"])
+        return "choice", lambda amount: list(
+            call(load, ["rows", amount], ["train"], [], [])[0].dataset["row"]
+        )
     if kind := find("DatasetConfig", "dataset_transformation"):  # since 2025-01-28; repeats since 2025-07-21
         return "choice" if hasattr(kind, "select_samples") else "first", updated
     if get := find("get_datasets", "utils"):
@@ -87,7 +108,9 @@ def _their_rule(checkout, rows):
 
 
 def picked_rows(checkout, _stage, n=1009):
-    """Their mixture code on a data set of n numbered rows, which it is given in place of a download; ours by the same rule."""
+    """Their mixture code on a data set of n numbered rows, which it is given in place of a download; ours by
+    the same rule.
+    """
     rows = datasets.Dataset.from_dict({"row": list(range(n))})
     rule, pick = _their_rule(checkout, rows)
     for amount in ("0.1", "0.5", "1.0", "2.3", "100", "1500"):
@@ -97,16 +120,31 @@ def picked_rows(checkout, _stage, n=1009):
         name = f"picked rows, {amount} of {n:,}" + (f", rows={rule!r}" if rule != "choice" else "")
         ours, theirs = mixture_rows(n, wanted, rule).tolist(), pick(amount)
         if len(ours) != len(theirs):
-            yield Row(name, f"{len(ours):,} rows", "", DIFFERS, f"ours picks {len(ours):,} rows, theirs {len(theirs):,}")
+            yield Row(
+                name,
+                f"{len(ours):,} rows",
+                "",
+                DIFFERS,
+                f"ours picks {len(ours):,} rows, theirs {len(theirs):,}",
+            )
         else:
-            yield items(name, "row", ours, theirs, lambda i, a=ours, b=theirs: f"place {i}: ours {a[i]}, theirs {b[i]}")
+            yield items(
+                name,
+                "row",
+                ours,
+                theirs,
+                lambda i, a=ours, b=theirs: f"place {i}: ours {a[i]}, theirs {b[i]}",
+            )
 
 
 ANY_RUN = {"learning rate": learning_rates, "picked rows": picked_rows}  # of (checkout, stage)
 ON_ROWS = {"rendered text": quantities.texts, "token ids": quantities.ids, "supervised tokens": quantities.supervised,
            "rows kept": quantities.rows_kept, "vocabulary": quantities.vocabulary, "log-probs per token": quantities.log_probs,
            "weight decay": quantities.decayed}  # fmt: skip
-ON_ROWS_OF = {"sft": {"SFT loss": quantities.sft_losses}, "dpo": {"preference losses": quantities.preference_losses}}
+ON_ROWS_OF = {
+    "sft": {"SFT loss": quantities.sft_losses},
+    "dpo": {"preference losses": quantities.preference_losses},
+}
 
 
 def compare(parts):
@@ -121,9 +159,13 @@ def compare(parts):
 
 
 def parts_of(args):
-    """{quantity: () -> Rows} that the arguments ask for, and what is compared, in words. ValueError when they do not fit together."""
+    """{quantity: () -> Rows} that the arguments ask for, and what is compared, in words. ValueError when they
+    do not fit together.
+    """
     if bool(args.model) != bool(args.data) or (args.trl and (not args.data or args.stage != "dpo")):
-        raise UserError("--model and --data: expected both, or for --checkout neither; --trl needs both, and stage dpo")
+        raise UserError(
+            "--model and --data: expected both, or for --checkout neither; --trl needs both, and stage dpo"
+        )
     if bool(args.their_log) != bool(args.our_run) or not (args.checkout or args.trl or args.their_log):
         raise UserError("expected --checkout DIR, or --trl, or both --their-log FILE and --our-run FOLDER")
     parts, about = {}, []
@@ -141,19 +183,25 @@ def parts_of(args):
         about.append(f"{args.their_log} and {args.our_run}")
         parts["run logs"] = lambda: run_logs.rows(args.their_log, args.our_run)
     if case:
-        about.append(f"{len(case.documents)} conversations of {args.data} ({case.dropped} rows dropped), {args.max_seq_len} tokens of each")
+        about.append(
+            f"{len(case.documents)} conversations of {args.data} ({case.dropped} rows dropped), {args.max_seq_len} tokens of each"
+        )
     return parts, "; ".join(about)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m tools.diff_open_instruct", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.diff_open_instruct", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--checkout", help="folder of an open-instruct checkout; its functions are run")
     parser.add_argument("--trl", action="store_true", help="compare with the installed TRL (stage dpo)")
     parser.add_argument("--model", help="Hugging Face folder; fp32 on the CPU, so a small one")
     parser.add_argument("--data", help="rows, as in a config's data")
     parser.add_argument("--stage", choices=["sft", "dpo"], default="dpo", help="(default: %(default)s)")
     parser.add_argument("--template", default="tulu", help="of both sides (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="of the data, so many are compared (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="of the data, so many are compared (default: %(default)s)"
+    )
     parser.add_argument("--max-seq-len", type=int, default=512, help="tokens of each (default: %(default)s)")
     parser.add_argument("--their-log", help="what an open-instruct run printed")
     parser.add_argument("--our-run", help="the run folder of ours beside it")

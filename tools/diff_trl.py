@@ -1,4 +1,6 @@
-"""Pair losses, log-probs and gradients of the installed TRL on the same rows and weights: what its DPOTrainer computes from a batch."""
+"""Pair losses, log-probs and gradients of the installed TRL on the same rows and weights: what its DPOTrainer
+computes from a batch.
+"""
 
 import importlib.metadata
 from types import SimpleNamespace
@@ -23,7 +25,9 @@ def version():
 
 
 def padded(case):
-    """input_ids, attention_mask, completion_mask (2N, T): the chosen documents, then the rejected ones, padded on the right."""
+    """input_ids, attention_mask, completion_mask (2N, T): the chosen documents, then the rejected ones,
+    padded on the right.
+    """
     documents, size = case.their_documents, len(case.sides)
     documents = [documents[row * size + side] for side in range(size) for row in case.kept]
     batch = torch.zeros(3, len(documents), max(len(ids) for ids, _ in documents), dtype=torch.int64)
@@ -33,7 +37,9 @@ def padded(case):
 
 
 def rows(case):
-    """Rows for the answers' log-probs and, per loss that both have, the losses of single pairs and the gradient of their mean."""
+    """Rows for the answers' log-probs and, per loss that both have, the losses of single pairs and the
+    gradient of their mean.
+    """
     try:
         from trl.trainer.dpo_trainer import DPOTrainer
         from trl.trainer.utils import selective_log_softmax
@@ -45,7 +51,12 @@ def rows(case):
         log_probs = call(selective_log_softmax, logits, input_ids[:, 1:]) * (labels[:, 1:] != -100)
         logged = torch.zeros_like(log_probs)
         return SimpleNamespace(
-            log_probs=log_probs, log_sum_sq_probs=logged, entropy=logged, mean_logits=logged, is_top1=logged.bool(), logits=logits
+            log_probs=log_probs,
+            log_sum_sq_probs=logged,
+            entropy=logged,
+            mean_logits=logged,
+            is_top1=logged.bool(),
+            logits=logits,
         )
 
     batch, n = padded(case), len(case.kept)
@@ -65,7 +76,13 @@ def rows(case):
                 picked = {name: values[[pair, n + pair]] for name, values in batch.items()}
                 chosen, rejected = case.reference[:, pair : pair + 1]
                 picked |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-                value = call(DPOTrainer._compute_loss, trainer, MagicMock(side_effect=forward), picked, return_outputs=False)
+                value = call(
+                    DPOTrainer._compute_loss,
+                    trainer,
+                    MagicMock(side_effect=forward),
+                    picked,
+                    return_outputs=False,
+                )
                 (value / n).backward()
                 losses.append(value.item())
             return losses, gradient(case.their_model)
@@ -75,7 +92,9 @@ def rows(case):
 
 
 def _trainer(loss_type, beta):
-    """What DPOTrainer._compute_loss reads of its trainer: one process, the reference's log-probs in the batch."""
+    """What DPOTrainer._compute_loss reads of its trainer: one process, the reference's log-probs in the
+    batch.
+    """
     fixed = dict(loss_weights=[1.0], label_smoothing=0.0, use_weighting=False, ld_alpha=None, f_divergence_type="reverse_kl",
                  precompute_ref_logps=True, aux_loss_enabled=False, _total_train_tokens=0, _tp_size=1)  # fmt: skip
     trainer = MagicMock(loss_types=[loss_type], beta=beta, **fixed)

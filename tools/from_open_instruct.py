@@ -2,8 +2,9 @@
 
     python -m tools.from_open_instruct FILE.yaml [--stage sft|dpo] [--processes N] [--out CONFIG.py]
 
-Every key of the YAML ends up in one of three places: a key of ours, a comment that says why it has none, or the error that lists whatever
-cannot be represented. No text is converted: `None`, `5e-7` (a string in YAML 1.1) and `"true"` are named. docs/open_instruct.md has more.
+Every key of the YAML ends up in one of three places: a key of ours, a comment that says why it has none, or
+the error that lists whatever cannot be represented. No text is converted: `None`, `5e-7` (a string in YAML
+1.1) and `"true"` are named. docs/open_instruct.md has more.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from tools import open_instruct_yaml as theirs
 
 
 class Translation:
-    """The YAML's keys, taken one by one, and what became of them: `values` of ours, comments, problems. At the end `given` is empty."""
+    """The YAML's keys, taken one by one, and what became of them: `values` of ours, comments, problems. At
+    the end `given` is empty.
+    """
 
     def __init__(self, given, stage):
         self.given, self.stage = dict(given), stage
@@ -29,7 +32,9 @@ class Translation:
         self.defaults = theirs.DEFAULTS | (theirs.DEFAULTS_SFT if stage == "sft" else {})
 
     def take(self, *names):
-        """The value of whichever of `names` the YAML has; else open-instruct's default, with a comment; else None."""
+        """The value of whichever of `names` the YAML has; else open-instruct's default, with a comment; else
+        None.
+        """
         self.asked |= dict.fromkeys(names)
         found = {name: value for name in names if (value := self.given.pop(name, None)) is not None}
         if len(found) > 1:
@@ -38,7 +43,9 @@ class Translation:
             return next(iter(found.values()))
         for name in names:
             if name in self.defaults:
-                self.differs.append(f"{name} is not in the YAML: open-instruct's default, {self.defaults[name]!r}")
+                self.differs.append(
+                    f"{name} is not in the YAML: open-instruct's default, {self.defaults[name]!r}"
+                )
                 return self.defaults[name]
         return None
 
@@ -52,7 +59,9 @@ class Translation:
 
 
 def translate(given, stage, processes):
-    """The Translation of `given`. ValueError, one line per problem, when a key or a value cannot be represented."""
+    """The Translation of `given`. ValueError, one line per problem, when a key or a value cannot be
+    represented.
+    """
     t = Translation(given, stage)
     for key in [key for key in given if key in theirs.WHY_NOT]:
         t.unused.append(f"{key}: {t.given.pop(key)!r} ({theirs.WHY_NOT[key]})")
@@ -68,7 +77,10 @@ def translate(given, stage, processes):
     _run(t)
     for key in t.given:
         near = difflib.get_close_matches(key, [*t.asked, *theirs.WHY_NOT, *theirs.ONLY_NEUTRAL], n=1)
-        t.problems.append(f"{key}: no key of stage {stage!r} that this tool knows" + (f", did you mean {near[0]!r}?" if near else ""))
+        t.problems.append(
+            f"{key}: no key of stage {stage!r} that this tool knows"
+            + (f", did you mean {near[0]!r}?" if near else "")
+        )
     if not t.problems:
         try:
             section(stage)(**{key: value for key, value in t.values.items() if value is not None})
@@ -97,8 +109,15 @@ def _model(t):
         if dropout := t.take("lora_dropout"):
             t.note("dropout", dropout)
     else:
-        t.unused += [f"{key}: {t.given.pop(key)!r} (acts only with use_lora)" for key in list(t.given) if key.startswith("lora_")]
-    saves_memory = [t.take("gradient_checkpointing") not in (None, False), t.take("activation_memory_budget") not in (None, 1)]
+        t.unused += [
+            f"{key}: {t.given.pop(key)!r} (acts only with use_lora)"
+            for key in list(t.given)
+            if key.startswith("lora_")
+        ]
+    saves_memory = [
+        t.take("gradient_checkpointing") not in (None, False),
+        t.take("activation_memory_budget") not in (None, 1),
+    ]
     t.values["recompute"] = "full" if any(saves_memory) else "none"
     t.note("weights")
 
@@ -116,14 +135,20 @@ def _mixture(t):
     pairs = list(zip(value[::2], value[1::2]))
     splits = splits * len(pairs) if len(splits) == 1 else splits
     if len(value) % 2 or len(splits) != len(pairs) or len({name for name, _ in pairs}) < len(pairs):
-        return t.refuse(key, value, f"expected name, amount, name, amount, .. with every name once; one split, or one for each: {splits}")
+        return t.refuse(
+            key,
+            value,
+            f"expected name, amount, name, amount, .. with every name once; one split, or one for each: {splits}",
+        )
     return list(zip(pairs, splits))
 
 
 def _data(t):
     amounts = {}
     for (name, amount), split in _mixture(t) or ():
-        if isinstance(amount, str) and theirs.is_number(amount):  # the mixer list's own grammar: with a point a share, without one a count
+        if isinstance(amount, str) and theirs.is_number(
+            amount
+        ):  # the mixer list's own grammar: with a point a share, without one a count
             amount = float(amount) if "." in amount else int(amount)
         if type(amount) is int and amount == 1:
             t.refuse(name, amount, theirs.NOTES["one"])
@@ -134,7 +159,11 @@ def _data(t):
     transforms = t.take("dataset_transform_fn", "transform_fn") or []
     turns = [theirs.TRANSFORMS.get(name) for name in transforms if name not in theirs.FILTERS]
     if transforms and (len(turns) != 1 or turns[0] is None):
-        t.refuse("transform_fn", transforms, f"expected one of {list(theirs.TRANSFORMS)}, and {sorted(theirs.FILTERS)}")
+        t.refuse(
+            "transform_fn",
+            transforms,
+            f"expected one of {list(theirs.TRANSFORMS)}, and {sorted(theirs.FILTERS)}",
+        )
     t.values["supervise"] = turns[0] if turns else "all"
     if t.stage == "dpo":
         t.note("turns")
@@ -144,14 +173,23 @@ def _data(t):
 def _batch(t, processes):
     said = t.take("num_processes")
     if None not in (said, processes) and said != processes:
-        t.problems.append(f"num_processes={said}, --processes {processes}: expected one of them, or equal numbers")
+        t.problems.append(
+            f"num_processes={said}, --processes {processes}: expected one of them, or equal numbers"
+        )
     processes = processes or said
     t.per_device, accumulation = t.take("per_device_train_batch_size"), t.take("gradient_accumulation_steps")
     parallel = t.take("sequence_parallel_size") or 1  # so many processes share one sequence
     if processes is None:
-        t.problems.append("the batch is per_device_train_batch_size * gradient_accumulation_steps * processes: expected --processes N")
-    elif not all(type(n) is int and n > 0 for n in (processes, t.per_device, accumulation, parallel)) or processes % parallel:
-        t.problems.append(f"the batch: {t.per_device} * {accumulation} * {processes} / {parallel}: expected whole numbers")
+        t.problems.append(
+            "the batch is per_device_train_batch_size * gradient_accumulation_steps * processes: expected --processes N"
+        )
+    elif (
+        not all(type(n) is int and n > 0 for n in (processes, t.per_device, accumulation, parallel))
+        or processes % parallel
+    ):
+        t.problems.append(
+            f"the batch: {t.per_device} * {accumulation} * {processes} / {parallel}: expected whole numbers"
+        )
     else:
         t.values["global_batch_size"] = t.per_device * accumulation * processes // parallel
         t.note("batch", t.per_device, accumulation, processes // parallel)
@@ -163,7 +201,10 @@ def _schedule(t):
         t.refuse("lr_scheduler_type", schedule, "expected linear or cosine, to 0 at the last step")
     for key in ("warmup_ratio", "weight_decay", "seed"):
         t.values[key] = t.take(key)
-    t.values |= {"num_epochs": t.take("num_train_epochs", "num_epochs"), "max_steps": t.take("max_train_steps")}
+    t.values |= {
+        "num_epochs": t.take("num_train_epochs", "num_epochs"),
+        "max_steps": t.take("max_train_steps"),
+    }
     t.note("warmup")
     t.values["max_grad_norm"] = t.take("clip_grad_norm", "max_grad_norm")
     if t.values["max_grad_norm"] in (None, -1, 0):  # switches off the script's own clipping, not DeepSpeed's
@@ -187,7 +228,9 @@ def _dpo_loss(t):
     t.values |= {"label_smoothing": t.take("label_smoothing", "dpo_label_smoothing")}
     for key, why in theirs.MUST_BE_SAID.items():
         if t.values["loss" if key == "loss_type" else key] is None:
-            t.problems.append(f"{key}: not in the YAML, and open-instruct's default changed: {why}; expected a value")
+            t.problems.append(
+                f"{key}: not in the YAML, and open-instruct's default changed: {why}; expected a value"
+            )
     if loss not in (None, "dpo", "dpo_norm", "simpo", "wpo"):
         t.refuse("loss_type", loss, "expected dpo, dpo_norm, simpo or wpo")
     if loss == "wpo":
@@ -202,9 +245,15 @@ def _dpo_loss(t):
 
 
 def _run(t):
-    t.values |= {"max_seq_len": (length := t.take("max_seq_length")), "out_dir": t.take("output_dir"), "log_every": t.take("logging_steps")}
+    t.values |= {
+        "max_seq_len": (length := t.take("max_seq_length")),
+        "out_dir": t.take("output_dir"),
+        "log_every": t.take("logging_steps"),
+    }
     if length is None:
-        t.problems.append("max_seq_length: not in the YAML (open-instruct then cuts nothing); expected a number of tokens")
+        t.problems.append(
+            "max_seq_length: not in the YAML (open-instruct then cuts nothing); expected a number of tokens"
+        )
     elif type(length) is not int:
         t.refuse("max_seq_length", length, "expected a whole number of tokens")
     else:
@@ -213,7 +262,9 @@ def _run(t):
     if every is not None and str(every).isdecimal():
         t.values["save_every"] = int(every)
     elif every is not None:
-        t.unused.append(f"checkpointing_steps: {every!r} (save_every counts steps; a run that is stopped saves anyway)")
+        t.unused.append(
+            f"checkpointing_steps: {every!r} (save_every counts steps; a run that is stopped saves anyway)"
+        )
     t.values["keep_last"] = None if kept == -1 else kept
     if kept == -1:
         t.unused.append("keep_last_n_checkpoints: -1 (keep_last is a number; the default is kept)")
@@ -223,18 +274,33 @@ def config_text(t, source):
     """The config file: what differs and what has no equivalent as comments, then the section."""
 
     def comment(title, lines):
-        wrapped = [textwrap.fill(line, 130, initial_indent="#   ", subsequent_indent="#     ", break_on_hyphens=False) for line in lines]
+        wrapped = [
+            textwrap.fill(
+                line, 130, initial_indent="#   ", subsequent_indent="#     ", break_on_hyphens=False
+            )
+            for line in lines
+        ]
         return ["#", f"# {title}", *wrapped] if lines else []
 
     head = [f"# From open-instruct's {Path(source).name!r} by `python -m tools.from_open_instruct`."]
-    head += comment("What the YAML does not say, or what differs:", t.differs) + comment("Keys without an equivalent:", t.unused)
-    section = [f"{t.stage} = dict("] + [f"    {key}={value!r}," for key, value in t.values.items() if value is not None] + [")"]
+    head += comment("What the YAML does not say, or what differs:", t.differs) + comment(
+        "Keys without an equivalent:", t.unused
+    )
+    section = (
+        [f"{t.stage} = dict("]
+        + [f"    {key}={value!r}," for key, value in t.values.items() if value is not None]
+        + [")"]
+    )
     return "\n".join([*head, "", *section, ""])
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m tools.from_open_instruct", description=__doc__.splitlines()[0])
-    parser.add_argument("yaml", metavar="FILE.yaml", help="a training config of open-instruct, of finetune or DPO")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.from_open_instruct", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "yaml", metavar="FILE.yaml", help="a training config of open-instruct, of finetune or DPO"
+    )
     parser.add_argument("--stage", choices=["sft", "dpo"], help="default: the one that the keys belong to")
     parser.add_argument("--processes", type=int, help="GPUs of the run, over all nodes")
     parser.add_argument("--out", help="file to write; default: print it")
@@ -246,7 +312,11 @@ def main(argv):
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             Path(args.out).write_text(text)
     except (ValueError, OSError) as error:
-        print("".join(f"error: {args.yaml}: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr)
+        print(
+            "".join(f"error: {args.yaml}: {line}\n" for line in str(error).splitlines()),
+            end="",
+            file=sys.stderr,
+        )
         return 1
     if not args.out:
         print(text, end="")

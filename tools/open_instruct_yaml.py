@@ -1,16 +1,23 @@
-"""open-instruct's training YAML, for tools/from_open_instruct.py: how it is read, what each key is called here or why it has no name here.
+"""open-instruct's training YAML, for tools/from_open_instruct.py: how it is read, what each key is called
+here or why it has no name here.
 
-The facts hold for its commit e6c3044aa (2026-08-20); a date and a commit say since when a value has been what it is.
+The facts hold for its commit e6c3044aa (2026-08-20); a date and a commit say since when a value has been what
+it is.
 """
 
 from pathlib import Path
 
 from plumbing.files import UserError
 
-DPO_ONLY = {f"{prefix}{key}" for key in ("loss_type", "beta", "label_smoothing", "gamma_beta_ratio") for prefix in ("", "dpo_")}
+DPO_ONLY = {
+    f"{prefix}{key}"
+    for key in ("loss_type", "beta", "label_smoothing", "gamma_beta_ratio")
+    for prefix in ("", "dpo_")
+}
 DPO_ONLY |= {"num_epochs", "concatenated_forward"}
 
-# What open-instruct takes when the YAML is silent. Defaults that changed over time are in MUST_BE_SAID instead.
+# What open-instruct takes when the YAML is silent. Defaults that changed over time are in MUST_BE_SAID
+# instead.
 DEFAULTS = {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "output_dir": "output/",
             "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.1}  # fmt: skip
 DEFAULTS_SFT = {"warmup_ratio": 0.03, "num_train_epochs": 2}
@@ -50,7 +57,10 @@ ONLY_NEUTRAL = {
     "rope_scaling_factor": ((), "the model is what its config.json says"),
     "trust_remote_code": ((False,), "no code is taken from a hub"),
     "dataset_config_name": ((), "a data set has no configuration name here"),
-    "max_train_samples": ((), "state a row count in the data mixture (SFT ignores this key since 2025-01-28)"),
+    "max_train_samples": (
+        (),
+        "state a row count in the data mixture (SFT ignores this key since 2025-01-28)",
+    ),
     "add_bos": ((False,), "no template here gets a BOS added"),
     "use_qlora": ((False,), "no quantisation here"),
     "use_8bit_optimizer": ((False,), "AdamW's state is fp32 here"),
@@ -60,8 +70,14 @@ ONLY_NEUTRAL = {
     "final_lr_ratio": ((0,), "the rate decays to 0 here"),
     "data_loader_seed": ((), "one seed here"),
     "cache_logprobs_only": ((False,), "no such mode here"),
-    "tensor_parallel_degree": ((1,), "it changes how many processes share a batch; state the equivalent run without it"),
-    "context_parallel_degree": ((1,), "it changes how many processes share a batch; state the equivalent run without it"),
+    "tensor_parallel_degree": (
+        (1,),
+        "it changes how many processes share a batch; state the equivalent run without it",
+    ),
+    "context_parallel_degree": (
+        (1,),
+        "it changes how many processes share a batch; state the equivalent run without it",
+    ),
 }
 TRANSFORMS = {"sft_tulu_tokenize_and_truncate_v1": "all", "last_turn_tulu_tokenize_and_truncate_v1": "last",
               "preference_tulu_tokenize_and_truncate_v1": "all"}  # fmt: skip
@@ -92,7 +108,9 @@ NOTES = {
 
 
 def read_yaml(path):
-    """{key: value} of the file. ValueError for a key that occurs twice (YAML would keep the last one) and for a file that is no mapping."""
+    """{key: value} of the file. ValueError for a key that occurs twice (YAML would keep the last one) and for
+    a file that is no mapping.
+    """
     import yaml  # comes with datasets and huggingface_hub
 
     class Loader(yaml.SafeLoader):
@@ -122,7 +140,9 @@ def unparsed(key, value):
         yield f"{key}: the string {value!r} is not null; expected null, or no such line"
     elif value.strip().lower() in ("true", "false"):
         yield f"{key}: the string {value!r} is no bool; expected it without quotes"
-    elif "mixer_list" not in key and key != "checkpointing_steps" and is_number(value):  # those two are strings of numbers by definition
+    elif (
+        "mixer_list" not in key and key != "checkpointing_steps" and is_number(value)
+    ):  # those two are strings of numbers by definition
         yield f"{key}: {value!r} is a string in YAML 1.1; expected a number with a point, like {float(value):.1e}"
 
 

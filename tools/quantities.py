@@ -1,6 +1,8 @@
-"""The quantities that tools/diff_open_instruct.py compares on the same rows and weights: each function takes a Case and yields Rows.
+"""The quantities that tools/diff_open_instruct.py compares on the same rows and weights: each function takes
+a Case and yields Rows.
 
-Tokens are compared first. The numbers that follow are of their tokens and masks on both sides, so they differ for their own reasons only.
+Tokens are compared first. The numbers that follow are of their tokens and masks on both sides, so they differ
+for their own reasons only.
 """
 
 import ast
@@ -21,7 +23,8 @@ from train_sft import nll_sum
 
 COMPARED = ("dpo_norm", "dpo", "simpo")  # the losses, at our default betas
 GAMMA_BETA_RATIO = 0.3
-# Relative to the largest number, for two fp32 implementations of one forward. A pair's loss is a difference of sums of thousands of nats.
+# Relative to the largest number, for two fp32 implementations of one forward. A pair's loss is a difference
+# of sums of thousands of nats.
 TOLERANCE = {"log-probs": 1e-5, "loss": 1e-5, "pair losses": 1e-4, "gradient": 1e-4}
 
 
@@ -35,17 +38,20 @@ MORE_ROWS = (
     "the padding token that open-instruct adds has no row in the embeddings, so it adds rows up to a multiple of 8, and they take a share "
     "of every softmax; nothing is padded here, and no row is added. The numbers below are without these rows on both sides"
 )
-MEAN_OF_MEANS = (
-    "theirs is a mean of the micro-batches' means: a token of a short one weighs more; ours divides once, by all tokens of the step"
-)
+MEAN_OF_MEANS = "theirs is a mean of the micro-batches' means: a token of a short one weighs more; ours divides once, by all tokens of the step"
 SUM = "theirs divides the step's sum by its micro-batches, ours (loss='tulu3_release') by its sequences"
 
 
 def texts(case):
     """The conversations as one string each: their template against `data.render`."""
-    theirs = [call(case.their_tokenizer.apply_chat_template, messages, tokenize=False) for messages in case.documents]
+    theirs = [
+        call(case.their_tokenizer.apply_chat_template, messages, tokenize=False)
+        for messages in case.documents
+    ]
     ours = [render(messages, case.args.template, case.tokenizer)[0] for messages in case.documents]
-    yield items("rendered text", "text", ours, theirs, lambda i: f"{case.name(i)}, {text_context(ours[i], theirs[i])}")
+    yield items(
+        "rendered text", "text", ours, theirs, lambda i: f"{case.name(i)}, {text_context(ours[i], theirs[i])}"
+    )
 
 
 def ids(case):
@@ -53,8 +59,14 @@ def ids(case):
     ours, theirs = [[ids for ids, _ in side] for side in (case.our_documents("all"), case.their_documents)]
 
     def context(i):
-        at = next((k for k, (a, b) in enumerate(zip(ours[i], theirs[i])) if a != b), min(len(ours[i]), len(theirs[i])))
-        near = [(side[i][at : at + 5], case.tokenizer.decode(side[i][max(0, at - 5) : at + 5])) for side in (ours, theirs)]
+        at = next(
+            (k for k, (a, b) in enumerate(zip(ours[i], theirs[i])) if a != b),
+            min(len(ours[i]), len(theirs[i])),
+        )
+        near = [
+            (side[i][at : at + 5], case.tokenizer.decode(side[i][max(0, at - 5) : at + 5]))
+            for side in (ours, theirs)
+        ]
         return f"{case.name(i)}, token {at}: ours {near[0]}, theirs {near[1]}; lengths {len(ours[i])}, {len(theirs[i])}"
 
     yield items("token ids", "document", ours, theirs, context)
@@ -69,7 +81,9 @@ def supervised(case):
         at = next((k for k, (a, b) in enumerate(zip(mask, other)) if a != b), 0)
         return f"{case.name(i)}, token {at}, {case.tokenizer.decode(ids[at : at + 1])!r}: ours {mask[at]}, theirs {other[at]}"
 
-    row = items("supervised tokens", "document", [mask for _, mask in ours], [mask for _, mask in theirs], context)
+    row = items(
+        "supervised tokens", "document", [mask for _, mask in ours], [mask for _, mask in theirs], context
+    )
     if row.verdict == EQUAL and case.supervise == "last":
         row = dataclasses.replace(row, verdict=INTENDED, note=LAST_TURN)
     yield row
@@ -77,7 +91,9 @@ def supervised(case):
 
 def rows_kept(case):
     """Rows that still have an answer after truncation: their filter against ours."""
-    keeps = case.checkout.find([f"{'sft' if case.stage == 'sft' else 'preference'}_tulu_filter_v1"], ["dataset_transformation"])
+    keeps = case.checkout.find(
+        [f"{'sft' if case.stage == 'sft' else 'preference'}_tulu_filter_v1"], ["dataset_transformation"]
+    )
     theirs = [bool(call(keeps, row, case.their_tokenizer)) for row in case.their_rows]
     answered = [any(mask) for _, mask in case.our_documents(case.supervise)]
     ours = [all(answered[i : i + len(case.sides)]) for i in range(0, len(answered), len(case.sides))]
@@ -102,8 +118,8 @@ def flatten(found):
 def gradients(case, quantity, ours, theirs_of, intended=None):
     """Row for two {name: gradient}, over all parameters at once; theirs_of() computes theirs.
 
-    Where they disagree in float32, theirs is computed once more in float64: if ours is that one to the tolerance, the rest is
-    theirs' rounding. A formula of another kind is another one in float64 too.
+    Where they disagree in float32, theirs is computed once more in float64: if ours is that one to the
+    tolerance, the rest is theirs' rounding. A formula of another kind is another one in float64 too.
     """
     theirs = theirs_of()
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
@@ -124,10 +140,14 @@ def gradients(case, quantity, ours, theirs_of, intended=None):
 
 @torch.no_grad()
 def log_probs(case):
-    """log p of every supervised token, in nats: their gather on transformers' logits against our packed forward and `token_logps`."""
+    """log p of every supervised token, in nats: their gather on transformers' logits against our packed
+    forward and `token_logps`.
+    """
     gather = case.checkout.find(["calculate_per_token_logps"], ["padding_free_collator", "dpo_utils"])
     batch, size = case.packed(case.kept), len(case.sides)
-    hidden = case.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)[batch.supervised]
+    hidden = case.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)[
+        batch.supervised
+    ]
     ours = token_logps(hidden, case.model.lm_head.weight, batch.targets)
     theirs = []
     for i in [row * size + side for side in range(size) for row in case.kept]:
@@ -138,19 +158,32 @@ def log_probs(case):
 
 
 def vocabulary(case):
-    """Padding tokens that open-instruct adds: when the tokenizer outgrows the embeddings, these get rows up to a multiple of 8."""
-    case.checkout.find(TOKENIZERS, ["dataset_transformation"])  # only these are known to add the token that main() adds
+    """Padding tokens that open-instruct adds: when the tokenizer outgrows the embeddings, these get rows up
+    to a multiple of 8.
+    """
+    case.checkout.find(
+        TOKENIZERS, ["dataset_transformation"]
+    )  # only these are known to add the token that main() adds
     tokens, rows = len(case.their_tokenizer), case.model.lm_head.weight.shape[0]
     if tokens <= rows:
         yield Row("vocabulary", f"{rows:,} rows", "0 added", EQUAL)
         return
-    yield Row("vocabulary", f"{rows:,} rows", f"{-(-tokens // 8) * 8 - rows} added", INTENDED, f"{tokens:,} tokens: {MORE_ROWS}")
+    yield Row(
+        "vocabulary",
+        f"{rows:,} rows",
+        f"{-(-tokens // 8) * 8 - rows} added",
+        INTENDED,
+        f"{tokens:,} tokens: {MORE_ROWS}",
+    )
 
 
 def their_pairs(case, loss):
     """(losses per pair, gradient of their mean) of theirs, two pairs at a time, by their collator."""
     find, mean = case.checkout.find, LOSSES[loss].average == "mean"
-    forward, collate = find(["concatenated_forward"], ["dpo_utils"]), find(["DataCollatorForSeq2SeqDPO"], ["dpo_utils"])
+    forward, collate = (
+        find(["concatenated_forward"], ["dpo_utils"]),
+        find(["DataCollatorForSeq2SeqDPO"], ["dpo_utils"]),
+    )
     function = find([{"simpo": "simpo_loss"}.get(loss, "dpo_loss")], ["dpo_utils"])
     case.their_model.zero_grad(set_to_none=True)  # what a failed comparison left
     losses, counts = [], case.packed(case.kept).supervised_offsets.diff().view(2, -1)
@@ -190,8 +223,9 @@ def preference_losses(case):
 
 
 def their_sft_step(case, per_device, reduction):
-    """(loss, gradient) of the body of their training step over all rows: what `with accelerator.accumulate(model)` holds, micro-batch by
-    micro-batch, divided by their number as accelerate does."""
+    """(loss, gradient) of the body of their training step over all rows: what `with
+    accelerator.accumulate(model)` holds, micro-batch by micro-batch, divided by their number as accelerate
+    does."""
     from transformers import DataCollatorForSeq2Seq
 
     module, step = case.checkout.main_part(
@@ -200,22 +234,44 @@ def their_sft_step(case, per_device, reduction):
         lambda node: isinstance(node, ast.With) and "accumulate" in ast.unparse(node.items[0]),
     )
     collate = DataCollatorForSeq2Seq(tokenizer=case.padding_tokenizer, padding="longest")
-    args = SimpleNamespace(reduce_loss=reduction, load_balancing_loss=False, sequence_parallel_size=1, clip_grad_norm=-1)
-    names = dict(args=args, model=case.their_model, optimizer=MagicMock(), lr_scheduler=MagicMock(), total_loss=0, total_aux_loss=0)
+    args = SimpleNamespace(
+        reduce_loss=reduction, load_balancing_loss=False, sequence_parallel_size=1, clip_grad_norm=-1
+    )
+    names = dict(
+        args=args,
+        model=case.their_model,
+        optimizer=MagicMock(),
+        lr_scheduler=MagicMock(),
+        total_loss=0,
+        total_aux_loss=0,
+    )
     names |= dict(embedding_size=case.model.lm_head.weight.shape[0])
     names |= dict(accelerator=SimpleNamespace(backward=lambda loss: loss.backward(), sync_gradients=False))
     batches = [case.kept[i : i + per_device] for i in range(0, len(case.kept), per_device)]
     keys, losses = ("input_ids", "labels", "attention_mask"), []
     for rows in batches:
-        call(module.run, step.body, batch=collate([{key: case.their_rows[i][key] for key in keys} for i in rows]), **names)
+        call(
+            module.run,
+            step.body,
+            batch=collate([{key: case.their_rows[i][key] for key in keys} for i in rows]),
+            **names,
+        )
         losses.append(call(module.__getitem__, "loss").item())
-    return np.mean(losses), {name: grad / len(batches) for name, grad in gradient(case.their_model).items()}, batches
+    return (
+        np.mean(losses),
+        {name: grad / len(batches) for name, grad in gradient(case.their_model).items()},
+        batches,
+    )
 
 
 def sft_losses(case):
-    """Loss and gradient of one SFT step over all rows, by micro-batches of one and two rows, against ours divided once."""
+    """Loss and gradient of one SFT step over all rows, by micro-batches of one and two rows, against ours
+    divided once.
+    """
     reductions = ["mean"] + ["sum"] * ("reduce_loss" in case.checkout.module("finetune").source)
-    for reduction, per_device in [(reduction, per_device) for reduction in reductions for per_device in (1, 2)]:
+    for reduction, per_device in [
+        (reduction, per_device) for reduction in reductions for per_device in (1, 2)
+    ]:
         loss, _, batches = their_sft_step(case, per_device, reduction)
         nlls = []  # ours, of every micro-batch: (sum, tokens)
         for rows in batches:
@@ -233,7 +289,6 @@ def sft_losses(case):
         name = f"SFT, {reduction}, {per_device} a micro-batch:"
         yield numbers(f"{name} loss", "step", [ours.item()], [loss], TOLERANCE["loss"], ([known.item()], why))
 
-
         def their_grad(per_device=per_device, reduction=reduction):
             return their_sft_step(case, per_device, reduction)[1]
 
@@ -245,7 +300,14 @@ def decayed(case):
     group = call(case.checkout.find(["get_optimizer_grouped_parameters"], ["utils"]), case.model, 0.1)
     names = {id(param): name for name, param in case.model.named_parameters()}
     ours, theirs = [
-        {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]} for groups in (adamw(case.model, 0.1).param_groups, group)
+        {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+        for groups in (adamw(case.model, 0.1).param_groups, group)
     ]
     every = sorted(names.values())
-    yield items("weight decay", "parameter", [n in ours for n in every], [n in theirs for n in every], lambda i: every[i])
+    yield items(
+        "weight decay",
+        "parameter",
+        [n in ours for n in every],
+        [n in theirs for n in every],
+        lambda i: every[i],
+    )

@@ -20,9 +20,13 @@ STANDARD_ERRORS = 4
 def read_theirs(path):
     """([(step, rate, loss)], processes or None) of a printed log. ValueError when it has no step lines."""
     text = Path(path).read_text(errors="replace")
-    lines = {int(step): (int(step), float(rate), float(loss)) for step, rate, loss in STEP_LINE.findall(text)}  # many ranks may print one
+    lines = {
+        int(step): (int(step), float(rate), float(loss)) for step, rate, loss in STEP_LINE.findall(text)
+    }  # many ranks may print one
     if not lines:
-        raise UserError(f"--their-log {path}: no line like 'Step: 1, LR: 1e-05, Loss: 0.69'; expected what an open-instruct run printed")
+        raise UserError(
+            f"--their-log {path}: no line like 'Step: 1, LR: 1e-05, Loss: 0.69'; expected what an open-instruct run printed"
+        )
     found = [re.search(rf"{name}[^=\n]*= (\d+)", text) for name in SETTINGS]
     total, per_device, accumulation = (int(match[1]) for match in found) if all(found) else (None, 1, 1)
     return [lines[step] for step in sorted(lines)], total and total // (per_device * accumulation)
@@ -39,15 +43,23 @@ def read_ours(folder):
 
 
 def rows(their_log, our_run):
-    """Rows for the last step, the rates, the first DPO loss, and the losses on average: their order of the rows is another one."""
+    """Rows for the last step, the rates, the first DPO loss, and the losses on average: their order of the
+    rows is another one.
+    """
     theirs, processes = read_theirs(their_log)
     ours, config, manifest = read_ours(our_run)
     last = (max(ours), theirs[-1][0])
     why = f"ours {last[0]}, theirs {last[1]}: another batch, or a run that was cut short"
     yield items("last step", "run", [last[0]], [last[1]], lambda _: why)
     yield from _rates(theirs, ours, config, manifest, processes)
-    if manifest["stage"] == "dpo" and config["loss"] in ("dpo", "dpo_norm") and theirs[0][0] == 1 and not config["sft_weight"]:
-        # before the first update policy and reference are one model; theirs keeps bf16 log-probs, hence the tolerance
+    if (
+        manifest["stage"] == "dpo"
+        and config["loss"] in ("dpo", "dpo_norm")
+        and theirs[0][0] == 1
+        and not config["sft_weight"]
+    ):
+        # before the first update policy and reference are one model; theirs keeps bf16 log-probs, hence the
+        # tolerance
         yield numbers("first loss: ln 2", "run of theirs", [math.log(2)], [theirs[0][2]], 1e-2)
     yield from _losses(theirs, ours, config)
 
@@ -60,18 +72,32 @@ def _rates(theirs, ours, config, manifest, processes):
     total, intended = theirs[-1][0], None
     if processes and config["warmup_steps"] is None:
         warmup = int(config["warmup_ratio"] * total * processes) / processes
-        known = [learning_rate(step, total, config["lr"], config["lr_schedule"], warmup) for step, _ in shared]
-        intended = (known, f"their schedule counts {processes} processes: a warm-up of {warmup:g} steps, ours {manifest['warmup_steps']}")
-    yield numbers("learning rate", "step", [ours[step + 1]["lr"] for step, _ in shared], [rate for _, rate in shared], 1e-5, intended)
+        known = [
+            learning_rate(step, total, config["lr"], config["lr_schedule"], warmup) for step, _ in shared
+        ]
+        intended = (
+            known,
+            f"their schedule counts {processes} processes: a warm-up of {warmup:g} steps, ours {manifest['warmup_steps']}",
+        )
+    yield numbers(
+        "learning rate",
+        "step",
+        [ours[step + 1]["lr"] for step, _ in shared],
+        [rate for _, rate in shared],
+        1e-5,
+        intended,
+    )
 
 
 def _losses(theirs, ours, config):
-    """Theirs is a mean over the steps since the last line; ours is averaged over the same steps. They are of other rows, so only the mean
-    difference can be judged, by its standard error over windows."""
+    """Theirs is a mean over the steps since the last line; ours is averaged over the same steps. They are of
+    other rows, so only the mean difference can be judged, by its standard error over windows."""
     previous, windows = 0, []
     for step, _, loss in theirs:
         if all(inner in ours for inner in range(previous + 1, step + 1)):
-            windows.append((step, np.mean([ours[inner]["loss"] for inner in range(previous + 1, step + 1)]), loss))
+            windows.append(
+                (step, np.mean([ours[inner]["loss"] for inner in range(previous + 1, step + 1)]), loss)
+            )
         previous = step
     if len(windows) < 10:
         raise NotCompared(f"losses: {len(windows)} windows of steps are in both logs; expected at least 10")
@@ -82,4 +108,10 @@ def _losses(theirs, ours, config):
     note = f"mean difference {gaps.mean():+.4g}, standard error {error:.2g}; largest at step {step}: ours {mean:.5g}, theirs {loss:.5g}"
     if config["loss"] in ("token_mean", "tulu3_release"):
         note += f". loss={config['loss']!r} divides by {'tokens' if config['loss'] == 'token_mean' else 'sequences'}: is theirs the same?"
-    yield Row("losses on average", f"{len(windows):,} windows", f"{gaps.mean():+.2g}", EQUAL if fits else DIFFERS, "" if fits else note)
+    yield Row(
+        "losses on average",
+        f"{len(windows):,} windows",
+        f"{gaps.mean():+.2g}",
+        EQUAL if fits else DIFFERS,
+        "" if fits else note,
+    )

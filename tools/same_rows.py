@@ -18,12 +18,18 @@ from tools.checkout import NotFound
 from train_dpo import answer_logps
 
 TRANSFORM = {"sft": "sft_tulu_tokenize_and_truncate_v1", "dpo": "preference_tulu_tokenize_and_truncate_v1"}
-TOKENIZERS = ["get_tokenizer_tulu_v2_2", "get_tokenizer_tulu_v2_1", "get_tokenizer_tulu_v1"]  # the newest first
+TOKENIZERS = [
+    "get_tokenizer_tulu_v2_2",
+    "get_tokenizer_tulu_v2_1",
+    "get_tokenizer_tulu_v1",
+]  # the newest first
 SCRIPT = {"sft": "finetune", "dpo": "dpo_tune_cache"}
 
 
 class Case:
-    """Rows, tokenizers and models of both sides; `documents` are the rows' conversations, for dpo chosen and rejected in turn."""
+    """Rows, tokenizers and models of both sides; `documents` are the rows' conversations, for dpo chosen and
+    rejected in turn.
+    """
 
     def __init__(self, args, checkout):
         self.args, self.checkout, self.stage = args, checkout, args.stage
@@ -32,7 +38,9 @@ class Case:
         schema = find_schema(args.data, source, self.sides)
         rows = [schema.read(row) for row in source.read(range(min(args.rows, len(source))))]
         self.dropped = sum(isinstance(row, str) for row in rows)  # by convert, with a reason
-        self.documents = [messages for row in rows if not isinstance(row, str) for messages in row[: len(self.sides)]]
+        self.documents = [
+            messages for row in rows if not isinstance(row, str) for messages in row[: len(self.sides)]
+        ]
         self.model, self.tokenizer = load_pretrained(args.model)
 
     def name(self, i):
@@ -44,8 +52,12 @@ class Case:
     def their_tokenizer(self):
         """Theirs, made by their function, with the template of --template."""
         names = dict(tokenizer_name_or_path=self.args.model, tokenizer_revision=None)
-        names |= dict(model_name_or_path=self.args.model, revision=None)  # as they were called from January to March 2025
-        settings = dict(trust_remote_code=False, use_fast=True, chat_template_name=self.args.template, add_bos=False)
+        names |= dict(
+            model_name_or_path=self.args.model, revision=None
+        )  # as they were called from January to March 2025
+        settings = dict(
+            trust_remote_code=False, use_fast=True, chat_template_name=self.args.template, add_bos=False
+        )
         config = SimpleNamespace(**names, **settings)
         try:
             tokenizer = call(self.checkout.find(TOKENIZERS, ["dataset_transformation"]), config)
@@ -53,16 +65,26 @@ class Case:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(self.args.model)
-            tokenizer.chat_template = self.checkout.find(["CHAT_TEMPLATES"], ["dataset_processor"])[self.args.template]
-        render = tokenizer.apply_chat_template  # transformers 5 returns a dict unless asked; code written for 4 does not ask
-        tokenizer.apply_chat_template = lambda *args, **kwargs: render(*args, **{"return_dict": False} | kwargs)
+            tokenizer.chat_template = self.checkout.find(["CHAT_TEMPLATES"], ["dataset_processor"])[
+                self.args.template
+            ]
+        render = (
+            tokenizer.apply_chat_template
+        )  # transformers 5 returns a dict unless asked; code written for 4 does not ask
+        tokenizer.apply_chat_template = lambda *args, **kwargs: render(
+            *args, **{"return_dict": False} | kwargs
+        )
         return tokenizer
 
     @cached_property
     def their_rows(self):
-        """[{(chosen_, rejected_)input_ids, labels, attention_mask}] as their transform makes them: their lists or tensors."""
+        """[{(chosen_, rejected_)input_ids, labels, attention_mask}] as their transform makes them: their
+        lists or tensors.
+        """
         try:
-            transform = self.checkout.find(["TRANSFORM_FNS"], ["dataset_transformation"])[TRANSFORM[self.stage]][0]
+            transform = self.checkout.find(["TRANSFORM_FNS"], ["dataset_transformation"])[
+                TRANSFORM[self.stage]
+            ][0]
         except NotFound:  # before 2025
             transform = self.checkout.find([f"encode_{self.stage}_example"], [SCRIPT[self.stage]])
         size, documents = len(self.sides), self.documents
@@ -75,12 +97,22 @@ class Case:
         if self.checkout is None:
             return self.our_documents("all")
         prefixes = ("",) if self.stage == "sft" else ("chosen_", "rejected_")
-        pairs = [(row[f"{prefix}input_ids"], row[f"{prefix}labels"]) for row in self.their_rows for prefix in prefixes]
-        return [(torch.as_tensor(ids).tolist(), (torch.as_tensor(labels) != -100).tolist()) for ids, labels in pairs]
+        pairs = [
+            (row[f"{prefix}input_ids"], row[f"{prefix}labels"])
+            for row in self.their_rows
+            for prefix in prefixes
+        ]
+        return [
+            (torch.as_tensor(ids).tolist(), (torch.as_tensor(labels) != -100).tolist())
+            for ids, labels in pairs
+        ]
 
     def our_documents(self, supervise):
         """[(ids, mask)] as lists, by `data.encode_chat`."""
-        return [encode_chat(m, self.tokenizer, self.args.template, self.args.max_seq_len, supervise) for m in self.documents]
+        return [
+            encode_chat(m, self.tokenizer, self.args.template, self.args.max_seq_len, supervise)
+            for m in self.documents
+        ]
 
     @cached_property
     def supervise(self):
@@ -108,20 +140,28 @@ class Case:
         return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32)
 
     def packed(self, rows):
-        """Our PackedBatch of *their* ids and masks, so that a number differs for its own reasons only; for dpo chosen, then rejected."""
+        """Our PackedBatch of *their* ids and masks, so that a number differs for its own reasons only; for
+        dpo chosen, then rejected.
+        """
         documents, size = self.their_documents, len(self.sides)
-        return pack([tuple(map(np.array, documents[row * size + side])) for side in range(size) for row in rows])
+        return pack(
+            [tuple(map(np.array, documents[row * size + side])) for side in range(size) for row in rows]
+        )
 
     @cached_property
     def padding_tokenizer(self):
-        """Theirs, padding with EOS: the row that open-instruct would add to the embeddings for its padding token is not in the weights."""
+        """Theirs, padding with EOS: the row that open-instruct would add to the embeddings for its padding
+        token is not in the weights.
+        """
         tokenizer = copy.deepcopy(self.their_tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     @cached_property
     def reference(self):
-        """(2, N) float32 summed log-probs for both sides: the policy's, shifted by noise per answer, so that pairs differ."""
+        """(2, N) float32 summed log-probs for both sides: the policy's, shifted by noise per answer, so that
+        pairs differ.
+        """
         with torch.no_grad():
             policy, counts = answer_logps(self.model, self.packed(self.kept), len(self.kept))
         noise = np.random.RandomState(0).randn(*policy.shape).astype(np.float32)
