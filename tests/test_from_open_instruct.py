@@ -83,6 +83,11 @@ def test_dpo(translated):
     assert "supervise='last'" in text and "lora_dropout=0.1: no dropout here" in text and "lora_alpha is not in the YAML" in text
 
 
+def test_zephyr_says_that_open_instruct_trains_a_newline_more(translated):
+    _, _, text, _ = translated(SFT + "chat_template_name: zephyr\n", "--processes", "8")
+    assert "the newline after every answer" in " ".join(text.replace("\n#", "").split())
+
+
 def test_sums_are_the_released_recipe(translated):
     """A seed of 0 stays 0, and clipping that the YAML states stays as stated."""
     yaml = SFT.replace("batch_size: 1", "batch_size: 4") + "reduce_loss: sum\nseed: 0\nclip_grad_norm: 0.5\n"

@@ -104,6 +104,8 @@ def _model(t):
     elif template not in ("tulu", "zephyr"):
         t.refuse("chat_template_name", template, "expected tulu or zephyr")
     t.values["template"] = template or "tulu"
+    if template == "zephyr":
+        t.note("zephyr")
     if t.take("use_lora"):
         t.values |= {"lora_rank": t.take("lora_rank"), "lora_alpha": t.take("lora_alpha")}
         if dropout := t.take("lora_dropout"):

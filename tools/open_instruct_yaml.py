@@ -88,6 +88,7 @@ NOTES = {
     "one": "1 meant all rows before 2025-01-28 (45fd51f99) and means one row since; expected 1.0, or a count above 1",
     "template": "chat_template_name is not in the YAML: taken as tulu, the default before 2025-09-24 (d880e8610). Since then it is the "
     "tokenizer's own; here template=None says that",
+    "zephyr": "chat_template_name=zephyr: open-instruct also trains the newline after every answer; here an answer ends with its EOS",
     "weights": "open-instruct loads the weights as bf16 and leaves fp32 copies to DeepSpeed; here parameters are fp32 and compute is bf16",
     "dropout": "lora_dropout={}: no dropout here, so that log-probs can be compared",
     "rows": "data: a share or count picks the rows that open-instruct picks since 2025-07-21 (de8a14f3f). From 2025-01-28 (45fd51f99) "
