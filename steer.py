@@ -58,7 +58,7 @@ from analysis.sweep import (
     state_lengths,
     text_pooling,
 )
-from analysis.vector import MODELS, MODES, Vector, bar, extract, is_done, plain_document
+from analysis.vector import MODELS, MODES, Vector, bar, encoder, extract, is_done, plain_document
 from analysis.verdict import judge, power
 from data import encode_chat
 from families import device_of, load_model, locate
@@ -127,7 +127,8 @@ class SteerConfig(Section):
         "steering", "name", "of a text's states: its last token's, or their mean", default="last"
     )
     compat: Literal["none", "hf"] = setting(
-        "steering", "name", "hf: the last layer is read after the final norm, as published", default="none"
+        "steering", "name", "hf: as published. Token ids of the tokenizer's own file, the last layer "
+        "after the final norm, a text's mean over all of its tokens, raw distances", default="none"
     )
     inject: Literal["cumulative", "increment", "matched"] = setting(
         "steering", "name", "what is added at each steered layer. cumulative: its vector, as published; "
@@ -404,7 +405,8 @@ def sweep(vector, config, measure):
     folder = Path(measure.report_dir or vector.folder / f"sweep_{config.inject}")
     prompts = read_swept_prompts(config, measure)
     tokenizer = Tokenizer.from_dir(locate(vector.manifest["sft_path"])[0])
-    documents = [plain_document(text, tokenizer, vector.manifest["max_text_tokens"]) for text in prompts.texts]
+    encode = encoder(vector.manifest["compat"])
+    documents = [encode(text, tokenizer, vector.manifest["max_text_tokens"]) for text in prompts.texts]
     inputs = _sweep_inputs(vector, config, measure, prompts, documents)
     if not is_done(folder / "aqi.json", inputs):
         _measure_sweep(vector, config, measure, prompts, documents, folder, inputs)

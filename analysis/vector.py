@@ -6,6 +6,7 @@ is a steer.SteerConfig.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from safetensors.numpy import save_file
 
@@ -55,7 +57,27 @@ def plain_document(text, tokenizer, max_tokens):
     return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
 
 
-def text_pairs(source, count, tokenizer, template, max_tokens):
+def published_document(text, tokenizer, max_tokens):
+    """A text with the token ids of the published scripts: BOS and EOS only where the tokenizer's own file adds them."""
+    ids = published_core(tokenizer.files["tokenizer.json"]).encode(text).ids[:max_tokens]
+    return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
+
+
+@functools.cache
+def published_core(file):
+    """The tokenizer of a tokenizer.json (bytes) with its post-processor, as transformers runs it."""
+    core = tokenizers.Tokenizer.from_str(file.decode())
+    core.no_truncation()
+    core.no_padding()
+    return core
+
+
+def encoder(compat):
+    """How a text becomes a document: published_document for compat "hf", else plain_document."""
+    return published_document if compat == "hf" else plain_document
+
+
+def text_pairs(source, count, tokenizer, template, max_tokens, encode=plain_document):
     """{"chosen": documents, "rejected": documents} of the first `count` usable rows of a preference source.
 
     template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations
@@ -69,7 +91,7 @@ def text_pairs(source, count, tokenizer, template, max_tokens):
     documents, left_out = {side: [] for side in SIDES}, Counter()
     for number, row in enumerate(rows):
         try:
-            pair = _encoded_pair(row, schema, tokenizer, template, max_tokens)
+            pair = _encoded_pair(row, schema, tokenizer, template, max_tokens, encode)
         except ValueError as error:
             raise UserError(f"texts {source!r}, row {number}: {error}") from error
         if isinstance(pair, str):
@@ -90,7 +112,7 @@ def text_pairs(source, count, tokenizer, template, max_tokens):
     return documents
 
 
-def _encoded_pair(row, schema, tokenizer, template, max_tokens):
+def _encoded_pair(row, schema, tokenizer, template, max_tokens, encode):
     """[(ids, mask) of chosen, of rejected] of a row as its schema reads it, or the reason
     to leave it out."""
     conversations = schema.read(row)
@@ -103,7 +125,7 @@ def _encoded_pair(row, schema, tokenizer, template, max_tokens):
     if "prompt" in row or not all(isinstance(row.get(side), str) for side in SIDES):
         where = "--template, or the pair's in configs/pairs.py"
         raise UserError(f"no transcript; expected a template to render it with ({where})")
-    return [plain_document(row[side], tokenizer, max_tokens) for side in SIDES]
+    return [encode(row[side], tokenizer, max_tokens) for side in SIDES]
 
 
 def hash_documents(documents):
@@ -222,7 +244,8 @@ def _inputs(config, count, total):
         path = getattr(config, f"{name}_path")
         shapes[name] = _shape(path)
         tokenizer = Tokenizer.from_dir(locate(path)[0])
-        documents = text_pairs(config.texts, total, tokenizer, config.template, config.max_text_tokens)
+        encode = encoder(config.compat)
+        documents = text_pairs(config.texts, total, tokenizer, config.template, config.max_text_tokens, encode)
         tokens = hash_documents(documents)
         inputs |= {f"{name}_path": path, name: weights_hash(path)}
         if inputs.setdefault("tokens", tokens) != tokens:
@@ -360,9 +383,8 @@ class Vector:
         """{side: (documents that the vector is the mean of, documents held out)}. UserError when the file
         no longer holds them."""
         m = self.manifest
-        pairs = text_pairs(
-            m["texts"], m["count"] + m["held_out"], tokenizer, m["template"], m["max_text_tokens"]
-        )
+        count, encode = m["count"] + m["held_out"], encoder(m["compat"])
+        pairs = text_pairs(m["texts"], count, tokenizer, m["template"], m["max_text_tokens"], encode)
         if hash_documents(pairs) != m["tokens"]:
             found = f"not the token ids of the vector in {self.folder}"
             raise UserError(f"texts {m['texts']!r}: {found}; expected the file unchanged")

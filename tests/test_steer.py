@@ -136,17 +136,45 @@ def test_documents_are_the_transcripts_with_bos(lab):
 
 
 @pytest.mark.slow
+def test_published_ids_are_those_of_the_tokenizers_file(lab):
+    """BOS where its post-processor adds it, else not; without compat always. Held-back texts are cut alike."""
+    tokenizer = Tokenizer.from_dir(lab / "sft")
+    text, core = "\n\nHuman: help me\n\nAssistant: yes", json.loads(tokenizer.files["tokenizer.json"])
+    plain = vectors.plain_document(text, tokenizer, 512)[0].tolist()
+    assert plain[0] == tokenizer.bos_id and tokenizer.bos_id not in plain[1:]
+    for processor, expected in ((None, plain[1:]), ("bos", plain)):
+        if processor is not None:
+            bos = {"id": "<|bos|>", "ids": [tokenizer.bos_id], "tokens": ["<|bos|>"]}
+            single = [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+            pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+            processor = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|bos|>": bos}}
+        files = tokenizer.files | {"tokenizer.json": json.dumps(core | {"post_processor": processor}).encode()}
+        ids, mask = vectors.published_document(text, Tokenizer(files, "x"), 512)
+        assert ids.tolist() == expected and mask.all()
+        assert vectors.published_document(text, Tokenizer(files, "x"), 3)[0].tolist() == expected[:3]
+
+
 def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
     raw, hf = steer.Vector.load(lab / "steer"), extract(lab, "steer_hf", "--compat=hf")
-    assert torch.equal(raw.tensors["chosen_last"][:-1], hf.tensors["chosen_last"][:-1])
-    assert relative_error(hf.tensors["chosen_last"][-1], raw.tensors["chosen_last"][-1]) > 0.1
+    docs = {}
+    for encode in (vectors.plain_document, vectors.published_document):
+        tokenizer = Tokenizer.from_dir(lab / "sft")
+        docs[encode] = vectors.text_pairs(f"{lab}/texts.jsonl", COUNT + HELD_OUT, tokenizer, None, 512, encode)
+    adds_bos = vectors.hash_documents(docs[vectors.plain_document]) == hf.manifest["tokens"]
+    assert vectors.hash_documents(docs[vectors.published_document]) == hf.manifest["tokens"]
+    assert not adds_bos or torch.equal(raw.tensors["chosen_last"][:-1], hf.tensors["chosen_last"][:-1])
+    models = [families.load_pretrained(lab / name)[0] for name in ("sft", "dpo")]
+    texts = docs[vectors.published_document]["chosen"][:COUNT]
+    sft, dpo = (mean_states(model, texts, "cpu")[0] for model in models)
+    assert relative_error(hf.tensors["chosen_last"][:-1], (dpo - sft)[:-1]) < 1e-5
+    assert relative_error(hf.tensors["chosen_last"][-1], (dpo - sft)[-1]) > 0.1
     with pytest.raises(ValueError, match="inject='matched'.*without --compat=hf"):
         sweep(lab, "none", "--inject=matched", folder="steer_hf")
     report = sweep(lab, "sweep_hf", folder="steer_hf")
     assert report["errors"] == {} and any("two different spaces" in text for text in report["warnings"])
     model, tokenizer = families.load_pretrained(lab / "sft")
     v, prompts = hf.tensors["chosen_last"].double(), steer.aqi.read_prompts(f"{lab}/prompts.csv")
-    batches = [pack([vectors.plain_document(text, tokenizer, 512)]) for text in prompts.texts]
+    batches = [pack([vectors.published_document(text, tokenizer, 512)]) for text in prompts.texts]
     taps = None, steering_tap(additions("cumulative", hf.tensors["chosen_last"], [2, 3]), 1.0)
     start, end = (sum(read_states(model, x, tap, compat_hf=True)[0, 0, -1].double() for x in batches) / len(batches) for tap in taps)
     assert report["shifts"][-1]["achieved"] == pytest.approx(((end - start) @ v[-1] / v[-1].square().sum()).item(), rel=1e-4)
