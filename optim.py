@@ -19,7 +19,7 @@ IMPLICIT = {
     "clipping": "global L2 norm of the step's gradient, after accumulation, over all ranks",
     "loss_reduction": "sum over the step's examples on all ranks and micro-batches, divided once by their "
     "global count",
-    "parameter_dtype": "fp32 (one process in bf16 or fp8: as a bf16 weight and its 16 low bits); "
+    "parameter_dtype": "fp32 (in bf16 or fp8, unless sharding is full: as a bf16 weight and its 16 low bits); "
     "frozen weights: the compute precision",
 }
 IMPLICIT_FP8 = {
@@ -28,9 +28,10 @@ IMPLICIT_FP8 = {
 }
 
 
-def implicit(config):
-    """What the manifest of a run of this config says beside its keys."""
-    return IMPLICIT | IMPLICIT_FP8 if config.precision == "fp8" else IMPLICIT
+def implicit(config, model):
+    """What the manifest of a run of this config and model says beside its keys."""
+    precision = IMPLICIT_FP8 if config.precision == "fp8" else {}
+    return IMPLICIT | precision | {"sharding": parallel.sharding_of(model)}
 
 
 # ---------------------------------------------------------------- the schedule
@@ -68,19 +69,24 @@ def learning_rate(step, total_steps, peak, schedule, warmup):
 
 # ---------------------------------------------------------------- AdamW
 # At lr 5e-7 a unit step of Adam changes under 1 % of bf16 weights: the rest is rounded away. So weights are
-# float32, sharded over ranks; or, on one process, split masters: the bf16 weight that matmuls read, and the
-# 16 bits below it.
+# float32: sharded over ranks, or, where a rank holds the whole model, split masters: the bf16 weight that
+# matmuls read, and the 16 bits below it.
 
 
 def keep_masters(model, grad_dtype):
-    """Make every bf16 parameter of an unsharded model a split master, and keep its gradient in grad_dtype.
+    """Make every bf16 parameter of a model that is whole on every rank a split master, and keep its gradient
+    in grad_dtype. The low bits are those of this rank's rows.
 
-    Matrices take theirs inside the matmul (kernels.masters).
+    Matrices take their gradient inside the matmul (kernels.masters).
     """
-    for param in model.parameters():
-        low_bits = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
-        param.master = kernels.Master(low_bits, accumulates=param.ndim == 2)
-        param.grad_dtype = grad_dtype
+    shards = parallel.shards(model)
+    for name, param in model.named_parameters():
+        shard = shards[name]  # the parameter itself, on one process
+        low_bits = torch.zeros_like(shard, dtype=torch.int16, requires_grad=False)
+        accumulates = param.ndim == 2
+        param.master = kernels.Master(None, accumulates)
+        shard.master = kernels.Master(low_bits, accumulates)
+        shard.grad_dtype = param.grad_dtype = grad_dtype
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -116,8 +122,11 @@ class SplitAdamW(torch.optim.Optimizer):
             moments = state["exp_avg"], state["exp_avg_sq"]
             # bits of its own for every tensor and step: with the same ones, a rounded moment would drift
             seed = (step << 12) + index
+            # a shard is a view of the whole parameter: from its offset on, it draws the bits that one process
+            # would
+            first = param.storage_offset()
             kernels.adamw(
-                param, param.master.low_bits, *moments, param.grad, grad_scale, *rates, step, seed=seed
+                param, param.master.low_bits, *moments, param.grad, grad_scale, *rates, step, seed=seed, first=first
             )  # fmt: skip
 
 
@@ -126,16 +135,20 @@ def adamw(model, weight_decay, moments=torch.float32):
     and biases.
 
     moments: dtype of the optimizer's state; only split masters (keep_masters) can have another than float32.
+    A model that is whole on several ranks has its weights sent to all of them after each step.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in parallel.shards(model).values() if p.requires_grad]
     matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
     groups = [group for group in (matrices, vectors) if group["params"]]  # adapters are matrices only
     if all(kernels.is_split(p) for p in trainable):
-        return SplitAdamW(groups, moments)
-    assert moments == torch.float32, moments
-    # lr is set before every step; fused is one kernel over all tensors
-    return torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+        optimizer = SplitAdamW(groups, moments)
+    else:
+        assert moments == torch.float32, moments
+        # lr is set before every step; fused is one kernel over all tensors
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+    parallel.share_weights_after(optimizer, model)
+    return optimizer
 
 
 def apply_gradients(optimizer, lr, max_grad_norm, row_ids=()):
@@ -181,7 +194,7 @@ def sample_weights(model, per_tensor=1 << 16):
             return kernels.join_master(local, p.master.low_bits.flatten()[:per_tensor])
         return local.clone()
 
-    return [master(p) for p in model.parameters() if p.requires_grad]
+    return [master(p) for p in parallel.shards(model).values() if p.requires_grad]
 
 
 def weights_changed(before, model):

@@ -267,7 +267,7 @@ def forward_backward(model, pairs, reference, ids, config, world):
     gaps = [torch.zeros(1, device=world.device)]  # a rank without a pair has no gap
     losses = []
     micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
-    for micro_batch_ids, batch, padding_waste in micro_batches:
+    for micro_batch_ids, batch, padding_waste in parallel.micro_batches(model, micro_batches):
         policy_logps, counts = answer_logps(model, batch, len(micro_batch_ids))
         ref_logps = torch.from_numpy(reference[micro_batch_ids].T).to(world.device)  # (2, N)
         pair_losses, *rewards = preference_loss(config, policy_logps, ref_logps, counts)
@@ -276,7 +276,7 @@ def forward_backward(model, pairs, reference, ids, config, world):
         loss = pair_losses.sum() / len(ids)
         if config.sft_weight:
             loss = loss - config.sft_weight * policy_logps[0].sum() / chosen_tokens
-        (loss * world.size).backward()  # FSDP averages over ranks; we want the sum
+        (loss * parallel.loss_scale(model)).backward()  # gradients are sums over ranks
         totals += pair_metrics(pair_losses, *rewards, policy_logps).sum(dim=1)
         # the policy's distance from the reference, per answer; only step 1 asks for it
         gaps.append(((policy_logps.detach() - ref_logps).abs() / counts.sqrt()).flatten())

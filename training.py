@@ -35,6 +35,7 @@ from optim import (
     weights_changed,
 )
 from packing import steps_per_epoch
+from planner import budget
 from plumbing import hub, parallel, watchdog
 from plumbing.checkpoint import Checkpointer
 from plumbing.config import Config, check_capability, check_world_size, resume_dict
@@ -167,7 +168,7 @@ def start(stage, config, load_data, facts):
     load_data: data.load_sft or data.load_preferences. facts: what only the stage knows, for the manifest.
     Returns a Run whose checkpoint is found and not yet loaded: DPO needs the step-0 weights first.
     """
-    world = parallel.init()
+    world = parallel.init(config.deterministic)
     check_world_size(config, world.size)
     if config.push:  # a wrong name or token is found out before training, not after it
         parallel.main_first(world, lambda: hub.open_for_push(config.push) if world.main else None)
@@ -202,7 +203,7 @@ def start(stage, config, load_data, facts):
         raise SystemExit(0)
     parallel.require_same(world, data=data.fingerprint, data_eval=data_eval, checkpoint=str(latest))
     # what no key states: two runs with equal keys and unequal numbers differ in one of these
-    manifest = provenance | {"stage": stage, "warmup_steps": warmup, **implicit(config), **facts}
+    manifest = provenance | {"stage": stage, "warmup_steps": warmup, **implicit(config, model), **facts}
     log = Logbook(config, world, total_steps, manifest)
     return Run(config, world, tokenizer, model, optimizer, data, held_out, weights, total_steps, warmup,
                checkpointer, latest, log)  # fmt: skip
@@ -259,28 +260,54 @@ def load_model(config, directory, model_config, device):
     """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, then the
     weights.
 
-    Nothing is allocated before it is sharded. Parameters are float32: sharded over several processes; on one
-    process, unless it computes in fp32, as split masters. Under LoRA the frozen weights are kept in the
-    compute precision. model_config: of read_model_config. UserError when the folder's weights do not fit it.
+    Nothing is allocated before it is sharded (plumbing/parallel.py says how). Parameters are float32: as split
+    masters where a rank holds the whole model and does not compute in fp32. Under LoRA the frozen weights are
+    kept in the compute precision. model_config: of read_model_config. UserError when the folder's weights do
+    not fit it.
     """
     with torch.device("meta"):
-        model = Llama(model_config)
-        if config.lora_rank or parallel.world_size() == 1:
-            model.to(DTYPES[config.precision])
+        model = Llama(model_config).to(DTYPES[config.precision])
         if config.lora_rank:
             apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+    sharding = pick_sharding(config, model, device)
+    if sharding == "full" and not config.lora_rank:
+        model.float()
     model.attention_kernel = config.attention
     if config.kernels == "fused":
         apply_fused(model, fp8=config.precision == "fp8")
     apply_recompute(model, config.recompute)
-    if parallel.world_size() > 1:
+    if sharding == "full":
         parallel.shard(model, config.precision)
     parallel.materialize(model, device)
+    if sharding == "optimizer":
+        parallel.share_optimizer(model)
     if next(model.parameters()).dtype == torch.bfloat16 and not config.lora_rank:
         keep_masters(model, DTYPES[config.gradients])
+    init_lora(model, config.seed, parallel.assign)  # before load_weights, which starts to send what is trained
     load_weights(model, directory)
-    init_lora(model, config.seed, parallel.assign)
     return model
+
+
+def pick_sharding(config, model, device):
+    """What the ranks share out: config.sharding, or what "auto" stands for here; "none" on one process.
+
+    The same on every rank, and said once. model: on the meta device, with its adapters. Without a GPU, "auto"
+    is "optimizer".
+    """
+    count, tokens = parallel.world_size(), config.tokens_per_microbatch
+    if count == 1:
+        return "none"
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    free = -parallel.max_across_ranks(-free)
+    # the largest stream there can be: every token supervised, and all of it a prefix that two documents share
+    sizes = budget.Sizes.of(model)
+    sharding = budget.choose_sharding(
+        model.config, config, sizes, count, tokens, tokens, 2 * tokens, free
+    )  # fmt: skip
+    if config.sharding == "auto":
+        room = f"{free / 2**30:.1f} GiB free on a GPU" if free < math.inf else "no GPU"
+        parallel.say(f"sharding={sharding}, picked for {room}")
+    return sharding
 
 
 def check_float8(model_config):

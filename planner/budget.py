@@ -60,10 +60,13 @@ FULL, LORA, FORWARD = 0.76, 0.69, 0.82  # forward and backward of blocks and lm_
 ATTENTION, ATTENTION_HALF = 0.434, 916  # varlen_attn over long documents; tokens of a document at which it has half of that
 OPTIMIZER = 0.82  # of the memory bandwidth: 49 ms for 24 bytes a parameter, 8.03 B parameters
 LINK = 0.60  # all-gather and reduce-scatter: 250 to 290 of 450 GB/s
-# Sharded, a GPU computes at this share of its rate alone: NCCL's kernels take SMs from the matmuls, gradients are added outside of them,
+# With sharding="full" a GPU computes at this share of its rate alone: NCCL's kernels take SMs from the matmuls, gradients are added outside,
 # weights are copied in and out. 2 x H200 over NVLink, 8B, 49,152 tokens a GPU and step, micro-batches of 12,288 (2026-11-28, 982dfe7):
 # full 4.75 s a step beside 4.20 alone, LoRA 3.67 beside 3.35. Other counts and links were not measured.
 SHARDED_FULL, SHARDED_LORA = 0.885, 0.91
+WHOLE = 0.985  # with sharding="optimizer", full and LoRA, on the same cards at the same sizes: 0.981 to 0.989
+
+ERROR = 0.05  # of the memory estimate: a plan that fits by less is called tight, and sharding="auto" shares more out
 
 HEAD_ROWS = inspect.signature(token_logps).parameters["chunk"].default
 
@@ -157,18 +160,43 @@ class Pass:
 # ---------------------------------------------------------------- memory
 
 
+def is_whole(config, count):
+    """Whether each GPU holds all weights and gradients (exchange.py, or one GPU), and not its rows of them (FSDP2)."""
+    assert count == 1 or config.sharding != "auto", "choose_sharding first"
+    return count == 1 or config.sharding == "optimizer"
+
+
+def choose_sharding(shape, config, sizes, count, tokens, targets, keys, free):
+    """What config.sharding stands for on `count` GPUs: "auto" is "optimizer" where that fits, or where bf16 moments or gradients want it.
+
+    tokens, targets, keys: as of peak_bytes. free: bytes, of the GPU that has the fewest.
+    """
+    if config.sharding != "auto":
+        return config.sharding
+    if "bf16" in (config.moments, config.gradients):
+        return "optimizer"
+    whole = dataclasses.replace(config, sharding="optimizer")
+    _, terms = peak_bytes(shape, whole, sizes, count, tokens, targets, keys, accumulates=True)
+    return "optimizer" if sum(terms.values()) * (1 + ERROR) <= free else "full"
+
+
 def state_bytes(config, sizes, count):
     """{term: bytes on one GPU} of what lives as long as the run; the gradients too, which come and go with each step."""
+    moments, gradients = 8, 4
+    shared = {}  # over all GPUs, in either way of sharding
     if config.lora_rank:
-        terms = {"frozen weights": compute_width(config) * sizes.frozen, "adapters": 4 * sizes.trained}
-        widths = (8, 4)
-    elif count == 1 and config.precision != "fp32":  # optim.keep_masters
-        terms = {"weights, with 16 low bits": 4 * sizes.trained}
-        widths = ({"fp32": 8, "bf16": 4}[config.moments], {"fp32": 4, "bf16": 2}[config.gradients])
+        held = {"frozen weights": compute_width(config) * sizes.frozen, "adapters": 4 * sizes.trained}
+    elif is_whole(config, count) and config.precision != "fp32":  # optim.keep_masters
+        held = {"weights": 2 * sizes.trained}
+        shared["low bits of the weights"] = 2 * sizes.trained
+        moments = {"fp32": 8, "bf16": 4}[config.moments]
+        gradients = {"fp32": 4, "bf16": 2}[config.gradients]
     else:
-        terms, widths = {"weights": 4 * sizes.trained}, (8, 4)
-    terms |= {"moments of AdamW": widths[0] * sizes.trained, "gradients": widths[1] * sizes.trained}
-    return {term: size / count for term, size in terms.items()}
+        held = {"weights": 4 * sizes.trained}
+    held["gradients"] = gradients * sizes.trained
+    shared["moments of AdamW"] = moments * sizes.trained
+    holders = 1 if is_whole(config, count) else count
+    return {term: size / holders for term, size in held.items()} | {term: size / count for term, size in shared.items()}
 
 
 def block_bytes(shape, config, tokens, keys):
@@ -190,7 +218,7 @@ def peak_bytes(shape, config, sizes, count, tokens, targets, keys, *, accumulate
     on; otherwise they appear while the activations go. The largest of three moments: lm_head's backward, the last block's, the end.
     """
     width, D, V, L = compute_width(config), shape.hidden_size, shape.vocab_size, shape.num_hidden_layers
-    full, sharded = not config.lora_rank, count > 1
+    full, sharded = not config.lora_rank, not is_whole(config, count)
     state = state_bytes(config, sizes, count)
     kept, recomputed, backward = block_bytes(shape, config, tokens, keys)
     recomputing = {"none": 0, "half": -(-L // 2), "full": L}[config.recompute]
@@ -255,5 +283,5 @@ def sharded_seconds(compute, exchange, config, count):
     """Seconds of a part in which each of `count` GPUs alone would compute for `compute`, and exchanges for `exchange` meanwhile."""
     if count == 1:
         return compute
-    share = SHARDED_LORA if config.lora_rank else SHARDED_FULL
+    share = WHOLE if is_whole(config, count) else SHARDED_LORA if config.lora_rank else SHARDED_FULL
     return max(compute / share, exchange)

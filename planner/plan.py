@@ -21,13 +21,16 @@ from data import load_preferences, load_sft
 from model import LlamaConfig, training_flops
 from packing import steps_per_epoch
 from planner.budget import (
+    ERROR,
     GPUS,
     Pass,
     Sizes,
+    choose_sharding,
     compute_width,
     exchange_seconds,
     find_gpu,
     forward_seconds,
+    is_whole,
     optimizer_seconds,
     peak_bytes,
     sharded_seconds,
@@ -41,7 +44,6 @@ from plumbing.tokenizer import Tokenizer
 
 GIB = 2**30
 CONTEXT_GIB = 0.6  # CUDA context and libraries, beside what the allocator counts
-ERROR = 0.05  # of the memory estimate: a plan that fits by less is called tight
 
 
 # ---------------------------------------------------------------- the counts
@@ -199,12 +201,29 @@ class Plan:
     @property
     def peak(self):
         """(moment, {term: bytes}) on one GPU, with a full micro-batch of the data's mean share of answers and prefixes."""
+        # a step that fills half of one micro-batch at the mean may now and then need two
+        accumulates = self.microbatches > 0.5
+        return peak_bytes(self.shape, self.resolved, self.sizes, self.count, *self.stream, accumulates=accumulates)
+
+    @property
+    def stream(self):
+        """Tokens, targets and keys of a full micro-batch."""
         tokens = self.config.tokens_per_microbatch
         targets = round(tokens * self.train.targets / self.train.tokens)
         keys = round(tokens * self.train.keys / self.train.tokens)
-        # a step that fills half of one micro-batch at the mean may now and then need two
-        accumulates = self.microbatches > 0.5
-        return peak_bytes(self.shape, self.config, self.sizes, self.count, tokens, targets, keys, accumulates=accumulates)
+        return tokens, targets, keys
+
+    @property
+    def resolved(self):
+        """The config with what sharding="auto" stands for on these GPUs."""
+        free = (self.gpu.gib - CONTEXT_GIB) * GIB
+        sharding = choose_sharding(self.shape, self.config, self.sizes, self.count, *self.stream, free)
+        return dataclasses.replace(self.config, sharding=sharding)
+
+    @property
+    def is_whole(self):
+        """Whether each GPU holds the whole model."""
+        return is_whole(self.resolved, self.count)
 
     @property
     def gib(self):
@@ -229,6 +248,10 @@ class Plan:
     def step(self):
         """(seconds of one GPU's computing, seconds of its exchange with the others) in one step; the optimizer's not counted."""
         compute = training_seconds(self.trained, self.model, self.config, self.gpu) / self.count / self.steps
+        if self.is_whole:  # gradients are summed and weights sent once a step
+            weights = 4 if self.config.lora_rank else compute_width(self.config)
+            gradients = {"fp32": 4, "bf16": 2}[self.config.gradients]
+            return compute, exchange_seconds((weights + gradients) * self.sizes.trained, self.count, self.gpu)
         # weights are gathered for the forward and again for the backward, gradients summed in float32
         size = 2 * self.gathered + 4 * self.sizes.trained
         return compute, self.turns * exchange_seconds(size, self.count, self.gpu)
@@ -237,8 +260,8 @@ class Plan:
     def seconds(self):
         """{part: seconds}."""
         parts = {
-            "training": self.steps * sharded_seconds(*self.step, self.config, self.count),
-            "optimizer": self.steps * optimizer_seconds(self.config, self.sizes, self.count, self.gpu),
+            "training": self.steps * sharded_seconds(*self.step, self.resolved, self.count),
+            "optimizer": self.steps * optimizer_seconds(self.resolved, self.sizes, self.count, self.gpu),
         }
         if self.stage == "dpo" and self.config.needs_reference:
             # pairs of the first epoch that some step trains
@@ -254,9 +277,9 @@ class Plan:
 
     def _without_gradients(self, work):
         """Seconds of a pass that only reads the weights."""
-        passes = work.examples / self.config.global_batch_size * self.turns
+        passes = 0 if self.is_whole else work.examples / self.config.global_batch_size * self.turns
         exchange = passes * exchange_seconds(self.gathered, self.count, self.gpu)
-        return sharded_seconds(forward_seconds(work, self.gpu) / self.count, exchange, self.config, self.count)
+        return sharded_seconds(forward_seconds(work, self.gpu) / self.count, exchange, self.resolved, self.count)
 
     @property
     def speedup(self):
@@ -286,7 +309,7 @@ def remedies(plan):
     knobs = [("recompute", mode) for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]]
     if config.tokens_per_microbatch > longest:
         knobs.append(("tokens_per_microbatch", longest))
-    if plan.count == 1 and not config.lora_rank and config.precision != "fp32":
+    if plan.count == 1 and not config.lora_rank and config.precision != "fp32" and config.sharding != "full":
         knobs += [(name, "bf16") for name in ("moments", "gradients") if getattr(config, name) == "fp32"]
     tried = []
     for name, value in knobs:
@@ -384,7 +407,7 @@ def _scaling_lines(plan):
     fitted = "fitted to 2 x H200 over NVLink"
     if (plan.gpu_name, plan.count) != ("h200", 2):
         fitted += ", other cards and counts not measured"
-    lines = [f"scaling  {share}; {fitted}"]
+    lines = [f"scaling  {share}, sharding={plan.resolved.sharding}; {fitted}"]
     link = "PCIe" if plan.gpu.pcie else "NVLink"
     hidden = "hidden behind it where it overlaps" if exchange < compute else "the GPUs wait for it"
     times = f"exchange {exchange:.2f} s a step beside {compute:.2f} s of computing: {hidden}"

@@ -341,11 +341,13 @@ def _trained_tensors(model, optimizer):
     """{"param/<name>" or "<state>/<name>": sharded tensor} of all that training changes; a scalar state
     counts as one row."""
     tensors = {}
-    for name, param in sharded_parameters(model).items():
-        if param.requires_grad:
-            tensors[f"param/{name}"] = param
-            for state, value in optimizer.state.get(param, {}).items():
-                tensors[f"{state}/{name}"] = value.view(1) if value.ndim == 0 else value
+    params = sharded_parameters(model)
+    for name, shard in parallel.shards(model).items():
+        if shard.requires_grad:
+            tensors[f"param/{name}"] = params[name]
+            for state, value in optimizer.state.get(shard, {}).items():
+                of_all_ranks = parallel.of_all_ranks(model, name, value) if value.ndim else value.view(1)
+                tensors[f"{state}/{name}"] = of_all_ranks
     return tensors
 
 
@@ -411,6 +413,7 @@ def _copy_tensors(path, index, model, optimizer):
             rows.pieces.append((first, file.get_slice(key)))
     for key, tensor in _trained_tensors(model, optimizer).items():
         copy_rows(tensor, stored[key])
+    parallel.share_weights(model)
 
 
 @dataclass(frozen=True)

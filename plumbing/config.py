@@ -160,12 +160,20 @@ class Config(Section):
         default="flash2", affects_results=False)
     moments: Literal["fp32", "bf16"] = setting(
         "machine", "name",
-        "of AdamW; bf16 (one process, full fine-tuning): 4 bytes a weight less, rounded stochastically",
+        "of AdamW; bf16 (full fine-tuning): 4 bytes a weight less, rounded stochastically",
         default="fp32")
     gradients: Literal["fp32", "bf16"] = setting(
         "machine", "name",
-        "bf16 (one process, full fine-tuning): 2 bytes a weight less, rounded every micro-batch "
-        "(lm_head: 2,048 rows)", default="fp32")
+        "bf16 (full fine-tuning): 2 bytes a weight less, rounded every micro-batch (lm_head: 2,048 rows) "
+        "and for every rank", default="fp32")
+    sharding: Literal["auto", "optimizer", "full"] = setting(
+        "machine", "name",
+        "what several GPUs share out: AdamW's state; or weights and gradients too, slower, for what does not "
+        "fit otherwise; auto: by arithmetic", default="auto", affects_results=False)
+    deterministic: bool = setting(
+        "machine", "flag",
+        "the same command ends in the same bytes, also killed and resumed, on as many GPUs: slower",
+        default=False, affects_results=False)
     precision: Literal["fp32", "bf16", "fp8"] = setting(
         "machine", "name",
         "of compute; fp8: bf16, but float8 in the blocks' linears; parameters and AdamW are fp32 in all",
@@ -230,6 +238,13 @@ class Config(Section):
         if c.kernels == "plain" and c.precision == "fp8":
             needs = "float8 is in the fused blocks only; expected kernels='fused'"
             yield ("kernels", "precision"), f"kernels='plain', precision='fp8': {needs}"
+        if "bf16" in (c.moments, c.gradients) and c.sharding == "full":
+            both = f"moments={c.moments!r}, gradients={c.gradients!r}, sharding='full'"
+            needs = "FSDP2 keeps both in float32; expected sharding='optimizer' or 'auto'"
+            yield ("moments", "gradients", "sharding"), f"{both}: {needs}"
+        if c.attention == "flash4" and c.deterministic:
+            needs = "its backward adds in any order; expected attention='flash2'"
+            yield ("attention", "deterministic"), f"attention='flash4', deterministic=True: {needs}"
         if c.attention == "flash4" and c.precision == "fp32":
             needs = "flash kernels take 16 bits; expected precision='bf16' or 'fp8'"
             yield ("attention", "precision"), f"attention='flash4', precision='fp32': {needs}"
@@ -331,10 +346,6 @@ def check_world_size(config, world_size):
         problem = f"a batch that cannot be formed on {world_size} ranks"
         expected = f"expected at least {world_size}, or fewer ranks"
         raise UserError(f"global_batch_size={config.global_batch_size}: {problem}; {expected}")
-    if world_size > 1 and "bf16" in (config.moments, config.gradients):
-        both = f"moments={config.moments!r}, gradients={config.gradients!r} on {world_size} ranks"
-        expected = "expected 'fp32', which sharding makes small enough"
-        raise UserError(f"{both}: bf16 is for one process; {expected}")
 
 
 def check_capability(config, capability, device="this GPU"):

@@ -1,8 +1,12 @@
 """The process group and the sharding. Nothing outside plumbing/ imports `torch.distributed`.
 
-On several processes parameters are FSDP2 DTensors, split into contiguous rows (dim 0): rank r owns rows
-[r*ceil(n/W), (r+1)*ceil(n/W)). A single process is a group of one. Its parameters stay plain tensors:
-gathering from and reducing to oneself would copy every weight twice and every gradient three times.
+A single process is a group of one, and its parameters are plain tensors. On several, rank r owns rows
+[r*ceil(n/W), (r+1)*ceil(n/W)) of each trained parameter (dim 0), in one of two ways:
+
+"optimizer"  every rank holds all weights and gradients, and of the optimizer's state its rows (exchange.py).
+             One exchange a step.
+"full"       every rank holds its rows of everything: FSDP2 DTensors. For what does not fit otherwise: weights
+             are gathered, and gradients reduced, in every micro-batch.
 """
 
 import errno
@@ -46,10 +50,19 @@ class World:
             print(text, flush=True)
 
 
-def init():
+def init(deterministic=False):
     """Join torchrun's process group, or make a group of one: NCCL on GPUs, gloo on CPUs. Returns the
-    World."""
+    World.
+
+    deterministic: torch's kernels repeat bit for bit, the backward of flash attention included. Our kernels
+    always do, and so do sums over the same ranks.
+    """
     global _background_group
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+        # Else torch fills new memory with NaN, to find bugs: a pass over all of it.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(local_rank)
@@ -66,6 +79,12 @@ def init():
 def world_size():
     """Number of processes."""
     return dist.get_world_size()
+
+
+def say(text):
+    """Print once, from rank 0."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def shutdown():
@@ -229,9 +248,86 @@ def materialize(model, device):
     model.lm_head.weight = model.get_parameter(tied_to)
 
 
+def share_optimizer(model):
+    """Leave the whole model on every rank, and split the work and the state of its optimizer by rows. On one
+    process, nothing to do.
+
+    Frozen parameters must be the same on all ranks. Call share_weights once the trained ones are filled.
+    """
+    from plumbing.exchange import Exchange
+
+    if dist.get_world_size() > 1:
+        model.exchange = Exchange(model)
+
+
+def sharding_of(model):
+    """What the ranks share out of this model: "none", "optimizer" or "full"."""
+    if _exchanges(model):
+        return "optimizer"
+    return "full" if is_sharded(model) else "none"
+
+
+def shards(model):
+    """{name: tensor} of what this rank's optimizer updates: its rows of each parameter."""
+    return model.exchange.shards if _exchanges(model) else dict(model.named_parameters())
+
+
+def share_weights(model):
+    """After this rank's rows have changed: send them to the ranks, if all of them hold the whole model."""
+    if _exchanges(model):
+        model.exchange.send_weights()
+
+
+def share_weights_after(optimizer, model):
+    """share_weights after each step of the optimizer."""
+    optimizer.register_step_post_hook(lambda *_: share_weights(model))
+
+
+def micro_batches(model, batches):
+    """Yield the micro-batches of one optimizer step, for one backward pass each. After the last of them,
+    shards(model) have the gradients: sums over micro-batches and ranks."""
+    batches = iter(batches)
+    batch = next(batches)
+    for following in batches:
+        yield batch
+        batch = following
+    if _exchanges(model):
+        model.exchange.in_last_backward = True
+    yield batch
+    if _exchanges(model):
+        model.exchange.finish_gradients()
+
+
+def loss_scale(model):
+    """What a rank's loss is multiplied by, so that gradients are sums over ranks: FSDP2 takes means."""
+    return dist.get_world_size() if is_sharded(model) else 1
+
+
+def settle(model):
+    """Make model.named_parameters() what was trained: wait for weights under way, and drop those that FSDP2
+    gathered for a forward pass and left in the place of the root's parameters."""
+    if _exchanges(model):
+        model.exchange.wait()
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()
+
+
+def of_all_ranks(model, name, rows):
+    """shards(model)[name], or a tensor like it of the optimizer, as what it is over all ranks: a DTensor where
+    it is split."""
+    return model.exchange.of_all_ranks(name, rows) if _exchanges(model) else rows
+
+
+def _exchanges(model):
+    return hasattr(model, "exchange")
+
+
 def gather(model):
     """Gather the root's weights in the compute precision, for code that reads lm_head.weight before a
     forward. `release` drops them."""
+    if _exchanges(model):
+        model.exchange.wait()
     if is_sharded(model):
         model.unshard()
 

@@ -1,7 +1,7 @@
 """Hugging Face folders in and out of (sharded) models: weights, tokenizer, adapters. safetensors and JSON
 only.
 
-Sharded means FSDP2: every parameter is a DTensor, split over the ranks by rows of dimension 0. Reading, each
+Sharded means that a parameter is a DTensor here, split over the ranks by rows of dimension 0. Reading, each
 rank reads its own rows of the files. Writing, one full parameter at a time exists on rank 0. Neither holds a
 whole model in host memory.
 """
@@ -141,15 +141,12 @@ def _rank():
 
 
 def sharded_parameters(model):
-    """{name: parameter}, this rank's shards; a tied one once.
-
-    FSDP2 leaves the root's parameters gathered after a forward without a backward. They are resharded first,
-    or the gathered copies would be taken for the parameters.
-    """
-    for module in model.modules():
-        if parallel.is_sharded(module):
-            module.reshard()
-    return dict(model.named_parameters())
+    """{name: parameter}, this rank's shards; a tied one once. Call parallel.share_weights after filling them."""
+    parallel.settle(model)
+    params = {}
+    for name, shard in parallel.shards(model).items():
+        params[name] = parallel.of_all_ranks(model, name, shard)
+    return params
 
 
 def _base_parameters(model):
@@ -193,7 +190,7 @@ def load_weights(model, directory):
     files = weight_files(directory)
     stored = _tensors(files)
     if model.config.tie_word_embeddings and "lm_head.weight" in stored:  # tied, yet stored twice
-        names = {param: name for name, param in params.items()}
+        names = {param: name for name, param in model.named_parameters()}
         embedding = names[model.lm_head.weight]
         stored.setdefault(embedding, stored["lm_head.weight"])  # or once, under either name
         _check_tied(embedding, stored, directory)
@@ -208,6 +205,7 @@ def load_weights(model, directory):
             copy_rows(param, stored[name])
         if verified:
             verified.result()
+    parallel.share_weights(model)
 
 
 def _tensors(paths):
@@ -503,3 +501,4 @@ def load_adapter(model, directory):
     _check_fit(params, stored, files)
     for name, param in params.items():
         copy_rows(param, stored[name])
+    parallel.share_weights(model)

@@ -1,6 +1,7 @@
 """One life of a run, for test_checkpoint.py, on any number of ranks: resume, compare with whole tensors, train a step, save, export.
 
-checkpoint_ranks.py ROOT 2:one:two 3:two:three   (ranks : resumed folder : new folder, under ROOT; ROOT/base is the pretrained model)
+checkpoint_ranks.py ROOT 2:one:two:full 3:two:three:optimizer   (ranks : resumed folder : new folder, under ROOT : sharding; ROOT/base is
+the pretrained model)
 """
 
 import os
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import nll_sum, random_documents, stream
 
+from kernels import is_split, join_master
 from model import Llama, LlamaConfig, apply_lora, init_lora
-from optim import adamw, apply_gradients
+from optim import adamw, apply_gradients, keep_masters
 from plumbing import parallel
 from plumbing.checkpoint import Checkpointer
 from plumbing.tokenizer import Tokenizer
@@ -23,22 +25,30 @@ IDENTITY = {"lr": 0.01, "lora_targets": ("q_proj", "v_proj")}
 DOCUMENTS = random_documents(97)
 
 
-def build(kind, base, device="cpu"):
-    """("full" | "lora") -> a sharded model with base's weights and its optimizer."""
+def build(kind, base, sharding="full", device="cpu"):
+    """("full" | "lora" | "bf16") -> a sharded model with base's weights and its optimizer; bf16: split masters, or FSDP2 that computes so."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_hf(base))
         if kind == "lora":
             apply_lora(model, rank=4, alpha=6.0)
-    parallel.shard(model, "fp32")
+    if sharding == "full":
+        parallel.shard(model, "bf16" if kind == "bf16" else "fp32")
+    elif kind == "bf16":
+        model.bfloat16()
     parallel.materialize(model, device)
-    load_weights(model, base)
+    if sharding == "optimizer":
+        parallel.share_optimizer(model)
+        if kind == "bf16":
+            keep_masters(model, torch.float32)
     if kind == "lora":
         init_lora(model, 0, parallel.assign)
+    load_weights(model, base)
     return model, adamw(model, weight_decay=0.1)
 
 
 def train_step(model, optimizer):
-    nll_sum(model, DOCUMENTS).backward()
+    for documents in parallel.micro_batches(model, [DOCUMENTS]):
+        nll_sum(model, documents).backward()
     apply_gradients(optimizer, lr=0.01, max_grad_norm=1.0)
 
 
@@ -50,10 +60,13 @@ def evaluate(model):
 
 def whole_tensors(model, optimizer=None):
     """Every parameter and all of its Adam state, gathered, on every rank."""
+    parallel.settle(model)
     tensors = {}
-    for name, param in sharded_parameters(model).items():
-        states = optimizer.state.get(param, {}) if optimizer else {}
-        for key, tensor in {"param": param, **states}.items():
+    for name, shard in parallel.shards(model).items():
+        states = optimizer.state.get(shard, {}) if optimizer else {}
+        master = join_master(shard.detach(), shard.master.low_bits) if is_split(shard) else shard
+        for key, tensor in {"param": master, **states}.items():
+            tensor = parallel.of_all_ranks(model, name, tensor) if tensor.ndim else tensor
             tensors[f"{key}/{name}"] = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
     return tensors
 
@@ -70,6 +83,8 @@ def scramble(model, optimizer):
         for param in group["params"]:
             for tensor in (param, *optimizer.state.get(param, {}).values()):
                 parallel.local_rows(tensor)[1].fill_(7.0)
+            if is_split(param):
+                param.master.low_bits.fill_(7)
 
 
 def fill_the_disk(checkpointer, step, rank):
@@ -94,15 +109,15 @@ def expect_failure_everywhere(checkpointer, model, optimizer, ranks):
     assert checkpointer.latest() == before
 
 
-def life(root, source, target, ranks):
+def life(root, source, target, ranks, sharding="full", kinds=("full", "lora")):
     """Everything in ROOT/TARGET: <kind>/checkpoints, <kind>.safetensors (whole tensors at the save), <kind>/final, lora/adapter."""
     base = load_file(root / "base/model.safetensors")
-    for kind in ("full", "lora"):
-        model, optimizer = build(kind, root / "base")
+    for kind in kinds:
+        model, optimizer = build(kind, root / "base", sharding)
         loaded = {name: tensor for name, tensor in whole_tensors(model).items() if "lora_" not in name}
         assert_equal(loaded, {f"param/{name}": tensor for name, tensor in base.items()})
-        if ranks.size == 3:  # 4 rows over 3 ranks: 2, 2 and 0
-            small = dict(model.named_parameters())["model.layers.0.self_attn.k_proj.weight"]
+        if ranks.size == 3 and (kind, sharding) != ("lora", "optimizer"):  # 4 rows over 3 ranks: 2, 2 and 0; frozen ones are whole there
+            small = sharded_parameters(model)["model.layers.0.self_attn.k_proj.weight"]
             assert len(parallel.local_rows(small)[1]) == (2, 2, 0)[ranks.rank]
         step = 0
         if source:
@@ -129,10 +144,10 @@ def life(root, source, target, ranks):
     parallel.barrier()
 
 
-def one_rank(rank, num_ranks, port, root, source, target):
+def one_rank(rank, num_ranks, port, root, source, target, *how):
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in values.items()})
-    life(root, source, target, parallel.init())
+    life(root, source, target, parallel.init(), *how)
     parallel.shutdown()
 
 
@@ -144,6 +159,7 @@ def free_port():
 
 if __name__ == "__main__":
     for one_life in sys.argv[2:]:  # forked, not torchrun: torch is imported once, not seven times
-        num_ranks, source, target = one_life.split(":")
-        args = (int(num_ranks), free_port(), Path(sys.argv[1]), source, target)
+        num_ranks, source, target, *how = one_life.split(":")
+        how[1:] = [part.split(",") for part in how[1:]]  # kinds
+        args = (int(num_ranks), free_port(), Path(sys.argv[1]), source, target, *how)
         torch.multiprocessing.start_processes(one_rank, args, nprocs=int(num_ranks), start_method="fork")

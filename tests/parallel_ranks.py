@@ -263,9 +263,9 @@ def check_stop_signal(ranks):
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
 
 
-def main():
+def run_checks(checks):
     ranks = parallel.init()
-    for check in CHECKS:
+    for check in checks:
         check(ranks)
         parallel.barrier()
         ranks.say(f"{check.__name__} holds on {ranks.size} rank(s)")
@@ -275,4 +275,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_checks(CHECKS)

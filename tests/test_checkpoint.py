@@ -104,6 +104,16 @@ def test_ranks_1_to_2_to_3_to_1(root, ranks):
             torch.testing.assert_close(logits(model), logits(adapted), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_either_sharding_reads_the_other(root, ranks):
+    """The same through ranks that share the optimizer and ranks that share all, bf16's split masters with all 32 bits among them."""
+    kinds = ("full", "lora", "bf16")
+    life(root, "", "first", ranks, "optimizer", kinds)  # on one process: a plain model
+    lives = ("2:first:second:optimizer", "3:second:third:full", "2:third:fourth:optimizer", "3:fourth:fifth:optimizer")
+    run_lives(root, *(f"{one_life}:{','.join(kinds)}" for one_life in lives))
+    life(root, "fifth", "last", ranks, "optimizer", kinds)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_resumed_training_is_bitwise_the_uninterrupted_one(root, ranks, tmp_path, kind):
     model, optimizer = build(kind, root / "base")

@@ -240,7 +240,7 @@ def test_every_tensor_and_step_draws_bits_of_its_own(monkeypatch):
     """With those of the step before, a moment would be rounded the same way every time, and drift."""
     split, _, optimizer, _ = split_and_whole(torch.bfloat16)
     seeds = []
-    monkeypatch.setattr(kernels, "adamw", lambda *numbers, seed: seeds.append(seed))
+    monkeypatch.setattr(kernels, "adamw", lambda *numbers, seed, first: seeds.append(seed))
     for p in split.parameters():
         p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
     for _ in range(3):

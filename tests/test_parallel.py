@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from exchange_ranks import CHECKS as EXCHANGE_CHECKS
 from parallel_ranks import CHECKS
 
 from plumbing import parallel
@@ -17,7 +18,7 @@ from plumbing.weights import resolve
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("check", CHECKS + EXCHANGE_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_one_process(check, ranks):
     assert ranks.size == 1 and ranks.main
     check(ranks)
@@ -84,12 +85,13 @@ def test_torchrun_ends_with_the_message(failure):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_processes(num_ranks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "tests/parallel_ranks.py"]
+@pytest.mark.parametrize("script, checks", [("parallel_ranks.py", CHECKS), ("exchange_ranks.py", EXCHANGE_CHECKS)])
+def test_processes(num_ranks, script, checks):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), f"tests/{script}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr[-6000:]
-    assert result.stdout.count(f"holds on {num_ranks} rank(s)") == len(CHECKS)
+    assert result.stdout.count(f"holds on {num_ranks} rank(s)") == len(checks)
 
 
 if __name__ == "__main__":  # one rank of test_torchrun_ends_with_the_message

@@ -131,9 +131,9 @@ class Outcome:
         return self
 
 
-def launch(stage, config, *args, ranks=1, prepare=None):
+def launch(stage, config, *args, ranks=1, prepare=None, logs="logs"):
     """Run train_<stage>.py CONFIG args on so many processes; prepare() is called in each first. Returns its Outcome."""
-    return spawn(partial(_train, stage, [str(config), *args], prepare), Path(config).parent / "logs", ranks)
+    return spawn(partial(_train, stage, [str(config), *args], prepare), Path(config).parent / logs, ranks)
 
 
 def spawn(work, logs, ranks=1):
@@ -253,8 +253,10 @@ class SilentLog:
 
 def whole_gradients(model):
     """{name: gradient} with all ranks' rows, and none left on the model."""
-    grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
-    model.zero_grad()
+    grads = {}
+    for name, shard in parallel.shards(model).items():
+        if shard.grad is not None:
+            grads[name], shard.grad = parallel.of_all_ranks(model, name, shard.grad), None
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
