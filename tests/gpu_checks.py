@@ -1,4 +1,4 @@
-"""What only a GPU can show, for test_gpu.py and, where pytest is missing, by itself: python tests/gpu_checks.py prints what was measured.
+"""What only a GPU can show, for test_gpu.py and, where pytest is missing, by itself: python tests/gpu_checks.py [NAME ...] prints what was measured.
 
 Each check asserts and returns a dict of numbers. Errors are relative: |a - b| / |b| over the whole tensor.
 """
@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when run without pytest
@@ -37,7 +38,7 @@ from kernels import (
     token_logps,
 )
 from model import adapters_disabled, apply_fused, apply_lora, apply_recompute, generate, init_lora
-from plumbing import parallel
+from plumbing import exchange, parallel
 from plumbing.checkpoint import Checkpointer
 from plumbing.files import read_config
 
@@ -587,7 +588,7 @@ def check_sharded_lora():
 
 
 class ThroughHost:
-    """What two ranks exchange, for a GPU that both of them use, which NCCL refuses: copied to the host, exchanged by gloo, copied back."""
+    """What FSDP2 exchanges, for two ranks on one GPU, which NCCL refuses: copied to the host, exchanged by gloo, copied back."""
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(size, dtype=dtype, device=device)
@@ -603,6 +604,24 @@ class ReduceScatter(ThroughHost):
         assert op == dist.ReduceOp.AVG
         mine = [whole.chunk(dist.get_world_size())[dist.get_rank()] for whole in gather(input_tensor)]
         output_tensor.copy_(torch.stack(mine).mean(0))
+
+
+class Done:
+    def wait(self):
+        pass
+
+
+def reduce_scatter_through_host(owns, wholes):
+    """The same for plumbing.exchange."""
+    for own, whole in zip(owns, wholes, strict=True):
+        own.copy_(sum(part.chunk(dist.get_world_size())[dist.get_rank()] for part in gather(whole)))
+    return Done()
+
+
+def all_gather_through_host(wholes, owns):
+    for whole, own in zip(wholes, owns, strict=True):
+        whole.copy_(torch.cat(gather(own)))
+    return Done()
 
 
 def gather(tensor):
@@ -626,6 +645,7 @@ def share_one_gpu():
 
     dist.init_process_group = lambda backend, **options: init("gloo", **options)
     parallel.shard = shard_through_host
+    exchange.reduce_scatter, exchange.all_gather = reduce_scatter_through_host, all_gather_through_host
     training.Run.finish = lambda self: 0  # an export exchanges by other ways
 
 
@@ -636,19 +656,31 @@ def share_one_gpu_and_stop():
     world.signal_after(2, signal.SIGTERM)
 
 
-def check_runs_of_two_ranks():
-    """World size on the fast paths, in fused blocks: two ranks of FSDP2 beside one process without, and two that stop beside one that goes
-    on. DPO with shared prefixes and its own reference cache. Four steps each; losses and gradient norms, relative."""
+LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+
+
+def make_world(folder):
+    """world.make_world with a model wide enough for the flash kernel."""
     import world  # it needs pytest and datasets, the other checks do not
 
-    lora, worst = {"lora_rank": 4, "lora_alpha": 8.0}, {}
-    cases = (("sft", "fp32", {}, 1e-5), ("dpo", "bf16", {}, 4e-2), ("dpo", "bf16", lora, 4e-2), ("sft", "fp8", {}, 4e-2))
+    root = world.make_world(Path(folder) / "world")
+    shape = dict(vocab_size=read_config(root / "base")["vocab_size"], hidden_size=128, intermediate_size=256, head_dim=32)
+    world.write_model(root / "base", random_llama(tiny_config(**shape), std=0.06))
+    return root
+
+
+def check_runs_of_two_ranks():
+    """World size on the fast paths, in fused blocks: two ranks beside one process, and two that stop beside one that goes on. DPO with
+    shared prefixes and its own reference cache. Four steps each; losses and gradient norms, relative."""
+    import world
+
+    full, worst = {"sharding": "full"}, {}
+    cases = (("sft", "fp32", {}, 1e-5), ("sft", "fp32", full, 1e-5), ("sft", "bf16", {}, 4e-2), ("dpo", "bf16", {}, 4e-2),
+             ("dpo", "bf16", full, 4e-2), ("dpo", "bf16", LORA, 4e-2), ("sft", "fp8", {}, 4e-2))  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        root = world.make_world(Path(folder) / "world")
-        shape = dict(vocab_size=read_config(root / "base")["vocab_size"], hidden_size=128, intermediate_size=256, head_dim=32)
-        world.write_model(root / "base", random_llama(tiny_config(**shape), std=0.06))
+        root = make_world(folder)
         for stage, precision, keys, tolerance in cases:
-            case = " ".join([stage, precision, *keys])
+            case = " ".join([stage, precision, *map(str, keys.values())])
             config = world.write_config(Path(folder) / case, root, precision=precision, save_every=2, **{stage: {"lr": 1e-3}}, **keys)
             runs = [Path(folder) / case / how for how in ("alone", "on two", "resumed")]
 
@@ -665,6 +697,94 @@ def check_runs_of_two_ranks():
             if stage == "dpo":  # policy = reference to the bit
                 assert all(abs(world.trace(run, "loss")[0].item() - math.log(2)) < 1e-7 for run in runs), case
     return worst
+
+
+# ---------------------------------------------------------------- whole runs of one rank, and of two on two GPUs
+
+
+def check_runs_on_two_gpus():
+    """Two GPUs beside one, through NCCL: losses and gradient norms of four steps, relative; the weights of the two modes of sharding."""
+    import world
+
+    worst = {}
+    cases = (("sft", "fp32", {}, 1e-5), ("sft", "bf16", {}, 4e-2), ("dpo", "bf16", {"moments": "bf16", "gradients": "bf16"}, 4e-2),
+             ("sft", "bf16", LORA, 4e-2), ("dpo", "bf16", LORA, 4e-2), ("sft", "fp8", {}, 4e-2))  # fmt: skip
+
+    def compare(root, folder, case):
+        stage, precision, keys, tolerance = case
+        name = " ".join([stage, precision, *map(str, keys)])
+        config = world.write_config(folder / name, root, precision=precision, **{stage: {"lr": 1e-3}}, **keys)
+        runs = {"one": (1, ()), "two": (2, ())} | ({} if "moments" in keys else {"full": (2, ("--sharding=full",))})
+        for run, (ranks, how) in runs.items():
+            out = folder / name / run
+            world.launch(stage, config, f"--out_dir={out}", f"--cache_dir={out}/cache", *how, ranks=ranks, logs=f"logs {run}").ok()
+        expected = world.trace(folder / name / "one", "loss", "grad_norm")
+        for run in list(runs)[1:]:
+            found = world.trace(folder / name / run, "loss", "grad_norm")
+            worst[f"{name} {run}"] = ((found - expected).abs() / expected).max().item()
+            assert worst[f"{name} {run}"] < tolerance, worst
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_world(folder)
+        in_parallel(lambda case: compare(root, Path(folder), case), cases)
+    return worst
+
+
+def check_bytes_on_one_gpu():
+    return runs_end_in_the_same_bytes(1)
+
+
+def check_bytes_on_two_gpus():
+    return runs_end_in_the_same_bytes(2)
+
+
+def kill_at_step_2():
+    import world
+
+    world.save_at_once(kill_after=2)
+
+
+def runs_end_in_the_same_bytes(ranks):
+    """deterministic=True: a run, the same again, and one that is killed (SIGKILL) after step 2 and goes on end in the same weights, by the
+    same losses and gradient norms. How many numbers differ without it is measured."""
+    import world
+
+    differing = {}
+    cases = (("sft", {}), ("dpo", {}), ("sft", LORA), ("dpo", LORA), ("sft", {"precision": "fp8"}), ("dpo", {"moments": "bf16"}),
+             ("dpo", {"deterministic": False}))  # fmt: skip
+
+    def compare(root, folder, case):
+        stage, keys = case
+        name = " ".join([stage, *map(str, keys)])
+        keys = {"precision": "bf16", "deterministic": True, "save_every": 2} | keys
+        config = world.write_config(folder / name, root, **{stage: {"lr": 1e-3}}, **keys)
+        runs = [folder / name / run for run in ("once", "again", "killed")]
+
+        def launch(run, prepare=None):
+            where = f"--out_dir={run}", f"--cache_dir={run}/cache"
+            return world.launch(stage, config, *where, ranks=ranks, prepare=prepare, logs=f"logs {run.name}")
+
+        launch(runs[0]).ok()
+        launch(runs[1]).ok()
+        assert -signal.SIGKILL in launch(runs[2], kill_at_step_2).codes
+        assert "goes on after step 2 of 4" in launch(runs[2]).ok().out[0]
+        expected, *others = (world.final_weights(run) for run in runs)
+        differ = sum(int((other[key] != expected[key]).sum()) for other in others for key in expected)
+        traces = [world.trace(run, "loss", "grad_norm") for run in runs]
+        if keys["deterministic"]:
+            assert differ == 0 and all(torch.equal(found, traces[0]) for found in traces), (name, differ, traces)
+        differing[name] = differ
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_world(folder)
+        in_parallel(lambda case: compare(root, Path(folder), case), cases)
+    return differing
+
+
+def in_parallel(work, cases):
+    """Tiny runs leave a GPU idle most of the time."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, cases))
 
 
 # ---------------------------------------------------------------- t-SNE (triton_tsne needs Triton, so it is imported where it runs)
@@ -734,17 +854,21 @@ def why_skipped(check):
     """Why this GPU cannot run the check; None where it can."""
     if check is check_attention_flash4 and importlib.util.find_spec("flash_attn") is None:
         return "flash-attn-4 is not installed"
+    if check.__name__.endswith("two_gpus") and torch.cuda.device_count() < 2:
+        return "needs two GPUs"
     needed, found = NEEDS.get(check, (8, 0)), torch.cuda.get_device_capability()
     if found < needed:
         return f"needs compute capability {needed[0]}.{needed[1]}, this GPU has {found[0]}.{found[1]}"
     return None
 
 
-def main():
-    """Run every check, print a table, return how many failed."""
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+def main(names):
+    """Run every check, or those of these names, print a table, return how many failed."""
+    print(f"torch {torch.__version__}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     failed = 0
     for check in CHECKS:
+        if names and check.__name__.removeprefix("check_") not in names:
+            continue
         if reason := why_skipped(check):
             print(f"{check.__name__.removeprefix('check_'):32} skipped: {reason}", flush=True)
             continue
@@ -759,4 +883,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
