@@ -1,10 +1,15 @@
-"""Clock and power of GPU 0 beside a measurement, since a card at its power limit (700 W for an H200) lowers the one to keep the other."""
+"""Clock and power of a GPU beside a measurement, since a card at its power limit (700 W for an H200) lowers the one to keep the other.
 
+The GPU is the first that this process sees.
+"""
+
+import os
 import statistics
 import subprocess
 import threading
 
-COMMAND = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]  # bench/training.sh asks the same
+_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+COMMAND = ["nvidia-smi", "-i", _GPU, "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]  # bench/training.sh asks the same
 LAST = 60  # readings, a second apart
 
 

@@ -1,13 +1,14 @@
 """The other side of our training measurements: transformers, peft and TRL on the rows of bench/world.py, one GPU, steady state.
 
-    python bench/peers.py NAME --world runs/bench [--data dpo_mix.jsonl] [--seconds 40] [--out FILE.jsonl]
+    [torchrun --nproc-per-node 2] python bench/peers.py NAME --world runs/bench [--data dpo_mix.jsonl] [--seconds 40] [--out FILE.jsonl]
 
 hf_sft, hf_lora        transformers in a bare loop: no trainer, no logging, nothing but the step
 trl_sft                TRL's SFTTrainer
 trl_dpo, trl_dpo_lora  TRL's DPOTrainer with precomputed reference log-probs
 
 Full fine-tuning is pure bf16 (weights, gradients, AdamW's states), less than ours keeps. LoRA: r = 64, alpha = 128 on all linears of a bf16
-model, float32 adapters under autocast, the defaults of peft and TRL. Weights are random, made on the device. `bench/record.py --peer NAME
+model, float32 adapters under autocast, the defaults of peft and TRL. On several GPUs each has the whole model (torch's DistributedDataParallel,
+which TRL takes by itself): 8 bytes a parameter leave room for it, and it exchanges least. Rates are per GPU. Weights are random, made on the device. `bench/record.py --peer NAME
 --peer-file FILE.jsonl` puts what this measured beside a run of ours.
 """
 
@@ -16,6 +17,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -35,7 +38,8 @@ from model import LINEARS, LlamaConfig
 from plumbing.tokenizer import Tokenizer
 
 WARMUP = 3  # steps: the allocator, compilation, and the clocks under load
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 SFT = dict(data="sft_fixed.jsonl", max_seq_len=4096, micro_batch=2, accumulate=6, recompute="full")
 DPO = dict(data="dpo_fixed.jsonl", max_seq_len=2048, micro_batch=16, accumulate=2, recompute="full")
 DEFAULTS = {"hf_sft": SFT, "hf_lora": SFT | {"recompute": "best"}, "trl_sft": SFT, "trl_dpo": DPO, "trl_dpo_lora": DPO}
@@ -55,6 +59,8 @@ class Stopwatch:
             torch.cuda.reset_peak_memory_stats()
             self.clocks.start()
         self.done = len(self.ticks) > WARMUP and self.ticks[-1] - self.ticks[WARMUP - 1] >= self.seconds
+        if dist.is_initialized():  # rank 0's clock ends it for all
+            self.done = bool(broadcast(self.done))
         if self.done:
             self.clocks.stop()
         return self.done
@@ -64,6 +70,12 @@ class Stopwatch:
         result = {"step_s": statistics.median(steps), "mean_step_s": statistics.mean(steps), "steps": len(steps)}
         result["peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
         return result | {"clocks": self.clocks.median()}
+
+
+def broadcast(flag):
+    tensor = torch.tensor([float(flag)], device=DEVICE)
+    dist.broadcast(tensor, src=0)
+    return tensor.item()
 
 
 # ---------------------------------------------------------------- the model and the rows
@@ -135,14 +147,20 @@ def run_hf(args, documents, recompute, micro_batch):
         model, precision = get_peft_model(model, lora_config()), torch.autocast(DEVICE.type, torch.bfloat16)
     if args.compile:
         model.compile()
+    if RANKS > 1:
+        dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=DEVICE.type == "cuda")
-    rng, examples = np.random.default_rng(0), args.micro_batch * args.accumulate
+    rng, examples = np.random.default_rng(RANK), args.micro_batch * args.accumulate
     while not watch.done:
-        for ids in np.split(rng.choice(len(documents), examples, replace=False), examples // micro_batch):
-            with precision:
-                loss = model(**collate([documents[i] for i in ids])).loss * micro_batch / examples
-            loss.backward()
+        parts = np.split(rng.choice(len(documents), examples, replace=False), examples // micro_batch)
+        for turn, ids in enumerate(parts):
+            # DistributedDataParallel exchanges gradients once a step
+            with model.no_sync() if RANKS > 1 and turn + 1 < len(parts) else nullcontext():
+                with precision:
+                    loss = model(**collate([documents[i] for i in ids])).loss * micro_batch / examples
+                loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -227,6 +245,8 @@ def run_trl(args, sides):
 
 
 def main():
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=DEFAULTS)
     parser.add_argument("--world", type=Path, required=True, help="folder of bench/world.py: its rows, and the tokenizer of base/")
@@ -253,6 +273,9 @@ def main():
     used = [name for name in ("torch", "transformers", "peft", "trl", "liger_kernel") if name in sys.modules]
     line["versions"] = {name: importlib.metadata.version(name) for name in used}
     line |= {"tokens_per_example": tokens, "hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"}
+    line["gpus"] = RANKS
+    if RANK:
+        return
     print("\n".join(f"{key:18} {value}" for key, value in line.items()))
     if args.out:
         with args.out.open("a") as file:

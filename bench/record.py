@@ -29,7 +29,8 @@ def measure(folder):
     if not steps:
         raise ValueError(f"{folder}: fewer than {SKIP + 1} steps; expected a run long enough to have a steady state")
     gpus = manifest["world_size"]
-    values = {key: statistics.median(line[key] for line in steps) for key in ("tokens_per_s", "mfu", "step_s")}
+    keys = [key for key in ("tokens_per_s", "mfu", "step_s") if key in steps[0]]  # no mfu on a CPU
+    values = {key: statistics.median(line[key] for line in steps) for key in keys}
     values["tokens_per_s"] /= gpus
     if manifest["stage"] == "dpo":
         values["pairs_per_s"] = config["global_batch_size"] / values["step_s"] / gpus

@@ -1,7 +1,10 @@
-"""Random weights of a real shape and rows of known length, for timing: python bench/world.py DIR --tokenizer FOLDER [--preset NAME]
+"""Random weights of a real shape and rows of known length, for timing:
+
+    python bench/world.py DIR [--tokenizer FOLDER] [--preset NAME] [--no-weights]
 
 Writes DIR/base (a Hugging Face folder, bf16) and DIR/{sft,dpo}_{fixed,mix}.jsonl. Speed and memory do not depend on what the weights are.
-Words are common English ones that byte-level BPEs encode as one token each, so a row's length in tokens is its number of words.
+Words are common English ones that byte-level BPEs encode as one token each, so a row's length in tokens is its number of words. Without a
+tokenizer one is trained on these words and the template's: speed does not depend on which it is either.
 """
 
 import argparse
@@ -11,12 +14,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import Llama, LlamaConfig
 from plumbing import parallel
+from plumbing.files import write_json
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
 
@@ -34,6 +39,21 @@ def tulu_like_lengths(rng, n, mean=600, sigma=1.1, longest=4096):
     return np.clip(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n), 32, longest).astype(int)
 
 
+def write_tokenizer(folder):
+    """A byte-level BPE in which each of WORDS, with a space before it or not, is one token."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    alphabet, special = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), ["<|begin_of_text|>", "<|end_of_text|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    text = ["<|user|>", "<|assistant|>", *WORDS, *(f" {word}" for word in WORDS)]  # a text's first word has no space before it
+    core.train_from_iterator(["\n".join(text)] * 9, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    core.save(str(folder / "tokenizer.json"))
+    about = {"bos_token": special[0], "eos_token": special[1], "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(folder / "tokenizer_config.json", about)
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -49,8 +69,9 @@ def pair(rng, prompt, chosen, rejected):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder that has one")
+    parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder that has one")
     parser.add_argument("--preset", default="llama-3.1-8b", help="shape, of LlamaConfig.preset (default: %(default)s)")
+    parser.add_argument("--no-weights", action="store_true", help="only the rest of base/: bench/session.py draws its own")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -61,9 +82,17 @@ def main():
     prompts, chosen, rejected = (tulu_like_lengths(rng, DPO_ROWS, mean, longest=1000) for mean in (200, 300, 300))
     write_rows(args.folder / "dpo_mix.jsonl", [pair(rng, *lengths) for lengths in zip(prompts, chosen, rejected, strict=True)])
 
+    if args.tokenizer is None:
+        args.tokenizer = args.folder / "tokenizer"
+        write_tokenizer(args.tokenizer)
     tokenizer = Tokenizer.from_dir(args.tokenizer)
     config = LlamaConfig.preset(args.preset)
     config = dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    if args.no_weights:
+        (args.folder / "base").mkdir(exist_ok=True)
+        write_json(args.folder / "base/config.json", config.to_hf())
+        tokenizer.save(args.folder / "base", None)
+        return
     parallel.init()
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.manual_seed(0)
