@@ -7,9 +7,9 @@ trl_sft                TRL's SFTTrainer
 trl_dpo, trl_dpo_lora  TRL's DPOTrainer with precomputed reference log-probs
 
 Full fine-tuning is pure bf16 (weights, gradients, AdamW's states), less than ours keeps. LoRA: r = 64, alpha = 128 on all linears of a bf16
-model, float32 adapters under autocast, the defaults of peft and TRL. On several GPUs each has the whole model (torch's DistributedDataParallel,
-which TRL takes by itself): 8 bytes a parameter leave room for it, and it exchanges least. Rates are per GPU. Weights are random, made on the device. `bench/record.py --peer NAME
---peer-file FILE.jsonl` puts what this measured beside a run of ours.
+model, float32 adapters under autocast, the defaults of peft and TRL. On several GPUs each has the whole model (torch's
+DistributedDataParallel, which TRL takes by itself): 8 bytes a parameter leave room for it, and it exchanges least. Rates are per GPU.
+Weights are random, made on the device. `bench/record.py --peer NAME --peer-file FILE.jsonl` puts what this measured beside a run of ours.
 """
 
 import argparse

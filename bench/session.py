@@ -1,12 +1,13 @@
-"""Several training measurements in one process a GPU: a start costs 20 seconds of a rented machine, a second model only its weights' reading.
+"""Several training measurements in one process a GPU: each start would cost 20 s of a rented machine.
 
     python3 bench/session.py [--seconds 30] [--tag _1gpu] NAME.. [--key=value ..]
     torchrun --nproc-per-node 2 bench/session.py [--seconds 30] [--tag _2gpu] NAME.. [--key=value ..]
 
-NAME: a key of RUNS; with :trace behind it a table of one step's kernels instead of a rate. Each is train_sft.main or train_dpo.main with the
-keys of RUNS, and a global batch that many times larger than there are GPUs; it is stopped after SECONDS of steps behind the first SKIP.
-Run folders, for bench/record.py, are runs/bench/NAME + TAG, with the first GPU's clocks beside them. Rows and the model's shape are those of
-bench/world.py --no-weights; weights are random, drawn on the GPUs: reading 16 GB would tell nothing about a step.
+NAME: a key of RUNS; with :trace behind it, a table of one step's kernels instead of a rate. Each is
+train_sft.main or train_dpo.main with the keys of RUNS, and a global batch that many times larger than there
+are GPUs. It is stopped after SECONDS of steps behind the first SKIP. Run folders, for bench/record.py, are
+runs/bench/NAME + TAG, with the first GPU's clocks beside them. Rows and the model's shape are those of
+bench/world.py --no-weights. Weights are random, drawn on the GPUs: reading 16 GB tells nothing about a step.
 """
 
 import argparse

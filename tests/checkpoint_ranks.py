@@ -26,7 +26,10 @@ DOCUMENTS = random_documents(97)
 
 
 def build(kind, base, sharding="full", device="cpu"):
-    """("full" | "lora" | "bf16") -> a sharded model with base's weights and its optimizer; bf16: split masters, or FSDP2 that computes so."""
+    """("full" | "lora" | "bf16") -> a sharded model with base's weights and its optimizer.
+
+    bf16: split masters, or FSDP2 that computes in bf16.
+    """
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_hf(base))
         if kind == "lora":

@@ -79,6 +79,11 @@ def masters(model):
     return tensors
 
 
+def optimizer_tensors(model, optimizer):
+    """{key in a checkpoint: whole tensor}."""
+    return {key: whole(tensor) for key, tensor in checkpoint._trained_tensors(model, optimizer).items()}
+
+
 def assert_same_everywhere(model):
     """Every rank has the same whole weights, and of its rows those that its optimizer has."""
     parallel.settle(model)
@@ -151,7 +156,7 @@ def check_bits_where_sums_are_exact(ranks):
                 each.step()
         found, expected = masters(model), masters(alone)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        states, its_states = ({key: whole(t) for key, t in checkpoint._trained_tensors(*pair).items()} for pair in ((model, optimizer), (alone, its_optimizer)))
+        states, its_states = optimizer_tensors(model, optimizer), optimizer_tensors(alone, its_optimizer)
         assert states.keys() == its_states.keys() and all(torch.equal(states[key], its_states[key]) for key in states)
 
 

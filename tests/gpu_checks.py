@@ -1,4 +1,5 @@
-"""What only a GPU can show, for test_gpu.py and, where pytest is missing, by itself: python tests/gpu_checks.py [NAME ...] prints what was measured.
+"""What only a GPU can show, for test_gpu.py and, where pytest is missing, by itself: python tests/gpu_checks.py [NAME ...] prints what
+was measured.
 
 Each check asserts and returns a dict of numbers. Errors are relative: |a - b| / |b| over the whole tensor.
 """

@@ -34,4 +34,4 @@ def test_a_step_of_two_processes(world, tmp_path):
              if line.startswith(name)}  # fmt: skip
     assert 0 < lines["compute"] and 0 <= lines["exposed"] <= lines["exchange"] and lines["exchange"] > 0, result.stdout
     names = {event["name"] for event in json.loads(gzip.open(tmp_path / "sft/trace.json.gz").read())["traceEvents"]}
-    assert {"gloo:all_gather", "FSDP::all_gather (model.layers.0)"} <= names
+    assert any(name.startswith("gloo:") for name in names), names
