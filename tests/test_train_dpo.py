@@ -209,7 +209,9 @@ def test_default_betas_are_usual():
         assert low <= loss.beta <= high
 
 
-@pytest.mark.parametrize("loss, beta, is_said", [("dpo", 0.1, False), ("dpo", 5.0, True), ("dpo_norm", 0.1, True), ("dpo_norm", 5.0, False)])
+@pytest.mark.parametrize(
+    "loss, beta, is_said", [("dpo", 0.1, False), ("dpo", 5.0, True), ("dpo_norm", 0.1, True), ("dpo_norm", 5.0, False)]
+)
 def test_an_unusual_beta_is_said(ranks, capsys, loss, beta, is_said):
     """5 on sums, 0.1 on means: the two that are easily confused."""
     train_dpo.say_unusual_beta(SimpleNamespace(loss=loss, beta=beta), ranks)

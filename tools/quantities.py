@@ -38,7 +38,8 @@ MORE_ROWS = (
     "the padding token that open-instruct adds has no row in the embeddings, so it adds rows up to a multiple of 8, and they take a share "
     "of every softmax; nothing is padded here, and no row is added. The numbers below are without these rows on both sides"
 )
-MEAN_OF_MEANS = "theirs is a mean of the micro-batches' means: a token of a short one weighs more; ours divides once, by all tokens of the step"
+MEAN_OF_MEANS = "theirs is a mean of the micro-batches' means: a token of a short one weighs more; "
+MEAN_OF_MEANS += "ours divides once, by all tokens of the step"
 SUM = "theirs divides the step's sum by its micro-batches, ours (loss='tulu3_release') by its sequences"
 
 
