@@ -61,8 +61,8 @@ ATTENTION, ATTENTION_HALF = 0.434, 916  # varlen_attn over long documents; token
 OPTIMIZER = 0.82  # of the memory bandwidth: 49 ms for 24 bytes a parameter, 8.03 B parameters
 LINK = 0.60  # all-gather and reduce-scatter: 250 to 290 of 450 GB/s
 # With sharding="full" a GPU computes at this share of its rate alone: NCCL's kernels take SMs from the matmuls, gradients are added
-# outside, weights are copied in and out. 2 x H200 over NVLink, 8B, 49,152 tokens a GPU and step, micro-batches of 12,288 (2026-11-28, 982dfe7):
-# full 4.75 s a step beside 4.20 alone, LoRA 3.67 beside 3.35. Other counts and links were not measured.
+# outside, weights are copied in and out. 2 x H200 over NVLink, 8B, 49,152 tokens a GPU and step, micro-batches of 12,288
+# (2026-11-28, 982dfe7): full 4.75 s a step beside 4.20 alone, LoRA 3.67 beside 3.35. Other counts and links were not measured.
 SHARDED_FULL, SHARDED_LORA = 0.885, 0.91
 WHOLE = 0.985  # with sharding="optimizer", full and LoRA, on the same cards at the same sizes: 0.981 to 0.989
 
