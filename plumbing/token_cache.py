@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from plumbing.files import HASHES, UserError, read_json, sha256_of, write_hashes
+
 
 def write(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
     """Write beside `folder`, then rename. A run that shares the cache may have been faster: then its equal
@@ -31,8 +33,8 @@ def write(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
         try:
             for name, column in columns.items():
                 np.save(new / f"{name}.npy", column, allow_pickle=False)
-            meta["sha256"] = {path.name: _file_sha256(path) for path in sorted(new.glob("*.npy"))}
             (new / "meta.json").write_text(json.dumps(meta, indent=1))
+            write_hashes(new)
         except OSError as error:  # numpy's own names no file
             needed = sum(column.nbytes for column in columns.values())
             free = shutil.disk_usage(folder.parent).free
@@ -53,10 +55,10 @@ def is_intact(folder: Path, log) -> bool:
     if not folder.is_dir():
         return False
     try:
-        recorded = json.loads((folder / "meta.json").read_text())["sha256"]
-        damaged = [name for name, sha256 in recorded.items() if not _has_sha256(folder / name, sha256)]
-    except (FileNotFoundError, ValueError):
-        damaged = ["meta.json"]
+        listed = read_json(folder / HASHES)
+        damaged = [name for name, sha256 in listed.items() if not _has_sha256(folder / name, sha256)]
+    except UserError:
+        damaged = [HASHES]
     if damaged:
         log(f"data: {folder}: {', '.join(damaged)} missing or damaged; tokenising again")
         # Renamed first: another run that shares the cache finds all of it or nothing, or has removed it
@@ -67,12 +69,7 @@ def is_intact(folder: Path, log) -> bool:
 
 
 def _has_sha256(path: Path, sha256: str) -> bool:
-    return path.is_file() and _file_sha256(path) == sha256
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.is_file() and sha256_of(path) == sha256
 
 
 # ---------------------------------------------------------------- leftovers

@@ -696,7 +696,7 @@ def test_equal_rows_at_other_places_keep_their_own_row_ids(tokenizer, config):
         assert documents.row_ids.tolist() == [f"{config.path}#{i}" for i in np.random.RandomState(42).choice(n, 2, replace=False)]
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "missing", "no meta.json", "torn meta.json"])
+@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "missing", "no meta.json", "torn meta.json", "flipped meta.json"])
 def test_a_damaged_cache_is_tokenised_again(tokenizer, config, damage):
     first = contents(data.load_sft(config, tokenizer)[0])
     (file,) = config.cache_dir.glob("*/train.messages.input_ids.npy")
@@ -708,6 +708,9 @@ def test_a_damaged_cache_is_tokenised_again(tokenizer, config, damage):
         file.write_bytes(content[:-5])
     elif damage == "torn meta.json":
         (file.parent / "meta.json").write_text('{"sha')
+    elif damage == "flipped meta.json":  # still JSON
+        meta = (file.parent / "meta.json").read_text()
+        (file.parent / "meta.json").write_text(re.sub(r"\d", lambda digit: str(int(digit[0]) ^ 1), meta, count=1))
     else:
         (file if damage == "missing" else file.parent / "meta.json").unlink()
     lines = []
