@@ -1,9 +1,9 @@
 """Llama from scratch: one packed token stream in, hidden states out.
 
 It is Llama 2 / 3 / 3.1 / 3.2, Mistral, Zephyr, Tulu 3, SmolLM2 and Qwen2, which differ in shape, biases and
-rotary frequencies only. Shapes: T tokens of a packed stream, N documents in it, D hidden size, H query heads,
-G key/value heads, K head size, V vocabulary, L blocks. Module names are Hugging Face's, so their weights load
-strictly with no key map.
+rotary frequencies only; and Qwen3, OLMo 2 and OLMo 3, which also differ in their norms. Shapes: T tokens of a
+packed stream, N documents in it, D hidden size, H query heads, G key/value heads, K head size, V vocabulary,
+L blocks. Module names are Hugging Face's, so their weights load strictly with no key map.
 """
 
 import functools
@@ -12,6 +12,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama. Field names and meanings are config.json's; the three bias switches are ours."""
+    """Shape of a Llama. Field names and meanings are config.json's; biases and norms are ours."""
 
     vocab_size: int
     hidden_size: int
@@ -57,12 +58,15 @@ class LlamaConfig:
     max_position_embeddings: int = 4096
     # the mask of a sliding window is not implemented: documents longer than this are refused
     sliding_window: int | None = None
-    # Qwen2 with a window: the blocks from this one on have it. Long documents are refused all the same.
+    # Qwen2 and Qwen3 with a window: the blocks from this one on have it. Long documents are refused all the same.
     max_window_layers: int | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    # RMSNorm of q and k before the rotation: over each head (Qwen3) or over their whole width (OLMo 2)
+    qk_norm: Literal["head", "width"] | None = None
+    post_norm: bool = False  # OLMo 2: a block's norms are behind attention and MLP, not before them
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -88,7 +92,8 @@ class LlamaConfig:
             rope = {"rope_type": "llama3"} | vars(self.rope_scaling)
         keys = (*_REQUIRED, "num_key_value_heads", "head_dim", "tie_word_embeddings", "model_type")
         out = {key: getattr(self, key) for key in (*keys, "bos_token_id", "eos_token_id")}
-        if self.pad_token_id is not None:
+        # an OLMo without the key has transformers' default, 1
+        if self.pad_token_id is not None or self.model_type in ("olmo2", "olmo3"):
             out["pad_token_id"] = self.pad_token_id
         out["architectures"] = [_ARCHITECTURES[self.model_type]]
         out |= {"hidden_act": "silu", "attention_dropout": 0.0}
@@ -96,19 +101,28 @@ class LlamaConfig:
         # rope_parameters
         out |= {"rope_theta": self.rope_theta, "rope_scaling": rope if self.rope_scaling else None}
         out["rope_parameters"] = rope | {"rope_theta": self.rope_theta}
-        if self.model_type == "llama":
+        if self.model_type == "olmo3":  # a rope for each kind of layer
+            out["rope_parameters"] = dict.fromkeys(_OLMO3_LAYERS, out["rope_parameters"])
+        if self.model_type in _ATTENTION_BIAS:
             if self.qkv_bias != self.o_bias:
-                one_switch = "Hugging Face's Llama has one switch, attention_bias, for both"
+                one_switch = "Hugging Face's class has one switch, attention_bias, for both"
                 raise UserError(f"qkv_bias != o_bias: {one_switch}")
-            out |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
-        if self.model_type == "mistral":
+            out["attention_bias"] = self.qkv_bias
+        if self.model_type == "llama":
+            out["mlp_bias"] = self.mlp_bias
+        if self.model_type in ("mistral", "olmo3"):
             out["sliding_window"] = self.sliding_window
-        if self.model_type == "qwen2":
+        if self.model_type in ("qwen2", "qwen3"):
             out["use_sliding_window"] = self.sliding_window is not None
             out["sliding_window"] = self.sliding_window
             if self.sliding_window:
                 out["max_window_layers"] = self.max_window_layers
         return out
+
+    @property
+    def fusable(self):
+        """Whether fused_block computes these blocks: it has norms before attention and MLP only."""
+        return self.qk_norm is None and not self.post_norm
 
     def flops(self, length, logits=None):
         """Forward floating-point operations of one document of `length` tokens: matmuls and causal attention,
@@ -132,7 +146,22 @@ class LlamaConfig:
         return self.num_hidden_layers * 2 * self.num_attention_heads * self.head_dim * length * (length + 1)
 
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+}
+# what the name of an architecture says about its norms, and no key does
+_NORMS = {
+    "qwen3": dict(qk_norm="head"),
+    "olmo2": dict(qk_norm="width", post_norm=True),
+    "olmo3": dict(qk_norm="width", post_norm=True),
+}
+_ATTENTION_BIAS = ("llama", "qwen3", "olmo2", "olmo3")  # the classes with this switch
+_OLMO3_LAYERS = ("sliding_attention", "full_attention")
 # what a config.json must say, because there is no default that is right for all
 _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -182,7 +211,9 @@ def _config_from_hf(raw, source):
     for key, allowed in _FIXED.items():
         if key in raw and raw[key] not in allowed:
             refuse(key, repr(allowed[0]))
-    if missing := [key for key in _REQUIRED if raw.get(key) is None]:
+    # Qwen3's own defaults, 128 and 32, follow from no other key
+    also = ("head_dim", "num_key_value_heads") if raw["model_type"] == "qwen3" else ()
+    if missing := [key for key in _REQUIRED + also if raw.get(key) is None]:
         keys = ", ".join(missing)
         raise UserError(f"{source}: {keys}: missing; expected in every {raw['model_type']} config")
     model_type = raw["model_type"]
@@ -194,9 +225,10 @@ def _config_from_hf(raw, source):
         expected = "a multiple of the key/value heads, and an even head size (RoPE turns pairs)"
         raise UserError(f"{source}: {found}: expected {expected}")
     # Qwen2 has biases on q, k and v without a key for it; a Mistral has a window unless it says null
-    attention_bias = model_type == "llama" and raw.get("attention_bias", False)
-    rope_theta, rope_scaling = rope_from_hf(raw, source)
-    windowed = model_type == "mistral" or (model_type == "qwen2" and raw.get("use_sliding_window", False))
+    attention_bias = model_type in _ATTENTION_BIAS and raw.get("attention_bias", False)
+    is_qwen = model_type in ("qwen2", "qwen3")
+    windowed = model_type in ("mistral", "olmo3") or (is_qwen and raw.get("use_sliding_window", False))
+    rope_theta, rope_scaling = (_olmo3_rope if model_type == "olmo3" else rope_from_hf)(raw, source)
     eos = raw.get("eos_token_id")
     return LlamaConfig(
         **{key: raw[key] for key in _REQUIRED},
@@ -206,11 +238,12 @@ def _config_from_hf(raw, source):
         rope_scaling=rope_scaling,
         # 4096 and 28: transformers' defaults
         sliding_window=raw.get("sliding_window", 4096) if windowed else None,
-        max_window_layers=raw.get("max_window_layers", 28) if windowed and model_type == "qwen2" else None,
+        max_window_layers=raw.get("max_window_layers", 28) if windowed and is_qwen else None,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         qkv_bias=model_type == "qwen2" or attention_bias,
         o_bias=attention_bias,
         mlp_bias=model_type == "llama" and raw.get("mlp_bias", False),
+        **_NORMS.get(model_type, {}),
         model_type=model_type,
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
@@ -230,6 +263,28 @@ def rope_from_hf(raw, source):
         both = ", ".join(f"{key}={raw[key]}" for key in found)
         raise UserError(f"{source}: {both}: expected one of them, or the same in both")
     return next(iter(found.values()), (raw.get("rope_theta", 10000.0), None))
+
+
+def _olmo3_rope(raw, source):
+    """(theta, None) where both kinds of OLMo 3's layers turn alike; UserError otherwise."""
+
+    def refuse(key, expected):
+        raise UserError(f"{source}: {key}={raw[key]!r}: expected {expected}")
+
+    pattern = [_OLMO3_LAYERS[i % 4 == 3] for i in range(raw["num_hidden_layers"])]
+    if raw.get("layer_types") not in (None, pattern):
+        refuse("layer_types", "the window in three of four layers, the fourth without")
+    if raw.get("rope_scaling"):
+        refuse("rope_scaling", "null: stretching the layers without a window only is not implemented")
+    ropes = raw.get("rope_parameters")
+    if not ropes:
+        return raw.get("rope_theta", 500000.0), None  # transformers' default
+    if ropes.keys() != set(_OLMO3_LAYERS) or len({_rope(ropes, kind, source) for kind in ropes}) > 1:
+        refuse("rope_parameters", f"the same for each of {', '.join(_OLMO3_LAYERS)}")
+    theta, scaling = _rope(ropes, _OLMO3_LAYERS[0], source)
+    if scaling:
+        refuse("rope_parameters", "rope_type='default'")
+    return theta, None
 
 
 def _rope(raw, key, source):
@@ -281,7 +336,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.size, self.eps = size, eps
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -298,13 +353,23 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, config.num_key_value_heads * K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=config.o_bias)
+        self.q_norm, self.k_norm = None, None
+        if config.qk_norm:
+            is_head = config.qk_norm == "head"
+            self.q_norm = RMSNorm(K if is_head else self.q_proj.out_features, config.rms_norm_eps)
+            self.k_norm = RMSNorm(K if is_head else self.k_proj.out_features, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, attend):
         """x (T, D) -> (T, D). attend: kernels.attention, or a KV cache's."""
         T = x.shape[0]
+        q, k = self.q_proj(x), self.k_proj(x)  # (T, H K) and (T, G K)
+        if self.q_norm is not None:
+            # over the last dimension: a head's K numbers, or all of a token's
+            q = self.q_norm(q.view(T, -1, self.q_norm.size))
+            k = self.k_norm(k.view(T, -1, self.k_norm.size))
         # the specification, not a kernel: autograd differentiates it here
-        q = reference.rotate(self.q_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, H, K)
-        k = reference.rotate(self.k_proj(x).view(T, -1, self.head_dim), cos, sin)  # (T, G, K)
+        q = reference.rotate(q.view(T, -1, self.head_dim), cos, sin)  # (T, H, K)
+        k = reference.rotate(k.view(T, -1, self.head_dim), cos, sin)  # (T, G, K)
         v = self.v_proj(x).view(T, -1, self.head_dim)
         return self.o_proj(attend(q, k, v, cu_seqlens, max_seqlen).reshape(T, -1))
 
@@ -328,8 +393,11 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = config.post_norm
+        # Hugging Face's names: post_attention_layernorm is the MLP's input norm, except where post_norm
+        others = "post_feedforward_layernorm" if config.post_norm else "input_layernorm"
+        for name in (others, "post_attention_layernorm"):
+            self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.fused, self.fp8, self.recompute = False, False, False  # see apply_fused and apply_recompute
 
     def forward(self, hidden, *stream):
@@ -342,6 +410,9 @@ class Block(nn.Module):
 
     def plain(self, hidden, *stream):
         """The definition of a block, hidden (T, D) -> (T, D); fused_block.block computes the same."""
+        if self.post_norm:
+            hidden = hidden + self.post_attention_layernorm(self.self_attn(hidden, *stream))
+            return hidden + self.post_feedforward_layernorm(self.mlp(hidden))
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), *stream)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -433,12 +504,20 @@ class Llama(nn.Module):
 # them in order.
 
 
+def check_kernels(config, kernels):
+    """UserError where `kernels` of a training config names blocks that cannot compute this LlamaConfig."""
+    if kernels == "fused" and not config.fusable:
+        problem = f"kernels='fused': its blocks have no norms of a {config.model_type}'s kind"
+        raise UserError(f"{problem}; expected --kernels=plain")
+
+
 def apply_fused(model, fp8=False):
     """Run every block through fused_block.block: the same numbers up to rounding, in less time and memory.
 
     It keeps 92 KB a token and layer of the 8B shape for the backward pass, not 200.
     fp8: multiply by the blocks' seven linears, forward and backward, in float8 (reference.Float8).
     """
+    assert model.config.fusable, model.config.model_type
     for layer in model.model.layers:
         layer.fused, layer.fp8 = True, fp8
 

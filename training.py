@@ -20,6 +20,7 @@ from model import (
     apply_fused,
     apply_lora,
     apply_recompute,
+    check_kernels,
     generate,
     init_lora,
     training_flops,
@@ -239,7 +240,7 @@ def read_model_config(config, directory, tokenizer, device):
     after this.
 
     UserError when tokenizer and model do not fit together, a weight file is missing or cut short, or the
-    model cannot read documents of max_seq_len or multiply in float8.
+    model cannot read documents of max_seq_len, run in fused blocks or multiply in float8.
     """
     if device.type == "cuda":
         check_capability(config, torch.cuda.get_device_capability(device))
@@ -251,6 +252,7 @@ def read_model_config(config, directory, tokenizer, device):
         limit = getattr(model_config, key)
         if limit and config.max_seq_len > limit:
             raise UserError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
+    check_kernels(model_config, config.kernels)
     if config.precision == "fp8":
         check_float8(model_config)
     return model_config

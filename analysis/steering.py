@@ -278,7 +278,7 @@ def bake(model, additions, strength):
     """A copy of a Llama whose down_proj biases hold strength * additions: transformers runs it (`mlp_bias`)
     with the steered logits.
 
-    ValueError where that cannot be said exactly: Qwen2 and Falcon. A Mistral is written as a Llama that
+    ValueError where that cannot be said exactly: Qwen, OLMo, Falcon. A Mistral is written as a Llama that
     ends where its window does. A norm-rescaling tap cannot be baked: what it adds depends on the token.
     """
     config = model.config

@@ -76,7 +76,7 @@ def load_model(path):
     if adapter is not None:
         load_adapter(model, adapter)
         merge_lora(model)
-    if isinstance(model, Llama):  # Falcon has plain blocks only
+    if isinstance(model, Llama) and model.config.fusable:  # the others have plain blocks only
         apply_fused(model)
     return model, tokenizer
 

@@ -208,6 +208,8 @@ def block_bytes(shape, config, tokens, keys):
     backward = tokens * width * (4 * inner + D)  # the gradients of gate, up and their product, and that once more
     if config.kernels == "plain":  # autograd keeps both norms' results, silu(gate) and the product; what it holds has gone by then
         kept, backward = kept + tokens * width * (2 * D + 2 * inner), tokens * width * (inner + D)
+        if shape.qk_norm:
+            kept += tokens * width * (H + G) * K  # q and k before their norms
     return kept, tokens * width * D, backward
 
 

@@ -98,8 +98,33 @@ def test_config_refuses_two_rope_spellings_that_differ(tmp_path):
     assert "rope_scaling: rope_type='yarn'" in config_error(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0})
 
 
+def two_ropes(full):
+    return dict(rope_parameters={"sliding_attention": {"rope_theta": 1e4}, "full_attention": full})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(layer_types=["full_attention"] * 4), "layer_types=['full_attention', .*: expected the window in three of four"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 8.0}), "rope_scaling={'rope_type': 'yarn', .*: expected null"),
+        (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}), "rope_parameters=.*: expected the same"),
+        (two_ropes({"rope_theta": 1e5}), "rope_parameters=.*: expected the same for each of sliding_attention"),
+        (two_ropes({"rope_type": "yarn"}), "full_attention: rope_type='yarn': expected"),
+    ],
+)
+def test_config_refuses_an_olmo3_with_two_ropes(changes, message, tmp_path):
+    """As the published ones have: their layers without a window are stretched."""
+    olmo = tiny_config(model_type="olmo3", qk_norm="width", post_norm=True, sliding_window=8, num_hidden_layers=4)
+    (tmp_path / "config.json").write_text(json.dumps(olmo.to_hf()))
+    assert LlamaConfig.from_hf(tmp_path) == olmo
+    (tmp_path / "config.json").write_text(json.dumps(olmo.to_hf() | changes))
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: {message}".replace("[", r"\[")):
+        LlamaConfig.from_hf(tmp_path)
+
+
 def test_config_names_missing_keys(tmp_path):
     assert "vocab_size" in config_error(tmp_path, remove=["vocab_size"])
+    assert "head_dim: missing; expected in every qwen3 config" in config_error(tmp_path, remove=["head_dim"], model_type="qwen3")
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
     message = config_error(tmp_path, rope_parameters=llama3)
     assert "rope_parameters" in message and "high_freq_factor" in message and "original_max_position_embeddings" in message
@@ -138,9 +163,10 @@ def test_every_prompt_has_a_token():
 # ---------------------------------------------------------------- packing and positions
 
 
-def test_packed_equals_alone():
+@pytest.mark.parametrize("config", [{}, dict(qk_norm="head"), dict(qk_norm="width", post_norm=True)], ids=("llama", "qwen3", "olmo2"))
+def test_packed_equals_alone(config):
     """CHECKS 16: values, and gradients of the summed NLL."""
-    model = random_llama(tiny_config())
+    model = random_llama(tiny_config(**config))
     packed = logits_of(model, DOCUMENTS)
     alone = torch.cat([logits_of(model, [document]) for document in DOCUMENTS])
     assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()

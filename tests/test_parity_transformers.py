@@ -29,7 +29,16 @@ FAMILIES = {
     "qwen2": ("qwen2", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
     "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=40, max_window_layers=1)),
+    "qwen3": ("qwen3", dict(head_dim=20, rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    "qwen3-tied": ("qwen3", dict(head_dim=12, tie_word_embeddings=True, rms_norm_eps=1e-2)),
+    "qwen3-biases": ("qwen3", dict(head_dim=12, attention_bias=True)),
+    "qwen3-window": ("qwen3", dict(head_dim=12, use_sliding_window=True, sliding_window=40, max_window_layers=1)),
+    "olmo2": ("olmo2", dict(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})),
+    "olmo2-grouped": ("olmo2", dict(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-2)),
+    "olmo2-biases": ("olmo2", dict(attention_bias=True, tie_word_embeddings=True)),
+    "olmo3": ("olmo3", dict(num_hidden_layers=4, sliding_window=40)),
 }
+OTHERS_DEFAULTS = dict(pad_token_id=None, eos_token_id=None)  # an OLMo pads with token 1, whose embedding then has no gradient there
 LENGTHS = (40, 1, 17, 2)
 
 
@@ -43,7 +52,7 @@ def oracle():
 def theirs_of(name, std=0.2):
     """A transformers model with every parameter random, biases and norms too."""
     model_type, changes = FAMILIES[name]
-    config = transformers.AutoConfig.for_model(model_type, **SHAPE | changes)
+    config = transformers.AutoConfig.for_model(model_type, **SHAPE | OTHERS_DEFAULTS | changes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -150,7 +159,7 @@ def test_transformers_4_and_5_spell_the_same_config(tmp_path):
     assert old.rope_theta == 1000.0 and old.rope_scaling.factor == 8.0 and old.eos_token_id == (2, 3)
 
 
-@pytest.mark.parametrize("model_type, switched_on", [("mistral", {}), ("qwen2", {"use_sliding_window": True})])
+@pytest.mark.parametrize("model_type, switched_on", [("mistral", {}), ("qwen2", {"use_sliding_window": True}), ("olmo3", {})])
 def test_a_window_that_config_json_leaves_out(model_type, switched_on, tmp_path):
     """It is transformers' default, not none: a document that is longer would silently be read without the window."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_1_TRANSFORMERS_4 | {"model_type": model_type, **switched_on}))
@@ -177,9 +186,10 @@ def test_config_to_hf(name, tmp_path):
 # ---------------------------------------------------------------- taps and generation
 
 
-def test_tap_sees_transformers_hidden_states(tmp_path):
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen3", "olmo2"])
+def test_tap_sees_transformers_hidden_states(name, tmp_path):
     """hidden_states is (embedding, after block 1, ..., after block L-1, after block L and the norm)."""
-    theirs = theirs_of("llama-3.1")
+    theirs = theirs_of(name)
     ours = ours_of(theirs, tmp_path)
     (document,) = random_documents(97, (40,))
     expected = theirs(document[None], output_hidden_states=True).hidden_states
@@ -192,7 +202,7 @@ def test_tap_sees_transformers_hidden_states(tmp_path):
     assert (output - expected[-1][0]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama-3.1", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-3.1", "mistral", "qwen2", "qwen3", "olmo2", "olmo3"])
 def test_greedy_generation(name, tmp_path):
     theirs = theirs_of(name, std=0.4)
     ours = ours_of(theirs, tmp_path)
