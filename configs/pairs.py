@@ -44,8 +44,82 @@ PAIRS = {
     ),
 }
 
+# True pairs of the public hub: the DPO model was trained from the SFT model. `made` is how, `source` who
+# says so; "not checked" marks names taken from a list, not from a card or a script. Template None: as they are.
+_SIMPO = "github.com/princeton-nlp/SimPO README, list of released models"
+_INSTRUCT = "github.com/allenai/open-instruct"
+_LOSSES = {"DPO": "DPO", "IPO": "IPO", "KTO": "KTO", "RDPO": "R-DPO", "SimPO": "SimPO"}
+
+
+def _row(sft, dpo, made, source, template=None):
+    return dict(sft=sft, dpo=dpo, template=template, made=made, source=source)
+
+
+PAIRS |= {
+    "Tulu2_7B": _row(
+        "allenai/tulu-2-7b", "allenai/tulu-2-dpo-7b", "DPO on UltraFeedback, Zephyr's recipe",
+        "card of tulu-2-dpo-70b; the name of the SFT model not checked", "tulu",
+    ),
+    "Tulu2_13B": _row(
+        "allenai/tulu-2-13b", "allenai/tulu-2-dpo-13b", "DPO on UltraFeedback, Zephyr's recipe",
+        "card of tulu-2-dpo-70b; the name of the SFT model not checked", "tulu",
+    ),
+    "ZephyrFull_7B": _row(
+        "alignment-handbook/zephyr-7b-sft-full", "alignment-handbook/zephyr-7b-dpo-full",
+        "DPO on UltraFeedback",
+        "tags of zephyr-7b-dpo-full's card; that it starts from zephyr-7b-sft-full not checked",
+    ),
+    "Llama31_PKU_Custom": _row(
+        "anonymousML123/llama3-8b-pku-SFT-NoInstruct-Baseline-NoInstruct",
+        "anonymousML123/llama3-8b-pku-DPO-NoInstruct-SFT-NoInstruct",
+        "the published comparison's own PKU pair", "names given with the comparison; not checked",
+    ),
+    "Llama31_Tulu10pct": _row(
+        "anonymousML123/Llama-3.1-8B-Tulu10pct-SFT-MAHALS",
+        "anonymousML123/Llama-3.1-8B-Tulu10pct-DPO-MAHALS",
+        "the published comparison's own 10 % pair", "names given with the comparison; not checked",
+    ),
+    "OLMo2_1B": _row(
+        "allenai/OLMo-2-0425-1B-SFT", "allenai/OLMo-2-0425-1B-DPO", "dpo_norm, beta 5, lr 2.5e-6, 1 epoch",
+        f"{_INSTRUCT} docs/olmo2.md", "tulu",
+    ),
+    "OLMo2_7B": _row(
+        "allenai/OLMo-2-1124-7B-SFT", "allenai/OLMo-2-1124-7B-DPO", "dpo_norm, beta 5, lr 1e-6, 1 epoch",
+        f"{_INSTRUCT} scripts/train/olmo2/dpo_7b.sh", "tulu",
+    ),
+    "OLMo2_13B": _row(
+        "allenai/OLMo-2-1124-13B-SFT", "allenai/OLMo-2-1124-13B-DPO", "dpo_norm, beta 5, lr 8e-7, 1 epoch",
+        f"{_INSTRUCT} scripts/train/olmo2/dpo_13b.sh", "tulu",
+    ),
+}  # fmt: skip
+for _loss, _made in _LOSSES.items():
+    PAIRS[f"Llama3_{_loss}"] = _row(
+        "princeton-nlp/Llama-3-Base-8B-SFT",
+        f"princeton-nlp/Llama-3-Base-8B-SFT-{_loss}",
+        f"{_made} on UltraFeedback",
+        _SIMPO,
+    )
+    PAIRS[f"Mistral_{_loss}"] = _row(
+        "alignment-handbook/zephyr-7b-sft-full",
+        f"princeton-nlp/Mistral-7B-Base-SFT-{_loss}",
+        f"{_made} on UltraFeedback",
+        _SIMPO,
+    )
+for _kind in ("Instruct", "Think"):
+    PAIRS[f"OLMo3_7B_{_kind}"] = dict(
+        not_representable="OLMo 3 stretches the rotation (yarn) of some layers only: model.py does not"
+    )
+
+# Not all of "published" are SFT -> DPO: only Llama31_Tulu and Zephyr_7B are; the others are a base model and
+# its instruct model, of unlike recipes.
 # Several pairs under one name, swept on one scale.
 GROUPS = {
     "ladder": _RUNGS,
     "published": ("Llama31_Tulu", "Mistral_7B", "Zephyr_7B", "Falcon_7B", "Llama3_8B", "Qwen2_7B"),
+    "own": ("Llama31_PKU_Custom", "Llama31_Tulu10pct"),
+    "tulu2": ("Tulu2_7B", "Tulu2_13B"),
+    "zephyr": ("Zephyr_7B", "ZephyrFull_7B"),
+    "olmo2": ("OLMo2_1B", "OLMo2_7B", "OLMo2_13B"),
+    "llama3_losses": tuple(f"Llama3_{loss}" for loss in _LOSSES),
+    "mistral_losses": tuple(f"Mistral_{loss}" for loss in _LOSSES),
 }
