@@ -296,8 +296,8 @@ def power(curve, category=OVERALL, level=0.05, nulls=None, chance=0.8, sizes=(0.
     beyond = normal_quantile(chance)
     largest = 0.0
     if nulls is not None:
-        changes = compare(curve, nulls, category)["null_changes"].values()
-        largest = max(max(abs(change) for change in kind) for kind in changes)
+        for changes in compare(curve, nulls, category)["null_changes"].values():
+            largest = max(largest, *map(abs, changes))
     needed = {}
     for size in sizes:
         most = min(size / (critical + beyond), (size - largest) / beyond)  # error that still shows it
