@@ -1,18 +1,18 @@
 """Training on several ranks that each hold the whole model: what they send one another, and when.
 
-Rank r of W owns rows [r * ceil(n / W), (r + 1) * ceil(n / W)) of every trained parameter. It alone keeps their
-low bits and AdamW's moments, and updates them. One optimizer step:
+Rank r of W owns rows [r * ceil(n / W), (r + 1) * ceil(n / W)) of every trained parameter. It alone keeps
+their low bits and AdamW's moments, and updates them. One optimizer step:
 
-    micro-batches but the last   nothing is sent: gradients add up in each rank's own param.grad, as on one process
-    the last backward pass       on leaving a unit, the reduce-scatter of its gradients starts: sums over ranks, in
-                                 the rows of their owner
+    micro-batches but the last   nothing is sent: gradients add up in param.grad, as on one process
+    the last backward pass       on leaving a unit, the reduce-scatter of its gradients starts: sums over
+                                 ranks, in the rows of their owner
     gradient norm, AdamW         each rank on its own rows
-    after AdamW                  all-gathers of the weights start, unit by unit; a forward pass waits for a unit's
-                                 weights on entering it
+    after AdamW                  all-gathers of the weights start, unit by unit; a forward pass waits for a
+                                 unit's weights on entering it
 
-A unit is the embedding, a block, or the final norm with lm_head (a tied lm_head belongs to the embedding). What is
-under way for one unit runs beside the computation of others. A rank sends (W - 1) / W of its gradients and weights
-a step, however many micro-batches the step has.
+A unit is the embedding, a block, or the final norm with lm_head (a tied lm_head belongs to the embedding).
+What is under way for one unit runs beside the computation of others. A rank sends (W - 1) / W of its
+gradients and weights a step, however many micro-batches the step has.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from kernels import is_split
 
 
 def reduce_scatter(owns, wholes):
-    """Start to sum each of `wholes` over ranks, this rank's rows into `owns`. Returns the work: one kernel for all."""
+    """Start to sum each of `wholes` over ranks, this rank's rows into `owns`. Returns the work."""
     return dist.group.WORLD.reduce_scatter_tensor_coalesced(owns, wholes)
 
 
@@ -37,7 +37,8 @@ def all_gather(wholes, owns):
 
 @dataclass
 class Unit:
-    """Parameters whose weights `module` reads first, and whose gradients are complete when a backward pass leaves it."""
+    """Parameters whose weights `module` reads first, and whose gradients are complete when a backward pass
+    leaves it."""
 
     module: nn.Module
     names: list
@@ -48,8 +49,8 @@ class Unit:
 class Exchange:
     """The exchanges of one model.
 
-    shards: {name: what the optimizer of this rank updates}: its rows of a trained parameter, in the parameter's own
-    memory. A frozen parameter is there whole.
+    shards: {name: what the optimizer of this rank updates}: its rows of a trained parameter, in the
+    parameter's own memory. A frozen parameter is there whole.
     """
 
     def __init__(self, model):
@@ -76,7 +77,7 @@ class Exchange:
             units.append(Unit(module, [name for name in left if name.startswith(prefix)]))
             left = [name for name in left if not name.startswith(prefix)]
         units.append(Unit(model.model.norm, left))
-        return [unit for unit in units if unit.names]  # under LoRA the first and the last have nothing to exchange
+        return [unit for unit in units if unit.names]  # under LoRA the first and the last have none
 
     # ------------------------------------------------------------ gradients
 
@@ -84,7 +85,7 @@ class Exchange:
         """A forward pass is about to read the unit's weights; hidden (T, D) is what it reads them for."""
         self._receive(unit)
         if self.in_last_backward and torch.is_grad_enabled() and hidden.requires_grad:
-            # the gradient of a unit's input is the last of the unit's gradients, those of its parameters included
+            # of a unit's gradients, its parameters' included, that of its input is the last
             hidden.register_hook(lambda _: self._sum(unit))
 
     def _sum(self, unit):
@@ -94,7 +95,7 @@ class Exchange:
             grad = torch.zeros_like(param, dtype=param.grad_dtype) if param.grad is None else param.grad
             param.grad = None
             wholes.append(self._padded(grad))
-        owns = [self._own(whole) for whole in wholes]  # in place: this rank has no use for the other rows any more
+        owns = [self._own(whole) for whole in wholes]  # in place: the other rows are not needed any more
         unit.sums = reduce_scatter(owns, wholes), owns
 
     def finish_gradients(self):
@@ -102,7 +103,7 @@ class Exchange:
         self.in_last_backward = False
         self.wait()  # no weight may be under way when the optimizer changes it; after a forward pass, none is
         for unit in reversed(self.units):
-            if unit.sums is None:  # the embedding, and under LoRA the first block: nothing in front of it is trained
+            if unit.sums is None:  # the embedding, or under LoRA the first block: no gradient enters them
                 self._sum(unit)
         for unit in self.units:
             work, owns = unit.sums
@@ -115,7 +116,7 @@ class Exchange:
     # ------------------------------------------------------------ weights
 
     def send_weights(self):
-        """Start sending this rank's rows to all ranks, and receiving theirs. They must not change before `wait`."""
+        """Start sending this rank's rows to all ranks, and receiving theirs; none changes before `wait`."""
         for unit in self.units:
             wholes = [self._padded(self.params[name].detach()) for name in unit.names]
             unit.arriving = all_gather(wholes, [self._own(whole) for whole in wholes]), wholes
@@ -145,7 +146,7 @@ class Exchange:
         return tensor[first : first + per_rank]
 
     def _padded(self, tensor):
-        """The tensor itself, or a copy with zero rows up to a multiple of the ranks: collectives take equal shares."""
+        """The tensor itself, or a copy with zero rows up to a multiple of the ranks: shares must be equal."""
         missing = -len(tensor) % self.world_size
         return F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing)) if missing else tensor
 

@@ -314,8 +314,8 @@ def settle(model):
 
 
 def of_all_ranks(model, name, rows):
-    """shards(model)[name], or a tensor like it of the optimizer, as what it is over all ranks: a DTensor where
-    it is split."""
+    """shards(model)[name], or a tensor like it of the optimizer, as what it is over all ranks: a DTensor
+    where it is split."""
     return model.exchange.of_all_ranks(name, rows) if _exchanges(model) else rows
 
 

@@ -162,9 +162,10 @@ def test_resume_on_other_ranks(world, tmp_path, baseline, case):
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
 def test_split_masters_resume_as_sharded_ones(world, tmp_path, baseline, before, after):
-    """A checkpoint holds float32 weights, however they are kept: one process in bf16 goes on as two, and the other way round. The losses of
-    the whole run are the same to bf16's rounding; what is read back is what was saved, to the bit."""
-    config, run = write_config(tmp_path, world, save_every=3, data_eval=None, **SIX_STEPS, **SPLIT), tmp_path / "sft"
+    """A checkpoint holds float32 weights, however they are kept: one process in bf16 goes on as two of FSDP2, and the other way round. The
+    losses of the whole run are the same to bf16's rounding; what is read back is what was saved, to the bit."""
+    keys = SIX_STEPS | SPLIT | dict(save_every=3, data_eval=None, sharding="full")
+    config, run = write_config(tmp_path, world, **keys), tmp_path / "sft"
     assert -signal.SIGKILL in launch("sft", config, ranks=before, prepare=partial(save_at_once, kill_after=3)).codes
     saved = [load_tensors(path) for path in sorted(run.glob("checkpoints/step_000003/rank_*.safetensors"))]
     assert all(tensor.dtype == torch.float32 for rows in saved for tensor in rows.values())
@@ -175,9 +176,16 @@ def test_split_masters_resume_as_sharded_ones(world, tmp_path, baseline, before,
     assert losses == pytest.approx(expected, rel=5e-3) and len(losses) == 6
 
 
-def test_bf16_state_is_for_one_process(world, tmp_path):
-    outcome = launch("dpo", write_config(tmp_path, world, **COMPACT), ranks=2)
-    assert all(outcome.codes) and "moments='bf16', gradients='bf16' on 2 ranks: bf16 is for one process" in outcome.err[0]
+def test_bf16_state_on_two_ranks(world, tmp_path):
+    """Moments and gradients in bf16, and the losses of one process to bf16's rounding; FSDP2 has neither."""
+    config, traces = write_config(tmp_path, world, **COMPACT), []
+    for ranks in (1, 2):
+        outcome = launch("dpo", config, f"--out_dir={tmp_path}/{ranks}", ranks=ranks).ok()
+        traces.append([line["loss"] for line in metrics(tmp_path / str(ranks))])
+    assert "sharding=optimizer" in outcome.out[0]
+    assert traces[1] == pytest.approx(traces[0], rel=2e-2)
+    refused = launch("dpo", config, "--sharding=full", ranks=2)
+    assert all(refused.codes) and "FSDP2 keeps both in float32" in refused.err[0]
 
 
 @pytest.mark.parametrize("number, count", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
@@ -462,17 +470,18 @@ def test_broken_weights_stop_the_run(world, tmp_path, stage, count, value):
 def break_row(stage, row, where):
     """Training on this row gives a loss ("forward") or a gradient ("backward") that is not finite."""
     script, name = {"sft": (train_sft, "nll_sum"), "dpo": (train_dpo, "answer_logps")}[stage]
-    batches, logps, has_row = script.local_batches, getattr(script, name), []
+    batches, logps, with_row = script.local_batches, getattr(script, name), []
 
     def watched_batches(*args):
         for members, batch, waste in batches(*args):
-            has_row[:] = [row in members and torch.is_grad_enabled()]
+            if row in members and torch.is_grad_enabled():
+                with_row.append(batch)
             yield members, batch, waste
 
-    def broken_logps(*args):
-        result = logps(*args)
+    def broken_logps(model, batch, *args):
+        result = logps(model, batch, *args)
         value, *rest = result if stage == "dpo" else (result,)
-        if has_row[0]:
+        if any(batch is broken for broken in with_row):
             if where == "backward":
                 value.register_hook(lambda grad: grad * math.inf)
             else:
