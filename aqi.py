@@ -34,7 +34,7 @@ from analysis.indices import (  # noqa: F401  aqi.chi and so on are public names
 from analysis.tsne import principal_components, tsne
 from plumbing import parallel
 from plumbing.config import Section, describe_keys, load_sections, setting
-from plumbing.files import UserError, write_json
+from plumbing.files import UserError, write_hashes, write_json
 from plumbing.files import table as aligned
 from plumbing.sources import open_source
 
@@ -503,6 +503,7 @@ def write_report(folder, rows, **more):
         writer.writeheader()
         writer.writerows(rows)
     write_json(folder / "aqi.json", {"rows": rows, "warnings": warnings_for(rows)} | more)
+    write_hashes(folder, ["aqi.csv", "aqi.json"])
 
 
 # ---------------------------------------------------------------- main

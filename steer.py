@@ -28,7 +28,6 @@ import difflib
 import hashlib
 import importlib.util
 import itertools
-import json
 import math
 import runpy
 import sys
@@ -36,7 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from safetensors.numpy import save_file
 
@@ -47,7 +45,7 @@ from analysis.curves import bootstrap, permute
 from analysis.groups import effective_size
 from analysis.nulls import Nulls, isotropic_directions, null_curves, sign_flipped_directions
 from analysis.oracle import ceiling
-from analysis.steering import POOLINGS, STEERED_LAYERS, bake, packed_batches, pool, spectrum, steering_tap
+from analysis.steering import STEERED_LAYERS, bake, packed_batches, pool, spectrum, steering_tap
 from analysis.sweep import (
     continuations,
     coordinate_scale,
@@ -65,7 +63,8 @@ from families import device_of, load_model, locate
 from model import generate
 from plumbing import parallel
 from plumbing.config import Section, Template, config_dict, describe_keys, load_sections, setting
-from plumbing.files import UserError, table, write_json
+from plumbing.files import UserError, read_verified_json, table, write_json
+from plumbing.lock import lock
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
 from reports import summary
@@ -288,9 +287,9 @@ def print_spectrum(vector, config):
     A table; spectrum.json and spectrum.safetensors (components (L, C, D): layers, components, hidden size)
     in the folder.
     """
+    lock(vector.folder)
     v, sft = vector.direction(config), vector.tensors[f"sft_{config.side}_{config.pooling}"]
-    states = np.load(vector.folder / f"differences_{config.side}.npy", mmap_mode="r")
-    states = states[POOLINGS.index(config.pooling), : vector.manifest["count"]]  # (count, L, D)
+    states = vector.differences(config)  # (count, L, D)
     rows, components, lines = [], [], []
     for layer in range(vector.manifest["layers"]):
         found = spectrum(torch.from_numpy(states[vector.keep, layer]))
@@ -408,9 +407,10 @@ def sweep(vector, config, measure):
     encode = encoder(vector.manifest["compat"])
     documents = [encode(text, tokenizer, vector.manifest["max_text_tokens"]) for text in prompts.texts]
     inputs = _sweep_inputs(vector, config, measure, prompts, documents)
+    lock(folder)
     if not is_done(folder / "aqi.json", inputs):
         _measure_sweep(vector, config, measure, prompts, documents, folder, inputs)
-    report = json.loads((folder / "aqi.json").read_text())
+    report = read_verified_json(folder / "aqi.json")
     rows = [row for row in report["rows"] if row["category"] == aqi.OVERALL]
     (folder / "tables.txt").write_text(summary.tables(report, aqi.table(rows)))
     print(summary.summary(report))
@@ -538,8 +538,7 @@ def _measure_dpo(vector, config, prompts, documents):
 def _nulls(model, texts, add, vector, config, count, scaled):
     """nulls.Nulls of both kinds at the first and the last lambda."""
     device, prompts = device_of(model), texts.prompts
-    states = np.load(vector.folder / f"differences_{config.side}.npy", mmap_mode="r")
-    states = states[POOLINGS.index(config.pooling), : vector.manifest["count"]]  # (count, L, D)
+    states = vector.differences(config)  # (count, L, D)
     differences = {layer: torch.from_numpy(states[vector.keep, layer]) for layer in add}
     directions = {
         "isotropic": isotropic_directions(add, count),

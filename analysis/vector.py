@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from analysis.steering import (
     POOLINGS,
@@ -33,7 +33,16 @@ from data import encode_chat, resolve_template
 from families import device_of, load_model, locate, model_config, weights_hash
 from formats import find_schema
 from plumbing import hub
-from plumbing.files import UserError, progress_bar, write_json
+from plumbing.files import (
+    HASHES,
+    UserError,
+    progress_bar,
+    read_verified_json,
+    verify_hashes,
+    write_hashes,
+    write_json,
+)
+from plumbing.lock import lock
 from plumbing.sources import open_source
 from plumbing.tensors import open_safetensors
 from plumbing.tokenizer import Tokenizer
@@ -156,11 +165,12 @@ def extract(config, name):
     folder = Path(config.out_dir)
     count = config.count or MODES[config.mode]
     documents, inputs = _inputs(config, count, count + max(1, count // 4))
+    lock(folder)
     if is_done(folder / "manifest.json", inputs):
         return
-    folder.mkdir(parents=True, exist_ok=True)
     # The manifest is written last: without it, what a killed extraction left behind is no vector.
-    for stale in ("manifest.json", *(f"differences_{side}.npy" for side in SIDES)):
+    written = ["manifest.json", "vector.safetensors", *(f"differences_{side}.npy" for side in SIDES)]
+    for stale in [*written, HASHES]:
         (folder / stale).unlink(missing_ok=True)
 
     layers, hidden_size = _shape(config.sft_path)
@@ -191,6 +201,7 @@ def extract(config, name):
         states.flush()
     rounding = rounding_noise(model, documents["chosen"][:count])
     _write_vector(config, name, sums, keep[:count], inputs, shape, rounding)
+    write_hashes(folder, written)
 
 
 def _states_of(model, documents, side, name, config):
@@ -219,7 +230,7 @@ def _write_vector(config, name, sums, keep, inputs, shape, rounding):
     if not tensors["chosen_last"].any():
         equal = f"its states equal those of sft={config.sft_path!r} on all texts"
         raise UserError(f"dpo={config.dpo_path!r}: {equal}; expected a model that training moved")
-    save_file(tensors, folder / "vector.safetensors")
+    (folder / "vector.safetensors").write_bytes(save(tensors))
     made = {
         "pair": name,
         "layers": shape[2],
@@ -280,7 +291,7 @@ def is_done(path, inputs):
     differs."""
     if not path.is_file():
         return False
-    before = json.loads(path.read_text()).get("inputs", {})
+    before = read_verified_json(path).get("inputs", {})
     differing = [key for key in inputs | before if inputs.get(key) != before.get(key)]
     found = (
         f"made from other {', '.join(differing)}: done again" if differing else "finished, of the same inputs"
@@ -351,11 +362,19 @@ class Vector:
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
             raise UserError(f"{folder}: no manifest.json; expected a folder that steer.py extract wrote")
+        verify_hashes(folder, lambda name: not name.startswith("differences_"))  # those are GBs, read by few
         file = open_safetensors(folder / "vector.safetensors")
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         keep = tensors.pop("keep").numpy().astype(bool)
         manifest = json.loads((folder / "manifest.json").read_text())
         return cls(folder, tensors, keep, manifest | manifest["inputs"])
+
+    def differences(self, config):
+        """(count, L, D) float32, memory-mapped: each text's states of config.pooling, DPO model less SFT model."""
+        name = f"differences_{config.side}.npy"
+        verify_hashes(self.folder, lambda listed: listed == name)
+        states = np.load(self.folder / name, mmap_mode="r")
+        return states[POOLINGS.index(config.pooling), : self.manifest["count"]]
 
     def model(self, name):
         """(model, tokenizer) of "sft" or "dpo". ValueError when the folder no longer holds the weights that

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.files import UserError, read_json
+from plumbing.files import UserError, read_json, read_verified_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read(folder):
     if (folder / "vector.safetensors").is_file():
         return _read_steering(folder)
     if (folder / "aqi.json").is_file():
-        return Steering(folder, {}, [], {folder: read_json(folder / "aqi.json")})
+        return Steering(folder, {}, [], {folder: read_verified_json(folder / "aqi.json")})
     expected = "a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)"
     raise UserError(f"{folder}: expected {expected}")
 
@@ -79,7 +79,7 @@ def _read_steering(folder):
     if (folder / "spectrum.json").is_file():
         for layer in read_json(folder / "spectrum.json")["layers"]:
             spectrum.append(layer | {"centred": layer["explained_centred"][0]})
-    sweeps = {path.parent: read_json(path) for path in sorted(folder.glob("*/aqi.json"))}
+    sweeps = {path.parent: read_verified_json(path) for path in sorted(folder.glob("*/aqi.json"))}
     if not sweeps and not spectrum:
         raise UserError(f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run")
     return Steering(folder, read_json(folder / "manifest.json"), spectrum, sweeps)

@@ -350,9 +350,10 @@ def test_what_is_wrong_with_a_text_or_a_vector_is_named(lab):
     with pytest.raises(ValueError, match="odd.jsonl', row 3: transcript begins 'no turns'"):
         extract(lab, "none", texts="odd.jsonl")
     shutil.copytree(lab / "steer", lab / "copied")
-    for damage, message in ((lambda path: path.write_bytes(path.read_bytes()[:100]), "truncated"), (Path.unlink, "missing file")):
+    cut = (lambda path: path.write_bytes(path.read_bytes()[:100]), "vector.safetensors: damaged, the sha256 is not")
+    for damage, message in (cut, (Path.unlink, "missing vector.safetensors, which hashes.json lists")):
         damage(lab / "copied/vector.safetensors")
-        with pytest.raises(ValueError, match=f"copied/vector.safetensors: {message}"):
+        with pytest.raises(ValueError, match=f"copied: {message}"):
             steer.main(["spectrum", f"{lab}/copied"])
 
 
