@@ -134,7 +134,7 @@ for section in SECTIONS:
         KEYS.setdefault(field.name, []).append(field.type)
 NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
 CONSTANTS = {node.value for node in NODES if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-ENDINGS = {"py", "csv", "diff", "html", "json", "jsonl", "md", "txt", "parquet", "safetensors"}  # of files: report.html is not a name in report.py
+ENDINGS = {"py", "csv", "diff", "html", "json", "jsonl", "md", "txt", "parquet", "safetensors"}  # of files
 FLAGS = {name for name in CONSTANTS if name.startswith("--")} | {f"--{key}" for key in KEYS} | {"--key", "--nproc-per-node"}
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"(python|torchrun|make|ls|rm|pip|hf|lm_eval) ")
