@@ -89,12 +89,12 @@ def test_shuffled_labels_separate_nothing_on_average():
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth():
-    """Truth from 200,000 texts; 95 % intervals of 60 samples of 40 texts per label hold it in 53 or more (less: chance 0.01)."""
+    """Truth from 200,000 texts; 95 % intervals of 60 samples of 60 texts per label hold it in 53 or more (less: chance 0.01)."""
     X, _, label = texts(per_group=100_000, axioms=1)
     X[:, 0] += 1.5 * label
     truth, covered = separation(X, label), 0
     for seed in range(60):
-        states, axiom, label, _ = steered((1.5, 1.5), seed=seed, axioms=1)
+        states, axiom, label, _ = steered((1.5, 1.5), seed=seed, axioms=1, per_group=60)
         curve = bootstrap(states, axiom, label, ["a"], draws=2)
         low, high = level_interval(curve, "overall", 0.05)
         covered += int(low[0] <= truth <= high[0])
