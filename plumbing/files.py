@@ -76,7 +76,7 @@ def sha256_of(path, advance=None):
     """sha256 (hex) of a file's content. advance(bytes) is called after each piece, for a progress bar."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
             if advance:
                 advance(len(chunk))
