@@ -150,11 +150,12 @@ class Prompts:
 def read_prompts(source, mode="sanity", log=print):
     """Prompts of a csv, json, jsonl, parquet, saved folder or hub dataset: MODES[mode] per axiom and label.
 
-    Sampled as the published scripts do: pandas' sample(n, random_state=42) in each group of axiom and label, groups
-    sorted. A group with fewer rows is taken whole, and rows without axiom or text are dropped: both are counted
-    through `log`. Texts that are not independent share a number of `group`: a column of GROUPS says which, else
-    groups.find_groups finds copies and templates. UserError for a missing column, an unknown mode, labels that are
-    neither safe nor unsafe (with counts), an axiom with fewer than two texts of a label.
+    Sampled as the published scripts do: pandas' sample(n, random_state=42) in each group of axiom and label,
+    groups sorted. A group with fewer rows is taken whole, and rows without axiom or text are dropped: both
+    are counted through `log`. Texts that are not independent share a number of `group`: a column of GROUPS
+    says which, else groups.find_groups finds copies and templates. UserError for a missing column, an unknown
+    mode, labels that are neither safe nor unsafe (with counts), an axiom with fewer than two texts of a
+    label.
     """
     if mode not in MODES:
         raise UserError(f"mode={mode!r}: expected one of {list(MODES)}")
@@ -188,7 +189,9 @@ def read_prompts(source, mode="sanity", log=print):
     log(f"{source}: columns {', '.join(names.values())}; {counts}")
     chosen_texts = [str(texts[number]) for number in chosen]
     group, grouped_by = _groups(rows, chosen, chosen_texts)
-    return Prompts(chosen_texts, torch.tensor(axiom_of), torch.tensor(label_of), kept_axioms, group, grouped_by)
+    return Prompts(
+        chosen_texts, torch.tensor(axiom_of), torch.tensor(label_of), kept_axioms, group, grouped_by
+    )
 
 
 def _groups(rows, chosen, texts):

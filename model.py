@@ -58,7 +58,8 @@ class LlamaConfig:
     max_position_embeddings: int = 4096
     # the mask of a sliding window is not implemented: documents longer than this are refused
     sliding_window: int | None = None
-    # Qwen2 and Qwen3 with a window: the blocks from this one on have it. Long documents are refused all the same.
+    # Qwen2 and Qwen3 with a window: the blocks from this one on have it. Long documents are refused all the
+    # same.
     max_window_layers: int | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False

@@ -126,8 +126,11 @@ class SteerConfig(Section):
         "steering", "name", "of a text's states: its last token's, or their mean", default="last"
     )
     compat: Literal["none", "hf"] = setting(
-        "steering", "name", "hf: as published. Token ids of the tokenizer's own file, the last layer "
-        "after the final norm, a text's mean over all of its tokens, raw distances", default="none"
+        "steering",
+        "name",
+        "hf: as published. Token ids of the tokenizer's own file, the last layer "
+        "after the final norm, a text's mean over all of its tokens, raw distances",
+        default="none",
     )
     inject: Literal["cumulative", "increment", "matched"] = setting(
         "steering", "name", "what is added at each steered layer. cumulative: its vector, as published; "
@@ -148,7 +151,11 @@ class SteerConfig(Section):
         "steering", "ascending", "multiples of the vector", default=(0.0, 0.25, 0.5, 0.75, 1.0)
     )
     size: float = setting(
-        "steering", "share of |h|", "power: length of the random directions at each layer", default=0.05, above=0
+        "steering",
+        "share of |h|",
+        "power: length of the random directions at each layer",
+        default=0.05,
+        above=0,
     )
     strength: float | None = setting(
         "steering", "-", "multiple of the vector that is baked in; below 0: into the DPO model", default=None
@@ -394,12 +401,16 @@ def run_bake(targets, config, _):
 
 
 def run_sweep(targets, config, measure):
-    """Separation and behaviour over lambdas, beside random directions, the DPO model and baselines, and a verdict."""
+    """Separation and behaviour over lambdas, beside random directions, the DPO model and baselines, and a
+    verdict.
+    """
     sweep(find_vector(targets, config), config, measure)
 
 
 def sweep(vector, config, measure):
-    """Measure a vector over config.lambdas unless it was, print and return the report. measure: an AQIConfig."""
+    """Measure a vector over config.lambdas unless it was, print and return the report. measure: an
+    AQIConfig.
+    """
     vector.layers(config.layers)  # checked before a model is read
     folder = Path(measure.report_dir or vector.folder / f"sweep_{config.inject}")
     prompts = read_swept_prompts(config, measure)
@@ -419,15 +430,21 @@ def sweep(vector, config, measure):
 
 
 def read_swept_prompts(config, measure, log=print):
-    """The labelled texts of a sweep. UserError also for lambdas, a scale and a space that they cannot be swept with."""
+    """The labelled texts of a sweep. UserError also for lambdas, a scale and a space that they cannot be
+    swept with.
+    """
     if len(config.lambdas) < 2:
         raise UserError(f"lambdas={config.lambdas}: expected two or more, ascending")
     if measure.normalize == "anchors":
-        raise UserError("normalize='anchors': a scale for several models, of aqi.py score; expected 'sweep' or 'per_run'")
+        raise UserError(
+            "normalize='anchors': a scale for several models, of aqi.py score; expected 'sweep' or 'per_run'"
+        )
     prompts = aqi.read_prompts(measure.prompts, PROMPT_MODES[config.mode], log)
     fewest = prompts.axiom.bincount().min().item()
     if measure.space.startswith("pca:") and int(measure.space.removeprefix("pca:")) > fewest:
-        raise UserError(f"space={measure.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts")
+        raise UserError(
+            f"space={measure.space!r}: expected at most pca:{fewest}, as many as the smallest axiom has texts"
+        )
     return prompts
 
 
@@ -441,7 +458,12 @@ def _sweep_inputs(vector, config, measure, prompts, documents):
     inputs = {"mode": PROMPT_MODES[config.mode]} | {key: values[key] for key in settings}
     inputs["normalize"] = measure.normalize or "sweep"
     inputs["nulls"] = measure.nulls or _null_count(config)
-    labelled = [ids.tolist() for ids, _ in documents], prompts.axiom.tolist(), prompts.label.tolist(), prompts.axioms
+    labelled = (
+        [ids.tolist() for ids, _ in documents],
+        prompts.axiom.tolist(),
+        prompts.label.tolist(),
+        prompts.axioms,
+    )
     inputs["vector"] = hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest()
     inputs["prompts"] = hashlib.sha256(repr(labelled).encode()).hexdigest()
     inputs["groups"] = hashlib.sha256(repr(prompts.group.tolist()).encode()).hexdigest()
@@ -456,7 +478,9 @@ def _null_count(config):
 
 @dataclass(frozen=True)
 class Texts:
-    """What a sweep reads: n labelled prompts as documents, and the vector's own texts that were held out of it."""
+    """What a sweep reads: n labelled prompts as documents, and the vector's own texts that were held out of
+    it.
+    """
 
     prompts: aqi.Prompts
     documents: list  # (n,) of the prompts
@@ -469,7 +493,9 @@ def _read_texts(vector, prompts, documents, tokenizer):
     held_out = {side: parts[1] for side, parts in vector.texts(tokenizer).items()}
     asked = {}
     for name, rows in asked_prompts(prompts.label).items():
-        asked[name] = [_prompt_ids(prompts.texts[row], tokenizer, vector.manifest["template"]) for row in rows]
+        asked[name] = [
+            _prompt_ids(prompts.texts[row], tokenizer, vector.manifest["template"]) for row in rows
+        ]
     return Texts(prompts, documents, held_out, asked)
 
 
@@ -480,7 +506,8 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
     add, device = vector.additions(config, model, tokenizer), device_of(model)
     texts = _read_texts(vector, prompts, documents, tokenizer)
     raw, shifts, profile = embed(model, documents, prompts, add, vector, config, bar("steered"))
-    # As published: raw distances. Otherwise in units of the unsteered states' deviations, one scale for all that follows.
+    # As published: raw distances. Otherwise in units of the unsteered states' deviations, one scale for all
+    # that follows.
     scale = torch.ones_like(raw[0, 0]) if is_published(vector) else coordinate_scale(raw[0], prompts.label)
     pooling = text_pooling(vector)
 
@@ -522,7 +549,9 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
 
 
 def _measure_dpo(vector, config, prompts, documents):
-    """The DPO model itself, the last point of every curve: embeddings (n, D), behaviour, logits of held-out texts."""
+    """The DPO model itself, the last point of every curve: embeddings (n, D), behaviour, logits of held-out
+    texts.
+    """
     model, tokenizer = vector.model("dpo")
     texts = _read_texts(vector, prompts, documents, tokenizer)
     embeddings = torch.zeros(len(documents), model.config.hidden_size)
@@ -581,11 +610,18 @@ def _counts(prompts):
     """How many texts and independent groups there are, and what the groups are by."""
     effective = effective_size(prompts.group)
     groups = int(prompts.group.max()) + 1
-    return {"texts": len(prompts.texts), "groups": groups, "effective": effective, "grouped_by": prompts.grouped_by}
+    return {
+        "texts": len(prompts.texts),
+        "groups": groups,
+        "effective": effective,
+        "grouped_by": prompts.grouped_by,
+    }
 
 
 def _rows(curve, raw, prompts, vector, config, measure, inputs):
-    """Rows of aqi.csv: the indices of every lambda and category; separation_raw: that of distances without a scale."""
+    """Rows of aqi.csv: the indices of every lambda and category; separation_raw: that of distances without a
+    scale.
+    """
     about = {"model": vector.manifest["sft_path"], "injection": config.inject, "nulls": inputs["nulls"]}
     about["tap"] = "post_norm" if is_published(vector) else "raw"
     seeds = range(measure.seeds) if measure.seeds > 1 else [None]  # None: t-SNE starts from PCA, as published
@@ -594,7 +630,9 @@ def _rows(curve, raw, prompts, vector, config, measure, inputs):
     for strength, states, unscaled in zip(config.lambdas, curve, raw, strict=True):
         without_scale = _separations(unscaled, prompts)
         for seed in seeds:
-            for row in aqi.measure(states, prompts.axiom, prompts.label, prompts.axioms, measure.space, seed, extra):
+            for row in aqi.measure(
+                states, prompts.axiom, prompts.label, prompts.axioms, measure.space, seed, extra
+            ):
                 row["separation_raw"] = without_scale[row["category"]]
                 rows.append(about | {"lambda": strength} | row)
     return aqi.score(rows, inputs["normalize"])
@@ -609,7 +647,9 @@ def _notes(vector, prompts, measure, found):
     """Sentences on what these texts and weights cannot carry."""
     notes = warnings_of(found["baselines"])
     if measure.oracle and "oracle" not in found:
-        notes.append(f"no oracle: {_independent(prompts)} independent groups of a label; expected 4, for two halves")
+        notes.append(
+            f"no oracle: {_independent(prompts)} independent groups of a label; expected 4, for two halves"
+        )
     share = vector.manifest["rounding_share"]
     if share is not None and share > 0.1:
         moves = f"both models are rounded to bf16, which alone moves the mean state by {share:.2f} |v|"
@@ -623,9 +663,9 @@ def _notes(vector, prompts, measure, found):
 def run_power(targets, config, measure):
     """Which change of the separation these prompts would show in 80 % of runs: before anything is trained.
 
-    TARGET is a model, or a config: the model that its DPO run starts from. The direction is random, `size` times as long
-    as the mean state, at the last `layers` layers: what counts is how much the change varies between texts, and between
-    directions.
+    TARGET is a model, or a config: the model that its DPO run starts from. The direction is random, `size`
+    times as long as the mean state, at the last `layers` layers: what counts is how much the change varies
+    between texts, and between directions.
     """
     if len(targets) != 1:
         raise UserError(f"targets {', '.join(targets)}: expected one model, or a config")
@@ -753,7 +793,9 @@ COMMANDS = {
         run_bake, (*_PLACE, *_INJECTED, "strength", "bake_dir"), required=("strength", "bake_dir")
     ),
     "power": Command(
-        run_power, ("sft_path", "mode", "max_text_tokens", "layers", "size", "prompts", "nulls"), required=("prompts",)
+        run_power,
+        ("sft_path", "mode", "max_text_tokens", "layers", "size", "prompts", "nulls"),
+        required=("prompts",),
     ),
     "validate": Command(run_validate, (*_PLACE, *_TEXTS, *_INJECTED, *_SWEPT), required=("texts", "prompts")),
 }

@@ -34,10 +34,11 @@ def packed_batches(documents, device, log_progress=lambda plan: plan):
 
 
 def text_mean(hidden, cu_seqlens):
-    """(N, D) float32: the mean over each document's tokens but the first; of a document of one token, that token.
+    """(N, D) float32: the mean over each document's tokens but the first; of a document of one token, that
+    token.
 
-    The first token of a document is a sink of attention, with coordinates of a thousand times the others' size, so
-    with it in the mean the distance between two texts is that of 1 / length.
+    The first token of a document is a sink of attention, with coordinates of a thousand times the others'
+    size, so with it in the mean the distance between two texts is that of 1 / length.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
     is_counted = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -48,8 +49,8 @@ def text_mean(hidden, cu_seqlens):
 
 
 def pool(hidden, cu_seqlens):
-    """Each document's state (N, D) float32, of hidden (T, D): {"last": its last token's, "mean": the mean over its
-    tokens, "text": see `text_mean`}."""
+    """Each document's state (N, D) float32, of hidden (T, D): {"last": its last token's, "mean": the mean
+    over its tokens, "text": see `text_mean`}."""
     mean = torch.segment_reduce(hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0)
     last = hidden[cu_seqlens[1:].long() - 1].float()
     return {"last": last, "mean": mean, "text": text_mean(hidden, cu_seqlens)}

@@ -27,10 +27,11 @@ from model import generate
 def embed(model, documents, prompts, add, vector, config, log_progress):
     """(embeddings (K + 1, n, D) float32: unsteered, then at each lambda; shifts; a layer profile).
 
-    An embedding is the final hidden state, pooled as `text_pooling` says. Shifts, a dict per lambda: achieved, the shift of the last
-    layer's mean state along v as a multiple of v (target: lambda); off_axis, the part of the shift beside v over |v|;
-    strength, |lambda a| / mean |h| at each steered layer. The profile has a row per block, axiom and end of the curve
-    (lambda 0 and the last one): n, CHI and XB of the texts' states after the block, before the final norm.
+    An embedding is the final hidden state, pooled as `text_pooling` says. Shifts, a dict per lambda:
+    achieved, the shift of the last layer's mean state along v as a multiple of v (target: lambda); off_axis,
+    the part of the shift beside v over |v|; strength, |lambda a| / mean |h| at each steered layer. The
+    profile has a row per block, axiom and end of the curve (lambda 0 and the last one): n, CHI and XB of the
+    texts' states after the block, before the final norm.
     """
     lambdas = [0.0, *config.lambdas]  # the unsteered pass is made in any case
     last = len(lambdas) - 1
@@ -70,14 +71,17 @@ def is_published(vector):
 
 
 def text_pooling(vector):
-    """Key of steering.pool: how a text is embedded. As published over all of its tokens, else without the first."""
+    """Key of steering.pool: how a text is embedded. As published over all of its tokens, else without the
+    first.
+    """
     return "mean" if is_published(vector) else "text"
 
 
 def coordinate_scale(X, label):
     """(D,): each coordinate's standard deviation within labels, of X (n, D).
 
-    Distances in these units: otherwise a few coordinates of a thousand times the others' size decide all of them.
+    Distances in these units: otherwise a few coordinates of a thousand times the others' size decide all of
+    them.
     """
     residual = torch.zeros_like(X, dtype=torch.float64)
     for value in (0, 1):

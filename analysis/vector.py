@@ -67,7 +67,9 @@ def plain_document(text, tokenizer, max_tokens):
 
 
 def published_document(text, tokenizer, max_tokens):
-    """A text with the token ids of the published scripts: BOS and EOS only where the tokenizer's own file adds them."""
+    """A text with the token ids of the published scripts: BOS and EOS only where the tokenizer's own file
+    adds them.
+    """
     ids = published_core(tokenizer.files["tokenizer.json"]).encode(text).ids[:max_tokens]
     return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
 
@@ -256,7 +258,9 @@ def _inputs(config, count, total):
         shapes[name] = _shape(path)
         tokenizer = Tokenizer.from_dir(locate(path)[0])
         encode = encoder(config.compat)
-        documents = text_pairs(config.texts, total, tokenizer, config.template, config.max_text_tokens, encode)
+        documents = text_pairs(
+            config.texts, total, tokenizer, config.template, config.max_text_tokens, encode
+        )
         tokens = hash_documents(documents)
         inputs |= {f"{name}_path": path, name: weights_hash(path)}
         if inputs.setdefault("tokens", tokens) != tokens:
@@ -302,11 +306,12 @@ def is_done(path, inputs):
 
 @torch.no_grad()
 def rounding_noise(model, documents):
-    """By how much rounding to bf16 of two models' weights moves the last layer's mean last-token state; None for finer weights.
+    """By how much rounding to bf16 of two models' weights moves the last layer's mean last-token state; None
+    for finer weights.
 
-    A bf16 weight stands for all values within half a step of it. Moving each weight by a uniform draw from that interval
-    and reading again shows one rounding; two independent ones are sqrt(2) of it. The model is changed: the caller is
-    done with it.
+    A bf16 weight stands for all values within half a step of it. Moving each weight by a uniform draw from
+    that interval and reading again shows one rounding; two independent ones are sqrt(2) of it. The model is
+    changed: the caller is done with it.
     """
     if not all(torch.equal(param, param.bfloat16().to(param.dtype)) for param in model.parameters()):
         return None
@@ -314,7 +319,9 @@ def rounding_noise(model, documents):
     before = mean_states(model, documents, device)[0, -1]
     generator = torch.Generator(device).manual_seed(0)
     for param in model.parameters():
-        step = torch.exp2(param.float().abs().clamp(min=2.0**-126).log2().floor() - 7)  # bf16 keeps 8 significant bits
+        step = torch.exp2(
+            param.float().abs().clamp(min=2.0**-126).log2().floor() - 7
+        )  # bf16 keeps 8 significant bits
         noise = torch.rand(param.shape, generator=generator, device=device) - 0.5
         param.copy_(param.float() + noise * step)
     after = mean_states(model, documents, device)[0, -1]
@@ -370,7 +377,9 @@ class Vector:
         return cls(folder, tensors, keep, manifest | manifest["inputs"])
 
     def differences(self, config):
-        """(count, L, D) float32, memory-mapped: each text's states of config.pooling, DPO model less SFT model."""
+        """(count, L, D) float32, memory-mapped: each text's states of config.pooling, DPO model less SFT
+        model.
+        """
         name = f"differences_{config.side}.npy"
         verify_hashes(self.folder, lambda listed: listed == name)
         states = np.load(self.folder / name, mmap_mode="r")

@@ -51,7 +51,10 @@ GROUPED = {
     "20 templates a label and axiom": {"templates": 20},
     "12 templates a label, 500 texts, 1 axiom": {"templates": 12, "texts": 500, "axioms": 1},
     "12 templates a label over 4 axioms, 500 texts": {
-        "templates": 12, "texts": 500, "axioms": 4, "spans": True,
+        "templates": 12,
+        "texts": 500,
+        "axioms": 4,
+        "spans": True,
     },  # fmt: skip
     "10 templates of unequal size, 1 axiom": {"templates": 10, "axioms": 1, "unequal": True},
     "2 templates a label and axiom": {"templates": 2},

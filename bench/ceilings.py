@@ -1,9 +1,11 @@
-"""What this GPU gives at best, at the 8B shapes: matmuls, attention by every path, the head: `python bench/ceilings.py` (90 seconds).
+"""What this GPU gives at best, at the 8B shapes: matmuls, attention by every path, the head: `python
+bench/ceilings.py` (90 seconds).
 
-Matmuls in bf16 at 8,192 rows: forward, the input's gradient and the weight's, each repeated for SECONDS so that the clock is the one of a
-training step and not of a pause before it. Attention: 32 query and 8 key/value heads of 128, 16,384 tokens in documents of one length,
-forward and backward; TFLOP/s count the causal half (4 H K per visible pair forward, 2.5 times that backward). Head: token_logps of 8,192
-rows, forward and backward, by the rows of a chunk. Prints three tables.
+Matmuls in bf16 at 8,192 rows: forward, the input's gradient and the weight's, each repeated for SECONDS so
+that the clock is the one of a training step and not of a pause before it. Attention: 32 query and 8 key/value
+heads of 128, 16,384 tokens in documents of one length, forward and backward; TFLOP/s count the causal half (4
+H K per visible pair forward, 2.5 times that backward). Head: token_logps of 8,192 rows, forward and backward,
+by the rows of a chunk. Prints three tables.
 """
 
 import importlib.util
@@ -21,7 +23,13 @@ from kernels import Master, attention, token_logps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS, ROWS, TOKENS = 2.0, 8192, 16384
-MATMULS = {"q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336), "down": (14336, 4096), "head": (4096, 128256)}  # in, out
+MATMULS = {
+    "q, o": (4096, 4096),
+    "k, v": (4096, 1024),
+    "gate, up": (4096, 14336),
+    "down": (14336, 4096),
+    "head": (4096, 128256),
+}  # in, out
 HEADS, GROUPS, SIZE = 32, 8, 128
 
 
@@ -43,14 +51,19 @@ def sustained(work, flops):
 def matmul_table():
     print(f"{'matmul, ' + str(ROWS) + ' rows':<22}{'forward':>10}{'dgrad':>10}{'wgrad':>10}  TFLOP/s")
     for name, (inner, outer) in MATMULS.items():
-        x, w, dy = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((ROWS, inner), (outer, inner), (ROWS, outer)))
+        x, w, dy = (
+            torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+            for shape in ((ROWS, inner), (outer, inner), (ROWS, outer))
+        )
         ways = (lambda: x @ w.T, lambda: dy @ w, lambda: dy.T @ x)  # noqa: B023  called before the next turn
         rates = [sustained(way, 2 * ROWS * inner * outer) / 1e12 for way in ways]
         print(f"{name:<22}" + "".join(f"{rate:>10.0f}" for rate in rates), flush=True)
 
 
 def dense(backend, length):
-    """scaled_dot_product_attention of equal documents as a batch, what a packed stream of unequal ones is not."""
+    """scaled_dot_product_attention of equal documents as a batch, what a packed stream of unequal ones is
+    not.
+    """
 
     def attend(q, k, v, cu_seqlens, max_seqlen):
         batch = [x.view(-1, length, x.shape[1], SIZE).transpose(1, 2) for x in (q, k, v)]
@@ -66,7 +79,10 @@ def attention_table(lengths=(500, 1000, 4096)):
         documents = TOKENS // length
         tokens = documents * length
         cu_seqlens = torch.arange(documents + 1, device=DEVICE, dtype=torch.int32) * length
-        q, k, v = (torch.randn(tokens, n, SIZE, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (HEADS, GROUPS, GROUPS))
+        q, k, v = (
+            torch.randn(tokens, n, SIZE, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+            for n in (HEADS, GROUPS, GROUPS)
+        )
         flops = documents * 2 * HEADS * SIZE * length * (length + 1)
         paths = {"flash2 (varlen_attn)": attention, "cuDNN, dense": dense(SDPBackend.CUDNN_ATTENTION, length)}
         if importlib.util.find_spec("flash_attn"):
@@ -80,20 +96,31 @@ def attention_table(lengths=(500, 1000, 4096)):
 
             with torch.no_grad():
                 forward = sustained(lambda path=path: path(q, k, v, cu_seqlens, length), flops)  # noqa: B023
-            print(f"{length:>6}  {name:<26}{forward / 1e12:>10.0f}{sustained(both, 3.5 * flops) / 1e12:>15.0f}", flush=True)
+            print(
+                f"{length:>6}  {name:<26}{forward / 1e12:>10.0f}{sustained(both, 3.5 * flops) / 1e12:>15.0f}",
+                flush=True,
+            )
 
 
 def head_table(chunks=(1024, 2048, 4096, 8192)):
     inner, vocabulary = MATMULS["head"]
-    hidden, weight = (torch.randn(n, inner, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (ROWS, vocabulary))
+    hidden, weight = (
+        torch.randn(n, inner, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for n in (ROWS, vocabulary)
+    )
     targets = torch.randint(vocabulary, (ROWS,), device=DEVICE)
-    weight.grad_dtype, weight.master = torch.float32, Master(low_bits=None, accumulates=True)  # as training has it on one GPU
+    weight.grad_dtype, weight.master = (
+        torch.float32,
+        Master(low_bits=None, accumulates=True),
+    )  # as training has it on one GPU
     flops = 8 * ROWS * inner * vocabulary  # logits twice, and two gradients
     print(f"\n{'token_logps, rows a chunk':<28}{'ms':>6}  TFLOP/s   GiB beside the gradients")
     for chunk in chunks:
 
         def both(chunk=chunk):
-            torch.autograd.backward(token_logps(hidden * 0.01, weight, targets, chunk).sum(), inputs=(hidden, weight))  # noqa: B023
+            torch.autograd.backward(
+                token_logps(hidden * 0.01, weight, targets, chunk).sum(), inputs=(hidden, weight)
+            )  # noqa: B023
 
         both()
         before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
@@ -105,7 +132,9 @@ def head_table(chunks=(1024, 2048, 4096, 8192)):
 
 
 def main():
-    about = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU: only to see that this script runs"
+    about = (
+        torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU: only to see that this script runs"
+    )
     print(f"{about}, torch {torch.__version__}")
     matmul_table()
     attention_table()

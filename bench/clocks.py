@@ -1,4 +1,5 @@
-"""Clock and power of a GPU beside a measurement, since a card at its power limit (700 W for an H200) lowers the one to keep the other.
+"""Clock and power of a GPU beside a measurement, since a card at its power limit (700 W for an H200) lowers
+the one to keep the other.
 
 The GPU is the first that this process sees.
 """
@@ -9,14 +10,22 @@ import subprocess
 import threading
 
 _GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-COMMAND = ["nvidia-smi", "-i", _GPU, "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]  # bench/training.sh asks the same
+COMMAND = [
+    "nvidia-smi",
+    "-i",
+    _GPU,
+    "--query-gpu=clocks.sm,power.draw",
+    "--format=csv,noheader,nounits",
+]  # bench/training.sh asks the same
 LAST = 60  # readings, a second apart
 
 
 def median_clocks(lines):
-    """ "1605 MHz, 692 W", the medians of the last minute of `lines` of "MHz, W" as nvidia-smi prints them; None of none.
+    """ "1605 MHz, 692 W", the medians of the last minute of `lines` of "MHz, W" as nvidia-smi prints them;
+    None of none.
 
-    Only readings above half of the largest power count: a run that ended by itself is followed, and every run begun, by an idle card.
+    Only readings above half of the largest power count: a run that ended by itself is followed, and every run
+    begun, by an idle card.
     """
     readings = [[float(value) for value in line.split(",")] for line in lines]
     busy = [reading for reading in readings if reading[1] > max(watts for _, watts in readings) / 2][-LAST:]
@@ -24,10 +33,16 @@ def median_clocks(lines):
 
 
 class Clocks:
-    """start(), work, stop(), or `with Clocks() as clocks:`, then median(): one reading a second, from a thread beside the work."""
+    """start(), work, stop(), or `with Clocks() as clocks:`, then median(): one reading a second, from a
+    thread beside the work.
+    """
 
     def __init__(self):
-        self.lines, self.done, self.thread = [], threading.Event(), threading.Thread(target=self._read, daemon=True)
+        self.lines, self.done, self.thread = (
+            [],
+            threading.Event(),
+            threading.Thread(target=self._read, daemon=True),
+        )
 
     def _read(self):
         while not self.done.wait(1):

@@ -1,9 +1,11 @@
-"""Passes without a backward on the 8B shape, beside transformers: `python bench/forward.py reference_pass|extract` (one GPU, a minute).
+"""Passes without a backward on the 8B shape, beside transformers: `python bench/forward.py
+reference_pass|extract` (one GPU, a minute).
 
-reference_pass: log-probs of 2 x 250 answer tokens behind one prompt of 250 tokens, pairs/s. The peer pads nothing here (all rows are 500
-tokens long) and does what TRL's trainer does: the prompt twice, logits of all positions, log-softmax, gather.
-extract: every layer's last and mean state of 512-token documents, tokens/s. The peer keeps all hidden states of a batch and pools them.
-Weights are random, made on the device; both sides run the same ones, in bf16, and their results are compared. Appends to results.jsonl.
+reference_pass: log-probs of 2 x 250 answer tokens behind one prompt of 250 tokens, pairs/s. The peer pads
+nothing here (all rows are 500 tokens long) and does what TRL's trainer does: the prompt twice, logits of all
+positions, log-softmax, gather. extract: every layer's last and mean state of 512-token documents, tokens/s.
+The peer keeps all hidden states of a batch and pools them. Weights are random, made on the device; both sides
+run the same ones, in bf16, and their results are compared. Appends to results.jsonl.
 """
 
 import argparse
@@ -36,7 +38,9 @@ def models():
     with torch.device("cuda"):
         torch.manual_seed(0)
         peer = transformers.AutoModelForCausalLM.from_config(
-            transformers.LlamaConfig.from_dict(config.to_hf()), dtype=torch.bfloat16, attn_implementation="sdpa"
+            transformers.LlamaConfig.from_dict(config.to_hf()),
+            dtype=torch.bfloat16,
+            attn_implementation="sdpa",
         ).eval()
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16)
@@ -65,7 +69,9 @@ def random_pairs(rng, n):
     def side():
         ids = np.concatenate([prompts, rng.integers(1000, 100_000, (n, ANSWER))], axis=1).astype(np.int32)
         mask = np.tile(np.arange(PROMPT + ANSWER) >= PROMPT, n)
-        return Documents(ids.ravel(), mask, np.arange(n + 1) * (PROMPT + ANSWER), np.array([str(i) for i in range(n)]))
+        return Documents(
+            ids.ravel(), mask, np.arange(n + 1) * (PROMPT + ANSWER), np.array([str(i) for i in range(n)])
+        )
 
     return Pairs(side(), side())
 
@@ -74,7 +80,11 @@ def reference_pass(model, peer, seconds):
     """((our pairs/s, clocks), (the peer's, clocks), largest difference in nats per token)."""
     pairs = random_pairs(np.random.default_rng(0), PAIRS)
     batch = pairs.pack(np.arange(PAIRS)).to("cuda")
-    ids = torch.from_numpy(np.stack([side[i][0] for side in (pairs.chosen, pairs.rejected) for i in range(PAIRS)]).astype(np.int64)).cuda()
+    ids = torch.from_numpy(
+        np.stack([side[i][0] for side in (pairs.chosen, pairs.rejected) for i in range(PAIRS)]).astype(
+            np.int64
+        )
+    ).cuda()
 
     def theirs():
         logits = peer(input_ids=ids).logits[:, PROMPT - 1 : -1].float()
@@ -87,17 +97,25 @@ def reference_pass(model, peer, seconds):
 def extract(model, peer, seconds):
     """((our tokens/s, clocks), (the peer's, clocks), largest relative difference of a pooled state)."""
     rng = np.random.default_rng(0)
-    documents = [(rng.integers(1000, 100_000, LENGTH).astype(np.int32), np.ones(LENGTH, bool)) for _ in range(DOCUMENTS)]
+    documents = [
+        (rng.integers(1000, 100_000, LENGTH).astype(np.int32), np.ones(LENGTH, bool))
+        for _ in range(DOCUMENTS)
+    ]
     batch = pack(documents).to("cuda")
     ids = torch.from_numpy(np.stack([ids for ids, _ in documents]).astype(np.int64)).cuda()
 
     def theirs():
         states = peer.model(input_ids=ids, output_hidden_states=True).hidden_states[1:]
-        return {"last": torch.stack([s[:, -1].float() for s in states], 1), "mean": torch.stack([s.float().mean(1) for s in states], 1)}
+        return {
+            "last": torch.stack([s[:, -1].float() for s in states], 1),
+            "mean": torch.stack([s.float().mean(1) for s in states], 1),
+        }
 
     ours, expected = read_states(model, batch), theirs()
     gaps = []
-    for mine, name in zip(ours[:, :, :-1], POOLINGS, strict=True):  # the peer's last layer is behind the final norm
+    for mine, name in zip(
+        ours[:, :, :-1], POOLINGS, strict=True
+    ):  # the peer's last layer is behind the final norm
         gaps.append(((mine - expected[name][:, :-1]).norm() / mine.norm()).item())
     tokens = DOCUMENTS * LENGTH
     return rate(lambda: read_states(model, batch), tokens, seconds), rate(theirs, tokens, seconds), max(gaps)
@@ -105,19 +123,31 @@ def extract(model, peer, seconds):
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=("reference_pass", "extract"), nargs="+")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each side (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
     args = parser.parse_args()
     model, peer = models()
     for name in args.name:
-        measure, unit = {"reference_pass": (reference_pass, "pairs/s"), "extract": (extract, "tokens/s")}[name]
+        measure, unit = {"reference_pass": (reference_pass, "pairs/s"), "extract": (extract, "tokens/s")}[
+            name
+        ]
         (ours, our_clocks), (theirs, their_clocks), gap = measure(model, peer, args.seconds)
-        print(f"{name}: {ours:,.1f} {unit}, transformers {theirs:,.1f} ({ours / theirs:.2f}x); largest difference {gap:.4f}")
+        print(
+            f"{name}: {ours:,.1f} {unit}, transformers {theirs:,.1f} ({ours / theirs:.2f}x); largest difference {gap:.4f}"
+        )
         assert gap < 0.1, gap
         peer_of = (f"transformers {transformers.__version__}", theirs, ours / theirs)
-        about = (torch.cuda.get_device_name(), 1, torch.__version__, f"bench/forward.py {name}", f"{our_clocks}; {their_clocks}")
+        about = (
+            torch.cuda.get_device_name(),
+            1,
+            torch.__version__,
+            f"bench/forward.py {name}",
+            f"{our_clocks}; {their_clocks}",
+        )
         append(name, ours, unit, peer_of, *about, path=args.out)
 
 

@@ -1,6 +1,8 @@
-"""The 8B shape on rows of known length (bench/world.py writes them to runs/bench): a config for timing, not a rung of the ladder.
+"""The 8B shape on rows of known length (bench/world.py writes them to runs/bench): a config for timing, not a
+rung of the ladder.
 
-As it stands it is full fine-tuning on one H200; bench/training.sh says with which keys the other measurements are made.
+As it stands it is full fine-tuning on one H200; bench/training.sh says with which keys the other measurements
+are made.
 """
 
 _root = "runs/bench"

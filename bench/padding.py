@@ -1,7 +1,9 @@
-"""Token slots that do nothing, on a Tulu-like length mix (mean 600 tokens, long tail, cut at 4,096): `python bench/padding.py`, no GPU.
+"""Token slots that do nothing, on a Tulu-like length mix (mean 600 tokens, long tail, cut at 4,096): `python
+bench/padding.py`, no GPU.
 
-Ours: packed streams of at most 8,192 tokens on 8 GPUs, 128 documents a step; a slot is wasted where a GPU waits for the longest stream of
-its micro-batch. Padded: micro-batches of 4 documents in random order, each as long as its longest, as a trainer without packing has them.
+Ours: packed streams of at most 8,192 tokens on 8 GPUs, 128 documents a step; a slot is wasted where a GPU
+waits for the longest stream of its micro-batch. Padded: micro-batches of 4 documents in random order, each as
+long as its longest, as a trainer without packing has them.
 """
 
 import platform
@@ -30,8 +32,19 @@ def main():
         padded.append(1 - these.sum() / (rows.max(axis=1).sum() * MICRO_BATCH))
     waste, theirs = float(np.mean(ours)), float(np.mean(padded))
     peer = f"padded, {MICRO_BATCH} documents a micro-batch"
-    print(f"padding waste over {STEPS} steps: ours {waste:.2%} (worst step {max(ours):.2%}); {peer}: {theirs:.2%}")
-    append("padding_waste", waste, "of token slots", (peer, theirs, theirs / waste), platform.machine(), 0, "-", "bench/padding.py")
+    print(
+        f"padding waste over {STEPS} steps: ours {waste:.2%} (worst step {max(ours):.2%}); {peer}: {theirs:.2%}"
+    )
+    append(
+        "padding_waste",
+        waste,
+        "of token slots",
+        (peer, theirs, theirs / waste),
+        platform.machine(),
+        0,
+        "-",
+        "bench/padding.py",
+    )
 
 
 if __name__ == "__main__":

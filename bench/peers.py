@@ -1,4 +1,5 @@
-"""The other side of our training measurements: transformers, peft and TRL on the rows of bench/world.py, one GPU, steady state.
+"""The other side of our training measurements: transformers, peft and TRL on the rows of bench/world.py, one
+GPU, steady state.
 
     [torchrun --nproc-per-node 2] python bench/peers.py NAME --world runs/bench [--data dpo_mix.jsonl] [--seconds 40] [--out FILE.jsonl]
 
@@ -6,10 +7,11 @@ hf_sft, hf_lora        transformers in a bare loop: no trainer, no logging, noth
 trl_sft                TRL's SFTTrainer
 trl_dpo, trl_dpo_lora  TRL's DPOTrainer with precomputed reference log-probs
 
-Full fine-tuning is pure bf16 (weights, gradients, AdamW's states), less than ours keeps. LoRA: r = 64, alpha = 128 on all linears of a bf16
-model, float32 adapters under autocast, the defaults of peft and TRL. On several GPUs each has the whole model (torch's
-DistributedDataParallel, which TRL takes by itself): 8 bytes a parameter leave room for it, and it exchanges least. Rates are per GPU.
-Weights are random, made on the device. `bench/record.py --peer NAME --peer-file FILE.jsonl` puts what this measured beside a run of ours.
+Full fine-tuning is pure bf16 (weights, gradients, AdamW's states), less than ours keeps. LoRA: r = 64, alpha
+= 128 on all linears of a bf16 model, float32 adapters under autocast, the defaults of peft and TRL. On
+several GPUs each has the whole model (torch's DistributedDataParallel, which TRL takes by itself): 8 bytes a
+parameter leave room for it, and it exchanges least. Rates are per GPU. Weights are random, made on the
+device. `bench/record.py --peer NAME --peer-file FILE.jsonl` puts what this measured beside a run of ours.
 """
 
 import argparse
@@ -39,10 +41,20 @@ from plumbing.tokenizer import Tokenizer
 
 WARMUP = 3  # steps: the allocator, compilation, and the clocks under load
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = (
+    torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.cuda.is_available()
+    else torch.device("cpu")
+)
 SFT = dict(data="sft_fixed.jsonl", max_seq_len=4096, micro_batch=2, accumulate=6, recompute="full")
 DPO = dict(data="dpo_fixed.jsonl", max_seq_len=2048, micro_batch=16, accumulate=2, recompute="full")
-DEFAULTS = {"hf_sft": SFT, "hf_lora": SFT | {"recompute": "best"}, "trl_sft": SFT, "trl_dpo": DPO, "trl_dpo_lora": DPO}
+DEFAULTS = {
+    "hf_sft": SFT,
+    "hf_lora": SFT | {"recompute": "best"},
+    "trl_sft": SFT,
+    "trl_dpo": DPO,
+    "trl_dpo_lora": DPO,
+}
 
 
 class Stopwatch:
@@ -67,7 +79,11 @@ class Stopwatch:
 
     def result(self):
         steps = np.diff(self.ticks[WARMUP - 1 :]).tolist()
-        result = {"step_s": statistics.median(steps), "mean_step_s": statistics.mean(steps), "steps": len(steps)}
+        result = {
+            "step_s": statistics.median(steps),
+            "mean_step_s": statistics.mean(steps),
+            "steps": len(steps),
+        }
         result["peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
         return result | {"clocks": self.clocks.median()}
 
@@ -84,12 +100,18 @@ def broadcast(flag):
 def build_model(args):
     """A bf16 Llama in training mode with random weights on the device."""
     config = LlamaConfig.preset(args.preset)
-    config = dataclasses.replace(config, vocab_size=max(config.vocab_size, args.tokenizer.vocab_size))  # for the tiny preset
+    config = dataclasses.replace(
+        config, vocab_size=max(config.vocab_size, args.tokenizer.vocab_size)
+    )  # for the tiny preset
     hf_config = transformers.LlamaConfig.from_dict(config.to_hf() | {"use_cache": False})
     torch.manual_seed(0)
     with DEVICE:
-        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    assert {(param.dtype, param.device.type) for param in model.parameters()} == {(torch.bfloat16, DEVICE.type)}
+        model = transformers.AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    assert {(param.dtype, param.device.type) for param in model.parameters()} == {
+        (torch.bfloat16, DEVICE.type)
+    }
     if args.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -105,17 +127,25 @@ def lora_config():
 
 
 def read_rows(args):
-    """The documents as our training reads them: one list of (ids, mask), or two, of the chosen and of the rejected answers."""
+    """The documents as our training reads them: one list of (ids, mask), or two, of the chosen and of the
+    rejected answers.
+    """
     rows = [json.loads(line) for line in (args.world / args.data).read_text().splitlines()]
     sides = list(zip(*[find_conversations(row) for row in rows]))
-    return [[encode_chat(messages, args.tokenizer, "tulu", args.max_seq_len) for messages in side] for side in sides]
+    return [
+        [encode_chat(messages, args.tokenizer, "tulu", args.max_seq_len) for messages in side]
+        for side in sides
+    ]
 
 
 def find_conversations(row):
     """[messages] of an SFT row, [chosen, rejected] of a preference row."""
     if "messages" in row:
         return [row["messages"]]
-    return [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")]
+    return [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+        for side in ("chosen", "rejected")
+    ]
 
 
 def labels(ids, mask):
@@ -126,7 +156,9 @@ def labels(ids, mask):
 
 
 def collate(documents):
-    """Right-padded (N, longest) tensors. Without padding no attention_mask either: SDPA may then use its causal kernel."""
+    """Right-padded (N, longest) tensors. Without padding no attention_mask either: SDPA may then use its
+    causal kernel.
+    """
     widest = max(len(ids) for ids, _ in documents)
     gaps = [widest - len(ids) for ids, _ in documents]
     batch = {"input_ids": [ids + [0] * gap for (ids, _), gap in zip(documents, gaps)]}
@@ -169,7 +201,9 @@ def run_hf(args, documents, recompute, micro_batch):
 
 
 def fastest_hf(args, documents):
-    """The faster of with and without recompute ("best"), or the one asked for; each at the largest micro-batch that fits."""
+    """The faster of with and without recompute ("best"), or the one asked for; each at the largest
+    micro-batch that fits.
+    """
     results = []
     for recompute in ("none", "full") if args.recompute == "best" else (args.recompute,):
         micro_batch, fits = args.micro_batch, False
@@ -197,10 +231,14 @@ def build_trainer(args, folder, tokenizer, sides):
 
     class DPOTrainer(trl.DPOTrainer):
         def _precompute_ref_logps(self, dataset, name, batch_size):
-            """Any numbers will do: a step takes equally long, and the pass over all pairs, which is not measured, none."""
+            """Any numbers will do: a step takes equally long, and the pass over all pairs, which is not
+            measured, none.
+            """
             return dataset.map(lambda row: {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0})
 
-    dpo_trainer.hash_module = lambda model: ""  # else a minute for the sha256 of 32 GB, the name of a cache that is not written
+    dpo_trainer.hash_module = lambda model: (
+        ""
+    )  # else a minute for the sha256 of 32 GB, the name of a cache that is not written
     disable_progress_bars()
     options = dict(output_dir=folder, per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=args.accumulate,
                    gradient_checkpointing=args.recompute == "full", max_length=args.max_seq_len, torch_compile=args.compile,
@@ -210,16 +248,26 @@ def build_trainer(args, folder, tokenizer, sides):
     if len(sides) == 1:
         rows = [{"input_ids": ids, "labels": labels(ids, mask)} for ids, mask in sides[0]]
         config = trl.SFTConfig(**options)
-        return trl.SFTTrainer(build_model(args), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        return trl.SFTTrainer(
+            build_model(args), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
     decode = args.tokenizer.decode
     prompts = [decode(ids[: mask.index(True)]) for ids, mask in sides[0]]
-    answers = [[decode(ids[mask.index(True) : -1]) for ids, mask in side] for side in sides]  # without EOS, which TRL adds
-    rows = [dict(prompt=prompt, chosen=chosen, rejected=rejected) for prompt, chosen, rejected in zip(prompts, *answers)]
+    answers = [
+        [decode(ids[mask.index(True) : -1]) for ids, mask in side] for side in sides
+    ]  # without EOS, which TRL adds
+    rows = [
+        dict(prompt=prompt, chosen=chosen, rejected=rejected)
+        for prompt, chosen, rejected in zip(prompts, *answers)
+    ]
     config = trl.DPOConfig(**options, precompute_ref_log_probs=True)
     trainer = DPOTrainer(build_model(args), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                          peft_config=lora_config() if args.name == "trl_dpo_lora" else None)  # fmt: skip
     for i, row in enumerate(trainer.train_dataset):
-        theirs, ours = [row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")], [side[i][0] for side in sides]
+        theirs, ours = (
+            [row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")],
+            [side[i][0] for side in sides],
+        )
         assert theirs == ours, f"row {i}: TRL trains on other tokens"
     return trainer
 
@@ -233,7 +281,9 @@ def run_trl(args, sides):
             control.should_training_stop = watch.tick()
 
     eos = args.tokenizer.eos_token
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=args.tokenizer.core, eos_token=eos, pad_token=eos)  # no BOS, as ours
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=args.tokenizer.core, eos_token=eos, pad_token=eos
+    )  # no BOS, as ours
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(args, folder, tokenizer, sides)
         trainer.add_callback(Stop())
@@ -247,15 +297,28 @@ def run_trl(args, sides):
 def main():
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=DEFAULTS)
-    parser.add_argument("--world", type=Path, required=True, help="folder of bench/world.py: its rows, and the tokenizer of base/")
+    parser.add_argument(
+        "--world",
+        type=Path,
+        required=True,
+        help="folder of bench/world.py: its rows, and the tokenizer of base/",
+    )
     parser.add_argument("--data", help="file in it (default: the rows of fixed length)")
-    parser.add_argument("--preset", default="llama-3.1-8b", help="shape, of LlamaConfig.preset (default: %(default)s)")
+    parser.add_argument(
+        "--preset", default="llama-3.1-8b", help="shape, of LlamaConfig.preset (default: %(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=40.0, help="of steady steps (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, help="examples (default: 2, of DPO 16 pairs)")
-    parser.add_argument("--accumulate", type=int, help="micro-batches in an optimizer step (default: 4, of DPO 2)")
-    parser.add_argument("--no-recompute", dest="recompute", action="store_const", const="none", help="keep all activations")
+    parser.add_argument(
+        "--accumulate", type=int, help="micro-batches in an optimizer step (default: 4, of DPO 2)"
+    )
+    parser.add_argument(
+        "--no-recompute", dest="recompute", action="store_const", const="none", help="keep all activations"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--liger", action="store_true", help="with Liger's kernels")
     parser.add_argument("--out", type=Path, help="file to append the line to")
@@ -265,14 +328,24 @@ def main():
 
     sides = read_rows(args)
     result = run_trl(args, sides) if args.name.startswith("trl_") else fastest_hf(args, sides[0])
-    tokens = sum(len(ids) for side in sides for ids, _ in side) / len(sides[0])  # per document or pair, without padding
+    tokens = sum(len(ids) for side in sides for ids, _ in side) / len(
+        sides[0]
+    )  # per document or pair, without padding
     unit, per_example = ("pairs_per_s", 1.0) if len(sides) == 2 else ("tokens_per_s", tokens)
     step = args.micro_batch * args.accumulate * per_example
-    line = {"name": args.name, unit: step / result["step_s"], f"mean_{unit}": step / result["mean_step_s"], **result}
+    line = {
+        "name": args.name,
+        unit: step / result["step_s"],
+        f"mean_{unit}": step / result["mean_step_s"],
+        **result,
+    }
     line["settings"] = {key: value for key, value in settings.items() if key not in line}
     used = [name for name in ("torch", "transformers", "peft", "trl", "liger_kernel") if name in sys.modules]
     line["versions"] = {name: importlib.metadata.version(name) for name in used}
-    line |= {"tokens_per_example": tokens, "hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"}
+    line |= {
+        "tokens_per_example": tokens,
+        "hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
+    }
     line["gpus"] = RANKS
     if RANK:
         return

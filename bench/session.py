@@ -51,7 +51,11 @@ class Enough(Exception):
 
 def watch_steps(seconds, traced, ranks):
     """Make Logbook.step end the run once it has lasted; returns the Clocks that it starts."""
-    clocks, profiler, step = Clocks(), profile(activities=trace.activities(ranks.device.type)), logbook.Logbook.step
+    clocks, profiler, step = (
+        Clocks(),
+        profile(activities=trace.activities(ranks.device.type)),
+        logbook.Logbook.step,
+    )
     started = []
 
     def hooked(self, done, *args):
@@ -68,7 +72,9 @@ def watch_steps(seconds, traced, ranks):
             took = time.perf_counter() - started[-2]
             profiler.stop()
             if ranks.main:
-                trace.report(trace.device_events(profiler, ranks.device.type), started[-3] - started[-4], took)
+                trace.report(
+                    trace.device_events(profiler, ranks.device.type), started[-3] - started[-4], took
+                )
             raise Enough
         enough = done > SKIP and time.perf_counter() - started[SKIP - 1] > seconds
         if parallel.max_across_ranks(enough):
@@ -80,10 +86,14 @@ def watch_steps(seconds, traced, ranks):
 
 @torch.no_grad()
 def draw_weights(model, directory):
-    """In place of weights.load_weights: the same numbers on every rank that has all of them, as bf16 holds them."""
+    """In place of weights.load_weights: the same numbers on every rank that has all of them, as bf16 holds
+    them.
+    """
     base = [param for name, param in model.named_parameters() if "lora_" not in name]
     for index, param in enumerate(base):
-        torch.manual_seed(index)  # the same with and without adapters: their reference log-probs share a cache
+        torch.manual_seed(
+            index
+        )  # the same with and without adapters: their reference log-probs share a cache
         local = parallel.local_rows(param)[1]
         local.fill_(1.0) if param.ndim == 1 else local.normal_(std=0.02)
     parallel.share_weights(model)
@@ -93,7 +103,14 @@ def run(name, seconds, tag, keys_of_all, ranks):
     name, _, traced = name.partition(":")
     stage, config, batch, keys = RUNS[name]
     folder = f"runs/bench/{name}{tag}"
-    argv = [config, f"--out_dir={folder}", f"--global_batch_size={batch * ranks.size}", "--fresh", *keys, *keys_of_all]
+    argv = [
+        config,
+        f"--out_dir={folder}",
+        f"--global_batch_size={batch * ranks.size}",
+        "--fresh",
+        *keys,
+        *keys_of_all,
+    ]
     sys.argv = [f"train_{stage}.py", *argv]
     ranks.say(f"== {' '.join(sys.argv)}")
     if ranks.device.type == "cuda":
@@ -115,7 +132,9 @@ def run(name, seconds, tag, keys_of_all, ranks):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--tag", default="")

@@ -1,10 +1,12 @@
-"""AQI sweep of the 8B shape: 7,000 prompts x 5 lambdas here, beside the published way (transformers, one full forward per lambda).
+"""AQI sweep of the 8B shape: 7,000 prompts x 5 lambdas here, beside the published way (transformers, one full
+forward per lambda).
 
     python bench/world.py runs/bench --tokenizer FOLDER
     python bench/sweep.py runs/bench/base [--prompts 7000] [--out FILE.jsonl]
 
-Both sides embed the same random-word prompts (mean 60 tokens) at the same five lambdas with the same additions at the last five layers:
-mean over tokens of the final hidden state, bf16. Ours adds the bootstrap of the verdict. The peer runs padded batches of 32 in data order.
+Both sides embed the same random-word prompts (mean 60 tokens) at the same five lambdas with the same
+additions at the last five layers: mean over tokens of the final hidden state, bf16. Ours adds the bootstrap
+of the verdict. The peer runs padded batches of 32 in data order.
 """
 
 import argparse
@@ -49,20 +51,28 @@ def ours(model, documents, add, label, axiom):
         return out
 
     embeddings, seconds = timed(embed)
-    _, verdict_seconds = timed(lambda: judge(bootstrap(embeddings, axiom, label, [str(a) for a in range(AXIOMS)])))
+    _, verdict_seconds = timed(
+        lambda: judge(bootstrap(embeddings, axiom, label, [str(a) for a in range(AXIOMS)]))
+    )
     return embeddings.cpu(), seconds, verdict_seconds
 
 
 @torch.no_grad()
 def published(folder, documents, add):
-    """(embeddings (K, n, D), seconds): a hook on each steered layer, right-padded batches, one forward per lambda."""
+    """(embeddings (K, n, D), seconds): a hook on each steered layer, right-padded batches, one forward per
+    lambda.
+    """
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda", attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map="cuda", attn_implementation="sdpa"
+    )
     strength = [0.0]
     for layer, a in add.items():
         a = a.cuda().bfloat16()
-        model.model.layers[layer].register_forward_hook(lambda module, inputs, out, a=a: out + strength[0] * a)
+        model.model.layers[layer].register_forward_hook(
+            lambda module, inputs, out, a=a: out + strength[0] * a
+        )
 
     def embed():
         out = torch.zeros(len(LAMBDAS), len(documents), model.config.hidden_size)
@@ -71,17 +81,26 @@ def published(folder, documents, add):
             for start in range(0, len(documents), BATCH):
                 rows = [ids for ids, _ in documents[start : start + BATCH]]
                 width = max(map(len, rows))
-                ids = torch.tensor(np.stack([np.pad(row, (0, width - len(row))) for row in rows]), device="cuda").long()
-                mask = torch.arange(width, device="cuda") < torch.tensor([len(row) for row in rows], device="cuda")[:, None]
+                ids = torch.tensor(
+                    np.stack([np.pad(row, (0, width - len(row))) for row in rows]), device="cuda"
+                ).long()
+                mask = (
+                    torch.arange(width, device="cuda")
+                    < torch.tensor([len(row) for row in rows], device="cuda")[:, None]
+                )
                 hidden = model.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
-                out[k, start : start + BATCH] = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
+                out[k, start : start + BATCH] = (
+                    (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+                ).cpu()
         return out
 
     return timed(embed)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", help="model, as bench/world.py makes one")
     parser.add_argument("--prompts", type=int, default=7000, help="number of them (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
@@ -116,7 +135,13 @@ def main():
     peer = f"transformers {transformers.__version__}, embedding only"
     metric = "aqi_sweep" if args.prompts == 7000 else f"aqi_sweep_{args.prompts}"
     command = f"bench/sweep.py {args.folder} --prompts {args.prompts}"
-    about = (torch.cuda.get_device_name(), 1, torch.__version__, command, f"{our_clocks.median()}; {their_clocks.median()}")
+    about = (
+        torch.cuda.get_device_name(),
+        1,
+        torch.__version__,
+        command,
+        f"{our_clocks.median()}; {their_clocks.median()}",
+    )
     append(metric, value, "s", (peer, peer_s, peer_s / value), *about, path=args.out)
 
 

@@ -2,10 +2,11 @@
 
     python bench/tokenise.py --tokenizer FOLDER --data FILE [FILE ...] [--record]
 
-FILE: anything data.py reads as SFT rows; its words, in their order, fill one-turn chats with a long tail of lengths (mean 600 words, as
-bench/world.py's). The peers: `apply_chat_template` with the assistant mask on a list of chats and on one at a time (as a `map` calls it),
-and the way of open-instruct, whose template has no mask: every turn's edges come from tokenising what is before them.
-CPU seconds of this process, the smallest of interleaved repeats; all give the same ids and, but for the last, masks, or this stops.
+FILE: anything data.py reads as SFT rows; its words, in their order, fill one-turn chats with a long tail of
+lengths (mean 600 words, as bench/world.py's). The peers: `apply_chat_template` with the assistant mask on a
+list of chats and on one at a time (as a `map` calls it), and the way of open-instruct, whose template has no
+mask: every turn's edges come from tokenising what is before them. CPU seconds of this process, the smallest
+of interleaved repeats; all give the same ids and, but for the last, masks, or this stops.
 """
 
 import argparse
@@ -14,7 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # one core: before tokenizers is imported
+os.environ |= {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
+}  # one core: before tokenizers is imported
 
 import numpy as np
 import torch
@@ -53,18 +57,28 @@ def chats(files):
     for end, n in zip(ends[ends <= len(words)], lengths):
         answer = int(0.7 * n)
         prompt, answer = words[end - n : end - answer], words[end - answer : end]
-        out.append([{"role": "user", "content": " ".join(prompt)}, {"role": "assistant", "content": " ".join(answer)}])
+        out.append(
+            [
+                {"role": "user", "content": " ".join(prompt)},
+                {"role": "assistant", "content": " ".join(answer)},
+            ]
+        )
     return out
 
 
 def ours(rows, tokenizer):
     rendered = [render_chat(messages, "tulu", tokenizer) for messages in rows]
     encodings = tokenizer.encode_batch([text for text, _ in rendered])
-    return [ids_and_mask(encoding, spans, tokenizer, "tulu")[:2] for encoding, (_, spans) in zip(encodings, rendered)]
+    return [
+        ids_and_mask(encoding, spans, tokenizer, "tulu")[:2]
+        for encoding, (_, spans) in zip(encodings, rendered)
+    ]
 
 
 def generation_mask(rows, tokenizer):
-    out = tokenizer.apply_chat_template(rows, chat_template=TULU, return_dict=True, return_assistant_tokens_mask=True)
+    out = tokenizer.apply_chat_template(
+        rows, chat_template=TULU, return_dict=True, return_assistant_tokens_mask=True
+    )
     return list(zip(out["input_ids"], out["assistant_masks"]))
 
 
@@ -74,7 +88,9 @@ def generation_mask_by_row(rows, tokenizer):
 
 def prefixes(rows, tokenizer):
     def ids_of(messages, prompt=False):
-        return tokenizer.apply_chat_template(messages, chat_template=TULU, return_dict=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(
+            messages, chat_template=TULU, return_dict=False, add_generation_prompt=prompt
+        )
 
     out = []
     for messages in rows:
@@ -89,10 +105,19 @@ def prefixes(rows, tokenizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder that has one")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="files of SFT rows, for their words")
-    parser.add_argument("--repeats", type=int, default=5, help="of every side, of which the fastest counts (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, help="files of SFT rows, for their words"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="of every side, of which the fastest counts (default: %(default)s)",
+    )
     parser.add_argument("--record", action="store_true", help="append to bench/results.jsonl")
     args = parser.parse_args()
 
@@ -101,7 +126,9 @@ def main():
     rows = chats(args.data)
     ways = {
         "ours": lambda: ours(rows, tokenizer),
-        "tokenizer.json alone": lambda: tokenizer.encode_batch([render_chat(messages, "tulu", tokenizer)[0] for messages in rows]),
+        "tokenizer.json alone": lambda: tokenizer.encode_batch(
+            [render_chat(messages, "tulu", tokenizer)[0] for messages in rows]
+        ),
         "apply_chat_template, a list": lambda: generation_mask(rows, theirs),
         "apply_chat_template, by row": lambda: generation_mask_by_row(rows, theirs),
         "prefixes, by row": lambda: prefixes(rows, theirs),
@@ -116,7 +143,9 @@ def main():
     mine = results.pop("ours")
     results.pop("tokenizer.json alone")
     for name, result in results.items():
-        assert all(list(a) == list(b) for (a, _), (b, _) in zip(mine, result, strict=True)), f"{name}: other ids"
+        assert all(list(a) == list(b) for (a, _), (b, _) in zip(mine, result, strict=True)), (
+            f"{name}: other ids"
+        )
         others = sum(list(a) != list(b) for (_, a), (_, b) in zip(mine, result, strict=True))
         if name.startswith("prefixes"):  # a token that straddles header and answer moves their edge
             print(f"{name}: another mask in {others} rows")
@@ -125,11 +154,26 @@ def main():
     tokens = sum(len(ids) for ids, _ in mine)
     print(f"{len(rows):,} rows, {tokens:,} tokens, longest {max(len(ids) for ids, _ in mine):,}; one core")
     for name, value in seconds.items():
-        print(f"{name:28} {len(rows) / value:8,.0f} rows/s {tokens / value:10,.0f} tokens/s   x {value / seconds['ours']:.2f}")
+        print(
+            f"{name:28} {len(rows) / value:8,.0f} rows/s {tokens / value:10,.0f} tokens/s   x {value / seconds['ours']:.2f}"
+        )
     if args.record:
         peer = min(list(results), key=seconds.get)
-        beside = (f"transformers {transformers.__version__}, {peer}", tokens / seconds[peer], seconds[peer] / seconds["ours"])
-        append("tokenise", tokens / seconds["ours"], "tokens/s per core", beside, "1 CPU core", 0, torch.__version__, "bench/tokenise.py")
+        beside = (
+            f"transformers {transformers.__version__}, {peer}",
+            tokens / seconds[peer],
+            seconds[peer] / seconds["ours"],
+        )
+        append(
+            "tokenise",
+            tokens / seconds["ours"],
+            "tokens/s per core",
+            beside,
+            "1 CPU core",
+            0,
+            torch.__version__,
+            "bench/tokenise.py",
+        )
 
 
 if __name__ == "__main__":

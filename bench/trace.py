@@ -1,8 +1,9 @@
-"""What a training step's time is made of on each GPU: torchrun --nproc-per-node 2 bench/trace.py bench/llama8b.py [--key=value ...]
+"""What a training step's time is made of on each GPU: torchrun --nproc-per-node 2 bench/trace.py
+bench/llama8b.py [--key=value ...]
 
-Takes STEPS steps of train_sft.py (rows by bench/world.py), profiles the last and prints, for rank 0, how long something ran: compute, the
-exchange with other ranks, and what of the exchange no compute hid; and the kernels' time by kind. OUT_DIR/trace.json.gz is the same as a
-picture, for ui.perfetto.dev.
+Takes STEPS steps of train_sft.py (rows by bench/world.py), profiles the last and prints, for rank 0, how long
+something ran: compute, the exchange with other ranks, and what of the exchange no compute hid; and the
+kernels' time by kind. OUT_DIR/trace.json.gz is the same as a picture, for ui.perfetto.dev.
 """
 
 import re
@@ -38,7 +39,9 @@ def union(intervals):
 
 
 def shares(events):
-    """{"compute", "exchange", "exposed"}: time in which each ran, of (name, start, end). Exposed: an exchange ran and no compute did."""
+    """{"compute", "exchange", "exposed"}: time in which each ran, of (name, start, end). Exposed: an exchange
+    ran and no compute did.
+    """
     exchange, compute = [], []
     for name, start, end in events:
         (exchange if "nccl" in name.lower() or name.startswith("gloo:") else compute).append((start, end))
@@ -62,7 +65,9 @@ KINDS = {  # the first whose pattern is in a kernel's name counts
 
 
 def kernel_table(events):
-    """[(kind, summed seconds, kernels)] of (name, start, end), the longest first; concurrent kernels count twice."""
+    """[(kind, summed seconds, kernels)] of (name, start, end), the longest first; concurrent kernels count
+    twice.
+    """
     sums = {}
     for name, start, end in events:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "other")
@@ -101,7 +106,9 @@ def main(argv):
     directory = parallel.main_first(world, lambda: resolve(config.model_path))
     tokenizer = Tokenizer.from_dir(directory)
     documents, _ = parallel.main_first(world, lambda: load_sft(config, tokenizer, world.say))
-    model = load_model(config, directory, read_model_config(config, directory, tokenizer, world.device), world.device)
+    model = load_model(
+        config, directory, read_model_config(config, directory, tokenizer, world.device), world.device
+    )
     optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
     def take(step):

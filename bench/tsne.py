@@ -1,9 +1,11 @@
-"""t-SNE to three dimensions beside scikit-learn's, on this machine: `python bench/tsne.py` (one GPU, 16 cores: four minutes).
+"""t-SNE to three dimensions beside scikit-learn's, on this machine: `python bench/tsne.py` (one GPU, 16
+cores: four minutes).
 
-n = 1,400, 7,000 and 28,000 points of 4,096 dimensions in 14 clusters, perplexity 30, 50 and 50, 500 steps from the principal components.
-A time is the whole of tsne(): components, P, descent, divergence; the median of three after one to warm up. The peer is what a user of
-scikit-learn gets (its tree code, on all cores, from X in host memory); its exact code is shown too, for n = 1,400. All divergences by
-our formula. Prints a table and appends to bench/results.jsonl, or to --out FILE.
+n = 1,400, 7,000 and 28,000 points of 4,096 dimensions in 14 clusters, perplexity 30, 50 and 50, 500 steps
+from the principal components. A time is the whole of tsne(): components, P, descent, divergence; the median
+of three after one to warm up. The peer is what a user of scikit-learn gets (its tree code, on all cores, from
+X in host memory); its exact code is shown too, for n = 1,400. All divergences by our formula. Prints a table
+and appends to bench/results.jsonl, or to --out FILE.
 """
 
 import argparse
@@ -31,10 +33,15 @@ CORES = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
 
 
 def mixture(n, dims=4096, clusters=14):
-    """(n, dims): noise of width 1 around centres 0.2 wide, so that a centre is sqrt(2) 0.2 = 0.28 of a noise vector from the next."""
+    """(n, dims): noise of width 1 around centres 0.2 wide, so that a centre is sqrt(2) 0.2 = 0.28 of a noise
+    vector from the next.
+    """
     generator = torch.Generator("cuda").manual_seed(n)
     centres = 0.2 * torch.randn(clusters, dims, generator=generator, device="cuda")
-    return torch.randn(n, dims, generator=generator, device="cuda") + centres[torch.arange(n, device="cuda") % clusters]
+    return (
+        torch.randn(n, dims, generator=generator, device="cuda")
+        + centres[torch.arange(n, device="cuda") % clusters]
+    )
 
 
 def timed(function):
@@ -52,7 +59,12 @@ def ours(X, perplexity, path, repeats):
     torch.cuda.reset_peak_memory_stats()
     runs = [timed(lambda: tsne(X, perplexity, path=path)) for _ in range(repeats)]
     seconds = [s for s, _ in runs]
-    return statistics.median(seconds), seconds, runs[-1][1][1], (torch.cuda.max_memory_allocated() - before) / 2**30
+    return (
+        statistics.median(seconds),
+        seconds,
+        runs[-1][1][1],
+        (torch.cuda.max_memory_allocated() - before) / 2**30,
+    )
 
 
 def peer(X, perplexity, method):
@@ -60,7 +72,9 @@ def peer(X, perplexity, method):
     from sklearn.manifold import TSNE
 
     X = X.cpu().numpy()
-    estimator = TSNE(3, perplexity=perplexity, max_iter=500, init="pca", random_state=42, method=method, n_jobs=-1)
+    estimator = TSNE(
+        3, perplexity=perplexity, max_iter=500, init="pca", random_state=42, method=method, n_jobs=-1
+    )
     seconds, Y = timed(lambda: estimator.fit_transform(X))
     P = joint_probabilities(torch.tensor(X, device="cuda"), perplexity)
     negentropy = torch.xlogy(P, P).sum(dtype=torch.float64)
@@ -81,18 +95,26 @@ def parts(X, perplexity):
         "gradient": lambda: [triton_tsne.gradient(Y, P) for _ in range(20)],
         "divergence": lambda: gradient_and_divergence(Y, P, 1.0, torch.zeros((), device="cuda")),
     }
-    times = {name: [timed(f)[0] for _ in range(3)][-1] * 1e3 / (20 if name == "gradient" else 1) for name, f in work.items()}
+    times = {
+        name: [timed(f)[0] for _ in range(3)][-1] * 1e3 / (20 if name == "gradient" else 1)
+        for name, f in work.items()
+    }
     return ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
     parser.add_argument("--commit", help="where the checkout has no git")
     args = parser.parse_args()
     has_peer = importlib.util.find_spec("sklearn") is not None
     found = "found" if has_peer else "not installed"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {CORES} cores, scikit-learn {found}", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {CORES} cores, scikit-learn {found}",
+        flush=True,
+    )
 
     for n, perplexity in SIZES.items():
         X = mixture(n)

@@ -2,9 +2,10 @@
 
     python bench/world.py DIR [--tokenizer FOLDER] [--preset NAME] [--no-weights]
 
-Writes DIR/base (a Hugging Face folder, bf16) and DIR/{sft,dpo}_{fixed,mix}.jsonl. Speed and memory do not depend on what the weights are.
-Words are common English ones that byte-level BPEs encode as one token each, so a row's length in tokens is its number of words. Without a
-tokenizer one is trained on these words and the template's: speed does not depend on which it is either.
+Writes DIR/base (a Hugging Face folder, bf16) and DIR/{sft,dpo}_{fixed,mix}.jsonl. Speed and memory do not
+depend on what the weights are. Words are common English ones that byte-level BPEs encode as one token each,
+so a row's length in tokens is its number of words. Without a tokenizer one is trained on these words and the
+template's: speed does not depend on which it is either.
 """
 
 import argparse
@@ -44,9 +45,19 @@ def write_tokenizer(folder):
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    alphabet, special = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), ["<|begin_of_text|>", "<|end_of_text|>"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    text = ["<|user|>", "<|assistant|>", *WORDS, *(f" {word}" for word in WORDS)]  # a text's first word has no space before it
+    alphabet, special = (
+        sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        ["<|begin_of_text|>", "<|end_of_text|>"],
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    text = [
+        "<|user|>",
+        "<|assistant|>",
+        *WORDS,
+        *(f" {word}" for word in WORDS),
+    ]  # a text's first word has no space before it
     core.train_from_iterator(["\n".join(text)] * 9, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     core.save(str(folder / "tokenizer.json"))
@@ -59,7 +70,12 @@ def write_rows(path, rows):
 
 
 def chat(rng, prompt, answer):
-    return {"messages": [{"role": "user", "content": words(rng, prompt)}, {"role": "assistant", "content": words(rng, answer)}]}
+    return {
+        "messages": [
+            {"role": "user", "content": words(rng, prompt)},
+            {"role": "assistant", "content": words(rng, answer)},
+        ]
+    }
 
 
 def pair(rng, prompt, chosen, rejected):
@@ -67,20 +83,38 @@ def pair(rng, prompt, chosen, rejected):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write")
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder that has one")
-    parser.add_argument("--preset", default="llama-3.1-8b", help="shape, of LlamaConfig.preset (default: %(default)s)")
-    parser.add_argument("--no-weights", action="store_true", help="only the rest of base/: bench/session.py draws its own")
+    parser.add_argument(
+        "--preset", default="llama-3.1-8b", help="shape, of LlamaConfig.preset (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-weights", action="store_true", help="only the rest of base/: bench/session.py draws its own"
+    )
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
     args.folder.mkdir(parents=True, exist_ok=True)
-    write_rows(args.folder / "sft_fixed.jsonl", [chat(rng, 1000, 3200) for _ in range(SFT_ROWS)])  # truncated to max_seq_len = 4,096
-    write_rows(args.folder / "sft_mix.jsonl", [chat(rng, 0.3 * n, 0.7 * n) for n in tulu_like_lengths(rng, 4 * SFT_ROWS)])
-    write_rows(args.folder / "dpo_fixed.jsonl", [pair(rng, 243, 249, 249) for _ in range(DPO_ROWS)])  # 2 x 500 tokens with the template
-    prompts, chosen, rejected = (tulu_like_lengths(rng, DPO_ROWS, mean, longest=1000) for mean in (200, 300, 300))
-    write_rows(args.folder / "dpo_mix.jsonl", [pair(rng, *lengths) for lengths in zip(prompts, chosen, rejected, strict=True)])
+    write_rows(
+        args.folder / "sft_fixed.jsonl", [chat(rng, 1000, 3200) for _ in range(SFT_ROWS)]
+    )  # truncated to max_seq_len = 4,096
+    write_rows(
+        args.folder / "sft_mix.jsonl",
+        [chat(rng, 0.3 * n, 0.7 * n) for n in tulu_like_lengths(rng, 4 * SFT_ROWS)],
+    )
+    write_rows(
+        args.folder / "dpo_fixed.jsonl", [pair(rng, 243, 249, 249) for _ in range(DPO_ROWS)]
+    )  # 2 x 500 tokens with the template
+    prompts, chosen, rejected = (
+        tulu_like_lengths(rng, DPO_ROWS, mean, longest=1000) for mean in (200, 300, 300)
+    )
+    write_rows(
+        args.folder / "dpo_mix.jsonl",
+        [pair(rng, *lengths) for lengths in zip(prompts, chosen, rejected, strict=True)],
+    )
 
     if args.tokenizer is None:
         args.tokenizer = args.folder / "tokenizer"
@@ -102,7 +136,9 @@ def main():
             torch.nn.init.normal_(param, std=0.02)
     save_pretrained(model, tokenizer, args.folder / "base", dtype=torch.bfloat16)
     parallel.shutdown()
-    print(f"{args.folder}: {sum(p.numel() for p in model.parameters()):,} parameters in base/, rows in *.jsonl")
+    print(
+        f"{args.folder}: {sum(p.numel() for p in model.parameters()):,} parameters in base/, rows in *.jsonl"
+    )
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ PAIRS = {
     ),
 }
 
-# True pairs of the public hub: the DPO model was trained from the SFT model. `made` is how, `source` who
-# says so; "not checked" marks names taken from a list, not from a card or a script. Template None: as they are.
+# True pairs of the public hub: the DPO model was trained from the SFT model. `made` is how, `source` who says
+# so; "not checked" marks names taken from a list, not from a card or a script. Template None: as they are.
 _SIMPO = "github.com/princeton-nlp/SimPO README, list of released models"
 _INSTRUCT = "github.com/allenai/open-instruct"
 _LOSSES = {"DPO": "DPO", "IPO": "IPO", "KTO": "KTO", "RDPO": "R-DPO", "SimPO": "SimPO"}

@@ -1,9 +1,12 @@
-"""What a training step takes, by arithmetic: bytes on one GPU, term by term, and seconds. Pure functions; no GPU is touched.
+"""What a training step takes, by arithmetic: bytes on one GPU, term by term, and seconds. Pure functions; no
+GPU is touched.
 
-Calibrated on the 8B shape on one and two H200s with torch 2.11: tests/test_plan.py holds the measured peaks (met within 1.5 % on one GPU,
-3 % on two) and seconds of a step (within 4.5 %). Other GPUs are scaled by their datasheets: estimates.
+Calibrated on the 8B shape on one and two H200s with torch 2.11: tests/test_plan.py holds the measured peaks
+(met within 1.5 % on one GPU, 3 % on two) and seconds of a step (within 4.5 %). Other GPUs are scaled by their
+datasheets: estimates.
 
-Letters as in model.py; sizes are bytes, rates per second. Reading order: the GPUs, a model's size, a pass over data, memory, time.
+Letters as in model.py; sizes are bytes, rates per second. Reading order: the GPUs, a model's size, a pass
+over data, memory, time.
 """
 
 import dataclasses
@@ -39,8 +42,9 @@ class GPU:
         return self.link_gb_s < 100
 
 
-# The GeForce cards' TFLOP/s are of the whitepapers of GA102, AD102 and GB202: 71, 165.2 and 209.5 (half of their "sparse" rates).
-# PCIe is 4.0 (32 GB/s a direction), 5.0 (64) on the RTX 5090; an NVLink bridge between RTX 3090s is not counted.
+# The GeForce cards' TFLOP/s are of the whitepapers of GA102, AD102 and GB202: 71, 165.2 and 209.5 (half of
+# their "sparse" rates). PCIe is 4.0 (32 GB/s a direction), 5.0 (64) on the RTX 5090; an NVLink bridge between
+# RTX 3090s is not counted.
 GPUS = {
     "rtx3090": GPU(23.6, 71, 0.936, 32, (8, 6), (0.20, 0.50)),
     "rtx4090": GPU(23.5, 165.2, 1.008, 32, (8, 9), (0.35, 0.80)),
@@ -55,14 +59,24 @@ GPUS = {
 }
 
 # Shares of the datasheet's rates, measured on the H200.
-MATMUL = 0.80  # 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; the next four are shares of this
-FULL, LORA, FORWARD = 0.76, 0.69, 0.82  # forward and backward of blocks and lm_head, full fine-tuning and LoRA; forward only
-ATTENTION, ATTENTION_HALF = 0.434, 916  # varlen_attn over long documents; tokens of a document at which it has half of that
+MATMUL = (
+    0.80  # 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; the next four are shares of this
+)
+FULL, LORA, FORWARD = (
+    0.76,
+    0.69,
+    0.82,
+)  # forward and backward of blocks and lm_head, full fine-tuning and LoRA; forward only
+ATTENTION, ATTENTION_HALF = (
+    0.434,
+    916,
+)  # varlen_attn over long documents; tokens of a document at which it has half of that
 OPTIMIZER = 0.82  # of the memory bandwidth: 49 ms for 24 bytes a parameter, 8.03 B parameters
 LINK = 0.60  # all-gather and reduce-scatter: 250 to 290 of 450 GB/s
-# With sharding="full" a GPU computes at this share of its rate alone: NCCL's kernels take SMs from the matmuls, gradients are added
-# outside, weights are copied in and out. 2 x H200 over NVLink, 8B, 49,152 tokens a GPU and step, micro-batches of 12,288
-# (2026-11-28, 982dfe7): full 4.75 s a step beside 4.20 alone, LoRA 3.67 beside 3.35. Other counts and links were not measured.
+# With sharding="full" a GPU computes at this share of its rate alone: NCCL's kernels take SMs from the
+# matmuls, gradients are added outside, weights are copied in and out. 2 x H200 over NVLink, 8B, 49,152 tokens
+# a GPU and step, micro-batches of 12,288 (2026-11-28, 982dfe7): full 4.75 s a step beside 4.20 alone, LoRA
+# 3.67 beside 3.35. Other counts and links were not measured.
 SHARDED_FULL, SHARDED_LORA = 0.885, 0.91
 WHOLE = 0.985  # with sharding="optimizer", full and LoRA, on the same cards at the same sizes: 0.981 to 0.989
 
@@ -75,7 +89,9 @@ def find_gpu(name):
     """The GPU of that name. ValueError with a suggestion when there is none."""
     if name not in GPUS:
         lower = (name or "").lower()
-        near = [gpu for gpu in GPUS if lower and gpu.startswith(lower)] or difflib.get_close_matches(lower, GPUS, n=1)
+        near = [gpu for gpu in GPUS if lower and gpu.startswith(lower)] or difflib.get_close_matches(
+            lower, GPUS, n=1
+        )
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise UserError(f"gpu={name!r} (--gpu): expected one of {', '.join(GPUS)}{hint}")
     return GPUS[name]
@@ -133,11 +149,15 @@ class Pass:
     targets: int  # supervised
     flops: float  # forward: model.LlamaConfig.flops
     attention: float  # the scores and mixes in that
-    slow_attention: float  # the same, each document's weighted by how much slower varlen_attn is on it than on a long one
+    slow_attention: (
+        float  # the same, each document's weighted by how much slower varlen_attn is on it than on a long one
+    )
 
     @classmethod
     def of(cls, shape, documents, prefixes=0):
-        """documents: (lengths (n,), targets (n,)) of every side; prefixes (n,) tokens that the second side leaves out."""
+        """documents: (lengths (n,), targets (n,)) of every side; prefixes (n,) tokens that the second side
+        leaves out.
+        """
 
         def total(f):  # in float64: the FLOPs of a million documents overflow int64
             computed = 0.0
@@ -148,7 +168,9 @@ class Pass:
         keys = int(sum(lengths.sum() for lengths, _ in documents))
         targets = int(sum(targets.sum() for _, targets in documents))
         flops = total(lambda length: shape.flops(length, logits=0)) + shape.flops(0, logits=targets)
-        slow = total(lambda length: shape.attention_flops(length) / np.maximum(length, 1) * (length + ATTENTION_HALF))
+        slow = total(
+            lambda length: shape.attention_flops(length) / np.maximum(length, 1) * (length + ATTENTION_HALF)
+        )
         examples, tokens = len(documents[0][0]), keys - int(np.sum(prefixes))
         return cls(examples, tokens, keys, targets, flops, total(shape.attention_flops), slow)
 
@@ -161,13 +183,16 @@ class Pass:
 
 
 def is_whole(config, count):
-    """Whether each GPU holds all weights and gradients (exchange.py, or one GPU), and not its rows of them (FSDP2)."""
+    """Whether each GPU holds all weights and gradients (exchange.py, or one GPU), and not its rows of them
+    (FSDP2).
+    """
     assert count == 1 or config.sharding != "auto", "choose_sharding first"
     return count == 1 or config.sharding == "optimizer"
 
 
 def choose_sharding(shape, config, sizes, count, tokens, targets, keys, free):
-    """What config.sharding stands for on `count` GPUs: "auto" is "optimizer" where that fits, or where bf16 moments or gradients want it.
+    """What config.sharding stands for on `count` GPUs: "auto" is "optimizer" where that fits, or where bf16
+    moments or gradients want it.
 
     tokens, targets, keys: as of peak_bytes. free: bytes, of the GPU that has the fewest.
     """
@@ -181,7 +206,9 @@ def choose_sharding(shape, config, sizes, count, tokens, targets, keys, free):
 
 
 def state_bytes(config, sizes, count):
-    """{term: bytes on one GPU} of what lives as long as the run; the gradients too, which come and go with each step."""
+    """{term: bytes on one GPU} of what lives as long as the run; the gradients too, which come and go with
+    each step.
+    """
     moments, gradients = 8, 4
     shared = {}  # over all GPUs, in either way of sharding
     if config.lora_rank:
@@ -196,17 +223,26 @@ def state_bytes(config, sizes, count):
     held["gradients"] = gradients * sizes.trained
     shared["moments of AdamW"] = moments * sizes.trained
     holders = 1 if is_whole(config, count) else count
-    return {term: size / holders for term, size in held.items()} | {term: size / count for term, size in shared.items()}
+    return {term: size / holders for term, size in held.items()} | {
+        term: size / count for term, size in shared.items()
+    }
 
 
 def block_bytes(shape, config, tokens, keys):
-    """(what a block keeps for its backward, what it keeps when it recomputes, what its backward holds for a moment)."""
+    """(what a block keeps for its backward, what it keeps when it recomputes, what its backward holds for a
+    moment).
+    """
     width, D, inner = compute_width(config), shape.hidden_size, shape.intermediate_size
     H, G, K = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    # input, middle, q, attention's output, gate, up; softmax's sums in float32; k and v of all documents, prefix and all
+    # input, middle, q, attention's output, gate, up; softmax's sums in float32; k and v of all documents,
+    # prefix and all
     kept = tokens * (width * (2 * D + 2 * H * K + 2 * inner) + 4 * H) + keys * width * 2 * G * K
-    backward = tokens * width * (4 * inner + D)  # the gradients of gate, up and their product, and that once more
-    if config.kernels == "plain":  # autograd keeps both norms' results, silu(gate) and the product; what it holds has gone by then
+    backward = (
+        tokens * width * (4 * inner + D)
+    )  # the gradients of gate, up and their product, and that once more
+    if (
+        config.kernels == "plain"
+    ):  # autograd keeps both norms' results, silu(gate) and the product; what it holds has gone by then
         kept, backward = kept + tokens * width * (2 * D + 2 * inner), tokens * width * (inner + D)
         if shape.qk_norm:
             kept += tokens * width * (H + G) * K  # q and k before their norms
@@ -214,10 +250,12 @@ def block_bytes(shape, config, tokens, keys):
 
 
 def peak_bytes(shape, config, sizes, count, tokens, targets, keys, *, accumulates):
-    """(moment, {term: bytes on one GPU}) of a training step's peak: their sum is torch.cuda.max_memory_allocated.
+    """(moment, {term: bytes on one GPU}) of a training step's peak: their sum is
+    torch.cuda.max_memory_allocated.
 
-    tokens, targets, keys: of the largest micro-batch. accumulates: a step has several, so gradients are there from the second
-    on; otherwise they appear while the activations go. The largest of three moments: lm_head's backward, the last block's, the end.
+    tokens, targets, keys: of the largest micro-batch. accumulates: a step has several, so gradients are there
+    from the second on; otherwise they appear while the activations go. The largest of three moments:
+    lm_head's backward, the last block's, the end.
     """
     width, D, V, L = compute_width(config), shape.hidden_size, shape.vocab_size, shape.num_hidden_layers
     full, sharded = not config.lora_rank, not is_whole(config, count)
@@ -225,12 +263,16 @@ def peak_bytes(shape, config, sizes, count, tokens, targets, keys, *, accumulate
     kept, recomputed, backward = block_bytes(shape, config, tokens, keys)
     recomputing = {"none": 0, "half": -(-L // 2), "full": L}[config.recompute]
     early = state | {"gradients": state["gradients"] * accumulates}
-    early |= {"activations": recomputing * recomputed + (L - recomputing) * kept + width * D * (tokens + targets)}
+    early |= {
+        "activations": recomputing * recomputed + (L - recomputing) * kept + width * D * (tokens + targets)
+    }
     if sharded:
         early["gathered weights"] = width * (sizes.root + sizes.block)
     # a split master's gradient is summed in place, any other weight's beside it, in float32
     in_place = not sharded and config.precision != "fp32"
-    head = min(HEAD_ROWS, targets) * V * (4 + width) + width * D * targets + 4 * V * D * (full and not in_place)
+    head = (
+        min(HEAD_ROWS, targets) * V * (4 + width) + width * D * targets + 4 * V * D * (full and not in_place)
+    )
     block = backward + width * D * tokens + kept * (recomputing > 0)
     block += width * V * D * (full and not (in_place and accumulates))  # lm_head's gradient
     if sharded:  # the next block's weights; this one's gradients, and in float32 to be summed over GPUs
@@ -263,26 +305,42 @@ def forward_seconds(work, gpu):
 def training_seconds(work, model, config, gpu):
     """Seconds of forward and backward, on one GPU."""
     rate, matmuls = gpu.tflops * 1e12 * MATMUL, work.flops - work.attention
-    matmuls_trained = training_flops(model, matmuls, work.tokens) / (rate * (LORA if config.lora_rank else FULL))
-    attention = 3.5 * work.slow_attention / (rate * ATTENTION)  # backward: five products to forward's two, under LoRA too
-    again = dataclasses.replace(work, flops=work.flops - model.config.flops(0, logits=work.targets))  # all but lm_head
-    return matmuls_trained + attention + {"none": 0, "half": 0.5, "full": 1}[config.recompute] * forward_seconds(again, gpu)
+    matmuls_trained = training_flops(model, matmuls, work.tokens) / (
+        rate * (LORA if config.lora_rank else FULL)
+    )
+    attention = (
+        3.5 * work.slow_attention / (rate * ATTENTION)
+    )  # backward: five products to forward's two, under LoRA too
+    again = dataclasses.replace(
+        work, flops=work.flops - model.config.flops(0, logits=work.targets)
+    )  # all but lm_head
+    return (
+        matmuls_trained
+        + attention
+        + {"none": 0, "half": 0.5, "full": 1}[config.recompute] * forward_seconds(again, gpu)
+    )
 
 
 def optimizer_seconds(config, sizes, count, gpu):
-    """Seconds of one AdamW step: every byte of weights and moments is read and written, the gradients are read twice (norm, update)."""
+    """Seconds of one AdamW step: every byte of weights and moments is read and written, the gradients are
+    read twice (norm, update).
+    """
     state = state_bytes(config, sizes, count)
     kept = sum(state.values()) - state.get("frozen weights", 0) - state["gradients"]
     return (2 * kept + 2 * state["gradients"]) / (gpu.tb_s * 1e12 * OPTIMIZER)
 
 
 def exchange_seconds(size, count, gpu):
-    """Seconds in which every one of `count` GPUs sends and receives its part of `size` bytes: one all-gather or reduce-scatter."""
+    """Seconds in which every one of `count` GPUs sends and receives its part of `size` bytes: one all-gather
+    or reduce-scatter.
+    """
     return size * (count - 1) / count / (gpu.link_gb_s * 1e9 * LINK)
 
 
 def sharded_seconds(compute, exchange, config, count):
-    """Seconds of a part in which each of `count` GPUs alone would compute for `compute`, and exchanges for `exchange` meanwhile."""
+    """Seconds of a part in which each of `count` GPUs alone would compute for `compute`, and exchanges for
+    `exchange` meanwhile.
+    """
     if count == 1:
         return compute
     share = WHOLE if is_whole(config, count) else SHARDED_LORA if config.lora_rank else SHARDED_FULL

@@ -1,9 +1,11 @@
-"""Plan before renting: memory, time and cost of a config on a named GPU. No GPU is touched and no run folder is written.
+"""Plan before renting: memory, time and cost of a config on a named GPU. No GPU is touched and no run folder
+is written.
 
     python train_dpo.py configs/tulu10.py --plan --gpu a100-80 --count 8 [--usd-per-hour 16] [--key=value ...]
     python -m planner.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]              all stages of each config, and their total
 
-The arithmetic is budget.py's. Reading order: the counts, the plan, what to turn when it does not fit, the text, the command line.
+The arithmetic is budget.py's. Reading order: the counts, the plan, what to turn when it does not fit, the
+text, the command line.
 """
 
 import argparse
@@ -59,16 +61,24 @@ class Estimate:
     source: str
 
 
-# num_examples and num_bytes are the dataset cards'. Assumed: 4 bytes a Llama-3 token, and how prompt and answers share the bytes.
+# num_examples and num_bytes are the dataset cards'. Assumed: 4 bytes a Llama-3 token, and how prompt and
+# answers share the bytes.
 ESTIMATES = {
-    "allenai/tulu-3-sft-mixture": Estimate(939_343, 190, 560, "the card's rows and 3,102 bytes a row; assumed: 4 bytes a token"),
-    "allenai/llama-3.1-tulu-3-8b-preference-mixture": Estimate(
-        271_409, 250, 384, "the card's rows and 6,192 bytes a row (three prompts, two answers); assumed: 4 bytes a token"
+    "allenai/tulu-3-sft-mixture": Estimate(
+        939_343, 190, 560, "the card's rows and 3,102 bytes a row; assumed: 4 bytes a token"
     ),
-    "PKU-Alignment/PKU-SafeRLHF": Estimate(12_000, 40, 110, "rows with one safe answer as in configs/pku_lora.py; tokens assumed"),
+    "allenai/llama-3.1-tulu-3-8b-preference-mixture": Estimate(
+        271_409,
+        250,
+        384,
+        "the card's rows and 6,192 bytes a row (three prompts, two answers); assumed: 4 bytes a token",
+    ),
+    "PKU-Alignment/PKU-SafeRLHF": Estimate(
+        12_000, 40, 110, "rows with one safe answer as in configs/pku_lora.py; tokens assumed"
+    ),
 }
-# The sweep's labelled texts: of an axiom and label by mode, as aqi.py takes them. Assumed: as many axioms as were published, and the
-# mean length of bench/sweep.py's prompts.
+# The sweep's labelled texts: of an axiom and label by mode, as aqi.py takes them. Assumed: as many axioms as
+# were published, and the mean length of bench/sweep.py's prompts.
 PROMPTS = {"sanity": 100, "full": 500, "paper": 2000}
 AXIOMS, PROMPT_TOKENS = 7, 60
 # Shapes of models that a plan may name without having them.
@@ -80,8 +90,9 @@ SHAPES = {
 
 
 def find_model(stage, config, path):
-    """(LlamaConfig, its folder or None, where it is from) of config.model_path. A folder that SFT has yet to write is taken to be as what
-    SFT starts from. Nothing is downloaded. ValueError when the shape is not known here."""
+    """(LlamaConfig, its folder or None, where it is from) of config.model_path. A folder that SFT has yet to
+    write is taken to be as what SFT starts from. Nothing is downloaded. ValueError when the shape is not
+    known here."""
     folder = _folder(config.model_path)
     if folder is None and stage == "dpo" and "sft" in sections_of(path):
         before = load("sft", [path])
@@ -101,14 +112,17 @@ def _folder(model_path):
     if Path(model_path).is_dir():
         return Path(model_path)
     name = hub.parse(model_path)
-    cached = huggingface_hub.try_to_load_from_cache(name[0], "config.json", revision=name[1]) if name else None
+    cached = (
+        huggingface_hub.try_to_load_from_cache(name[0], "config.json", revision=name[1]) if name else None
+    )
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 def count_data(stage, config, shape, folder, log=print):
     """(Pass over the training data, Pass over the held-out data or None, where the counts are from).
 
-    Exact where tokenizer and rows are on this machine: the data is then tokenised into cache_dir, where the run will find it.
+    Exact where tokenizer and rows are on this machine: the data is then tokenised into cache_dir, where the
+    run will find it.
     """
     sources = list(config.data)
     if isinstance(config.data_eval, dict):
@@ -128,7 +142,9 @@ def count_data(stage, config, shape, folder, log=print):
 
 def _pass_over(dataset, shape):
     sides = [dataset.chosen, dataset.rejected] if hasattr(dataset, "chosen") else [dataset]
-    return Pass.of(shape, [(side.lengths, side.num_targets) for side in sides], getattr(dataset, "prefixes", 0))
+    return Pass.of(
+        shape, [(side.lengths, side.num_targets) for side in sides], getattr(dataset, "prefixes", 0)
+    )
 
 
 def _estimated_pass(stage, config, data, share, shape):
@@ -195,15 +211,21 @@ class Plan:
     @property
     def microbatches(self):
         """Micro-batches of a step on one GPU, at the mean."""
-        step = self.train.tokens / self.train.examples * min(self.config.global_batch_size, self.train.examples)
+        step = (
+            self.train.tokens / self.train.examples * min(self.config.global_batch_size, self.train.examples)
+        )
         return step / (self.count * self.config.tokens_per_microbatch)
 
     @property
     def peak(self):
-        """(moment, {term: bytes}) on one GPU, with a full micro-batch of the data's mean share of answers and prefixes."""
+        """(moment, {term: bytes}) on one GPU, with a full micro-batch of the data's mean share of answers and
+        prefixes.
+        """
         # a step that fills half of one micro-batch at the mean may now and then need two
         accumulates = self.microbatches > 0.5
-        return peak_bytes(self.shape, self.resolved, self.sizes, self.count, *self.stream, accumulates=accumulates)
+        return peak_bytes(
+            self.shape, self.resolved, self.sizes, self.count, *self.stream, accumulates=accumulates
+        )
 
     @property
     def stream(self):
@@ -246,7 +268,9 @@ class Plan:
 
     @property
     def step(self):
-        """(seconds of one GPU's computing, seconds of its exchange with the others) in one step; the optimizer's not counted."""
+        """(seconds of one GPU's computing, seconds of its exchange with the others) in one step; the
+        optimizer's not counted.
+        """
         compute = training_seconds(self.trained, self.model, self.config, self.gpu) / self.count / self.steps
         if self.is_whole:  # gradients are summed and weights sent once a step
             weights = 4 if self.config.lora_rank else compute_width(self.config)
@@ -279,7 +303,9 @@ class Plan:
         """Seconds of a pass that only reads the weights."""
         passes = 0 if self.is_whole else work.examples / self.config.global_batch_size * self.turns
         exchange = passes * exchange_seconds(self.gathered, self.count, self.gpu)
-        return sharded_seconds(forward_seconds(work, self.gpu) / self.count, exchange, self.resolved, self.count)
+        return sharded_seconds(
+            forward_seconds(work, self.gpu) / self.count, exchange, self.resolved, self.count
+        )
 
     @property
     def speedup(self):
@@ -299,14 +325,18 @@ class Plan:
         """This plan with other keys of the config, or on another number of GPUs at the same price each."""
         count = count or self.count
         prices = tuple(price * count / self.count for price in self.usd_per_hour)
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, **keys), count=count, usd_per_hour=prices)
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, **keys), count=count, usd_per_hour=prices
+        )
 
 
 def remedies(plan):
-    """[(what to turn, Plan)] for a plan that does not fit, in the order to try: each keeps what was turned before, up to the first that
-    fits. Where none does, on top of them LoRA, or the fewest GPUs that do."""
+    """[(what to turn, Plan)] for a plan that does not fit, in the order to try: each keeps what was turned
+    before, up to the first that fits. Where none does, on top of them LoRA, or the fewest GPUs that do."""
     config, longest = plan.config, plan.config.max_seq_len * (2 if plan.stage == "dpo" else 1)
-    knobs = [("recompute", mode) for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]]
+    knobs = [
+        ("recompute", mode) for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]
+    ]
     if config.tokens_per_microbatch > longest:
         knobs.append(("tokens_per_microbatch", longest))
     if plan.count == 1 and not config.lora_rank and config.precision != "fp32" and config.sharding != "full":
@@ -331,8 +361,8 @@ def remedies(plan):
 def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     """(Plan, where the model's shape is from, where the counts are from) of one stage of a config file.
 
-    overrides: `--key=value` arguments. usd_per_hour: of all GPUs together; None: the range of GPUS. ValueError as a run's, and for a model
-    or data of which nothing is known here.
+    overrides: `--key=value` arguments. usd_per_hour: of all GPUs together; None: the range of GPUS.
+    ValueError as a run's, and for a model or data of which nothing is known here.
     """
     card, config = find_gpu(gpu), load(stage, [path, *overrides])
     check_world_size(config, count)
@@ -340,7 +370,11 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     shape, folder, origin = find_model(stage, config, path)
     check_kernels(shape, config.kernels)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
-    prices = tuple(price * count for price in card.usd_per_hour) if usd_per_hour is None else (usd_per_hour, usd_per_hour)
+    prices = (
+        tuple(price * count for price in card.usd_per_hour)
+        if usd_per_hour is None
+        else (usd_per_hour, usd_per_hour)
+    )
     return Plan(stage, config, gpu, count, prices, shape, train, held_out), origin, counted
 
 
@@ -378,7 +412,9 @@ def _memory_lines(plan):
     for what, other in tried:
         lines.append(f"         {what:<34} {other.gib:7.2f} GiB  {_price(other)}; {_verdict(other)}")
     if not any(other.fits for _, other in tried):
-        lines.append(f"         nothing that this program has makes it fit on {plan.gpu_name}: take a larger GPU")
+        lines.append(
+            f"         nothing that this program has makes it fit on {plan.gpu_name}: take a larger GPU"
+        )
     return lines
 
 
@@ -386,19 +422,32 @@ def _time_lines(plan):
     seconds, config = plan.seconds, plan.config
     spent = ", ".join(f"{part} {_duration(value)}" for part, value in seconds.items())
     unless = "" if plan.fits else "if it did fit: "
-    source = "calibrated on an H200" if plan.gpu_name == "h200" else "an estimate: H200 measurements scaled by the datasheets"
+    source = (
+        "calibrated on an H200"
+        if plan.gpu_name == "h200"
+        else "an estimate: H200 measurements scaled by the datasheets"
+    )
     lines = [f"time     {unless}{spent}"]
     lines += [f"         {plan.trained.tokens / seconds['training']:,.0f} tokens/s in training; {source}"]
     lines += _scaling_lines(plan) if plan.count > 1 else []
     if config.precision == "fp32":
-        lines.append("         precision='fp32' does not run on the bf16 matmul units: expect several times these hours")
+        lines.append(
+            "         precision='fp32' does not run on the bf16 matmul units: expect several times these hours"
+        )
     if config.precision == "fp8":
         lines.append("         precision='fp8' is planned as bf16: expect fewer hours on Hopper")
     assumed = " (assumed: see --usd-per-hour)" if plan.usd_per_hour[0] < plan.usd_per_hour[1] else ""
-    lines += [f"total    {unless}{_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"]
-    lines += ["         not counted: loading, tokenising, checkpoints (in the background, after a copy to host memory), the final save,"]
+    lines += [
+        f"total    {unless}{_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"
+    ]
+    lines += [
+        "         not counted: loading, tokenising, checkpoints (in the background, after a copy to host memory), the final save,"
+    ]
     lines.append("         and ranks that wait for the longest stream of a micro-batch")
-    return [*lines, "         SFT, DPO, extract and sweep with one total: python -m planner.plan CONFIG.py --gpu NAME --count N"]
+    return [
+        *lines,
+        "         SFT, DPO, extract and sweep with one total: python -m planner.plan CONFIG.py --gpu NAME --count N",
+    ]
 
 
 def _scaling_lines(plan):
@@ -416,7 +465,9 @@ def _scaling_lines(plan):
     if plan.gpu.pcie:
         lines.append("         no run over PCIe has been measured: take these hours as a lower bound")
     if plan.speedup < 1:
-        lines.append(f"         SLOWER THAN ONE {plan.gpu_name}: larger steps or --lora_rank exchange less; NVLink cards exchange faster")
+        lines.append(
+            f"         SLOWER THAN ONE {plan.gpu_name}: larger steps or --lora_rank exchange less; NVLink cards exchange faster"
+        )
     return lines
 
 
@@ -424,7 +475,11 @@ def _verdict(plan):
     spare = plan.gpu.gib - plan.gib
     if spare < 0:
         return f"does not fit, {-spare:.1f} GiB too much"
-    return "fits" if spare > ERROR * plan.gib else f"fits with {spare:.1f} GiB to spare: tight, within the error of this estimate"
+    return (
+        "fits"
+        if spare > ERROR * plan.gib
+        else f"fits with {spare:.1f} GiB to spare: tight, within the error of this estimate"
+    )
 
 
 def _price(plan):
@@ -437,47 +492,69 @@ def _usd(prices):
 
 
 def _duration(seconds):
-    return f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds / 60:.1f} min" if seconds >= 6 else f"{seconds:.2f} s"
+    return (
+        f"{seconds / 3600:.2f} h"
+        if seconds >= 360
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 6
+        else f"{seconds:.2f} s"
+    )
 
 
 # ---------------------------------------------------------------- the command line
 
 
 def main(stage, argv):
-    """`train_<stage>.py CONFIG.py --plan --gpu NAME --count N [--usd-per-hour X] [--key=value ...]`: print the plan. Returns 0."""
+    """`train_<stage>.py CONFIG.py --plan --gpu NAME --count N [--usd-per-hour X] [--key=value ...]`: print
+    the plan. Returns 0.
+    """
     options, rest = _options(argv)
     paths = [arg for arg in rest if not arg.startswith("-")]
     if len(paths) != 1:
-        raise UserError(f"expected one config file, got {paths}: train_{stage}.py CONFIG.py --plan --gpu NAME --count N")
+        raise UserError(
+            f"expected one config file, got {paths}: train_{stage}.py CONFIG.py --plan --gpu NAME --count N"
+        )
     overrides = [arg for arg in rest if arg.startswith("-")]
     print(describe(*make(stage, paths[0], overrides, options.gpu, options.count, options.usd_per_hour)))
     return 0
 
 
 def ladder(argv):
-    """`python -m planner.plan CONFIG.py ... --gpu NAME --count N [--usd-per-hour X]`: the stages of each config. Returns 0."""
+    """`python -m planner.plan CONFIG.py ... --gpu NAME --count N [--usd-per-hour X]`: the stages of each
+    config. Returns 0.
+    """
     options, paths = _options(argv)
     if not paths or any(path.startswith("-") for path in paths):
         raise UserError(f"expected config files, --gpu, --count and --usd-per-hour, got {paths}")
     find_gpu(options.gpu)
-    prices = "prices are assumed: see --usd-per-hour" if options.usd_per_hour is None else f"at {options.usd_per_hour} USD an hour"
+    prices = (
+        "prices are assumed: see --usd-per-hour"
+        if options.usd_per_hour is None
+        else f"at {options.usd_per_hour} USD an hour"
+    )
     print(f"{options.count} x {options.gpu}; tokens* are estimates; {prices}")
     rows = []
     for path in paths:
         rows += _rows(path, options)
-    print(table(["config", "stage", "steps", "tokens", "GiB", "hours", "cost", "memory"], rows, left=(0, 1, -1)))
+    print(
+        table(["config", "stage", "steps", "tokens", "GiB", "hours", "cost", "memory"], rows, left=(0, 1, -1))
+    )
     return 0
 
 
 def _rows(path, options):
-    """The table's lines of one config: both trainings, the vector and the sweep of steer.py validate, and their total."""
+    """The table's lines of one config: both trainings, the vector and the sweep of steer.py validate, and
+    their total.
+    """
     stages = [stage for stage in ("sft", "dpo") if stage in sections_of(path)]
     if not stages:
         return [[path, *[""] * 6, "not a training config"]]
     rows, plans = [], {}
     for stage in stages:
         try:
-            plan, _, counted = make(stage, path, [], options.gpu, options.count, options.usd_per_hour, log=lambda line: None)
+            plan, _, counted = make(
+                stage, path, [], options.gpu, options.count, options.usd_per_hour, log=lambda line: None
+            )
         except UserError as error:  # one config's; the others have their lines
             rows.append([path, stage, *[""] * 5, f"error: {error}"])
             continue
@@ -486,14 +563,27 @@ def _rows(path, options):
         verdict = _verdict(plan)
         if plan.count > 1 and plan.speedup < 1:
             verdict += f"; slower than one {plan.gpu_name}"
-        rows.append([path, stage, f"{plan.steps:,}", tokens, f"{plan.gib:.1f}", f"{plan.hours:.2f}", _usd(plan.usd), verdict])
+        rows.append(
+            [
+                path,
+                stage,
+                f"{plan.steps:,}",
+                tokens,
+                f"{plan.gib:.1f}",
+                f"{plan.hours:.2f}",
+                _usd(plan.usd),
+                verdict,
+            ]
+        )
     if len(plans) < 2:
         return rows
     return rows + _steering_rows(path, plans)
 
 
 def _steering_rows(path, plans):
-    """Lines of the passes of steer.py validate, and the total of all stages. plans: {stage: Plan} of the trainings."""
+    """Lines of the passes of steer.py validate, and the total of all stages. plans: {stage: Plan} of the
+    trainings.
+    """
     dpo = plans["dpo"]
     hours = sum(plan.hours for plan in plans.values())
     gib = (2 * (dpo.sizes.trained + dpo.sizes.frozen)) / GIB + CONTEXT_GIB  # bf16, one model at a time
@@ -501,17 +591,23 @@ def _steering_rows(path, plans):
     rows = []
     for stage, (tokens, seconds) in steering_passes(load("steer", [path]), dpo).items():
         hours += seconds / 3600
-        price = _usd([seconds / 3600 * price for price in dpo.usd_per_hour])  # the others are rented meanwhile
+        price = _usd(
+            [seconds / 3600 * price for price in dpo.usd_per_hour]
+        )  # the others are rented meanwhile
         rows.append([path, stage, "", f"{tokens:,.0f}*", f"{gib:.1f}", f"{seconds / 3600:.2f}", price, said])
     total = _usd([hours * price for price in dpo.usd_per_hour])
-    return [*rows, [path, "total", "", "", "", f"{hours:.2f}", total, "loading, tokenising and saving not counted"]]
+    return [
+        *rows,
+        [path, "total", "", "", "", f"{hours:.2f}", total, "loading, tokenising and saving not counted"],
+    ]
 
 
 def steering_passes(config, dpo):
-    """{stage: (tokens read, seconds)} of the section steer, on one GPU. dpo: the Plan of the pair's second model.
+    """{stage: (tokens read, seconds)} of the section steer, on one GPU. dpo: the Plan of the pair's second
+    model.
 
-    extract reads both texts of every pair with both models. sweep reads every prompt once, then only the steered blocks again for each
-    lambda; and all of that once more along the random direction.
+    extract reads both texts of every pair with both models. sweep reads every prompt once, then only the
+    steered blocks again for each lambda; and all of that once more along the random direction.
     """
     from analysis.vector import MODES  # here: `--plan` of a training starts without it
 
@@ -523,7 +619,10 @@ def steering_passes(config, dpo):
     layers = min(config.layers, dpo.shape.num_hidden_layers)
     again = len(config.lambdas) * layers / dpo.shape.num_hidden_layers
     swept = prompts.times(2 * (1 + again))
-    return {stage: (work.tokens, forward_seconds(work, dpo.gpu)) for stage, work in (("extract", extracted), ("sweep", swept))}
+    return {
+        stage: (work.tokens, forward_seconds(work, dpo.gpu))
+        for stage, work in (("extract", extracted), ("sweep", swept))
+    }
 
 
 def _states_pass(shape, count, length):
@@ -545,7 +644,9 @@ def _options(argv):
     if options.count < 1:
         raise UserError(f"count={options.count}: expected at least 1 GPU")
     if options.usd_per_hour is not None and not 0 <= options.usd_per_hour < math.inf:
-        raise UserError(f"usd-per-hour={options.usd_per_hour}: expected a price of 0 or more, of all GPUs together")
+        raise UserError(
+            f"usd-per-hour={options.usd_per_hour}: expected a price of 0 or more, of all GPUs together"
+        )
     return options, rest
 
 

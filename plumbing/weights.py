@@ -43,7 +43,9 @@ def resolve(path_or_repo):
     """The folder of a model, as find_folder gives it. UserError for a LoRA adapter, which needs its base, and
     for a run folder."""
     folder = find_folder(path_or_repo)
-    verify_hashes(folder, lambda name: not _is_weights(name))  # before parsing them; load_weights does the rest
+    verify_hashes(
+        folder, lambda name: not _is_weights(name)
+    )  # before parsing them; load_weights does the rest
     if (folder / "config.json").is_file():
         return folder
     key = f"model_path={str(path_or_repo)!r}"
@@ -141,7 +143,9 @@ def _rank():
 
 
 def sharded_parameters(model):
-    """{name: parameter}, this rank's shards; a tied one once. Call parallel.share_weights after filling them."""
+    """{name: parameter}, this rank's shards; a tied one once. Call parallel.share_weights after filling
+    them.
+    """
     parallel.settle(model)
     params = {}
     for name, shard in parallel.shards(model).items():

@@ -47,7 +47,9 @@ class Steering:
 
 
 def read(folder):
-    """The Run or the Steering of a folder. UserError, naming folder or file, when it is neither, or a file of it is torn."""
+    """The Run or the Steering of a folder. UserError, naming folder or file, when it is neither, or a file of
+    it is torn.
+    """
     if (folder / "metrics.jsonl").is_file():
         return _read_run(folder)
     if (folder / "vector.safetensors").is_file():
@@ -81,7 +83,9 @@ def _read_steering(folder):
             spectrum.append(layer | {"centred": layer["explained_centred"][0]})
     sweeps = {path.parent: read_verified_json(path) for path in sorted(folder.glob("*/aqi.json"))}
     if not sweeps and not spectrum:
-        raise UserError(f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run")
+        raise UserError(
+            f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run"
+        )
     return Steering(folder, read_json(folder / "manifest.json"), spectrum, sweeps)
 
 
