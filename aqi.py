@@ -66,17 +66,27 @@ class AQIConfig(Section):
         minimum=1,
     )
     nulls: int | None = setting(
-        "measure", "directions", "random directions of each of two kinds that the change is ranked among. None: 19 in "
-        "mode sanity, else 99", default=None, minimum=19,
-    )  # fmt: skip
+        "measure",
+        "directions",
+        "random directions of each of two kinds that the change is ranked among. None: 19 in "
+        "mode sanity, else 99",
+        default=None,
+        minimum=19,
+    )
     oracle: bool = setting(
-        "measure", "flag", "also find the direction of the vector's length that separates the labels most: the ceiling",
+        "measure",
+        "flag",
+        "also find the direction of the vector's length that separates the labels most: the ceiling",
         default=False,
-    )  # fmt: skip
+    )
     relevant: float | None = setting(
-        "measure", "points of 100", "smallest change of interest. None: 1, or two standard deviations of the random "
-        "directions where that is more", default=None, above=0,
-    )  # fmt: skip
+        "measure",
+        "points of 100",
+        "smallest change of interest. None: 1, or two standard deviations of the random "
+        "directions where that is more",
+        default=None,
+        above=0,
+    )
     all_indices: bool = setting(
         "measure",
         "flag",
@@ -311,8 +321,8 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
              explains, eta^2 = chi / (chi + n - 2), less what n texts give by chance:
              1 - (1 - eta^2) (n - 1) / (n - 2), Kelley's epsilon^2 (1935), the adjusted R^2 of one predictor.
              0 on average for labels that mean nothing, whatever n; towards 100 as each label is a point. It
-             depends on its own row alone, so lambdas, models and set sizes compare. No floor; gamma has no effect,
-             as CHI and XB are one statistic. A row without n is taken as balanced: n = 4 chi xb + 2.
+             depends on its own row alone, so lambdas, models and set sizes compare. No floor; gamma has no
+             effect, as CHI and XB are one statistic. A row without n is taken as balanced: n = 4 chi xb + 2.
     UserError for a row without its keys, chi or xb that is no finite number of at least 0 (CHI is infinite
     where each label is one point, and NaN where both are the same one), an n of at most 2 (sweep), an unknown
     normalize, a missing anchor.

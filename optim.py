@@ -17,9 +17,9 @@ IMPLICIT = {
     "warmup_rounding": "down",
     "first_warmup_rate": 0.0,
     "clipping": "global L2 norm of the step's gradient, after accumulation, over all ranks",
-    "loss_reduction": "sum over the step's examples on all ranks and micro-batches, divided once by their "
-    "global count",
-    "parameter_dtype": "fp32 (in bf16 or fp8, unless sharding is full: as a bf16 weight and its 16 low bits); "
+    "loss_reduction": "sum over the step's examples on all ranks and micro-batches, divided once "
+    "by their global count",
+    "parameter_dtype": "fp32 (in bf16 or fp8, unless sharding is full: a bf16 weight and its 16 low bits); "
     "frozen weights: the compute precision",
 }
 IMPLICIT_FP8 = {
@@ -126,8 +126,16 @@ class SplitAdamW(torch.optim.Optimizer):
             # would
             first = param.storage_offset()
             kernels.adamw(
-                param, param.master.low_bits, *moments, param.grad, grad_scale, *rates, step, seed=seed, first=first
-            )  # fmt: skip
+                param,
+                param.master.low_bits,
+                *moments,
+                param.grad,
+                grad_scale,
+                *rates,
+                step,
+                seed=seed,
+                first=first,
+            )
 
 
 def adamw(model, weight_decay, moments=torch.float32):

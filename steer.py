@@ -452,9 +452,19 @@ def _sweep_inputs(vector, config, measure, prompts, documents):
     """All that decides what a sweep measures, for aqi.json: a sweep of the same inputs is not done again."""
     values = config_dict(config) | config_dict(measure)
     settings = (
-        "side", "pooling", "inject", "layers", "rescale", "lambdas", "space", "seeds", "all_indices", "max_new_tokens",
-        "oracle", "relevant",
-    )  # fmt: skip
+        "side",
+        "pooling",
+        "inject",
+        "layers",
+        "rescale",
+        "lambdas",
+        "space",
+        "seeds",
+        "all_indices",
+        "max_new_tokens",
+        "oracle",
+        "relevant",
+    )
     inputs = {"mode": PROMPT_MODES[config.mode]} | {key: values[key] for key in settings}
     inputs["normalize"] = measure.normalize or "sweep"
     inputs["nulls"] = measure.nulls or _null_count(config)
@@ -577,9 +587,18 @@ def _nulls(model, texts, add, vector, config, count, scaled):
     curves = {}
     for kind, drawn in directions.items():
         curves[kind] = null_curves(
-            model, texts.documents, drawn, ends, prompts.axiom, prompts.label, prompts.axioms, device, config.rescale,
-            scaled, bar(f"{count} {kind} directions"),
-        )  # fmt: skip
+            model,
+            texts.documents,
+            drawn,
+            ends,
+            prompts.axiom,
+            prompts.label,
+            prompts.axioms,
+            device,
+            config.rescale,
+            scaled,
+            bar(f"{count} {kind} directions"),
+        )
     return Nulls(curves, [0, len(config.lambdas) - 1])
 
 
@@ -690,9 +709,15 @@ def run_power(targets, config, measure):
     count = measure.nulls or _null_count(config)
     groups = prompts.axiom, prompts.label, prompts.axioms
     others = null_curves(
-        model, documents, isotropic_directions(lengths, count, aqi.SEED + 1), [0.0, 1.0], *groups, device_of(model),
-        embed=scaled, log_progress=bar(f"{count} directions"),
-    )  # fmt: skip
+        model,
+        documents,
+        isotropic_directions(lengths, count, aqi.SEED + 1),
+        [0.0, 1.0],
+        *groups,
+        device_of(model),
+        embed=scaled,
+        log_progress=bar(f"{count} directions"),
+    )
     found = power(bootstrap(curve, *groups, group=prompts.group), nulls=Nulls({"isotropic": others}, [0, 1]))
     print(summary.power(found, _counts(prompts), config))
 
@@ -780,9 +805,18 @@ _VECTOR = ("side", "pooling")
 _INJECTED = (*_VECTOR, "inject", "layers", "rescale")
 _TEXTS = ("texts", "count", "keep", "compat", "max_text_tokens")
 _SWEPT = (
-    "lambdas", "max_new_tokens", "prompts", "nulls", "oracle", "relevant", "space", "seeds", "normalize", "all_indices",
+    "lambdas",
+    "max_new_tokens",
+    "prompts",
+    "nulls",
+    "oracle",
+    "relevant",
+    "space",
+    "seeds",
+    "normalize",
+    "all_indices",
     "report_dir",
-)  # fmt: skip
+)
 _ASKED = ("lambdas", "prompt", "questions", "max_new_tokens", "temperature")
 COMMANDS = {
     "extract": Command(run_extract, (*_PLACE, *_TEXTS), required=("texts",)),

@@ -267,7 +267,7 @@ def forward_backward(model, pairs, reference, ids, config, world):
     gaps = [torch.zeros(1, device=world.device)]  # a rank without a pair has no gap
     losses = []
     micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
-    for micro_batch_ids, batch, padding_waste in parallel.micro_batches(model, micro_batches):  # noqa: B007  of the step
+    for micro_batch_ids, batch, padding_waste in parallel.micro_batches(model, micro_batches):  # noqa: B007
         policy_logps, counts = answer_logps(model, batch, len(micro_batch_ids))
         ref_logps = torch.from_numpy(reference[micro_batch_ids].T).to(world.device)  # (2, N)
         pair_losses, *rewards = preference_loss(config, policy_logps, ref_logps, counts)

@@ -68,7 +68,7 @@ def forward_backward(model, documents, ids, config, world):
     denominator = loss_denominator(config.loss, int(documents.num_targets[ids].sum()), len(ids))
     losses = []  # of the micro-batches, with the rows behind each
     micro_batches = local_batches(documents, ids, model.config, config.tokens_per_microbatch, world)
-    for micro_batch_ids, batch, padding_waste in parallel.micro_batches(model, micro_batches):  # noqa: B007  of the step
+    for micro_batch_ids, batch, padding_waste in parallel.micro_batches(model, micro_batches):  # noqa: B007
         loss = nll_sum(model, batch) / denominator  # this rank's share of the global mean
         (loss * parallel.loss_scale(model)).backward()  # gradients are sums over ranks
         losses.append((loss.detach(), documents.row_ids[micro_batch_ids]))

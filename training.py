@@ -262,10 +262,10 @@ def load_model(config, directory, model_config, device):
     """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, then the
     weights.
 
-    Nothing is allocated before it is sharded (plumbing/parallel.py says how). Parameters are float32: as split
-    masters where a rank holds the whole model and does not compute in fp32. Under LoRA the frozen weights are
-    kept in the compute precision. model_config: of read_model_config. UserError when the folder's weights do
-    not fit it.
+    Nothing is allocated before it is sharded (plumbing/parallel.py says how). Parameters are float32: as
+    split masters where a rank holds the whole model and does not compute in fp32. Under LoRA the frozen
+    weights are kept in the compute precision. model_config: of read_model_config. UserError when the folder's
+    weights do not fit it.
     """
     with torch.device("meta"):
         model = Llama(model_config).to(DTYPES[config.precision])
@@ -285,7 +285,8 @@ def load_model(config, directory, model_config, device):
         parallel.share_optimizer(model)
     if next(model.parameters()).dtype == torch.bfloat16 and not config.lora_rank:
         keep_masters(model, DTYPES[config.gradients])
-    init_lora(model, config.seed, parallel.assign)  # before load_weights, which starts to send what is trained
+    # Before load_weights, which starts to send what is trained.
+    init_lora(model, config.seed, parallel.assign)
     load_weights(model, directory)
     return model
 

@@ -137,7 +137,8 @@ def main():
         ]
         (ours, our_clocks), (theirs, their_clocks), gap = measure(model, peer, args.seconds)
         print(
-            f"{name}: {ours:,.1f} {unit}, transformers {theirs:,.1f} ({ours / theirs:.2f}x); largest difference {gap:.4f}"
+            f"{name}: {ours:,.1f} {unit}, transformers {theirs:,.1f} ({ours / theirs:.2f}x); largest "
+            f"difference {gap:.4f}"
         )
         assert gap < 0.1, gap
         peer_of = (f"transformers {transformers.__version__}", theirs, ours / theirs)

@@ -33,7 +33,8 @@ def main():
     waste, theirs = float(np.mean(ours)), float(np.mean(padded))
     peer = f"padded, {MICRO_BATCH} documents a micro-batch"
     print(
-        f"padding waste over {STEPS} steps: ours {waste:.2%} (worst step {max(ours):.2%}); {peer}: {theirs:.2%}"
+        f"padding waste over {STEPS} steps: ours {waste:.2%} (worst step {max(ours):.2%}); {peer}: "
+        f"{theirs:.2%}"
     )
     append(
         "padding_waste",

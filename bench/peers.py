@@ -1,7 +1,7 @@
 """The other side of our training measurements: transformers, peft and TRL on the rows of bench/world.py, one
 GPU, steady state.
 
-    [torchrun --nproc-per-node 2] python bench/peers.py NAME --world runs/bench [--data dpo_mix.jsonl] [--seconds 40] [--out FILE.jsonl]
+    [torchrun --nproc-per-node 2] python bench/peers.py NAME --world runs/bench [--data FILE] [--out FILE]
 
 hf_sft, hf_lora        transformers in a bare loop: no trainer, no logging, nothing but the step
 trl_sft                TRL's SFTTrainer
@@ -240,11 +240,24 @@ def build_trainer(args, folder, tokenizer, sides):
         ""
     )  # else a minute for the sha256 of 32 GB, the name of a cache that is not written
     disable_progress_bars()
-    options = dict(output_dir=folder, per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=args.accumulate,
-                   gradient_checkpointing=args.recompute == "full", max_length=args.max_seq_len, torch_compile=args.compile,
-                   bf16=args.name == "trl_dpo_lora", optim="adamw_torch_fused" if DEVICE.type == "cuda" else "adamw_torch",
-                   learning_rate=1e-5, max_steps=10**6, dataloader_drop_last=True, logging_steps=10**6, save_strategy="no",
-                   report_to="none", disable_tqdm=True, use_cpu=DEVICE.type == "cpu")  # fmt: skip
+    options = dict(
+        output_dir=folder,
+        per_device_train_batch_size=args.micro_batch,
+        gradient_accumulation_steps=args.accumulate,
+        gradient_checkpointing=args.recompute == "full",
+        max_length=args.max_seq_len,
+        torch_compile=args.compile,
+        bf16=args.name == "trl_dpo_lora",
+        optim="adamw_torch_fused" if DEVICE.type == "cuda" else "adamw_torch",
+        learning_rate=1e-5,
+        max_steps=10**6,
+        dataloader_drop_last=True,
+        logging_steps=10**6,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=DEVICE.type == "cpu",
+    )
     if len(sides) == 1:
         rows = [{"input_ids": ids, "labels": labels(ids, mask)} for ids, mask in sides[0]]
         config = trl.SFTConfig(**options)
@@ -261,8 +274,13 @@ def build_trainer(args, folder, tokenizer, sides):
         for prompt, chosen, rejected in zip(prompts, *answers)
     ]
     config = trl.DPOConfig(**options, precompute_ref_log_probs=True)
-    trainer = DPOTrainer(build_model(args), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                         peft_config=lora_config() if args.name == "trl_dpo_lora" else None)  # fmt: skip
+    trainer = DPOTrainer(
+        build_model(args),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config() if args.name == "trl_dpo_lora" else None,
+    )
     for i, row in enumerate(trainer.train_dataset):
         theirs, ours = (
             [row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")],

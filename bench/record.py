@@ -116,8 +116,9 @@ def render():
     ]
     head = """# Measurements
 
-Rendered from results.jsonl by bench/record.py. Rates are per GPU, medians over the steady state. Clocks are medians of the last
-minute: ours; the peer's. Lines without them are older than the column (bench/NOTES.md has some), or of a CPU.
+Rendered from results.jsonl by bench/record.py. Rates are per GPU, medians over the steady state. Clocks are
+medians of the last minute: ours; the peer's. Lines without them are older than the column (bench/NOTES.md has
+some), or of a CPU.
 
 """
     (HERE / "RESULTS.md").write_text(head + "\n".join(table) + "\n")

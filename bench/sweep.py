@@ -126,8 +126,11 @@ def main():
     with Clocks() as their_clocks:
         theirs, peer_s = published(args.folder, documents, add)
     gap = ((mine - theirs).norm() / theirs.norm()).item()
-    print(f"{args.prompts:,} prompts, {tokens:,} tokens, {len(LAMBDAS)} lambdas: ours {embed_s:.1f} s + verdict {verdict_s:.1f} s, "
-          f"peak {peak:.1f} GiB; published way {peer_s:.1f} s; relative difference of the embeddings {gap:.4f}")  # fmt: skip
+    print(
+        f"{args.prompts:,} prompts, {tokens:,} tokens, {len(LAMBDAS)} lambdas: ours {embed_s:.1f} s + "
+        f"verdict {verdict_s:.1f} s, "
+        f"peak {peak:.1f} GiB; published way {peer_s:.1f} s; relative difference of the embeddings {gap:.4f}"
+    )
     assert gap < 0.05, gap
     import transformers
 

@@ -37,7 +37,8 @@ from plumbing.tokenizer import Tokenizer
 # TEMPLATES["tulu"], with the marks from which transformers takes the mask
 TULU = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% "
+    "endgeneration %}"
     "{% if not loop.last %}{{ '\\n' }}{% endif %}{% else %}{{ message['content'] + '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
@@ -155,7 +156,8 @@ def main():
     print(f"{len(rows):,} rows, {tokens:,} tokens, longest {max(len(ids) for ids, _ in mine):,}; one core")
     for name, value in seconds.items():
         print(
-            f"{name:28} {len(rows) / value:8,.0f} rows/s {tokens / value:10,.0f} tokens/s   x {value / seconds['ours']:.2f}"
+            f"{name:28} {len(rows) / value:8,.0f} rows/s {tokens / value:10,.0f} tokens/s   x "
+            f"{value / seconds['ours']:.2f}"
         )
     if args.record:
         peer = min(list(results), key=seconds.get)

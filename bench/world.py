@@ -26,7 +26,10 @@ from plumbing.files import write_json
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
 
-WORDS = "the of and to in is that for it was on are as with his they at be this from have or by one had not but what all were".split()
+WORDS = (
+    "the of and to in is that for it was on are as with his they at be this from have or by one had not but "
+    "what all were"
+).split()
 SFT_ROWS, DPO_ROWS = 512, 1024
 
 

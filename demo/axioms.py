@@ -17,7 +17,8 @@ from itertools import islice, product
 from pathlib import Path
 
 NAMES = (
-    "Anna Ben Carla David Emma Felix Grace Hugo Iris Jonas Kate Leo Maria Nils Olga Paul Rosa Sam Tara Umar Vera Will "
+    "Anna Ben Carla David Emma Felix Grace Hugo Iris Jonas Kate Leo Maria Nils Olga Paul Rosa Sam Tara "
+    "Umar Vera Will "
     "Yara Zoe"
 ).split()
 RELATIONS = "friend neighbour cousin pupil doctor teacher guest colleague".split()

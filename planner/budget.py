@@ -80,7 +80,8 @@ LINK = 0.60  # all-gather and reduce-scatter: 250 to 290 of 450 GB/s
 SHARDED_FULL, SHARDED_LORA = 0.885, 0.91
 WHOLE = 0.985  # with sharding="optimizer", full and LoRA, on the same cards at the same sizes: 0.981 to 0.989
 
-ERROR = 0.05  # of the memory estimate: a plan that fits by less is called tight, and sharding="auto" shares more out
+# Of the memory estimate: a plan that fits by less is called tight, and sharding="auto" shares more out.
+ERROR = 0.05
 
 HEAD_ROWS = inspect.signature(token_logps).parameters["chunk"].default
 

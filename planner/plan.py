@@ -2,7 +2,7 @@
 is written.
 
     python train_dpo.py configs/tulu10.py --plan --gpu a100-80 --count 8 [--usd-per-hour 16] [--key=value ...]
-    python -m planner.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]              all stages of each config, and their total
+    python -m planner.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]    all, and their total
 
 The arithmetic is budget.py's. Reading order: the counts, the plan, what to turn when it does not fit, the
 text, the command line.
@@ -389,10 +389,12 @@ def describe(plan, origin, counted):
     lines = [
         f"{plan.stage} on {plan.count} x {plan.gpu_name}: a plan by arithmetic, nothing is run",
         f"model    {total:,} parameters, {sizes.trained:,} of them trained; {origin}",
-        f"data     {plan.train.examples:,} {kind}, {plan.train.tokens:,} tokens an epoch, {plan.train.targets:,} supervised",
+        f"data     {plan.train.examples:,} {kind}, {plan.train.tokens:,} tokens an epoch, "
+        f"{plan.train.targets:,} supervised",
         f"         {counted}",
         f"steps    {plan.steps:,} of {config.global_batch_size} {kind}; {work.tokens:,.0f} tokens in all",
-        f"FLOPs    {flops / work.tokens / 1e9:.2f} G a token, {flops:.3g} in all (the model's; recompute is time, not work)",
+        f"FLOPs    {flops / work.tokens / 1e9:.2f} G a token, {flops:.3g} in all (the model's; recompute "
+        "is time, not work)",
     ]
     return "\n".join([*lines, *_memory_lines(plan), *_time_lines(plan)])
 
@@ -432,21 +434,25 @@ def _time_lines(plan):
     lines += _scaling_lines(plan) if plan.count > 1 else []
     if config.precision == "fp32":
         lines.append(
-            "         precision='fp32' does not run on the bf16 matmul units: expect several times these hours"
+            "         precision='fp32' does not run on the bf16 matmul units: expect several times these "
+            "hours"
         )
     if config.precision == "fp8":
         lines.append("         precision='fp8' is planned as bf16: expect fewer hours on Hopper")
     assumed = " (assumed: see --usd-per-hour)" if plan.usd_per_hour[0] < plan.usd_per_hour[1] else ""
     lines += [
-        f"total    {unless}{_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x {plan.gpu_name}{assumed}"
+        f"total    {unless}{_price(plan)}, at {_usd(plan.usd_per_hour)} an hour for {plan.count} x "
+        f"{plan.gpu_name}{assumed}"
     ]
     lines += [
-        "         not counted: loading, tokenising, checkpoints (in the background, after a copy to host memory), the final save,"
+        "         not counted: loading, tokenising, checkpoints (in the background, after a copy to host "
+        "memory), the final save,"
     ]
     lines.append("         and ranks that wait for the longest stream of a micro-batch")
     return [
         *lines,
-        "         SFT, DPO, extract and sweep with one total: python -m planner.plan CONFIG.py --gpu NAME --count N",
+        "         SFT, DPO, extract and sweep with one total: python -m planner.plan CONFIG --gpu NAME "
+        "--count N",
     ]
 
 
@@ -466,7 +472,8 @@ def _scaling_lines(plan):
         lines.append("         no run over PCIe has been measured: take these hours as a lower bound")
     if plan.speedup < 1:
         lines.append(
-            f"         SLOWER THAN ONE {plan.gpu_name}: larger steps or --lora_rank exchange less; NVLink cards exchange faster"
+            f"         SLOWER THAN ONE {plan.gpu_name}: larger steps or --lora_rank exchange less; NVLink "
+            "cards exchange faster"
         )
     return lines
 

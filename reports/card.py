@@ -52,12 +52,15 @@ def card(run_dir):
     about = f"{WHAT[stage]} of `{config['model_path']}` on {sources}, "
     about += f"{steps[-1]:,} optimizer steps of {config['global_batch_size']:,} examples with Glassbox. "
     about += "The chat template is the tokenizer's."
-    provenance = "`weights` and `data` are hashes of the weights that the run started from and of the token ids and masks "
-    provenance += "it was trained on."
+    provenance = (
+        "`weights` and `data` are hashes of the weights that the run started from and of the token ids "
+        "and masks it was trained on."
+    )
     parts = [
         _front_matter(_lineage(Path(run_dir)), tags),
         f"# {name}\n\n{about}",
-        f"## Metrics\n\nOf the training steps and, `eval/`, of held-out data; ± is half of a 95 % interval.\n\n{_metrics(run)}",
+        "## Metrics\n\nOf the training steps and, `eval/`, of held-out data; ± is half of a 95 % "
+        f"interval.\n\n{_metrics(run)}",
         f"## Configuration\n\n{_block(decisive)}",
         f"## Provenance\n\n{provenance}\n\n{_block({key: run.manifest[key] for key in SETUP})}",
     ]

@@ -6,7 +6,8 @@ from html import escape
 
 WIDTH, HEIGHT = 360, 190  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
-MARKED = 12  # a line of at most so many points shows each, with whiskers; a longer one shows its interval as a band
+# A line of at most so many points shows each, with whiskers; a longer one shows its interval as a band.
+MARKED = 12
 BUCKETS = 300
 
 

@@ -169,8 +169,17 @@ def separation_charts(sweeps):
         for colour, name, sweep, verdict in found:
             x = sweep["inputs"]["lambdas"]
             low, high = verdict["permuted"]
-            lines.append(Line(name, colour, x, verdict["estimate"], verdict["low"] or (), verdict["high"] or (),
-                              note=verdict["verdict"]))  # fmt: skip
+            lines.append(
+                Line(
+                    name,
+                    colour,
+                    x,
+                    verdict["estimate"],
+                    verdict["low"] or (),
+                    verdict["high"] or (),
+                    note=verdict["verdict"],
+                )
+            )
             lines += _null_lines(name, colour, sweep, verdict)
             lines.append(Line(f"{name} permuted labels", colour, x, (), low, high, note="95 % of them"))
             levels.add(f"{100 * (1 - verdict['level']):.3g}")

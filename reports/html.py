@@ -70,7 +70,8 @@ def page(title, lead, sections):
             if content:
                 body.append(f"<h3>{escape(heading)}</h3>{content}")
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-    meta += f'<meta name="color-scheme" content="light dark"><title>{escape(title)}: {escape(", ".join(lead))}</title>'
+    heading = f"{escape(title)}: {escape(', '.join(lead))}"
+    meta += f'<meta name="color-scheme" content="light dark"><title>{heading}</title>'
     style = _colours() + Path(__file__).with_name("page.css").read_text()
     head = f"<head>{meta}<style>{style}</style></head>"
     return f'<!doctype html><html lang="en">{head}<body>{"".join(body)}</body></html>\n'

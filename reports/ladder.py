@@ -142,13 +142,15 @@ def main(argv):
         published.append([name, "", "", "", *(f"{x:.2f}" for x in curve), "", "published, per_run"])
     count = len(runs["sft"]) + len(runs["dpo"])
     print(
-        f"{root}/: {count} finished runs, {len(sweeps)} sweeps. Columns 0 to 1: separation at that lambda; in published lines AQI"
+        f"{root}/: {count} finished runs, {len(sweeps)} sweeps. Columns 0 to 1: separation at that lambda; "
+        "in published lines AQI"
     )
     print(table(HEAD, [*rows(runs, sweeps, pairs), *published], left=(0, -1)))
     if outdated:
         print(f"left out, measured along a vector that is there no more: {', '.join(outdated)}")
     print(
-        "per_run: every lambda on its own scale, 55.00 is saturation; compare verdicts, not values, with the lines above."
+        "per_run: every lambda on its own scale, 55.00 is saturation; compare verdicts, not values, with "
+        "the lines above."
     )
     return 0
 

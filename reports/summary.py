@@ -19,16 +19,20 @@ def summary(report):
     per_kind = len(next(iter(ranks["null_changes"].values())))
     lines = [
         "",
-        f"{texts['texts']:,} texts in {texts['groups']:,} groups ({texts['grouped_by']}), worth {texts['effective']:.0f}",
+        f"{texts['texts']:,} texts in {texts['groups']:,} groups ({texts['grouped_by']}), worth "
+        f"{texts['effective']:.0f}",
         _by_lambda(report),
         "",
-        f"change of the separation: {_two_digits(overall['change'])} of 100 [{_two_digits(low)}, {_two_digits(high)}]; "
-        f"{_two_digits(ranks['size_sd'])} sd of {per_kind} random directions of each kind, p {ranks['p_change']:.2f}",
+        f"change of the separation: {_two_digits(overall['change'])} of 100 [{_two_digits(low)}, "
+        f"{_two_digits(high)}]; "
+        f"{_two_digits(ranks['size_sd'])} sd of {per_kind} random directions of each kind, p "
+        f"{ranks['p_change']:.2f}",
     ]
     if "oracle" in report:
         share = overall["oracle_share"]
         lines.append(
-            f"the best direction of this length: {_two_digits(report['oracle']['change'])} on texts it was not found on; "
+            f"the best direction of this length: {_two_digits(report['oracle']['change'])} on texts it was "
+            "not found on; "
             f"the vector makes {'none' if share is None else f'{share:.0%}'} of that"
         )
     lines.append(_baseline_line(report))
@@ -63,9 +67,14 @@ def _by_lambda(report):
         interval = "none covers"
         if overall["low"]:
             interval = f"[{overall['low'][k]:.2f}, {overall['high'][k]:.2f}]"
-        rows.append([
-            f"{shift['lambda']:g}", f"{overall['estimate'][k]:.2f}", interval, *_behaviour_cells(entry, shift["achieved"]),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{shift['lambda']:g}",
+                f"{overall['estimate'][k]:.2f}",
+                interval,
+                *_behaviour_cells(entry, shift["achieved"]),
+            ]
+        )
     dpo = report["dpo"]
     rows.append(["DPO", f"{dpo['separation'][OVERALL]:.2f}", "", *_behaviour_cells(dpo, 1.0)])
     return table(head, rows)
@@ -89,8 +98,13 @@ def _number(value, decimals=2):
 
 def _baseline_line(report):
     parts = []
-    for name, text in (("model", "this model"), ("untrained", "untrained network"), ("words", "words"), ("length", "length"),
-                       ("shuffled", "shuffled labels")):  # fmt: skip
+    for name, text in (
+        ("model", "this model"),
+        ("untrained", "untrained network"),
+        ("words", "words"),
+        ("length", "length"),
+        ("shuffled", "shuffled labels"),
+    ):
         found = report["baselines"][name]
         area = "none" if found["auc"] is None else f"{found['auc']:.2f}"
         parts.append(f"{text} {found['separation']:.2f}, {area}")
@@ -112,11 +126,20 @@ def tables(report, indices):
     for found in report["verdicts"]:
         low, high = found["change_interval"]
         interval = f"[{_two_digits(low)}, {_two_digits(high)}]"
-        verdicts.append([
-            found["category"], found["verdict"], _two_digits(found["change"]), interval, f"{found['nulls']['p_change']:.2f}",
-            _two_digits(found["nulls"]["size_sd"]), f"{found['p_monotone']:.2f}", str(found["groups"]), found["decision"],
-            "; ".join(found["because"]),
-        ])  # fmt: skip
+        verdicts.append(
+            [
+                found["category"],
+                found["verdict"],
+                _two_digits(found["change"]),
+                interval,
+                f"{found['nulls']['p_change']:.2f}",
+                _two_digits(found["nulls"]["size_sd"]),
+                f"{found['p_monotone']:.2f}",
+                str(found["groups"]),
+                found["decision"],
+                "; ".join(found["because"]),
+            ]
+        )
     head = [
         "axiom",
         "verdict",
@@ -138,13 +161,19 @@ def _effect_lines(report):
     rows = []
     for shift, entry in zip(report["shifts"], report["behaviour"], strict=True):
         strength = max(shift["strength"].values())
-        rows.append([
-            f"{shift['lambda']:g}", f"{shift['off_axis']:.3f}", f"{strength:.3f}", f"{entry['logp_rejected']:.4f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{shift['lambda']:g}",
+                f"{shift['off_axis']:.3f}",
+                f"{strength:.3f}",
+                f"{entry['logp_rejected']:.4f}",
+            ]
+        )
     lines = [table(["lambda", "off axis", "|a|/|h|", "logp rejected"], rows)]
     if report["errors"]:
         lines.append(
-            "relative error of the last layer's mean state at lambda 1, on the vector's texts / on held-out ones:"
+            "relative error of the last layer's mean state at lambda 1, on the vector's texts / on "
+            "held-out ones:"
         )
     for injection, error in report["errors"].items():
         lines.append(f"  {injection:<12}{error['calibration']:.4f} / {error['held_out']:.4f}")
@@ -188,8 +217,10 @@ def comparison(reports, lambdas):
 def power(found, texts, config):
     """What verdict.power found, in words."""
     lines = [
-        f"{texts['texts']:,} texts in {texts['groups']:,} groups ({texts['grouped_by']}), worth {texts['effective']:.0f}",
-        f"random directions of {config.size:g} |h| at the last {config.layers} layers: standard error of a change "
+        f"{texts['texts']:,} texts in {texts['groups']:,} groups ({texts['grouped_by']}), worth "
+        f"{texts['effective']:.0f}",
+        f"random directions of {config.size:g} |h| at the last {config.layers} layers: standard error of a "
+        "change "
         f"{found['error']:.2g} points, largest change {found['largest_null']:.2g}",
         f"a change of {found['detectable']:.2g} points is found in 80 % of runs",
     ]

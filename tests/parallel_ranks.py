@@ -12,7 +12,15 @@ import sys
 
 import numpy as np
 import torch
-from tiny_models import gradients, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
+from tiny_models import (
+    gradients,
+    nll_sum,
+    random_documents,
+    random_llama,
+    relative_error,
+    stream,
+    tiny_config,
+)
 
 from model import Llama, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from plumbing import parallel

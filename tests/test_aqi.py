@@ -14,7 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aqi
-from aqi import chi, measure, project, read_prompts, read_rows, restore_xb, score, table, warnings_for, write_report, xie_beni
+from aqi import (
+    chi,
+    measure,
+    project,
+    read_prompts,
+    read_rows,
+    restore_xb,
+    score,
+    table,
+    warnings_for,
+    write_report,
+    xie_beni,
+)
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "aqi_published_runs.csv"

@@ -18,7 +18,16 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 import torch
-from checkpoint_ranks import IDENTITY, assert_equal, build, fill_the_disk, life, scramble, train_step, whole_tensors
+from checkpoint_ranks import (
+    IDENTITY,
+    assert_equal,
+    build,
+    fill_the_disk,
+    life,
+    scramble,
+    train_step,
+    whole_tensors,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import random_documents, random_llama, stream, tiny_config
 

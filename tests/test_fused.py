@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import gradients, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
+from tiny_models import (
+    gradients,
+    nll_sum,
+    random_documents,
+    random_llama,
+    relative_error,
+    stream,
+    tiny_config,
+)
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels

@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.indices import Moments, auc, chi, davies_bouldin, dunn, eta_squared, group_moments, probe_auc, silhouette, xie_beni
+from analysis.indices import (
+    Moments,
+    auc,
+    chi,
+    davies_bouldin,
+    dunn,
+    eta_squared,
+    group_moments,
+    probe_auc,
+    silhouette,
+    xie_beni,
+)
 
 
 @pytest.fixture(scope="module")

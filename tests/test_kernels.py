@@ -7,7 +7,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import IGNORE_INDEX, Master, SharedPrefix, attention, block, reference, rms_norm, segment_sums, token_logps
+from kernels import (
+    IGNORE_INDEX,
+    Master,
+    SharedPrefix,
+    attention,
+    block,
+    reference,
+    rms_norm,
+    segment_sums,
+    token_logps,
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from tiny_models import nll_sum, random_documents, random_llama, tiny_config
 
-from optim import adamw, apply_gradients, keep_masters, learning_rate, sample_weights, warmup_steps, weights_changed
+from optim import (
+    adamw,
+    apply_gradients,
+    keep_masters,
+    learning_rate,
+    sample_weights,
+    warmup_steps,
+    weights_changed,
+)
 from plumbing import parallel
 
 

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from tiny_models import next_token_targets, nll_sum, random_documents, random_llama, relative_error, stream, tiny_config
+from tiny_models import (
+    next_token_targets,
+    nll_sum,
+    random_documents,
+    random_llama,
+    relative_error,
+    stream,
+    tiny_config,
+)
 
 from families import load_adapter
 from model import LINEARS, LoRALinear, apply_lora, merge_lora

@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from tiny_models import gradients, next_token_targets, nll_sum, random_documents, random_llama, relative_error, stream
+from tiny_models import (
+    gradients,
+    next_token_targets,
+    nll_sum,
+    random_documents,
+    random_llama,
+    relative_error,
+    stream,
+)
 
 from model import Llama, LlamaConfig, generate
 

@@ -65,7 +65,8 @@ class Checkout:
                 ).statements:
                     return self.module(file)[name]
         raise NotFound(
-            f"not found in this checkout: looked for {' or '.join(names)} in {', '.join(f'{file}.py' for file in files)}"
+            f"not found in this checkout: looked for {' or '.join(names)} in "
+            f"{', '.join(f'{file}.py' for file in files)}"
         )
 
     def main_part(self, file, what, pick):

@@ -138,9 +138,15 @@ def picked_rows(checkout, _stage, n=1009):
 
 
 ANY_RUN = {"learning rate": learning_rates, "picked rows": picked_rows}  # of (checkout, stage)
-ON_ROWS = {"rendered text": quantities.texts, "token ids": quantities.ids, "supervised tokens": quantities.supervised,
-           "rows kept": quantities.rows_kept, "vocabulary": quantities.vocabulary, "log-probs per token": quantities.log_probs,
-           "weight decay": quantities.decayed}  # fmt: skip
+ON_ROWS = {
+    "rendered text": quantities.texts,
+    "token ids": quantities.ids,
+    "supervised tokens": quantities.supervised,
+    "rows kept": quantities.rows_kept,
+    "vocabulary": quantities.vocabulary,
+    "log-probs per token": quantities.log_probs,
+    "weight decay": quantities.decayed,
+}
 ON_ROWS_OF = {
     "sft": {"SFT loss": quantities.sft_losses},
     "dpo": {"preference losses": quantities.preference_losses},
@@ -184,7 +190,8 @@ def parts_of(args):
         parts["run logs"] = lambda: run_logs.rows(args.their_log, args.our_run)
     if case:
         about.append(
-            f"{len(case.documents)} conversations of {args.data} ({case.dropped} rows dropped), {args.max_seq_len} tokens of each"
+            f"{len(case.documents)} conversations of {args.data} ({case.dropped} rows dropped), "
+            f"{args.max_seq_len} tokens of each"
         )
     return parts, "; ".join(about)
 

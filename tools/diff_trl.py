@@ -95,8 +95,17 @@ def _trainer(loss_type, beta):
     """What DPOTrainer._compute_loss reads of its trainer: one process, the reference's log-probs in the
     batch.
     """
-    fixed = dict(loss_weights=[1.0], label_smoothing=0.0, use_weighting=False, ld_alpha=None, f_divergence_type="reverse_kl",
-                 precompute_ref_logps=True, aux_loss_enabled=False, _total_train_tokens=0, _tp_size=1)  # fmt: skip
+    fixed = dict(
+        loss_weights=[1.0],
+        label_smoothing=0.0,
+        use_weighting=False,
+        ld_alpha=None,
+        f_divergence_type="reverse_kl",
+        precompute_ref_logps=True,
+        aux_loss_enabled=False,
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     trainer = MagicMock(loss_types=[loss_type], beta=beta, **fixed)
     trainer.accelerator.device = "cpu"
     trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda tensor: tensor

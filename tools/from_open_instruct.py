@@ -140,7 +140,8 @@ def _mixture(t):
         return t.refuse(
             key,
             value,
-            f"expected name, amount, name, amount, .. with every name once; one split, or one for each: {splits}",
+            "expected name, amount, name, amount, .. with every name once; one split, or one for each: "
+            f"{splits}",
         )
     return list(zip(pairs, splits))
 
@@ -183,7 +184,8 @@ def _batch(t, processes):
     parallel = t.take("sequence_parallel_size") or 1  # so many processes share one sequence
     if processes is None:
         t.problems.append(
-            "the batch is per_device_train_batch_size * gradient_accumulation_steps * processes: expected --processes N"
+            "the batch is per_device_train_batch_size * gradient_accumulation_steps * processes: expected "
+            "--processes N"
         )
     elif (
         not all(type(n) is int and n > 0 for n in (processes, t.per_device, accumulation, parallel))

@@ -18,8 +18,15 @@ DPO_ONLY |= {"num_epochs", "concatenated_forward"}
 
 # What open-instruct takes when the YAML is silent. Defaults that changed over time are in MUST_BE_SAID
 # instead.
-DEFAULTS = {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "output_dir": "output/",
-            "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.1}  # fmt: skip
+DEFAULTS = {
+    "learning_rate": 2e-5,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "output_dir": "output/",
+    "lora_rank": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+}
 DEFAULTS_SFT = {"warmup_ratio": 0.03, "num_train_epochs": 2}
 MUST_BE_SAID = {
     "loss_type": "it was dpo before 2026-03-20 (7917d4173) and is dpo_norm since",
@@ -29,20 +36,29 @@ MUST_BE_SAID = {
 }
 
 NO_EQUIVALENT = {
-    "no tracker is called; metrics.jsonl holds every step": "with_tracking report_to wandb_project wandb_project_name wandb_entity "
+    "no tracker is called; metrics.jsonl holds every step": "with_tracking report_to wandb_project "
+    "wandb_project_name wandb_entity "
     "wandb_group_name exp_name run_name do_not_randomize_output_dir verbose",
-    "nothing is uploaded, launched or announced": "push_to_hub hf_entity hf_repo_id hf_repo_revision hf_repo_url save_to_hub "
-    "hf_metadata_dataset try_launch_beaker_eval_jobs try_auto_save_to_beaker gs_bucket_path oe_eval_tasks oe_eval_max_length "
+    "nothing is uploaded, launched or announced": "push_to_hub hf_entity hf_repo_id hf_repo_revision "
+    "hf_repo_url save_to_hub "
+    "hf_metadata_dataset try_launch_beaker_eval_jobs try_auto_save_to_beaker gs_bucket_path oe_eval_tasks "
+    "oe_eval_max_length "
     "oe_eval_gpu_multiplier eval_workspace eval_priority send_slack_alerts",
-    "tokenised data are cached by content": "preprocessing_num_workers overwrite_cache dataset_mix_dir dataset_cache_mode cache_mode "
-    "dataset_local_cache_dir local_cache_dir dataset_config_hash config_hash dataset_skip_cache skip_cache cache_dataset_only "
+    "tokenised data are cached by content": "preprocessing_num_workers overwrite_cache dataset_mix_dir "
+    "dataset_cache_mode cache_mode "
+    "dataset_local_cache_dir local_cache_dir dataset_config_hash config_hash dataset_skip_cache skip_cache "
+    "cache_dataset_only "
     "dataset_target_columns target_columns",
     "the tokenizer is always the fast one": "use_slow_tokenizer use_fast",
-    "speed and memory only; here precision, recompute and tokens_per_microbatch": "low_cpu_mem_usage use_flash_attn attn_implementation "
-    "use_liger_kernel fused_optimizer sync_each_batch packing concatenated_forward zero_stage offload_optimizer offload_param "
-    "zero_hpz_partition_size fsdp_shard_degree fsdp_num_replicas dpo_use_paged_optimizer loss_implementation activation_checkpointing_mode "
+    "speed and memory only; here precision, recompute and tokens_per_microbatch": "low_cpu_mem_usage "
+    "use_flash_attn attn_implementation "
+    "use_liger_kernel fused_optimizer sync_each_batch packing concatenated_forward zero_stage "
+    "offload_optimizer offload_param "
+    "zero_hpz_partition_size fsdp_shard_degree fsdp_num_replicas dpo_use_paged_optimizer "
+    "loss_implementation activation_checkpointing_mode "
     "activation_checkpointing_modules timeout profiling",
-    "the same command goes on from the last checkpoint; --fresh starts over": "resume_from_checkpoint overwrite_output_dir "
+    "the same command goes on from the last checkpoint; --fresh starts over": "resume_from_checkpoint "
+    "overwrite_output_dir "
     "clean_checkpoints_at_end ephemeral_save_interval",
     "acts only with load_balancing_loss, which is refused": "load_balancing_weight",
 }
@@ -85,25 +101,37 @@ FILTERS = {"sft_tulu_filter_v1", "preference_tulu_filter_v1"}
 
 # Implicit values and ambiguities, each said where it applies.
 NOTES = {
-    "one": "1 meant all rows before 2025-01-28 (45fd51f99) and means one row since; expected 1.0, or a count above 1",
-    "template": "chat_template_name is not in the YAML: taken as tulu, the default before 2025-09-24 (d880e8610). Since then it is the "
+    "one": "1 meant all rows before 2025-01-28 (45fd51f99) and means one row since; expected 1.0, or a "
+    "count above 1",
+    "template": "chat_template_name is not in the YAML: taken as tulu, the default before 2025-09-24 "
+    "(d880e8610). Since then it is the "
     "tokenizer's own; here template=None says that",
-    "zephyr": "chat_template_name=zephyr: open-instruct also trains the newline after every answer; here an answer ends with its EOS",
-    "weights": "open-instruct loads the weights as bf16 and leaves fp32 copies to DeepSpeed; here parameters are fp32 and compute is bf16",
+    "zephyr": "chat_template_name=zephyr: open-instruct also trains the newline after every answer; here "
+    "an answer ends with its EOS",
+    "weights": "open-instruct loads the weights as bf16 and leaves fp32 copies to DeepSpeed; here "
+    "parameters are fp32 and compute is bf16",
     "dropout": "lora_dropout={}: no dropout here, so that log-probs can be compared",
-    "rows": "data: a share or count picks the rows that open-instruct picks since 2025-07-21 (de8a14f3f). From 2025-01-28 (45fd51f99) "
+    "rows": "data: a share or count picks the rows that open-instruct picks since 2025-07-21 (de8a14f3f). "
+    "From 2025-01-28 (45fd51f99) "
     "it took the first ones, here rows='first'; before, the first ones of a shuffle, here rows='shuffle'",
-    "turns": "supervise: all assistant turns, as for the released Tulu 3 models. Since 2025-06-26 (8699c789b) open-instruct's DPO takes "
+    "turns": "supervise: all assistant turns, as for the released Tulu 3 models. Since 2025-06-26 "
+    "(8699c789b) open-instruct's DPO takes "
     "only the last one, under the same transform name; here supervise='last' says that",
     "order": "the order of the rows: another shuffle, so the losses of single steps are of other rows",
     "batch": "global_batch_size = {} per device * {} accumulation * {} processes",
-    "warmup": "warm-up: int(steps * ratio) steps here. In open-instruct the schedule counts processes, int(processes * steps * ratio) / "
+    "warmup": "warm-up: int(steps * ratio) steps here. In open-instruct the schedule counts processes, "
+    "int(processes * steps * ratio) / "
     "processes steps: up to one step longer",
-    "mean": "loss: here every supervised token of the step weighs the same; open-instruct averages the means of its micro-batches. The "
-    "released Tulu 3 models took sums (reduce_loss: sum, removed 2025-09-19 in bb98dbcac); here loss='tulu3_release' says that",
-    "sum": "loss: open-instruct divides the step's sum by its micro-batches, here by its sequences: {} times smaller here",
-    "wpo": "wpo: open-instruct weights a pair by the exponential of its summed log-probs, here of their means, as in the paper (eq. 4)",
-    "clip": "max_grad_norm: no clipping in the YAML, but open-instruct's DeepSpeed configs say gradient_clipping 'auto': accelerate "
+    "mean": "loss: here every supervised token of the step weighs the same; open-instruct averages the "
+    "means of its micro-batches. The "
+    "released Tulu 3 models took sums (reduce_loss: sum, removed 2025-09-19 in bb98dbcac); here "
+    "loss='tulu3_release' says that",
+    "sum": "loss: open-instruct divides the step's sum by its micro-batches, here by its sequences: {} "
+    "times smaller here",
+    "wpo": "wpo: open-instruct weights a pair by the exponential of its summed log-probs, here of their "
+    "means, as in the paper (eq. 4)",
+    "clip": "max_grad_norm: no clipping in the YAML, but open-instruct's DeepSpeed configs say "
+    "gradient_clipping 'auto': accelerate "
     "sets 1.0",
 }
 
@@ -144,7 +172,8 @@ def unparsed(key, value):
     elif (
         "mixer_list" not in key and key != "checkpointing_steps" and is_number(value)
     ):  # those two are strings of numbers by definition
-        yield f"{key}: {value!r} is a string in YAML 1.1; expected a number with a point, like {float(value):.1e}"
+        number = f"{float(value):.1e}"
+        yield f"{key}: {value!r} is a string in YAML 1.1; expected a number with a point, like {number}"
 
 
 def is_number(text):

@@ -31,12 +31,15 @@ TOLERANCE = {"log-probs": 1e-5, "loss": 1e-5, "pair losses": 1e-4, "gradient": 1
 # ---------------------------------------------------------------- tokens
 
 LAST_TURN = (
-    "equal to supervise='last': since 2025-06-26 (8699c789b) open-instruct's DPO trains on the last turn only; ours, like the released "
+    "equal to supervise='last': since 2025-06-26 (8699c789b) open-instruct's DPO trains on the last turn "
+    "only; ours, like the released "
     "Tulu 3 models, on all turns unless told otherwise"
 )
 MORE_ROWS = (
-    "the padding token that open-instruct adds has no row in the embeddings, so it adds rows up to a multiple of 8, and they take a share "
-    "of every softmax; nothing is padded here, and no row is added. The numbers below are without these rows on both sides"
+    "the padding token that open-instruct adds has no row in the embeddings, so it adds rows up to a "
+    "multiple of 8, and they take a share "
+    "of every softmax; nothing is padded here, and no row is added. The numbers below are without these "
+    "rows on both sides"
 )
 MEAN_OF_MEANS = "theirs is a mean of the micro-batches' means: a token of a short one weighs more; "
 MEAN_OF_MEANS += "ours divides once, by all tokens of the step"
@@ -68,7 +71,8 @@ def ids(case):
             (side[i][at : at + 5], case.tokenizer.decode(side[i][max(0, at - 5) : at + 5]))
             for side in (ours, theirs)
         ]
-        return f"{case.name(i)}, token {at}: ours {near[0]}, theirs {near[1]}; lengths {len(ours[i])}, {len(theirs[i])}"
+        lengths = f"{len(ours[i])}, {len(theirs[i])}"
+        return f"{case.name(i)}, token {at}: ours {near[0]}, theirs {near[1]}; lengths {lengths}"
 
     yield items("token ids", "document", ours, theirs, context)
 
@@ -80,7 +84,8 @@ def supervised(case):
     def context(i):
         (ids, mask), (_, other) = ours[i], theirs[i]
         at = next((k for k, (a, b) in enumerate(zip(mask, other)) if a != b), 0)
-        return f"{case.name(i)}, token {at}, {case.tokenizer.decode(ids[at : at + 1])!r}: ours {mask[at]}, theirs {other[at]}"
+        text = case.tokenizer.decode(ids[at : at + 1])
+        return f"{case.name(i)}, token {at}, {text!r}: ours {mask[at]}, theirs {other[at]}"
 
     row = items(
         "supervised tokens", "document", [mask for _, mask in ours], [mask for _, mask in theirs], context

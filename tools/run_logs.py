@@ -25,7 +25,8 @@ def read_theirs(path):
     }  # many ranks may print one
     if not lines:
         raise UserError(
-            f"--their-log {path}: no line like 'Step: 1, LR: 1e-05, Loss: 0.69'; expected what an open-instruct run printed"
+            f"--their-log {path}: no line like 'Step: 1, LR: 1e-05, Loss: 0.69'; expected what an "
+            "open-instruct run printed"
         )
     found = [re.search(rf"{name}[^=\n]*= (\d+)", text) for name in SETTINGS]
     total, per_device, accumulation = (int(match[1]) for match in found) if all(found) else (None, 1, 1)
@@ -77,7 +78,8 @@ def _rates(theirs, ours, config, manifest, processes):
         ]
         intended = (
             known,
-            f"their schedule counts {processes} processes: a warm-up of {warmup:g} steps, ours {manifest['warmup_steps']}",
+            f"their schedule counts {processes} processes: a warm-up of {warmup:g} steps, ours "
+            f"{manifest['warmup_steps']}",
         )
     yield numbers(
         "learning rate",
@@ -105,9 +107,11 @@ def _losses(theirs, ours, config):
     error = gaps.std(ddof=1) / math.sqrt(len(gaps))
     fits = abs(gaps.mean()) <= STANDARD_ERRORS * error
     step, mean, loss = windows[int(np.abs(gaps).argmax())]
-    note = f"mean difference {gaps.mean():+.4g}, standard error {error:.2g}; largest at step {step}: ours {mean:.5g}, theirs {loss:.5g}"
+    note = f"mean difference {gaps.mean():+.4g}, standard error {error:.2g}; "
+    note += f"largest at step {step}: ours {mean:.5g}, theirs {loss:.5g}"
     if config["loss"] in ("token_mean", "tulu3_release"):
-        note += f". loss={config['loss']!r} divides by {'tokens' if config['loss'] == 'token_mean' else 'sequences'}: is theirs the same?"
+        unit = "tokens" if config["loss"] == "token_mean" else "sequences"
+        note += f". loss={config['loss']!r} divides by {unit}: is theirs the same?"
     yield Row(
         "losses on average",
         f"{len(windows):,} windows",

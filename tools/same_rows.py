@@ -128,7 +128,8 @@ class Case:
         kept = [i for i in range(len(answered) // size) if all(answered[i * size : (i + 1) * size])]
         if not kept:
             raise UserError(
-                f"--rows {self.args.rows} --max-seq-len {self.args.max_seq_len}: no row has a supervised token; expected longer"
+                f"--rows {self.args.rows} --max-seq-len {self.args.max_seq_len}: no row has a supervised "
+                "token; expected longer"
             )
         return kept
 
