@@ -82,14 +82,12 @@ SAME_TEXT = {
 
 
 def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
-    """The template's name
-
-    None means the tokenizer's own, which must be one of TEMPLATES or of the spellings in SAME_TEXT.
-    """
+    """The template's name. None means the tokenizer's own: one of TEMPLATES, or a spelling in SAME_TEXT."""
     if template is None:
         for name, jinja in TEMPLATES.items():
             if tokenizer.chat_template == jinja:
                 return name
+        # Jinja files spell a newline in a string as \n or as itself: one spelling, or the table doubles.
         text = (tokenizer.chat_template or "").replace("\\n", "\n")
         spelling = hashlib.sha256(text.encode()).hexdigest()
         if spelling in SAME_TEXT:
@@ -107,6 +105,7 @@ def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
 
     UserError when `tokenizer` lacks a token.
     """
+    # A base Llama 3 names <|end_of_text|> as EOS, and its chats end in <|eot_id|>: the template decides.
     eos = SPECIAL_TOKENS[template][-1] if template in SPECIAL_TOKENS else tokenizer.eos_token
     # One id each, or the template's text would be spelled out in pieces that the model never saw as marks.
     needed = [*SPECIAL_TOKENS.get(template, ()), eos]
@@ -136,6 +135,7 @@ def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[s
         found = f"messages={str(messages)[:60]}"
         raise UserError(f"{found}: expected a list of at least one message {{role, content}}")
     eos = end_of_turn(template, tokenizer)
+    # BOS is text here, and the tokenizer adds none: no path can add it twice.
     text = tokenizer.bos_token if template == "llama3" else ""
     spans = []
     for i, message in enumerate(messages):
@@ -166,6 +166,7 @@ def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[s
 
 # ---------------------------------------------------------------- ids and mask
 
+# Two turns, so that an end of turn in the middle and one at the end are both tried.
 PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}] * 2
 
 
@@ -177,6 +178,8 @@ def encode_chat(
     supervise: "all" answers or the "last" one. A turn with train=False is context. Cut at `max_seq_len` ids,
     from the right, as in Tulu 3. UserError as in `render`.
     """
+    # One call on the whole text, as open-instruct and TRL do: turns encoded one by one and joined give other
+    # ids wherever a BPE merges across the seam.
     text, spans = render(messages, template, tokenizer)
     (encoding,) = tokenizer.encode_batch([text])
     ids, mask, _ = ids_and_mask(encoding, trained_spans(messages, spans, supervise), tokenizer, template)
@@ -238,6 +241,7 @@ def mixture_rows(n: int, amount: float | int, rule: str = "choice") -> np.ndarra
         raise UserError(f"data amount {amount!r}: expected a float fraction or an int count above 0")
     if rule not in ROW_RULES:
         raise UserError(f"rows={rule!r}: expected one of {list(ROW_RULES)}")
+    # int() rounds down, as open-instruct does: 0.1 of 939,343 rows are 93,934.
     wanted = int(amount * n) if isinstance(amount, float) else amount
     if rule == "choice":
         # RandomState: numpy keeps its streams frozen across versions
@@ -253,6 +257,7 @@ def mixture_rows(n: int, amount: float | int, rule: str = "choice") -> np.ndarra
 
 def is_held_out(messages: list[dict], fraction: float) -> bool:
     """Whether the first user message hashes into `fraction`: dialogues that open alike fall on one side."""
+    # By content and not by row number: a prompt that occurs twice must not be trained on and held out.
     asked = [message["content"] for message in messages if message["role"] == "user"]
     prompt = asked[0] if asked else messages[0]["content"]
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) < fraction * 2**64
@@ -284,6 +289,7 @@ class Documents:
     @cached_property
     def num_targets(self) -> np.ndarray:
         """(n,) int64 positions that predict a supervised token. A document's first token is no target."""
+        # A position predicts the next token: n tokens have n - 1 targets, the mask without its first entry.
         first = self.offsets[:-1]
         supervised = np.add.reduceat(self.loss_mask, first, dtype=np.int64)  # no document is empty
         return supervised - self.loss_mask[first]
@@ -323,6 +329,7 @@ class Pairs:
         """
         if not self.share_prefix:
             return np.zeros(len(self), dtype=np.int64)
+        # Compared as ids and not as texts: a BPE may merge the prompt's end with an answer's first letters.
         # np.asarray: slices of a memory map take three times as long; 300k pairs in 2 s
         all_chosen = np.split(np.asarray(self.chosen.input_ids), self.chosen.offsets[1:-1])
         all_rejected = np.split(np.asarray(self.rejected.input_ids), self.rejected.offsets[1:-1])
@@ -336,6 +343,7 @@ class Pairs:
 
     def flops(self, config, ids) -> np.ndarray:
         """(B,) forward FLOPs of pairs `ids`, a shared prefix counted once."""
+        # A prefix has no supervised token, so it costs no logits.
         both = self.chosen.flops(config, ids) + self.rejected.flops(config, ids)
         return both - config.flops(self.prefixes[ids], logits=0)
 
@@ -451,6 +459,7 @@ def _open(key: str, source, mixture: dict, sides, settings: dict, cache_dir, log
 
 def _read_cache(folder: Path, sides, key: str, log) -> dict[str, list[Documents]]:
     """{"train" and, if rows are held out, "eval": [Documents per side]}, memory-mapped."""
+    # The log is the same for a cache that was found as for one just made: nothing is said once only.
     stats = json.loads((folder / "meta.json").read_text())["stats"]
     for name, picked, rows, amount in stats["picked"]:
         if picked != rows:
@@ -473,7 +482,9 @@ def _map_documents(folder: Path, prefix: str) -> Documents:
 
 def _cache_key(found: list, mixture: dict, sides, tokenizer: Tokenizer, settings: dict) -> str:
     """sha256 of all that the columns depend on: the sources' bytes, amounts, settings, tokenizer and code."""
+    # Contents and not paths or times: a file that changed under its name is tokenised again, a copy is not.
     fingerprints = [source.fingerprint() for source in found]
+    # `tokenizers` may change ids between versions, and its own text is not in tokenizer.json.
     reader = [tokenizer.fingerprint, tokenizer.bos_token, tokenizer.eos_token, tokenizers.__version__]
     parts = [list(mixture.items()), fingerprints, sides, settings, reader, _token_code()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -482,6 +493,7 @@ def _cache_key(found: list, mixture: dict, sides, tokenizer: Tokenizer, settings
 @lru_cache(maxsize=1)
 def _token_code() -> str:
     """Hash of the code that decides ids and masks: another version of it makes another cache."""
+    # Functions and not this file: a new comment must not tokenise 939,343 rows again (half an hour).
     chat = (end_of_turn, render, trained_spans, ids_and_mask)
     rows = (mixture_rows, is_held_out, _tokenise, _render_rows, _render_row, _encode_rows, _why_drop)
     return token_cache.hash_code([sources, formats, *chat, *rows])
@@ -495,6 +507,7 @@ def _tokenise(parts: list[_Part], sides, tokenizer: Tokenizer, settings: dict) -
     total = sum(len(part.numbers) for part in parts)
     with progress_bar(total=total, desc="tokenising", unit=" rows") as progress:
         for part in parts:
+            # The order of the mixture, then of the numbers: a document's place is its row, on any machine.
             for first in range(0, len(part.numbers), CHUNK):
                 numbers = part.numbers[first : first + CHUNK].tolist()
                 rendered = _render_rows(part, numbers, sides, tokenizer, settings, tally)
@@ -525,6 +538,7 @@ class _Kept:
 
     def add(self, row_id: str, documents: list[tuple]) -> None:
         """Add a row's (ids, mask) per side."""
+        # Both sides at once: chosen[i] and rejected[i] are of one row because they are added together.
         self.row_ids.append(row_id)
         for side, (ids, mask) in zip(self.ids, documents):
             self.ids[side].append(ids)
@@ -576,6 +590,7 @@ class _Tally:
 
     def check_source(self, part: _Part) -> None:
         """UserError when more of a source was dropped than chance explains."""
+        # A few such rows are dirt; half of a source means that its columns were read the wrong way round.
         for reason in SUSPECT:
             count, rows = self.suspect[reason, part.name], len(part.numbers)
             if count > MOST * rows:
@@ -620,6 +635,7 @@ def _render_rows(part: _Part, numbers, sides, tokenizer: Tokenizer, settings: di
             result = _render_row(part.schema, row, sides, tokenizer, settings)
         except UserError as error:
             raise UserError(f"data {part.name!r}, {part.rows.where(number)}: {error}") from error
+        # A reason travels in the row's place: every row has one result, so none can be lost between lists.
         if isinstance(result, str):
             tally.suspect[result, part.name] += 1
         rendered.append(result)
@@ -628,7 +644,7 @@ def _render_rows(part: _Part, numbers, sides, tokenizer: Tokenizer, settings: di
 
 def _render_row(schema, row: dict, sides, tokenizer: Tokenizer, settings: dict) -> list[_Rendered] | str:
     conversations = schema.read(row)
-    if isinstance(conversations, str):
+    if isinstance(conversations, str):  # why the schema has no conversation of it
         return conversations
     if schema.is_pair and not answer_one_prompt(row, *conversations):
         return ANOTHER_PROMPT
@@ -678,7 +694,7 @@ def _encode_rows(part: _Part, numbers, rendered: list, tokenizer: Tokenizer, set
         if isinstance(row, str):
             yield row
             continue
-        whole, cut = [], []
+        whole, cut = [], []  # before and after the cut at max_seq_len, which the counts compare
         for conversation in row:
             encoded = ids_and_mask(next(encodings), conversation.trained, tokenizer, settings["template"])
             whole.append(encoded)
@@ -701,6 +717,7 @@ def _why_drop(row: list[_Rendered], cut: list[tuple], limit: int) -> str | None:
             return "without an assistant turn"
         if not conversation.trained:
             return "without a turn to train on"
+        # What is left of a long prompt trains nothing, and would only dilute the mean of a step.
         if not mask.any():
             return f"without an answer in the first {limit} tokens"
     return None

@@ -169,6 +169,8 @@ def start(stage, config, load_data, facts):
     load_data: data.load_sft or data.load_preferences. facts: what only the stage knows, for the manifest.
     Returns a Run whose checkpoint is found and not yet loaded: DPO needs the step-0 weights first.
     """
+    # First what takes milliseconds: names, keys, headers; then data and weights, which take minutes.
+    # main_first: rank 0 does what writes to a shared disk, and the others find it done.
     world = parallel.init(config.deterministic)
     check_world_size(config, world.size)
     if config.push:  # a wrong name or token is found out before training, not after it
@@ -179,6 +181,7 @@ def start(stage, config, load_data, facts):
     model_config = parallel.main_first(
         world, lambda: read_model_config(config, directory, tokenizer, world.device)
     )
+    # Before anything is written: a second process on this folder ends here, naming the first.
     parallel.main_first(world, lambda: lock(config.out_dir) if world.main else None)
     data, held_out = parallel.main_first(world, lambda: load_data(config, tokenizer, world.say))
     if world.main:
@@ -190,6 +193,8 @@ def start(stage, config, load_data, facts):
     warmup = warmup_steps(config, total_steps)
     optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
+    # What a run is: the settings that change its numbers, and hashes of its weights and data. A checkpoint of
+    # another identity is refused, so the same command always goes on with what it began.
     weights = parallel.from_main(world, lambda: fingerprint(directory))
     data_eval = held_out and held_out.fingerprint
     provenance = {"weights": weights, "data": data.fingerprint, "held_out": data_eval}
@@ -202,6 +207,7 @@ def start(stage, config, load_data, facts):
             hub.push(config.out_dir, config.push)
             world.say(f"pushed to {config.push}")
         raise SystemExit(0)
+    # Ranks that disagree here would each do what they found, and deadlock or average two runs.
     parallel.require_same(world, data=data.fingerprint, data_eval=data_eval, checkpoint=str(latest))
     # what no key states: two runs with equal keys and unequal numbers differ in one of these
     manifest = provenance | {"stage": stage, "warmup_steps": warmup, **implicit(config, model), **facts}
@@ -226,6 +232,7 @@ def sum_losses(losses):
 
     FloatingPointError, naming the rows, when one is not finite: no weight has changed then.
     """
+    # One copy to the host a step: asking each loss as it is made would stop the GPU at every micro-batch.
     values = torch.stack([loss for loss, _ in losses]).tolist()
     parallel.require_finite(values, [rows for _, rows in losses])
     (total,) = parallel.sum_across_ranks([math.fsum(values)])
@@ -244,6 +251,7 @@ def read_model_config(config, directory, tokenizer, device):
     """
     if device.type == "cuda":
         check_capability(config, torch.cuda.get_device_capability(device))
+    # Everything below reads headers only, a few KB, however large the model.
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
     for path in weight_files(Path(directory)):
@@ -267,10 +275,13 @@ def load_model(config, directory, model_config, device):
     weights are kept in the compute precision. model_config: of read_model_config. UserError when the folder's
     weights do not fit it.
     """
+    # On the meta device a parameter has a shape and no memory: 70B are laid out in milliseconds, and a rank
+    # only ever allocates its own rows.
     with torch.device("meta"):
         model = Llama(model_config).to(DTYPES[config.precision])
         if config.lora_rank:
             apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+    # The order matters: kernels replace forwards, recompute wraps those, sharding wraps the result.
     sharding = pick_sharding(config, model, device)
     if sharding == "full" and not config.lora_rank:
         model.float()
@@ -300,6 +311,7 @@ def pick_sharding(config, model, device):
     count, tokens = parallel.world_size(), config.tokens_per_microbatch
     if count == 1:
         return "none"
+    # The GPU with the least room decides for all: max of the negated values is the minimum.
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     free = -parallel.max_across_ranks(-free)
     # the largest stream there can be: every token supervised, and all of it a prefix that two documents share
@@ -318,6 +330,7 @@ def check_float8(model_config):
     queries = model_config.num_attention_heads * model_config.head_dim
     keys = model_config.num_key_value_heads * model_config.head_dim
     sizes = (model_config.hidden_size, model_config.intermediate_size, queries, keys)
+    # torch._scaled_mm takes no other sizes.
     if any(size % 16 for size in sizes):
         expected = "expected linears whose sizes are multiples of 16"
         raise UserError(f"precision='fp8': {expected}, the model has {sizes}")
@@ -355,7 +368,7 @@ def _first_prompts(documents, longest):
     prompts = []
     for i in range(len(documents)):
         ids, mask = documents[i]
-        prompt = tuple(ids[: mask.argmax()].tolist())
+        prompt = tuple(ids[: mask.argmax()].tolist())  # argmax of a bool array: its first True
         if len(prompt) <= longest and prompt not in prompts:
             prompts.append(prompt)
         if len(prompts) == SAMPLE_PROMPTS:
