@@ -1,8 +1,8 @@
-"""From conversations to token ids: templates, ids and loss mask in one pass, mixtures, documents, the
-tokenised cache.
+"""From conversations to token ids.
 
-Reading order is leaf to root. formats/__init__.py comes before this file (rows to conversations), packing.py
-after it. Letters: T tokens of a conversation, n documents of a dataset, B of its ids.
+Templates, ids and loss mask in one pass, mixtures, documents, the tokenised cache. Reading order is leaf to
+root. formats/__init__.py comes before this file (rows to conversations), packing.py after it. Letters: T
+tokens of a conversation, n documents of a dataset, B of its ids.
 """
 
 import dataclasses

@@ -75,8 +75,10 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, directory):
-        """Read config.json in `directory`. UserError, naming the key, for anything this file cannot represent
-        exactly."""
+        """Read config.json in `directory`.
+
+        UserError, naming the key, for anything this file cannot represent exactly.
+        """
         return _config_from_hf(read_config(directory), Path(directory) / "config.json")
 
     @classmethod
@@ -126,8 +128,7 @@ class LlamaConfig:
         return self.qk_norm is None and not self.post_norm
 
     def flops(self, length, logits=None):
-        """Forward floating-point operations of one document of `length` tokens: matmuls and causal attention,
-        exactly.
+        """Forward FLOPs of one document of `length` tokens: matmuls and causal attention, exactly.
 
         logits: positions whose logits are taken (default: all). Both may be int64 arrays, one entry per
         document.
@@ -142,8 +143,10 @@ class LlamaConfig:
         return blocks + self.attention_flops(length) + head
 
     def attention_flops(self, length):
-        """Those of scores and mix, over all layers: 4 H K for each of length (length + 1) / 2 visible
-        pairs."""
+        """Forward FLOPs of attention's two products over all layers.
+
+        4 H K for each of length (length + 1) / 2 visible pairs of tokens.
+        """
         return self.num_hidden_layers * 2 * self.num_attention_heads * self.head_dim * length * (length + 1)
 
 
@@ -253,11 +256,10 @@ def _config_from_hf(raw, source):
 
 
 def rope_from_hf(raw, source):
-    """(theta, RopeScaling | None) from either spelling: rope_parameters (transformers 5), or rope_theta and
-    rope_scaling.
+    """Read (theta, RopeScaling | None) from either spelling of the keys.
 
-    UserError where both are there and say different things: which one counts depends on the version that
-    reads them.
+    transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling. UserError where both
+    are there and say different things: which one counts depends on the version that reads them.
     """
     found = {key: _rope(raw, key, source) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
     if len(set(found.values())) > 1:
@@ -429,11 +431,10 @@ class Body(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder whose forward stops at the hidden states: logits are (T, V), 4 GB for 8,192 tokens of Llama
-    3.
+    """A decoder whose forward stops at the hidden states.
 
-    Log-probs are taken from hidden states and lm_head.weight by kernels.token_logps, which never holds them
-    all.
+    Logits would be (T, V), 4 GB for 8,192 tokens of Llama 3. kernels.token_logps takes log-probs from the
+    hidden states and lm_head.weight without holding them all.
     """
 
     def __init__(self, config):
@@ -524,11 +525,10 @@ def apply_fused(model, fp8=False):
 
 
 def apply_recompute(model, mode):
-    """Trade time for memory: a block that recomputes keeps its input only, and runs again in the backward
-    pass.
+    """Recompute blocks in the backward pass: more time, less memory.
 
-    That is 8 KB a token and layer of the 8B shape, not 92. mode: "none", "half" (every second block: 1.16x
-    the FLOPs) or "full" (1.31x).
+    A block that recomputes keeps its input only: 8 KB a token and layer of the 8B shape, not 92. mode:
+    "none", "half" (every second block: 1.16x the FLOPs) or "full" (1.31x).
     """
     for index, layer in enumerate(model.model.layers):
         layer.recompute = mode == "full" or (mode == "half" and index % 2 == 0)
@@ -540,8 +540,10 @@ def apply_recompute(model, mode):
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / rank) B A x, with W and b frozen (Hu et al. 2021, eq. 3). Keeps the plain
-    linear's parameter names."""
+    """y = W x + b + (alpha / rank) B A x, with W and b frozen (Hu et al. 2021, eq. 3).
+
+    Keeps the plain linear's parameter names.
+    """
 
     def __init__(self, linear, rank, alpha, dropout):
         # not nn.Linear's: it would allocate a second weight
@@ -570,8 +572,10 @@ class LoRALinear(nn.Linear):
 
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets=LINEARS):
-    """Freeze the model and put LoRA adapters on every linear named in `targets`. Call init_lora once they are
-    allocated."""
+    """Freeze the model and put LoRA adapters on every linear named in `targets`.
+
+    Call init_lora once they are allocated.
+    """
     unknown = set(targets) - set(LINEARS)
     if unknown or not targets:
         raise UserError(f"lora_targets={sorted(targets)}: expected a choice of {', '.join(LINEARS)}")
@@ -590,10 +594,10 @@ def has_lora(model):
 
 @torch.no_grad()
 def init_lora(model, seed, assign=lambda param, values: param.copy_(values)):
-    """A uniform in +-1/sqrt(in), as PEFT's kaiming_uniform with a = sqrt(5); B zero, so that the model starts
-    unchanged.
+    """Draw A, and set B to zero, so that the model starts unchanged.
 
-    `assign(param, values)` stores a full float32 tensor. A sharded model passes parallel.assign.
+    A is uniform in +-1/sqrt(in), as PEFT's kaiming_uniform with a = sqrt(5). `assign(param, values)` stores a
+    full float32 tensor. A sharded model passes parallel.assign.
     """
     # drawn whole on the CPU: any number of ranks and any device get the same A
     generator = torch.Generator().manual_seed(seed)
@@ -645,8 +649,10 @@ def training_flops(model, forward_flops, tokens):
 
 
 class KVCache:
-    """Keys and values of N documents that grow together: k, v (L, N, S, G, K) with S slots each, lengths
-    (N,)."""
+    """Keys and values of N documents that grow together.
+
+    k, v: (L, N, S, G, K) with S slots each; lengths: (N,).
+    """
 
     def __init__(self, config, num_documents, slots, dtype, device):
         shape = (config.num_hidden_layers, num_documents, slots, config.num_key_value_heads, config.head_dim)
@@ -656,10 +662,10 @@ class KVCache:
         self.lengths = torch.zeros(num_documents, dtype=torch.int64, device=device)
 
     def attend(self, layer, q, k, v, cu_seqlens, max_seqlen):
-        """Store the new tokens' k, v behind each document's earlier ones, and attend: q (T, H, K) -> (T, H,
-        K).
+        """Store the new tokens' k, v behind each document's earlier ones, and attend.
 
-        Prompts come first, all at once into an empty cache; afterwards one new token for each document.
+        q (T, H, K) -> (T, H, K). Prompts come first, all at once into an empty cache; afterwards one new
+        token for each document.
         """
         # where each new token goes: its document's row of the cache, behind what is there
         counts = cu_seqlens.long().diff()  # (N,) new tokens per document

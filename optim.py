@@ -74,10 +74,10 @@ def learning_rate(step, total_steps, peak, schedule, warmup):
 
 
 def keep_masters(model, grad_dtype):
-    """Make every bf16 parameter of a model that is whole on every rank a split master, and keep its gradient
-    in grad_dtype. The low bits are those of this rank's rows.
+    """Make every bf16 parameter a split master, and keep its gradient in grad_dtype.
 
-    Matrices take their gradient inside the matmul (kernels.masters).
+    The model is whole on every rank; the low bits are those of this rank's rows. Matrices take their gradient
+    inside the matmul (kernels.masters).
     """
     shards = parallel.shards(model)
     for name, param in model.named_parameters():
@@ -139,11 +139,11 @@ class SplitAdamW(torch.optim.Optimizer):
 
 
 def adamw(model, weight_decay, moments=torch.float32):
-    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters. Decay touches matrices only, not norms
-    and biases.
+    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters.
 
-    moments: dtype of the optimizer's state; only split masters (keep_masters) can have another than float32.
-    A model that is whole on several ranks has its weights sent to all of them after each step.
+    Decay touches matrices only, not norms and biases. moments: dtype of the optimizer's state; only split
+    masters (keep_masters) can have another than float32. A model that is whole on several ranks has its
+    weights sent to all of them after each step.
     """
     trainable = [p for p in parallel.shards(model).values() if p.requires_grad]
     matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay}
@@ -193,8 +193,10 @@ def apply_gradients(optimizer, lr, max_grad_norm, row_ids=()):
 
 
 def sample_weights(model, per_tensor=1 << 16):
-    """Copies of the first elements of every trainable parameter's local rows, float32 masters where it is
-    split."""
+    """Copies of the first elements of every trainable parameter's local rows.
+
+    They are float32 masters where the parameter is split.
+    """
 
     def master(p):
         local = parallel.local_rows(p)[1].flatten()[:per_tensor]

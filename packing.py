@@ -1,5 +1,6 @@
-"""The packed stream, and which examples are in it: documents end to end, and a step's examples shared out to
-ranks.
+"""The packed stream, and which examples are in it.
+
+Documents lie end to end; the examples of a step are shared out to ranks.
 
 Letters: T tokens of a stream, N documents in it, S supervised tokens, B examples of one optimizer step, n
 documents or pairs of a dataset, P pairs whose documents share a prefix.
@@ -25,8 +26,10 @@ from plumbing.files import UserError
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """N documents end to end in one stream of T tokens. Two that begin alike may share the rows of that
-    prefix."""
+    """N documents end to end in one stream of T tokens.
+
+    Two that begin alike may share the rows of that prefix.
+    """
 
     input_ids: torch.Tensor  # (T,) int64
     # (T,) int64, from 0 in each document, or from the length of the prefix that it leaves out
@@ -143,12 +146,12 @@ def in_order(n: int, size: int) -> list[np.ndarray]:
 
 
 def plan_step(lengths, costs, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
-    """plan[rank][micro-batch] = indices into the B examples: balanced by cost, in as few micro-batches as
-    allows it.
+    """Assign a step's examples to ranks and micro-batches, balanced by cost.
 
-    Longest processing time first (Graham 1969): by falling cost, each example goes to the cheapest bin with
-    room. First-fit decreasing would save one micro-batch in 3 % of long-tailed steps. Bins
-    of similar cost form one micro-batch. UserError for an example that never fits.
+    Returns plan[rank][micro-batch] = indices into the B examples, in as few micro-batches as this rule
+    allows. Longest processing time first (Graham 1969): by falling cost, each example goes to the cheapest
+    bin with room; bins of similar cost form one micro-batch. First-fit decreasing would save one micro-batch
+    in 3 % of long-tailed steps. UserError for an example that never fits.
     """
     lengths, costs = np.asarray(lengths), np.asarray(costs, dtype=np.float64)
     if lengths.max() > tokens_per_microbatch:
@@ -185,8 +188,10 @@ def _fill(order, lengths, costs, num_bins: int, room: int) -> list[tuple[float, 
 
 
 def padding_waste(plan: list[list[list[int]]], lengths) -> float:
-    """Share of token slots in which a rank waits for the longest stream of its micro-batch: 1 - tokens /
-    slots."""
+    """Share of token slots in which a rank waits for the longest stream of its micro-batch.
+
+    1 - tokens / slots.
+    """
     tokens = np.zeros((len(plan), len(plan[0])), dtype=np.int64)  # (world_size, micro-batches)
     for rank, micro_batches in enumerate(plan):
         for turn, micro_batch_ids in enumerate(micro_batches):
@@ -200,11 +205,11 @@ PLACEHOLDER = (np.zeros(1, np.int32), np.zeros(1, bool))
 
 
 def local_batches(dataset, ids, model_config, tokens_per_microbatch: int, world):
-    """Yield (ids of the micro-batch, PackedBatch on the device, the step's padding_waste) of this rank's
-    share of a step.
+    """Yield this rank's share of a step, micro-batch by micro-batch.
 
-    dataset: Documents or Pairs; ids (B,), the same on every rank. Every rank gets equally many micro-batches,
-    if need be without ids.
+    Each is (ids of the micro-batch, PackedBatch on the device, the step's padding_waste). dataset: Documents
+    or Pairs; ids (B,), the same on every rank. Every rank gets equally many micro-batches, if need be without
+    ids.
     """
     lengths = dataset.lengths[ids]
     plan = plan_step(lengths, dataset.flops(model_config, ids), world.size, tokens_per_microbatch)

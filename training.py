@@ -1,7 +1,7 @@
-"""What both training scripts do around their loss: everything before the first step, the update, samples, the
-end.
+"""What both training scripts do around their loss.
 
-Reading order: start and Run, loading a model, sampling, saving.
+That is everything before the first step, the update, samples and the end. Reading order: start and Run,
+loading a model, sampling, saving.
 """
 
 import dataclasses
@@ -90,8 +90,7 @@ class Run:
         return f"{self.config.global_batch_size} a step; {self.total_steps} steps {where}"
 
     def resume(self):
-        """Load the latest checkpoint, if there is one. Returns the number of optimizer steps that are
-        done."""
+        """Load the latest checkpoint, if there is one; return the number of optimizer steps done."""
         done = 0
         if self.latest:
             done = self.checkpointer.load(self.latest, self.model, self.optimizer)
@@ -113,8 +112,10 @@ class Run:
             self.log.samples(step, *sample(self.model, documents, self.tokenizer, self.config))
 
     def update(self, step, metrics, ids):
-        """Clip, one step of AdamW at the schedule's rate, and the step line. ids (B,): the examples of the
-        gradient."""
+        """Clip, take one step of AdamW at the schedule's rate, and print the step line.
+
+        ids (B,): the examples of the gradient.
+        """
         lr = learning_rate(step, self.total_steps, self.config.lr, self.config.lr_schedule, self.warmup)
         # Looked at once, at the peak rate: a step of 5e-7 moves under 1 % of weights that are only bf16.
         before = sample_weights(self.model) if step == self.warmup else None
@@ -127,8 +128,10 @@ class Run:
         self.log.step(step + 1, metrics, tokens, flops)
 
     def save(self, step):
-        """A checkpoint after `step` steps, where one is due. Returns the exit code of a run that was told to
-        stop, else 0."""
+        """Write a checkpoint after `step` steps, where one is due.
+
+        Returns the exit code of a run that was told to stop, else 0.
+        """
         every, last = self.config.save_every, step == self.total_steps
         self.checkpointer.check()
         # Every rank must take the same branch here: a save is collective.
@@ -163,11 +166,11 @@ class Run:
 
 
 def start(stage, config, load_data, facts):
-    """Everything before the first step, in the order of its price: what can fail fails before what takes
-    long.
+    """Everything before the first step, in the order of its price.
 
-    load_data: data.load_sft or data.load_preferences. facts: what only the stage knows, for the manifest.
-    Returns a Run whose checkpoint is found and not yet loaded: DPO needs the step-0 weights first.
+    What can fail fails before what takes long. load_data: data.load_sft or data.load_preferences. facts: what
+    only the stage knows, for the manifest. Returns a Run whose checkpoint is found and not yet loaded: DPO
+    needs the step-0 weights first.
     """
     # First what takes milliseconds: names, keys, headers; then data and weights, which take minutes.
     # main_first: rank 0 does what writes to a shared disk, and the others find it done.
@@ -243,11 +246,11 @@ def sum_losses(losses):
 
 
 def read_model_config(config, directory, tokenizer, device):
-    """The LlamaConfig of a Hugging Face folder. No weight is read: tokenising, which takes minutes, comes
-    after this.
+    """The LlamaConfig of a Hugging Face folder.
 
-    UserError when tokenizer and model do not fit together, a weight file is missing or cut short, or the
-    model cannot read documents of max_seq_len, run in fused blocks or multiply in float8.
+    No weight is read: tokenising, which takes minutes, comes after this. UserError when tokenizer and model
+    do not fit together, a weight file is missing or cut short, or the model cannot read documents of
+    max_seq_len, run in fused blocks or multiply in float8.
     """
     if device.type == "cuda":
         check_capability(config, torch.cuda.get_device_capability(device))
@@ -267,13 +270,12 @@ def read_model_config(config, directory, tokenizer, device):
 
 
 def load_model(config, directory, model_config, device):
-    """The model of a Hugging Face folder, ready to train: LoRA, kernels, recompute, sharding, then the
-    weights.
+    """The model of a Hugging Face folder, ready to train.
 
-    Nothing is allocated before it is sharded (plumbing/parallel.py says how). Parameters are float32: as
-    split masters where a rank holds the whole model and does not compute in fp32. Under LoRA the frozen
-    weights are kept in the compute precision. model_config: of read_model_config. UserError when the folder's
-    weights do not fit it.
+    In this order: LoRA, kernels, recompute, sharding, then the weights. Nothing is allocated before it is
+    sharded (plumbing/parallel.py says how). Parameters are float32: as split masters where a rank holds the
+    whole model and does not compute in fp32. Under LoRA the frozen weights are kept in the compute precision.
+    model_config: of read_model_config. UserError when the folder's weights do not fit it.
     """
     # On the meta device a parameter has a shape and no memory: 70B are laid out in milliseconds, and a rank
     # only ever allocates its own rows.
@@ -340,12 +342,11 @@ def check_float8(model_config):
 
 
 def sample(model, documents, tokenizer, config):
-    """(prompts, answers): the first SAMPLE_PROMPTS different prompts of `documents` and greedy answers, as
-    texts.
+    """(prompts, answers), as texts: the first different prompts of `documents`, answered greedily.
 
-    A prompt ends before a document's first trained token; an answer ends before the end-of-turn token, or
-    after SAMPLE_TOKENS. Under a sliding window a prompt leaves room for SAMPLE_TOKENS in it, so there may be
-    fewer, or none.
+    There are SAMPLE_PROMPTS of them. A prompt ends before a document's first trained token; an answer ends
+    before the end-of-turn token, or after SAMPLE_TOKENS. Under a sliding window a prompt leaves room for
+    SAMPLE_TOKENS in it, so there may be fewer, or none.
     """
     prompts = _first_prompts(documents, (model.config.sliding_window or math.inf) - SAMPLE_TOKENS)
     if not prompts:
@@ -363,8 +364,10 @@ def sample(model, documents, tokenizer, config):
 
 
 def _first_prompts(documents, longest):
-    """Up to SAMPLE_PROMPTS different prompts, tuples of at most `longest` ids, in the order of the
-    documents."""
+    """Up to SAMPLE_PROMPTS different prompts, in the order of the documents.
+
+    Tuples of at most `longest` ids.
+    """
     prompts = []
     for i in range(len(documents)):
         ids, mask = documents[i]

@@ -21,8 +21,10 @@ def model_config(directory):
 
 
 def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
-    """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded. UserError when they do not
-    fit."""
+    """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded.
+
+    UserError when they do not fit.
+    """
     directory = resolve(path_or_repo)
     config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
     check_vocabulary(config, tokenizer)

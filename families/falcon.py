@@ -59,8 +59,10 @@ class FalconConfig:
 
     @classmethod
     def from_hf(cls, directory):
-        """Read config.json in `directory`. Raises ValueError, naming the keys, for anything this file cannot
-        represent exactly."""
+        """Read config.json in `directory`.
+
+        UserError, naming the keys, for anything this file cannot represent exactly.
+        """
         raw, source = read_config(directory), Path(directory) / "config.json"
         problems = []
         for key, value in _FIXED.items():
@@ -139,8 +141,10 @@ class Body(nn.Module):
 
 
 class Falcon(nn.Module):
-    """A Falcon-7B with model.Llama's forward, taps, KV cache and generate; no LoRA, no sharding, no
-    export."""
+    """A Falcon-7B with model.Llama's forward, taps, KV cache and generate.
+
+    No LoRA, no sharding, no export.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -151,8 +155,10 @@ class Falcon(nn.Module):
             self.lm_head.weight = self.transformer.word_embeddings.weight
 
     def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, tap=None, cache=None, resume=None):
-        """Hidden states after the final norm, (T, D), of a packed stream; arguments as of
-        model.Llama.forward."""
+        """Hidden states after the final norm, (T, D), of a packed stream.
+
+        Arguments as of model.Llama.forward.
+        """
         frequencies = rope_frequencies(self.config, position_ids.device)
         angles = position_ids[:, None, None] * frequencies  # (T, 1, K/2)
         cos, sin = angles.cos(), angles.sin()

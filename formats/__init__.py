@@ -1,9 +1,8 @@
-"""Rows of the data formats that people have, as conversations: lists of {"role", "content"} that data.py
-renders.
+"""Rows of the data formats that people have, as conversations.
 
-Reading order: turns, context (system and history), pairs, the table of schemas. docs/data.md has an example
-of every schema. A column or key that carries meaning is used, or its row is refused. All other columns are
-named in the `data:` line.
+A conversation is a list of {"role", "content"}, which data.py renders. Reading order: turns, context (system
+and history), pairs, the table of schemas. docs/data.md has an example of every schema. A column or key that
+carries meaning is used, or its row is refused. All other columns are named in the `data:` line.
 """
 
 import re

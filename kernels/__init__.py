@@ -1,5 +1,7 @@
-"""reference.py is the specification, in plain PyTorch; beside it are the fast paths. Others may use what is
-named here."""
+"""The kernels that other modules may use.
+
+reference.py is the specification, in plain PyTorch; beside it are the fast paths.
+"""
 
 from kernels.adamw import adamw
 from kernels.attention import attention, attention_path

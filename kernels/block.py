@@ -21,8 +21,10 @@ def gpu_kernels():
 
 
 def path_of(tensor):
-    """The module that computes on this tensor: triton_block on CUDA, reference elsewhere. Their functions
-    have the same names."""
+    """The module that computes on this tensor: triton_block on CUDA, reference elsewhere.
+
+    Their functions have the same names.
+    """
     return gpu_kernels() if tensor.is_cuda else reference
 
 

@@ -61,8 +61,10 @@ def matmul_float8(a, b):
 
 
 def weight_gradient_float8(weight, dy, x):
-    """`weight_gradient` in float8, rounded to bf16, then added; dy and x: Float8s of dy^T (out, T') and x^T
-    (in, T')."""
+    """`weight_gradient` in float8, rounded to bf16, then added.
+
+    dy and x: Float8s of dy^T (out, T') and x^T (in, T').
+    """
     product = matmul_float8(dy, x)
     if not accumulates(weight):
         return product

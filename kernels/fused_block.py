@@ -1,10 +1,10 @@
-"""A Llama block whose backward pass is written by hand: only what it needs is kept, and each tensor is read
-as rarely as it can be.
+"""A Llama block whose backward pass is written by hand.
 
-The plain block is Block.plain in model.py, differentiated by autograd. Per token and layer of the 8B shape,
-in bf16, that keeps some 200 KB; this keeps 92: the block's input, rotated q, k and v, the attention's output,
-the middle of the residual stream, gate and up. Normalised inputs and silu(gate) * up are made again from
-them, inside the kernels that read them anyway.
+It keeps only what the backward pass needs, and reads each tensor as rarely as possible. The plain block is
+Block.plain in model.py, differentiated by autograd. Per token and layer of the 8B shape, in bf16, that keeps
+some 200 KB; this keeps 92: the block's input, rotated q, k and v, the attention's output, the middle of the
+residual stream, gate and up. Normalised inputs and silu(gate) * up are made again from them, inside the
+kernels that read them anyway.
 
 With fp8 the matmuls of x, W and dy run in float8 (reference.Float8): x8 and w8 are x and W in float8, and
 None without fp8. Everything else, LoRA's matmuls included, is unchanged. Of x8 only the scales are kept for
@@ -28,8 +28,10 @@ from kernels.masters import accumulates
 
 
 class _Embed(torch.autograd.Function):
-    """Rows of the embedding, for a weight that accumulates (masters.Master): its gradient touches the
-    stream's rows, not all of (V, D)."""
+    """Rows of the embedding, for a weight that accumulates (masters.Master).
+
+    Its gradient touches the stream's rows, not all of (V, D).
+    """
 
     @staticmethod
     def forward(ctx, weight, input_ids):
@@ -61,8 +63,10 @@ def embed(weight, input_ids):
 
 
 class Linear(NamedTuple):
-    """A linear layer with a LoRA adapter: y = x weight^T + bias + scale x lora_A^T lora_B^T. None for what it
-    has not."""
+    """A linear layer with a LoRA adapter: y = x weight^T + bias + scale x lora_A^T lora_B^T.
+
+    A field is None where the layer has no such tensor.
+    """
 
     weight: torch.Tensor  # (out, in)
     bias: torch.Tensor | None  # (out,)
@@ -107,8 +111,10 @@ def reads_bf16(fp8, linears):
 
 
 def gradient_float8(dy, x_scale, w_scale, weight_wanted):
-    """dy8 (T, out) for the gradient of x and dy8^T (out, T) for that of the weight; None for what is not in
-    float8 or not wanted."""
+    """dy in float8, as (dy8 (T, out), dy8^T (out, T)), for the gradients of x and of the weight.
+
+    None for what is not in float8 or not wanted.
+    """
     if w_scale is None:
         return None, None
     if not weight_wanted:
@@ -125,10 +131,10 @@ def input_gradient(dy, dy8, w_scale, weight, dx):
 
 
 def parameter_gradients(linear, wanted, dy, dy8t, x, x8t, low, d_lora_A):
-    """Gradients of weight, bias, lora_A and lora_B; None where not wanted, or where the weight has taken its
-    own already.
+    """Gradients of weight, bias, lora_A and lora_B.
 
-    wanted: the same four as booleans. dy8t and x8t: dy^T and x^T in float8, or None.
+    None where one is not wanted, or where the weight has taken its own already. wanted: the same four as
+    booleans. dy8t and x8t: dy^T and x^T in float8, or None.
     """
     weight_wanted, bias_wanted, _, _ = wanted
     d_weight, d_bias, d_lora_B = None, None, None
@@ -162,8 +168,10 @@ def lora_down(x, linears):
 
 
 def of_each(stacked, linears, dim):
-    """The part of each linear's adapter in a tensor with R along dim; None for a linear without, or without
-    the tensor."""
+    """The part of each linear's adapter in a tensor with R along dim.
+
+    None for a linear without an adapter, or where there is no tensor.
+    """
     if stacked is None:
         return [None] * len(linears)
     ranks = [0 if linear.lora_A is None else len(linear.lora_A) for linear in linears]
@@ -172,8 +180,10 @@ def of_each(stacked, linears, dim):
 
 
 def lora_down_backward(dys, linears):
-    """Gradient of x A^T, (T, R), and what of x's gradient goes through it, (T, in); None, None without
-    adapters."""
+    """Gradient of x A^T, (T, R), and the part of x's gradient that goes through it, (T, in).
+
+    (None, None) without adapters.
+    """
     lora_A = stack_lora_A(linears)
     if lora_A is None:
         return None, None
@@ -211,8 +221,11 @@ def _scale_of(x8):
 
 
 class _NormProject(torch.autograd.Function):
-    """x -> x, and y_i = rms_norm(x) W_i^T of linears that share an input. x is handed through so that the
-    gradient of the residual branch comes back here, to be added inside the norm's backward kernel."""
+    """x -> x, and y_i = rms_norm(x) W_i^T of linears that share an input.
+
+    x is handed through so that the gradient of the residual branch comes back here, to be added inside the
+    norm's backward kernel.
+    """
 
     @staticmethod
     def forward(ctx, x, fp8, norm_weight, eps, linears, *tensors):
@@ -261,8 +274,10 @@ def norm_project(x, fp8, norm, *modules):
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary positions. The gradient of a rotation is the rotation back, so only the angles are kept, once
-    for all layers."""
+    """Rotary positions.
+
+    The gradient of a rotation is the rotation back, so only the angles are kept, once for all layers.
+    """
 
     @staticmethod
     def forward(ctx, x, cos, sin):

@@ -1,8 +1,8 @@
-"""What a trained bf16 parameter carries beside its weight: the rest of its float32 master, and how it takes
-its gradient.
+"""What a trained bf16 parameter carries beside its weight.
 
-`param.master`, a Master, is the one attribute that this project adds to a parameter. `param.grad_dtype` is
-torch's own: the dtype of param.grad. Nothing outside this file asks a parameter whether it has them.
+The rest of its float32 master, and how it takes its gradient. `param.master`, a Master, is the one attribute
+that this project adds to a parameter. `param.grad_dtype` is torch's own: the dtype of param.grad. Nothing
+outside this file asks a parameter whether it has them.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,9 @@ def is_split(tensor):
 
 
 def accumulates(tensor):
-    """Whether the kernels add to tensor.grad themselves; False for a parameter whose gradient autograd
-    collects."""
+    """Whether the kernels add to tensor.grad themselves.
+
+    False for a parameter whose gradient autograd collects.
+    """
     master = getattr(tensor, "master", None)
     return master is not None and master.accumulates

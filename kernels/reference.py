@@ -86,12 +86,11 @@ def swiglu_backward(dout, gate, up):
 
 
 class SharedPrefix(NamedTuple):
-    """Two documents may share a prefix whose rows are stored once. This says, for each document, which rows
-    of the stream hold its keys and values.
+    """Which rows of the stream hold each document's keys and values.
 
-    Those of document n, prefix included, are kv_index[cu_seqlens_k[n]:cu_seqlens_k[n+1]]; the last of them
-    are its queries. A row occurs at most twice: its gradient is then a sum of at most two numbers, which has
-    the same bits in either order on CUDA.
+    Two documents may share a prefix whose rows are stored once. The rows of document n, prefix included, are
+    kv_index[cu_seqlens_k[n]:cu_seqlens_k[n+1]]; the last of them are its queries. A row occurs at most twice:
+    its gradient is then a sum of at most two numbers, which has the same bits in either order on CUDA.
     """
 
     kv_index: torch.Tensor  # (U,) int64
@@ -120,8 +119,10 @@ def attention(q, k, v, cu_seqlens, max_seqlen, shared=None):
 
 
 def keys_and_values(k, v, cu_seqlens, shared):
-    """k, v (U, G, K) and boundaries (N+1,) of whole documents, a prefix repeated for each that begins with
-    it."""
+    """Keys and values of whole documents: k, v (U, G, K) and boundaries (N+1,).
+
+    A shared prefix is repeated for each document that begins with it.
+    """
     if shared is None:
         return k, v, cu_seqlens
     # index_select, not k[kv_index]: the latter's backward sorts the index
@@ -167,8 +168,10 @@ def token_logps(hidden, weight, targets):
 
 
 def pick_logps(logits, targets):
-    """(log p(target), log Z), both (T,), of logits (T, V):  log p = logit - log Z,  Z = sum of
-    exp(logits)."""
+    """(log p(target), log Z), both (T,), of logits (T, V).
+
+    log p = logit - log Z, Z = sum of exp(logits).
+    """
     log_z = logits.logsumexp(-1)
     return logits.gather(1, targets[:, None]).squeeze(1) - log_z, log_z
 
@@ -321,8 +324,10 @@ def swiglu_backward_float8(dout, gate, up, scale):
 
 
 def matmul_float8(a, b):
-    """a b^T of the numbers that Float8s (R, n) and (C, n) stand for, in float32, rounded once: (R, C)
-    bf16."""
+    """a b^T of the numbers that Float8s (R, n) and (C, n) stand for: (R, C) bf16.
+
+    Computed in float32 and rounded once.
+    """
     a32 = a.values.float() * a.scale[:, None]
     b32 = b.values.float() * b.scale[:, None]
     return (a32 @ b32.T).bfloat16()

@@ -1,6 +1,7 @@
-"""Triton kernels of a Llama block, of the vocabulary's softmax and of AdamW. kernels/reference.py has what
-each must compute, under the same name. This file is imported for the first CUDA tensor (block.gpu_kernels),
-because Triton is not installed with every torch.
+"""Triton kernels of a Llama block, of the vocabulary's softmax and of AdamW.
+
+kernels/reference.py has what each must compute, under the same name. This file is imported for the first CUDA
+tensor (block.gpu_kernels), because Triton is not installed with every torch.
 
 All of them move memory and compute next to nothing, so what counts is that each tensor is touched once.
 Shapes: T tokens, D hidden size, H heads, K head size, V vocabulary, C rows of a chunk, M x N a matrix.
@@ -166,10 +167,12 @@ def _store_row(values_ptr, scale_ptr, x, row, n, N):
 
 
 def _by_row(kernel, x, *inputs):
-    """(values (M, N) e4m3, scale (M,)) of kernel(x, *inputs, values, scale, N, BLOCK) over the rows of x (M,
-    N).
+    """Run a kernel over the rows of x (M, N): values (M, N) e4m3 and scale (M,).
 
-    A row stays in registers."""
+    It is called as kernel(x, *inputs, values, scale, N, BLOCK).
+
+    A row stays in registers.
+    """
     M, N = x.shape
     values = torch.empty(M, N, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
@@ -233,8 +236,10 @@ def _tiles(M, N, tile=_TILE):
 
 @triton.jit
 def _tile(x_ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(this program's numbers (ROWS, COLUMNS) in float32, zero beyond M and N; their rows, int64; their
-    columns)."""
+    """This program's numbers (ROWS, COLUMNS) in float32, their rows (int64) and columns.
+
+    The numbers are zero beyond M and N.
+    """
     m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.load(x_ptr + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :], other=0.0)

@@ -85,8 +85,10 @@ def gradient(Y, P, exaggeration=1.0):
 
 @triton.jit
 def _conditional_kernel(d2_ptr, own_ptr, p_ptr, n, log_perplexity, tolerance, max_steps, BLOCK: tl.constexpr):
-    """One row. The float32 distances live in the row of the output, which stays in the cache, until p
-    replaces them."""
+    """One row of conditional probabilities.
+
+    The float32 distances live in the row of the output, which stays in the cache, until p replaces them.
+    """
     row = tl.program_id(0)
     own = tl.load(own_ptr + row)
     d2_ptr += row.to(tl.int64) * n
@@ -136,11 +138,10 @@ def _conditional_kernel(d2_ptr, own_ptr, p_ptr, n, log_perplexity, tolerance, ma
 
 
 def conditional_probabilities(d2, own, perplexity, tolerance=1e-5, max_steps=100):
-    """reference.tsne_probabilities, its bisection in float32: d2 (r, n) float64, own (r,) int64 -> (r, n)
-    float32.
+    """reference.tsne_probabilities with its bisection in float32.
 
-    One program per row, which reads it from the cache in each of its 20 or so steps; plain torch passes over
-    a block a dozen times.
+    d2 (r, n) float64, own (r,) int64 -> (r, n) float32. One program per row, which reads it from the cache in
+    each of its 20 or so steps; plain torch passes over a block a dozen times.
     """
     assert d2.is_contiguous() and d2.dtype == torch.float64 and own.shape == d2.shape[:1]
     p = torch.empty_like(d2, dtype=torch.float32)

@@ -1,5 +1,7 @@
-"""t-SNE's probabilities and gradient without (n, n, d) tensors: block by block in torch, or by the Triton
-kernels on CUDA."""
+"""t-SNE's probabilities and gradient without (n, n, d) tensors.
+
+Computed block by block in torch, or by the Triton kernels on CUDA.
+"""
 
 import torch
 
@@ -7,10 +9,11 @@ from kernels import reference
 
 
 def functions(path):
-    """(probabilities, gradient) of a path, "plain" or "fused": reference.tsne_probabilities, and Y, P,
-    exaggeration -> (n, d).
+    """(probabilities, gradient) of a path, "plain" or "fused".
 
-    Imported here, because a torch for CPUs comes without Triton."""
+    The first is reference.tsne_probabilities, the second maps Y, P, exaggeration to (n, d). Imported here,
+    because a torch for CPUs comes without Triton.
+    """
     if path == "plain":
         return reference.tsne_probabilities, lambda Y, P, exaggeration: gradient_and_divergence(
             Y, P, exaggeration
@@ -21,11 +24,10 @@ def functions(path):
 
 
 def gradient_and_divergence(Y, P, exaggeration=1.0, negentropy=None, chunk=1024):
-    """(reference.tsne_gradient, reference.tsne_divergence) in one pass over blocks of `chunk` rows, a handful
-    of (r, n) tensors.
+    """(reference.tsne_gradient, reference.tsne_divergence) in one pass over blocks of rows.
 
-    negentropy = sum of P log P, the same at all steps of a descent; None: no divergence. `exaggeration` is
-    the gradient's alone.
+    A block has `chunk` rows and takes a handful of (r, n) tensors. negentropy = sum of P log P, the same at
+    all steps of a descent; None: no divergence. `exaggeration` is the gradient's alone.
     """
     nu = max(Y.shape[1] - 1, 1)
     ones = torch.cat(

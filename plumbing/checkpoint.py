@@ -1,11 +1,11 @@
-"""Exact resume: `checkpoints/step_000123/`, written in the background, verified when read, on any number of
-ranks.
+"""Exact resume from `checkpoints/step_000123/`.
 
-A step folder holds one rank_00000.safetensors per rank (its rows of every trained parameter and of its
-optimizer state; the header has the first row of each, the step and the run), checkpoint.json with the size
-and sha256 of these files, and COMPLETED, written last, with the sha256 of checkpoint.json. A kill at any byte
-leaves an unfinished folder, which the next start removes, and earlier checkpoints untouched. Frozen weights
-are not stored: they come from model_path again.
+Checkpoints are written in the background, verified when read, and resume on any number of ranks. A step
+folder holds one rank_00000.safetensors per rank (its rows of every trained parameter and of its optimizer
+state; the header has the first row of each, the step and the run), checkpoint.json with the size and sha256
+of these files, and COMPLETED, written last, with the sha256 of checkpoint.json. A kill at any byte leaves an
+unfinished folder, which the next start removes, and earlier checkpoints untouched. Frozen weights are not
+stored: they come from model_path again.
 """
 
 import hashlib
@@ -81,8 +81,10 @@ class Checkpointer:
         return None
 
     def finished(self):
-        """A message when the run was trained to its end and its export is whole, else nothing. Called after
-        latest()."""
+        """A message when the run was trained to its end and its export is whole, else nothing.
+
+        Called after latest().
+        """
         final, manifest = self.run_dir / "final", self.run_dir / "manifest.json"
         if self.fresh or not final.is_dir() or "finished" not in read_json(manifest):
             return ""
@@ -104,11 +106,11 @@ class Checkpointer:
         _refuse_other(self.run_dir / "final", there, {key: self.run_identity[key] for key in common})
 
     def load(self, path, model, optimizer):
-        """Fill the trained parameters and the optimizer state from a checkpoint of any number of ranks;
-        returns its step.
+        """Fill the trained parameters and the optimizer state from a checkpoint; return its step.
 
-        When a file of it is damaged, the newest intact one before it is loaded, and the lost steps are said.
-        UserError: no intact one, another configuration, other tensors than this model's.
+        The checkpoint may be of any number of ranks. When a file of it is damaged, the newest intact one
+        before it is loaded, and the lost steps are said. UserError: no intact one, another configuration,
+        other tensors than this model's.
         """
         for candidate in reversed(self._finished()):
             if candidate > path or candidate in self._damaged:
@@ -126,8 +128,10 @@ class Checkpointer:
         raise UserError(f"{path}: missing; expected a finished checkpoint")
 
     def _load(self, path, model, optimizer):
-        """Copy one checkpoint while its files are hashed. Returns None, or, on every rank the same, what is
-        damaged."""
+        """Copy one checkpoint while its files are hashed.
+
+        Returns None, or, on every rank the same, what is damaged.
+        """
         index = problem = error = None
         try:
             index = self._read_index(path)
@@ -152,8 +156,10 @@ class Checkpointer:
         return problems[0] if problems else None
 
     def _read_index(self, path):
-        """checkpoint.json. Damaged when it is not what was written, UserError when it is of another
-        configuration."""
+        """The content of checkpoint.json.
+
+        Damaged when it is not what was written, UserError when it is of another configuration.
+        """
         try:
             expected = read_json(path / "COMPLETED").get("checkpoint.json")
             index = read_json(path / "checkpoint.json")
@@ -338,8 +344,10 @@ def _delete(path):
 
 
 def _trained_tensors(model, optimizer):
-    """{"param/<name>" or "<state>/<name>": sharded tensor} of all that training changes; a scalar state
-    counts as one row."""
+    """All that training changes, {"param/<name>" or "<state>/<name>": sharded tensor}.
+
+    A scalar state counts as one row.
+    """
     tensors = {}
     params = sharded_parameters(model)
     for name, shard in parallel.shards(model).items():
@@ -356,8 +364,10 @@ def _shapes(tensors):
 
 
 def _local_rows(tensors):
-    """(key, (first row, this rank's rows)) of each tensor that has any here; a split master as one
-    float32."""
+    """(key, (first row, this rank's rows)) of each tensor that has any here.
+
+    A split master is one float32 tensor.
+    """
 
     def width(item):
         return 4 if is_split(item[1]) else item[1].dtype.itemsize
@@ -372,8 +382,10 @@ def _local_rows(tensors):
 
 
 def _require_same_tensors(path, there, model, optimizer):
-    """UserError unless the stored tensors are those of this model; allocates the optimizer's state where they
-    include it."""
+    """UserError unless the stored tensors are those of this model.
+
+    Allocates the optimizer's state where the stored tensors include it.
+    """
     if there.keys() - _trained_tensors(model, optimizer).keys():
         _allocate_state(optimizer)
     here = _shapes(_trained_tensors(model, optimizer))
@@ -386,8 +398,10 @@ def _require_same_tensors(path, there, model, optimizer):
 
 
 def _allocate_state(optimizer):
-    """Let the optimizer allocate its state as in training: a step of zero gradients at lr 0. The caller
-    overwrites all of it."""
+    """Let the optimizer allocate its state as in training: a step of zero gradients at lr 0.
+
+    The caller overwrites all of it.
+    """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -36,8 +36,9 @@ def pick_device(local_rank=0):
 
 
 def check_architecture(capability, built_for):
-    """UserError for a GPU older than all that torch was compiled for: its kernels would fail at the first
-    launch.
+    """UserError for a GPU older than all that torch was compiled for.
+
+    Its kernels would fail at the first launch.
 
     capability (major, minor); built_for: as torch.cuda.get_arch_list, for example ["sm_75", "sm_90",
     "compute_120"].

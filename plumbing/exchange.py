@@ -37,8 +37,11 @@ def all_gather(wholes, owns):
 
 @dataclass
 class Unit:
-    """Parameters whose weights `module` reads first, and whose gradients are complete when a backward pass
-    leaves it."""
+    """Parameters that are exchanged together.
+
+    `module` is the first to read their weights, and their gradients are complete when a backward pass leaves
+    it.
+    """
 
     module: nn.Module
     names: list

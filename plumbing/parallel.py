@@ -51,11 +51,10 @@ class World:
 
 
 def init(deterministic=False):
-    """Join torchrun's process group, or make a group of one: NCCL on GPUs, gloo on CPUs. Returns the
-    World.
+    """Join torchrun's process group, or make a group of one; returns the World.
 
-    deterministic: torch's kernels repeat bit for bit, the backward of flash attention included. Our kernels
-    always do, and so do sums over the same ranks.
+    NCCL on GPUs, gloo on CPUs. deterministic: torch's kernels repeat bit for bit, the backward of flash
+    attention included. Our kernels always do, and so do sums over the same ranks.
     """
     global _background_group
     if deterministic:
@@ -94,8 +93,10 @@ def shutdown():
 
 
 def background_group():
-    """A gloo group of all ranks for the checkpoint writer threads: their collectives run beside those of
-    training and never mix."""
+    """A gloo group of all ranks for the checkpoint writer threads.
+
+    Their collectives run beside those of training and never mix.
+    """
     return _background_group
 
 
@@ -105,10 +106,10 @@ def barrier():
 
 
 def main_first(world, work):
-    """work() on rank 0, then on the others, which find on disk what rank 0 left there. Returns work()'s
-    result on every rank.
+    """Call work() on rank 0, then on the others; returns its result on every rank.
 
-    When rank 0 fails, the others raise SystemExit without a message: the one message is rank 0's.
+    The others find on disk what rank 0 left there. When rank 0 fails, the others raise SystemExit without a
+    message: the one message is rank 0's.
     """
     result = error = None
     if world.main:
@@ -183,8 +184,10 @@ def run(main, argv):
 
 
 def _message(error):
-    """The line for an error that needs no traceback; None for any other. An OSError without a path is not
-    one: it must name it."""
+    """The line for an error that needs no traceback; None for any other.
+
+    An OSError has a line only with its path: without one the line could not name it.
+    """
     if isinstance(error, UserError | FloatingPointError | OtherRankFailed):
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_REFUSES and error.filename:
@@ -193,11 +196,11 @@ def _message(error):
 
 
 def _yield_to_the_cause(error):
-    """Under torchrun, wait for the rank that failed first to print why: torchrun ends all others as soon as
-    one has exited.
+    """Under torchrun, wait for the rank that failed first to print why.
 
-    Rank 0 does not wait: an error that every rank has is printed by it alone. A rank that stopped for
-    another's sake (SystemExit of main_first, a connection that broke) waits longest, rank 0 too.
+    torchrun ends all others as soon as one has exited. Rank 0 does not wait: an error that every rank has is
+    printed by it alone. A rank that stopped for another's sake (SystemExit of main_first, a connection that
+    broke) waits longest, rank 0 too.
     """
     is_consequence = isinstance(error, SystemExit | OtherRankFailed | dist.DistError) or "gloo" in str(error)
     seconds = 10 if is_consequence else 5 * min(int(os.environ["RANK"]), 1)  # an exit takes one or two
@@ -220,12 +223,12 @@ def is_sharded(part):
 
 
 def shard(model, precision):
-    """Apply FSDP2 to every block and to the model itself (embedding, final norm and lm_head form the root's
-    group).
+    """Apply FSDP2 to every block and to the model itself.
 
-    precision "fp32": all in float32. "bf16" and "fp8": weights are gathered as bf16, gradients reduced in
-    float32, shards keep their dtype. The root stays gathered from its forward to its backward: lm_head.weight
-    is read in between, outside of any module's forward.
+    The embedding, the final norm and lm_head form the root's group. precision "fp32": all in float32. "bf16"
+    and "fp8": weights are gathered as bf16, gradients reduced in float32, shards keep their dtype. The root
+    stays gathered from its forward to its backward: lm_head.weight is read in between, outside of any
+    module's forward.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -249,10 +252,10 @@ def materialize(model, device):
 
 
 def share_optimizer(model):
-    """Leave the whole model on every rank, and split the work and the state of its optimizer by rows. On one
-    process, nothing to do.
+    """Leave the whole model on every rank; split the optimizer's work and state by rows.
 
-    Frozen parameters must be the same on all ranks. Call share_weights once the trained ones are filled.
+    On one process there is nothing to do. Frozen parameters must be the same on all ranks. Call share_weights
+    once the trained ones are filled.
     """
     from plumbing.exchange import Exchange
 
@@ -284,8 +287,10 @@ def share_weights_after(optimizer, model):
 
 
 def micro_batches(model, batches):
-    """Yield the micro-batches of one optimizer step, for one backward pass each. After the last of them,
-    shards(model) have the gradients: sums over micro-batches and ranks."""
+    """Yield the micro-batches of one optimizer step, for one backward pass each.
+
+    After the last of them, shards(model) have the gradients: sums over micro-batches and ranks.
+    """
     batches = iter(batches)
     batch = next(batches)
     for following in batches:
@@ -304,8 +309,11 @@ def loss_scale(model):
 
 
 def settle(model):
-    """Make model.named_parameters() what was trained: wait for weights under way, and drop those that FSDP2
-    gathered for a forward pass and left in the place of the root's parameters."""
+    """Make model.named_parameters() what was trained.
+
+    Waits for weights under way, and drops those that FSDP2 gathered for a forward pass and left in the place
+    of the root's parameters.
+    """
     if _exchanges(model):
         model.exchange.wait()
     for module in model.modules():
@@ -314,8 +322,10 @@ def settle(model):
 
 
 def of_all_ranks(model, name, rows):
-    """shards(model)[name], or a tensor like it of the optimizer, as what it is over all ranks: a DTensor
-    where it is split."""
+    """A rank's rows as the tensor of all ranks: a DTensor where it is split.
+
+    rows: shards(model)[name], or a tensor like it of the optimizer.
+    """
     return model.exchange.of_all_ranks(name, rows) if _exchanges(model) else rows
 
 
@@ -324,8 +334,10 @@ def _exchanges(model):
 
 
 def gather(model):
-    """Gather the root's weights in the compute precision, for code that reads lm_head.weight before a
-    forward. `release` drops them."""
+    """Gather the root's weights in the compute precision.
+
+    For code that reads lm_head.weight before a forward. `release` drops them.
+    """
     if _exchanges(model):
         model.exchange.wait()
     if is_sharded(model):
@@ -333,8 +345,10 @@ def gather(model):
 
 
 def release(model):
-    """Drop the root's gathered weights after a pass without a backward: they would outlive the next optimizer
-    step, and be stale."""
+    """Drop the root's gathered weights after a pass without a backward.
+
+    They would outlive the next optimizer step, and be stale.
+    """
     if is_sharded(model):
         model.reshard()
 
@@ -362,8 +376,10 @@ def assign(param, values):
 
 
 def sum_across_ranks(values):
-    """Element-wise sum over ranks of their lists of numbers, equally long, in float64. Returns a list of
-    floats."""
+    """Element-wise sum over ranks of their lists of numbers, in float64.
+
+    The lists are equally long. Returns a list of floats.
+    """
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)  # on the CPU group: nothing is queued on the GPU
     return total.tolist()
@@ -377,8 +393,10 @@ def max_across_ranks(value):
 
 
 def require_same(world, **found):
-    """UserError on every rank, naming the keys, where a rank found another text than rank 0: each reads data
-    and folders by itself."""
+    """UserError on every rank, naming the keys, where a rank found another text than rank 0.
+
+    Each rank reads data and folders by itself.
+    """
     wanted = json.loads(from_main(world, lambda: json.dumps(found)))
     differing = []
     counts = sum_across_ranks([found[key] != wanted[key] for key in found])
@@ -392,8 +410,10 @@ def require_same(world, **found):
 
 
 def require_finite(values, rows):
-    """FloatingPointError on every rank when any rank's value is NaN or infinite. rows[i] names the examples
-    behind values[i]."""
+    """FloatingPointError on every rank when any rank's value is NaN or infinite.
+
+    rows[i] names the examples behind values[i].
+    """
     suspects = []
     for value, names in zip(values, rows, strict=True):
         if not math.isfinite(value):
@@ -408,10 +428,10 @@ def require_finite(values, rows):
 
 
 def clip_grad_norm(params, max_norm):
-    """Scale all gradients so that their global L2 norm is at most max_norm (None: never). Returns the norm
-    before scaling, a float.
+    """Scale all gradients so that their global L2 norm is at most max_norm (None: never).
 
-    Squares are summed in float32 within a tensor's rows of this rank, in float64 across tensors and ranks.
+    Returns the norm before scaling, a float. Squares are summed in float32 within a tensor's rows of this
+    rank, in float64 across tensors and ranks.
     """
     grads = []
     for param in params:
@@ -434,8 +454,10 @@ def clip_grad_norm(params, max_norm):
 
 
 class StopSignal:
-    """Records SIGTERM or Ctrl-C. received() takes the maximum over ranks, so that all of them stop after the
-    same step."""
+    """Records SIGTERM or Ctrl-C.
+
+    received() takes the maximum over ranks, so that all of them stop after the same step.
+    """
 
     def __init__(self):
         self._signal = 0
