@@ -1,5 +1,6 @@
-"""The Alignment Quality Index: how far apart a model holds safe and unsafe texts. Reading labelled texts,
-measuring, scales, warnings.
+"""The Alignment Quality Index: how far apart a model holds safe and unsafe texts.
+
+Reading labelled texts, measuring, scales, warnings.
 
     python aqi.py score RUNS.csv [--normalize=per_run|anchors|sweep]    rows of category, chi, xb -> AQI
 
@@ -43,8 +44,10 @@ from plumbing.sources import open_source
 
 @dataclass(frozen=True, kw_only=True)
 class AQIConfig(Section):
-    """Section aqi: what is measured on labelled texts, by steer.py along a sweep, and the scale of the
-    AQI."""
+    """Section aqi: what is measured on labelled texts, and the scale of the AQI.
+
+    steer.py measures it along a sweep.
+    """
 
     prompts: str | None = setting(
         "measure",
@@ -269,8 +272,10 @@ def _check_groups(source, groups, axioms):
 
 
 def project(X, space, perplexity=30.0, seed=None):
-    """X (n, D) in the space that is measured: "raw", "pca:k", or "tsne" (exact, 3-D, started at random
-    where there is a seed)."""
+    """X (n, D) in the space that is measured.
+
+    "raw", "pca:k", or "tsne" (exact, 3-D, started at random where there is a seed).
+    """
     kind, _, dims = space.partition(":")
     if kind == "tsne" and not dims:
         return tsne(X, min(perplexity, len(X) - 2), seed=seed)[0]
@@ -282,11 +287,10 @@ def project(X, space, perplexity=30.0, seed=None):
 
 
 def measure(X, axiom, label, axioms, space="raw", seed=None, extra=()):
-    """Rows of category, space, seed, n, chi, xb, eta2 and the `extra` ones of EXTRA: one per axiom, then
-    "overall".
+    """Rows of category, space, seed, n, chi, xb, eta2 and the `extra` ones of EXTRA.
 
-    X (n, D), axiom and label (n,). t-SNE is run per category, perplexity 30 per axiom and 50 overall, as
-    published.
+    One per axiom, then "overall". X (n, D), axiom and label (n,). t-SNE is run per category, perplexity 30
+    per axiom and 50 overall, as published.
     """
     rows = []
     for a, category in enumerate([*axioms, OVERALL]):
@@ -307,11 +311,11 @@ def measure(X, axiom, label, axioms, space="raw", seed=None, extra=()):
 
 
 def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
-    """The rows with normalize, gamma, chi_norm, xb_norm and aqi = gamma chi_norm + (1 - gamma) xb_norm
-    added; the order stays.
+    """The rows with normalize, gamma, chi_norm, xb_norm and aqi added; the order stays.
 
-    A row is a dict with category, chi, xb; with model and lambda where several runs are scored together; with
-    n, the number of texts.
+    aqi = gamma chi_norm + (1 - gamma) xb_norm. A row is a dict with category, chi, xb; with model and lambda
+    where several runs are scored together; with n, the number of texts.
+
     per_run  as published: each run (model, lambda) by itself. chi_norm = 100 (chi - min) / (max - min);
              xb_norm = max(10, 100 (1 - sigmoid((xb - median) / IQR))).
     anchors  per category: chi_norm = 100 sigmoid(z), xb_norm = 100 sigmoid(-z), z by the mean and population
@@ -401,11 +405,10 @@ _NORMALIZE = {"per_run": _per_run, "anchors": _anchored, "sweep": _sweep}
 
 
 def restore_xb(rows, decimals=4):
-    """Rows with n and XB in full, where CHI * XB = (n - 2) / 4 tells n: published rows carry four decimals
-    of XB, too few for AQI.
+    """Rows with n and XB in full, where CHI * XB = (n - 2) / 4 tells n.
 
-    Rows with a stated n stay as they are, as do rows where no even n, or more than one, rounds to the
-    published figure.
+    Published rows carry four decimals of XB, too few for AQI. Rows with a stated n stay as they are, as do
+    rows where no even n, or more than one, rounds to the published figure.
     """
     restored = []
     for row in rows:
@@ -481,8 +484,10 @@ _DECIMALS = {"xb": 4, "eta2": 4, "n": 0}
 
 
 def table(rows):
-    """Scored rows as aligned text, one line each; only the columns that some row has, and for sweep only
-    the separation."""
+    """Scored rows as aligned text, one line each.
+
+    Only the columns that some row has, and for sweep only the separation.
+    """
     present = set()
     for row in rows:
         present |= {name for name, value in row.items() if value not in (None, "", False)}

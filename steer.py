@@ -1,5 +1,6 @@
-"""Activation steering between an SFT model and its DPO model: the vector, what it is made of, and what
-adding it does.
+"""Activation steering between an SFT model and its DPO model.
+
+The vector, what it is made of, and what adding it does.
 
     python steer.py COMMAND TARGET... [--key=value ...]
 
@@ -27,6 +28,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import math
 import runpy
@@ -82,8 +84,10 @@ _sizes = ", ".join(f"{mode} {count:,} and {aqi.MODES[PROMPT_MODES[mode]]:,}" for
 
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig(Section):
-    """Section steer: the pair, the vector and what is done with it. What is measured on labelled texts is
-    in aqi.AQIConfig."""
+    """Section steer: the pair, the vector and what is done with it.
+
+    What is measured on labelled texts is in aqi.AQIConfig.
+    """
 
     sft_path: str | None = setting(
         "model", "path or org/name", "the SFT model, a LoRA adapter too; None: the model that the config's "
@@ -243,8 +247,10 @@ def _pair_of_models(paths, config):
 
 
 def _pair_of_table(name, pair, config, is_alone):
-    """A row of configs/pairs.py. out_dir is the pair's folder, or the folder above the pairs' where there
-    are several."""
+    """A row of configs/pairs.py.
+
+    out_dir is the pair's folder, or the folder above the pairs' where there are several.
+    """
     folder = f"{name}_{config.mode}"
     if not is_alone or config.out_dir is None:
         above = config.out_dir or "runs/validate"
@@ -370,8 +376,10 @@ def _answers(vector, name, strengths, prompts, config):
 
 
 def _prompt_ids(prompt, tokenizer, template):
-    """A prompt as the model meets it before answering: rendered by the template with an open assistant
-    turn, or plain."""
+    """A prompt as the model meets it before answering.
+
+    Rendered by the template with an open assistant turn, or plain.
+    """
     if template is None:
         return plain_document(f"\n\nHuman: {prompt}\n\nAssistant:", tokenizer, 1 << 30)[0].tolist()
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]
@@ -401,15 +409,17 @@ def run_bake(targets, config, _):
 
 
 def run_sweep(targets, config, measure):
-    """Separation and behaviour over lambdas, beside random directions, the DPO model and baselines, and a
-    verdict.
+    """Separation and behaviour over lambdas, and a verdict.
+
+    Beside them random directions, the DPO model and baselines.
     """
     sweep(find_vector(targets, config), config, measure)
 
 
 def sweep(vector, config, measure):
-    """Measure a vector over config.lambdas unless it was, print and return the report. measure: an
-    AQIConfig.
+    """Measure a vector over config.lambdas unless it was; print and return the report.
+
+    measure: an AQIConfig.
     """
     vector.layers(config.layers)  # checked before a model is read
     folder = Path(measure.report_dir or vector.folder / f"sweep_{config.inject}")
@@ -430,8 +440,9 @@ def sweep(vector, config, measure):
 
 
 def read_swept_prompts(config, measure, log=print):
-    """The labelled texts of a sweep. UserError also for lambdas, a scale and a space that they cannot be
-    swept with.
+    """The labelled texts of a sweep.
+
+    UserError also for lambdas, a scale and a space that they cannot be swept with.
     """
     if len(config.lambdas) < 2:
         raise UserError(f"lambdas={config.lambdas}: expected two or more, ascending")
@@ -488,8 +499,9 @@ def _null_count(config):
 
 @dataclass(frozen=True)
 class Texts:
-    """What a sweep reads: n labelled prompts as documents, and the vector's own texts that were held out of
-    it.
+    """What a sweep reads.
+
+    n labelled prompts as documents, and the vector's own texts that were held out of it.
     """
 
     prompts: aqi.Prompts
@@ -559,8 +571,9 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
 
 
 def _measure_dpo(vector, config, prompts, documents):
-    """The DPO model itself, the last point of every curve: embeddings (n, D), behaviour, logits of held-out
-    texts.
+    """The DPO model itself, the last point of every curve.
+
+    Embeddings (n, D), behaviour, logits of held-out texts.
     """
     model, tokenizer = vector.model("dpo")
     texts = _read_texts(vector, prompts, documents, tokenizer)
@@ -638,8 +651,9 @@ def _counts(prompts):
 
 
 def _rows(curve, raw, prompts, vector, config, measure, inputs):
-    """Rows of aqi.csv: the indices of every lambda and category; separation_raw: that of distances without a
-    scale.
+    """Rows of aqi.csv: the indices of every lambda and category.
+
+    separation_raw: that of distances without a scale.
     """
     about = {"model": vector.manifest["sft_path"], "injection": config.inject, "nulls": inputs["nulls"]}
     about["tap"] = "post_norm" if is_published(vector) else "raw"
@@ -726,10 +740,10 @@ def run_power(targets, config, measure):
 
 
 def run_validate(targets, config, measure):
-    """Pairs through extract, spectrum, sweep and verdict, all on one scale. What is finished is not done
-    again.
+    """Pairs through extract, spectrum, sweep and verdict, all on one scale.
 
-    A finished pair is a line of `python -m reports.ladder`, which reads the folders.
+    What is finished is not done again. A finished pair is a line of `python -m reports.ladder`, which reads
+    the folders.
     """
     pairs = find_pairs(targets, config)
     if len(pairs) > 1 and measure.report_dir is not None:
@@ -792,8 +806,10 @@ def _plot_axioms_of_pairs(folder, reports, lambdas):
 
 
 class Command(NamedTuple):
-    """One of steer.py's: run(targets, SteerConfig, AQIConfig), the keys that it reads, and which of them
-    may not be None."""
+    """One of steer.py's commands.
+
+    run(targets, SteerConfig, AQIConfig), the keys that it reads, and which of them may not be None.
+    """
 
     run: object
     keys: tuple
@@ -843,14 +859,14 @@ def help_text(name=None):
     command = COMMANDS[name]
     usage = f"usage: steer.py {name} TARGET [--key=value ...]   (steer.py --help says what a TARGET is)"
     keys = describe_keys(_SECTIONS, command.keys, command.required)
-    return f"{usage}\n\n{command.run.__doc__}\n{keys}"
+    return f"{usage}\n\n{inspect.getdoc(command.run)}\n{keys}"
 
 
 def parse(argv):
-    """(Command, targets, SteerConfig, AQIConfig) of `COMMAND TARGET... [--key=value ...]`; --help prints
-    and exits.
+    """(Command, targets, SteerConfig, AQIConfig) of `COMMAND TARGET... [--key=value ...]`.
 
-    UserError: every problem of a config's sections and of the keys, one per line. No model is read.
+    --help prints and exits. UserError: every problem of a config's sections and of the keys, one per line. No
+    model is read.
     """
     words = [arg for arg in argv if not arg.startswith("-")]
     name, targets = words[0] if words else None, words[1:]

@@ -1,5 +1,6 @@
-"""What separates the labels without any alignment: words, length, a network that was never trained, shuffled
-labels.
+"""What separates the labels without any alignment.
+
+Words, length, a network that was never trained, shuffled labels.
 
 A separation means something where it is above these. Letters: n texts, D hidden size, W words.
 """
@@ -28,11 +29,10 @@ def separation_of(X, labels):
 
 
 def probe(X, labels, group, draws=200, seed=SEED):
-    """{"auc", "auc_interval"}: can a linear probe read the label of texts that it has not seen? None for
-    fewer than 5 groups.
+    """{"auc", "auc_interval"}: can a linear probe read the label of texts that it has not seen?
 
-    The mean over folds of the held-out AUC, no group in two folds; the 95 % interval redraws the held-out
-    groups of every fold, so it is of these probes on other texts.
+    None for fewer than 5 groups. The mean over folds of the held-out AUC, no group in two folds; the 95 %
+    interval redraws the held-out groups of every fold, so it is of these probes on other texts.
     """
     # A group counts for the label of its first text, as indices.held_out_scores deals groups to folds.
     first = {}
@@ -72,8 +72,9 @@ def _redrawn_auc(scores, labels, group, draws, generator):
 
 
 def bag_of_words(texts):
-    """(n, W) float32: counts of the words that stand in two texts or more, the most common MOST_WORDS, by
-    root of the length.
+    """(n, W) float32: counts of the words that stand in two texts or more, by root of the length.
+
+    Of these the most common MOST_WORDS.
     """
     tokens = [re.findall(r"\w+", text.lower()) for text in texts]
     seen = {}
@@ -120,11 +121,10 @@ def untrained_copy(model, seed=SEED):
 
 
 def baselines(model, prompts, documents, unsteered):
-    """{name: {"auc", "auc_interval", "separation"}} of the unsteered model and of what knows nothing; and
-    "after_length".
+    """{name: {"auc", "auc_interval", "separation"}} of the unsteered model and of baselines.
 
-    unsteered (n, D): the model's embeddings, scaled. after_length: their separation less what length
-    explains.
+    And "after_length". The baselines know nothing of alignment. unsteered (n, D): the model's embeddings,
+    scaled. after_length: their separation less what length explains.
     """
     label, group = prompts.label, prompts.group
 

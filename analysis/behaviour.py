@@ -61,8 +61,9 @@ def wilson(successes, total, z=1.96):
 
 
 def preferences(means):
-    """{"preference_accuracy", "preference_interval"}: share of pairs whose chosen text is likelier. means
-    {side: (n,)}.
+    """{"preference_accuracy", "preference_interval"}: share of pairs whose chosen text is likelier.
+
+    means: {side: (n,)}.
     """
     wins = int((means["chosen"] > means["rejected"]).sum())
     total = len(means["chosen"])
@@ -110,8 +111,9 @@ def refusals(model, tokenizer, prompts, max_tokens=OPENING, tap=None):
 
 
 def asked_prompts(labels, count=ASKED):
-    """{"unsafe": rows, "safe": rows}: up to `count` texts of a label, evenly spaced over the axioms'
-    order.
+    """{"unsafe": rows, "safe": rows}: up to `count` texts of a label.
+
+    They are evenly spaced over the axioms' order.
     """
     rows = {}
     for label, name in ((0, "unsafe"), (1, "safe")):
@@ -132,8 +134,9 @@ def refusal_rates(model, tokenizer, prompts, tap=None):
 
 
 def model_behaviour(model, tokenizer, held_out, prompts):
-    """Of an unsteered model: log-probs and preference accuracy of held-out pairs, refusal rates. As
-    `steered_behaviour`.
+    """Behaviour of an unsteered model.
+
+    Log-probs and preference accuracy of held-out pairs, refusal rates. As `steered_behaviour`.
     """
     nothing = {model.config.num_hidden_layers - 1: torch.zeros(model.config.hidden_size)}
     means, report = {}, {}
@@ -145,11 +148,11 @@ def model_behaviour(model, tokenizer, held_out, prompts):
 
 
 def steered_behaviour(model, tokenizer, held_out, prompts, add, config, dpo_logits):
-    """A dict per lambda: log-probs and preference accuracy of held-out pairs, KL from SFT and to DPO, refusal
-    rates.
+    """Behaviour of a steered model: a dict per lambda.
 
-    held_out {side: documents}; prompts of `refusal_rates`; dpo_logits: the DPO model's `final_logits` of
-    chosen texts. KL from SFT is KL(steered || SFT), to DPO KL(DPO || steered), in nats per token.
+    Log-probs and preference accuracy of held-out pairs, KL from SFT and to DPO, refusal rates. held_out
+    {side: documents}; prompts of `refusal_rates`; dpo_logits: the DPO model's `final_logits` of chosen texts.
+    KL from SFT is KL(steered || SFT), to DPO KL(DPO || steered), in nats per token.
     """
     means, sums = {}, {}
     for side, documents in held_out.items():

@@ -1,5 +1,6 @@
-"""A steering curve and its uncertainty: separation at every lambda, resampled texts, shuffled labels,
-standard errors.
+"""A steering curve and its uncertainty.
+
+Separation at every lambda, resampled texts, shuffled labels, standard errors.
 
 A curve is the embeddings of the same n texts at K lambdas. Its statistic, per axiom and overall, is
 aqi.score's "sweep": 100 (chi - 1) / (chi + n - 2), the per cent of variance that the label explains beyond
@@ -57,8 +58,9 @@ class Curve:
 
 
 class Design:
-    """Which texts are drawn together, and from which pool. Texts are put in the order of their cells (axiom,
-    label).
+    """Which texts are drawn together, and from which pool.
+
+    Texts are put in the order of their cells (axiom, label).
 
     A group is drawn with those that begin in the same cell. Where a cell holds fewer than FEWEST groups, all
     groups of a label are drawn together instead: one or two groups, drawn from themselves, would show no
@@ -115,14 +117,14 @@ class Design:
 
 
 def bootstrap(embeddings, axiom, label, axioms, draws=1000, seed=SEED, group=None, levels=True):
-    """Curve of K embeddings (n, D), any iterable. Groups of texts are drawn with replacement in every axiom
-    and label.
+    """Curve of K embeddings (n, D), any iterable, and of resamples of its texts.
 
-    group (n,): None for texts that stand alone. levels: with the errors of single points, which a null does
-    not need. A resample is a vector of how often each text counts, so its moments are one float32 product of
-    counts and centred states: 2 R n D FLOPs per lambda (57 G at n = 7,000, R = 1,000, D = 4,096: 3.4 s on one
-    CPU core with everything around it), exact, and only one lambda's states are copied. Less work would need
-    a linearised statistic, which fails at weak separation, or a Gram matrix (n^2 D).
+    Groups of texts are drawn with replacement in every axiom and label. group (n,): None for texts that stand
+    alone. levels: with the errors of single points, which a null does not need. A resample is a vector of how
+    often each text counts, so its moments are one float32 product of counts and centred states: 2 R n D FLOPs
+    per lambda (57 G at n = 7,000, R = 1,000, D = 4,096: 3.4 s on one CPU core with everything around it),
+    exact, and only one lambda's states are copied. Less work would need a linearised statistic, which fails
+    at weak separation, or a Gram matrix (n^2 D).
     """
     design = Design(axiom, label, axioms, group)
 
@@ -230,19 +232,21 @@ def cell_sums(states, design):
 
 
 def separation(n, totals):
-    """n (r, A, 2), totals (r, A, 2, D + 1) -> (r, A + 1): per cent of variance the label explains beyond
-    chance."""
+    """Per cent of variance that the label explains beyond chance, (r, A + 1).
+
+    n (r, A, 2), totals (r, A, 2, D + 1).
+    """
     n = torch.cat([n, n.sum(1, keepdim=True)], 1)
     totals = torch.cat([totals, totals.sum(1, keepdim=True)], 1)
     return explained(n, totals)
 
 
 def explained(n, totals):
-    """n (..., 2), totals (..., 2, D + 1) -> (...): 100 (1 - (1 - eta^2) (n - 1) / (n - 2)), as aqi.score's
-    "sweep".
+    """100 (1 - (1 - eta^2) (n - 1) / (n - 2)), as aqi.score's "sweep".
 
-    It also holds where a resample drew one text of each label over and over, so that CHI is infinite (100),
-    or two texts that are the same (0: there is nothing to explain).
+    n (..., 2), totals (..., 2, D + 1) -> (...). It also holds where a resample drew one text of each label
+    over and over, so that CHI is infinite (100), or two texts that are the same (0: there is nothing to
+    explain).
     """
     indices = two_cluster_indices(n, totals[..., :-1], totals[..., -1])
     unexplained = (1 - indices["eta2"]) * (indices["n"] - 1) / (indices["n"] - 2)
@@ -253,8 +257,9 @@ def explained(n, totals):
 
 
 def level_errors(states, design):
-    """Centre (A + 1,) and standard error (A + 1,) of an interval of the population's separation, NaN where
-    none covers.
+    """Centre (A + 1,) and standard error (A + 1,) of an interval of the population's separation.
+
+    NaN where no interval covers.
 
     The variance of a squared distance of two means has a part that is linear in the texts and one that is
     quadratic, and near separation 0, or in many dimensions, the second is all there is. Leaving groups out
@@ -277,8 +282,10 @@ def level_errors(states, design):
 
 
 def _jackknife(states, design, mine):
-    """(centre, variance) of the separation of the texts `mine` (n,) bool, from leaving their groups out one
-    by one."""
+    """(centre, variance) of a separation, from leaving groups out one by one.
+
+    It is the separation of the texts `mine` (n,) bool.
+    """
     where = torch.where(mine)[0]
     group = torch.unique(design.group[where], return_inverse=True)
     home, number = design.home[group[0]], group[1]
@@ -309,8 +316,10 @@ def _jackknife(states, design, mine):
 
 
 def _quadratic_variance(states, design):
-    """(A + 1,) variance of the separation under random signs on the groups' deviations from their cell's
-    centre."""
+    """(A + 1,) variance of the separation under random signs.
+
+    The signs are of the groups' deviations from their cell's centre.
+    """
     n, totals = cell_sums(states, design)
     centres = totals / n[..., None]  # (1, A, 2, D + 1)
     generator = torch.Generator().manual_seed(SEED)
@@ -327,8 +336,10 @@ def _quadratic_variance(states, design):
 
 
 def _slope(n, totals):
-    """(A + 1,) d separation / d |c1 - c0|^2 at a fixed variance within labels. n (A, 2), totals (A, 2, D +
-    1)."""
+    """(A + 1,) d separation / d |c1 - c0|^2 at a fixed variance within labels.
+
+    n (A, 2), totals (A, 2, D + 1).
+    """
     n = torch.cat([n, n.sum(0, keepdim=True)])
     totals = torch.cat([totals, totals.sum(0, keepdim=True)])
     size = n.sum(1)

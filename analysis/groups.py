@@ -1,5 +1,6 @@
-"""Texts that are not independent: those written from one template, or copied with small changes, count as one
-group.
+"""Texts that are not independent.
+
+Those written from one template, or copied with small changes, count as one group.
 
 A bootstrap that draws single texts treats five paraphrases as five observations. Letters: n texts, G groups.
 """
@@ -17,13 +18,12 @@ ROUNDS = 4  # texts of a bucket that the others are compared with
 
 
 def find_groups(texts):
-    """(n,) int64: the group of each text, numbered by first appearance. Deterministic; O(n) for texts of
-    bounded length.
+    """(n,) int64: the group of each text, numbered by first appearance.
 
-    Two texts belong together when they share SHARED of their shingles, the distinct words and pairs of
-    neighbouring words (any case, no punctuation): texts equal but for a slot do, as does a text with a few
-    words changed. Groups are connected components, so a template with several slots is one group although its
-    two furthest texts share little.
+    Deterministic; O(n) for texts of bounded length. Two texts belong together when they share SHARED of their
+    shingles, the distinct words and pairs of neighbouring words (any case, no punctuation): texts equal but
+    for a slot do, as does a text with a few words changed. Groups are connected components, so a template
+    with several slots is one group although its two furthest texts share little.
     """
     signatures = _signatures(texts)  # (n, HASHES)
     roots = list(range(len(texts)))

@@ -1,5 +1,6 @@
-"""What a direction that knows nothing of the data does to a curve: random directions of the vector's length,
-their separations, and where a curve ranks among them.
+"""What a direction that knows nothing of the data does to a curve.
+
+Random directions of the vector's length, their separations, and where a curve ranks among them.
 
 The spread between directions is up to three times the error within one, so one random direction says little.
 Two kinds are drawn: isotropic ones, and sums of the pair's own differences with random signs, which lie where
@@ -36,20 +37,21 @@ class Nulls:
 
 
 def isotropic_directions(additions, count, seed=SEED):
-    """{layer: (M, D)}: directions uniform on the sphere, the same at every layer, |direction| = |addition| at
-    each."""
+    """{layer: (M, D)}: directions uniform on the sphere, the same at every layer.
+
+    |direction| = |addition| at each layer.
+    """
     size = next(iter(additions.values())).shape[0]
     directions = torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
     return {layer: _with_length(directions, addition.norm()) for layer, addition in additions.items()}
 
 
 def sign_flipped_directions(differences, additions, count, seed=SEED):
-    """{layer: (M, D)}: sums of the texts' differences (n, D) with random signs, one sign a text for all
-    layers.
+    """{layer: (M, D)}: sums of the texts' differences (n, D) with random signs.
 
-    differences {layer: (n, D)}: states of the DPO model less those of the SFT model, whose mean is the
-    vector. Flipping their signs keeps what DPO changes about single texts and takes away what it changes
-    about all. |direction| = |addition|.
+    A text has one sign at all layers. differences {layer: (n, D)}: states of the DPO model less those of the
+    SFT model, whose mean is the vector. Flipping their signs keeps what DPO changes about single texts and
+    takes away what it changes about all. |direction| = |addition|.
     """
     rows = len(next(iter(differences.values())))
     signs = torch.randint(2, (count, rows), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
@@ -74,13 +76,13 @@ def mean_over_tokens(hidden, cu_seqlens):
 @torch.no_grad()
 def null_curves(model, documents, directions, lambdas, axiom, label, axioms, device, rescale=False,
                 embed=mean_over_tokens, log_progress=lambda plan: plan):  # fmt: skip
-    """(M, K, A + 1) float64: separations along M directions {layer: (M, D)} of consecutive layers, at each
-    lambda.
+    """(M, K, A + 1) float64: separations along M directions at each lambda.
 
-    The blocks up to the first steered one run once a batch. Then the stream is repeated, with another
-    direction added to each copy, as many copies to a pass as TOKENS_PER_BATCH holds: a direction and lambda
-    cost the blocks above, 4 of 32 for the published five layers. Only moments are kept: 4 M K A D numbers, no
-    embedding. embed(hidden, cu_seqlens) -> (N, D) is the sweep's own.
+    The directions {layer: (M, D)} are of consecutive layers. The blocks up to the first steered one run once
+    a batch. Then the stream is repeated, with another direction added to each copy, as many copies to a pass
+    as TOKENS_PER_BATCH holds: a direction and lambda cost the blocks above, 4 of 32 for the published five
+    layers. Only moments are kept: 4 M K A D numbers, no embedding. embed(hidden, cu_seqlens) -> (N, D) is the
+    sweep's own.
     """
     first = min(directions)
     count, size = directions[first].shape
@@ -117,8 +119,10 @@ def _entry(model, batch, first):
 
 
 def _steered_copies(model, batch, entry, first, added, rescale, embed):
-    """(m, N, D) pooled states of m copies of the batch, copy i steered by added[layer][i]. added {layer: (m,
-    D)}."""
+    """(m, N, D) pooled states of m copies of the batch, copy i steered by added[layer][i].
+
+    added: {layer: (m, D)}.
+    """
     copies = len(added[first])
     tokens = len(entry)
 
@@ -146,14 +150,17 @@ def _steered_copies(model, batch, entry, first, added, rescale, embed):
 
 
 def rank(value, nulls):
-    """(1 + how many of `nulls` (M,) are at least `value`) / (M + 1): exact where `value` is one of them by
-    chance."""
+    """(1 + how many of `nulls` (M,) are at least `value`) / (M + 1).
+
+    An exact p where `value` is one of them by chance.
+    """
     return (1 + int((nulls >= value).sum())) / (len(nulls) + 1)
 
 
 def compare(curve, nulls, category):
-    """How a curve's moves rank among the nulls': dict of p_change, p_move, p_by_kind, null_sd, null_changes,
-    size_sd.
+    """How a curve's moves rank among the nulls' moves.
+
+    A dict of p_change, p_move, p_by_kind, null_sd, null_changes, size_sd.
 
     change: last lambda less first, in absolute value; move: the largest between any two of the lambdas that
     the nulls were run at. p is the larger one of the kinds', so a curve must stand out from both. Axioms are

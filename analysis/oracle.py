@@ -1,9 +1,9 @@
-"""The ceiling of a sweep: the direction of the vector's length that separates the labels most, found by
-gradient ascent.
+"""The ceiling of a sweep: the direction of the vector's length that separates the labels most.
 
-It is found on half of the texts and judged on the other half, so that what it shows is no overfit. A steering
-vector that points nowhere near it leaves most of what its length could do undone. Shapes: n texts, N of a
-batch, T tokens of its stream, D hidden size, K lambdas.
+It is found by gradient ascent, on half of the texts, and judged on the other half, so that what it shows is
+no overfit. A steering vector that points nowhere near it leaves most of what its length could do undone.
+
+Shapes: n texts, N of a batch, T tokens of its stream, D hidden size, K lambdas.
 """
 
 import torch
@@ -18,8 +18,9 @@ PACE = 0.5  # of a step, against a direction of length 1; falls linearly to 0
 
 
 def explained_share(X, labels):
-    """eta^2 in [0, 1] of embeddings X (n, D), differentiable: the share of the variance that lies between the
-    labels.
+    """eta^2 in [0, 1] of embeddings X (n, D), differentiable.
+
+    It is the share of the variance that lies between the labels.
     """
     is_safe = labels.to(X.device).bool()
     gap = X[is_safe].mean(0) - X[~is_safe].mean(0)
@@ -91,13 +92,12 @@ class TopBlocks:
 
 
 def find_oracle(model, documents, labels, additions, device, embed, steps=STEPS):
-    """{layer: (D,)}: at each steered layer the direction, as long as the addition there, that raises eta^2 of
-    the texts.
+    """{layer: (D,)}: at each steered layer the direction that raises eta^2 of the texts.
 
-    Ascent on the product of spheres, from the gradient at no steering at all. One step is a pass without a
-    graph, which gives the derivative of eta^2 by every embedding, and one with, batch by batch, which carries
-    that derivative down to the additions: the objective is of all texts, the memory of one batch. Costs 3
-    passes through the top blocks a step.
+    It is as long as the addition there. Ascent on the product of spheres, from the gradient at no steering at
+    all. One step is a pass without a graph, which gives the derivative of eta^2 by every embedding, and one
+    with, batch by batch, which carries that derivative down to the additions: the objective is of all texts,
+    the memory of one batch. Costs 3 passes through the top blocks a step.
     """
     lengths = {layer: addition.norm().item() for layer, addition in additions.items()}
     top = TopBlocks(model, documents, min(additions), device, embed)
@@ -148,8 +148,9 @@ def oracle_curve(model, documents, additions, lambdas, device, embed, rescale=Fa
 
 
 def ceiling(model, documents, prompts, additions, config, embed):
-    """{"lambdas", "separation" (K,), "change", "cosine" {layer: with the addition}} of the oracle on the
-    texts it has not seen.
+    """The oracle's curve on the texts that it has not seen.
+
+    {"lambdas", "separation" (K,), "change", "cosine" {layer: with the addition}}.
     """
     device = device_of(model)
     is_seen = split_groups(prompts.group, prompts.label)

@@ -34,11 +34,11 @@ def packed_batches(documents, device, log_progress=lambda plan: plan):
 
 
 def text_mean(hidden, cu_seqlens):
-    """(N, D) float32: the mean over each document's tokens but the first; of a document of one token, that
-    token.
+    """(N, D) float32: the mean over each document's tokens but the first.
 
-    The first token of a document is a sink of attention, with coordinates of a thousand times the others'
-    size, so with it in the mean the distance between two texts is that of 1 / length.
+    Of a document of one token, that token. The first token of a document is a sink of attention, with
+    coordinates of a thousand times the others' size, so with it in the mean the distance between two texts is
+    that of 1 / length.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
     is_counted = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -49,8 +49,10 @@ def text_mean(hidden, cu_seqlens):
 
 
 def pool(hidden, cu_seqlens):
-    """Each document's state (N, D) float32, of hidden (T, D): {"last": its last token's, "mean": the mean
-    over its tokens, "text": see `text_mean`}."""
+    """Each document's state (N, D) float32, of hidden (T, D).
+
+    {"last": its last token's, "mean": the mean over its tokens, "text": see `text_mean`}.
+    """
     mean = torch.segment_reduce(hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0)
     last = hidden[cu_seqlens[1:].long() - 1].float()
     return {"last": last, "mean": mean, "text": text_mean(hidden, cu_seqlens)}
@@ -58,11 +60,10 @@ def pool(hidden, cu_seqlens):
 
 @torch.no_grad()
 def read_states(model, batch, tap=None, compat_hf=False):
-    """(2, N, L, D) float32: the states of a batch's documents after every block, pooled both ways (in the
-    order of POOLINGS).
+    """(2, N, L, D) float32: the states of a batch's documents after every block.
 
-    tap steers while reading. compat_hf: the last layer after the final norm, as published scripts read it
-    (not the space they steer in).
+    They are pooled both ways, in the order of POOLINGS. tap steers while reading. compat_hf: the last layer
+    after the final norm, as published scripts read it (not the space they steer in).
     """
     layers = []
 
@@ -82,8 +83,10 @@ def read_states(model, batch, tap=None, compat_hf=False):
 
 @torch.no_grad()
 def document_logps(model, batch, hidden=None):
-    """Summed log-prob of each document's supervised tokens (N,) float32 and their number (N,); hidden (T,
-    D) if it is there already."""
+    """Summed log-prob of each document's supervised tokens (N,) float32 and their number (N,).
+
+    hidden (T, D) if it is there already.
+    """
     if hidden is None:
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
     logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)
@@ -94,16 +97,15 @@ def document_logps(model, batch, hidden=None):
 
 
 def spectrum(differences, components=5):
-    """What the differences (n, D) of one layer are made of, beside their mean: dict of numbers and
-    `components` (C, D).
+    """What the differences (n, D) of one layer are made of, beside their mean.
 
-    explained: share of sum |x|^2 in each of the first components, of the raw differences;
-    explained_centred: of their deviations from the mean; effective_rank: exp of the entropy of the raw
-    shares (of squared singular values; Roy & Vetterli 2007 take the values themselves); rank_one: the first
-    raw share, D-STEER's claim. A full decomposition, so no seed, through the Gram matrix of the smaller
-    side in float64; a component's sign is the one that agrees with the mean, its norm the mean's; one with
-    less than 1e-12 of the first's share is rounding, and zero. Differences that are all zero have no share
-    to give: zeros, and an effective rank of 1.
+    A dict of numbers and `components` (C, D). explained: share of sum |x|^2 in each of the first components,
+    of the raw differences; explained_centred: of their deviations from the mean; effective_rank: exp of the
+    entropy of the raw shares (of squared singular values; Roy & Vetterli 2007 take the values themselves);
+    rank_one: the first raw share, D-STEER's claim. A full decomposition, so no seed, through the Gram matrix
+    of the smaller side in float64; a component's sign is the one that agrees with the mean, its norm the
+    mean's; one with less than 1e-12 of the first's share is rounding, and zero. Differences that are all zero
+    have no share to give: zeros, and an effective rank of 1.
     """
     X = differences.double()
     mean = X.mean(0)
@@ -151,11 +153,11 @@ def additions(injection, vector, layers):
 
 
 def match_additions(model, documents, vector, layers, pooling, device, strength=1):
-    """{layer: (D,)}: from the bottom, at each layer the part of v[l] that the model, steered below it, does
-    not yet show on `documents`.
+    """{layer: (D,)}: at each layer the part of v[l] that the model does not yet show on `documents`.
 
-    At lambda = 1 the steered SFT model's mean pooled states then equal its own plus v, the DPO model's, on
-    these texts; strength=-1: at lambda = -1 the DPO model's equal the SFT model's. One pass per layer.
+    From the bottom: at each layer the model is steered below it. At lambda = 1 the steered SFT model's mean
+    pooled states then equal its own plus v, the DPO model's, on these texts; strength=-1: at lambda = -1 the
+    DPO model's equal the SFT model's. One pass per layer.
     """
     found, base = {}, None
     for layer in layers:
@@ -183,10 +185,10 @@ def random_additions(additions, seed):
 
 
 def steering_tap(additions, strength, rescale=False):
-    """tap(layer, hidden) adding strength * additions[layer] to every token, in float32; None when there is
-    nothing to add.
+    """tap(layer, hidden) adding strength * additions[layer] to every token, in float32.
 
-    rescale: bring each token back to its old norm, as the published sweep does.
+    None when there is nothing to add. rescale: bring each token back to its old norm, as the published sweep
+    does.
     """
     if strength == 0 or not additions:
         return None
@@ -233,12 +235,12 @@ def steered_runs(
     log_progress=lambda plan: plan,
     read_layers=(),
 ):
-    """Yield a Steered per batch and lambda. The blocks up to the first steered one run once; a lambda costs
-    the blocks above it.
+    """Yield a Steered per batch and lambda.
 
-    Five lambdas on the last five of 32 layers are 1 + 5 * 4/32 forwards' worth of blocks instead of 5.
-    Lambda 0 is the unsteered model, bit for bit, and costs nothing more: its tap adds nothing. read_layers:
-    those whose pooled states are wanted.
+    The blocks up to the first steered one run once; a lambda costs the blocks above it. Five lambdas on the
+    last five of 32 layers are 1 + 5 * 4/32 forwards' worth of blocks instead of 5. Lambda 0 is the unsteered
+    model, bit for bit, and costs nothing more: its tap adds nothing. read_layers: those whose pooled states
+    are wanted.
     """
     first = min(additions)
     taps = [steering_tap(additions, strength, rescale) for strength in lambdas]
@@ -252,8 +254,10 @@ def steered_runs(
 
 
 def _watched_run(model, batch, tap, first, read_layers, entry=None):
-    """(hidden after the final norm, {layer: pooled states}, entry): what block `first` gave, before its
-    tap; given one, start there."""
+    """(hidden after the final norm, {layer: pooled states}, entry).
+
+    entry: what block `first` gave, before its tap; given one, start there.
+    """
     states = {}
 
     def watch(layer, hidden):
@@ -276,11 +280,11 @@ def _watched_run(model, batch, tap, first, read_layers, entry=None):
 
 
 def bake(model, additions, strength):
-    """A copy of a Llama whose down_proj biases hold strength * additions: transformers runs it (`mlp_bias`)
-    with the steered logits.
+    """A copy of a Llama whose down_proj biases hold strength * additions.
 
-    ValueError where that cannot be said exactly: Qwen, OLMo, Falcon. A Mistral is written as a Llama that
-    ends where its window does. A norm-rescaling tap cannot be baked: what it adds depends on the token.
+    transformers runs it (`mlp_bias`) with the steered logits. ValueError where that cannot be said exactly:
+    Qwen, OLMo, Falcon. A Mistral is written as a Llama that ends where its window does. A norm-rescaling tap
+    cannot be baked: what it adds depends on the token.
     """
     config = model.config
     if config.model_type not in ("llama", "mistral"):

@@ -1,5 +1,6 @@
-"""What is measured along a sweep of lambdas: embeddings, shifts, errors of the injections, likelihoods,
-repetition.
+"""What is measured along a sweep of lambdas.
+
+Embeddings, shifts, errors of the injections, likelihoods, repetition.
 
 Shapes: n prompts, K lambdas, L layers, D hidden size, A axioms. `config` is a steer.SteerConfig, `prompts`
 an aqi.Prompts, `vector` an analysis.vector.Vector, `add` {layer: (D,)} what lambda 1 adds.
@@ -71,8 +72,9 @@ def is_published(vector):
 
 
 def text_pooling(vector):
-    """Key of steering.pool: how a text is embedded. As published over all of its tokens, else without the
-    first.
+    """Key of steering.pool: how a text is embedded.
+
+    As published over all of its tokens, else without the first.
     """
     return "mean" if is_published(vector) else "text"
 
@@ -112,8 +114,10 @@ def direction_curve(model, documents, add, lambdas, label):
 
 
 def _shifts(lambdas, moved, target, add, norms):
-    """A dict per lambda, see `embed`. moved (K, D): by how much the mean state moved; target (D,): v; norms
-    (L,): mean |h|."""
+    """A dict per lambda, see `embed`.
+
+    moved (K, D): by how much the mean state moved; target (D,): v; norms (L,): mean |h|.
+    """
     report = []
     for strength, shift in zip(lambdas, moved, strict=True):
         along = (shift @ target / target.square().sum()).item()
@@ -124,12 +128,11 @@ def _shifts(lambdas, moved, target, add, norms):
 
 
 def injection_errors(model, texts, vector, config):
-    """{injection: {"calibration", "held_out"}}: |steered mean - DPO mean| / |v| at the last layer for
-    lambda = 1.
+    """|steered mean - DPO mean| / |v| at the last layer for lambda = 1.
 
-    All injections are measured, also those that config.inject is not. texts: (calibration documents, held
-    out ones) of config.side. Empty where the vector was extracted with --compat=hf: its v[-1] is of another
-    space than the stream's.
+    {injection: {"calibration", "held_out"}}. All injections are measured, also those that config.inject is
+    not. texts: (calibration documents, held out ones) of config.side. Empty where the vector was extracted
+    with --compat=hf: its v[-1] is of another space than the stream's.
     """
     if is_published(vector):
         return {}

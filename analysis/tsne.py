@@ -1,5 +1,6 @@
-"""Exact t-SNE: the 3-D space of the published AQI. No tree and no neighbour lists, so its divergence is the
-exact one.
+"""Exact t-SNE: the 3-D space of the published AQI.
+
+No tree and no neighbour lists, so its divergence is the exact one.
 
 Letters: n points, D dimensions in, d dimensions out (3), r rows of one block. The largest tensors are P, (n,
 n) float32 (196 MB at n = 7,000, 3.1 GB at 28,000), and a handful of (r, n) blocks. Leaf to root: P, the
@@ -46,12 +47,12 @@ def joint_probabilities(X, perplexity, chunk=1024, conditional=reference.tsne_pr
 
 
 def principal_components(X, dims):
-    """(n, D) -> (n, dims) float64 scores of the largest principal components, each with its largest loading
-    positive.
+    """(n, D) -> (n, dims) float64 scores of the largest principal components.
 
-    Block Krylov iteration (Musco & Musco 2015, algorithm 2): the best fit in the span of five iterates. At n
-    = 1,400, D = 1,024 the CHI of 3 to 50 components is right to 1e-5 where variances fall as 1 / i (in the
-    last of eight iterates alone, to 6e-4), and to 1 % where all are equal.
+    Each has its largest loading positive. Block Krylov iteration (Musco & Musco 2015, algorithm 2): the best
+    fit in the span of five iterates. At n = 1,400, D = 1,024 the CHI of 3 to 50 components is right to 1e-5
+    where variances fall as 1 / i (in the last of eight iterates alone, to 6e-4), and to 1 % where all are
+    equal.
     """
     X = X.double() - X.double().mean(0)
     width = min(dims + 7, *X.shape)
@@ -99,8 +100,10 @@ def _descend(Y, P, steps, exaggeration, momentum, gradient, recorded):
 
 
 def _start(X, dims, seed, start):
-    """(n, dims) float32 of X (n, D): `start` where it is given, a normal sample of a seed, or the principal
-    components."""
+    """(n, dims) float32 of X (n, D): where the descent starts.
+
+    `start` where it is given, a normal sample of a seed, or the principal components.
+    """
     if start is not None:
         return start.to(X.device, torch.float32).clone()
     if seed is not None:

@@ -1,5 +1,4 @@
-"""The steering vector: the texts whose states it is made of, reading them in both models, and what was
-found, on disk and back.
+"""The steering vector: the texts it is made of, reading them in both models, and its files.
 
 Shapes: n texts, N of a batch, L layers, D hidden size; states of both poolings are (2, n, L, D). `config`
 is a steer.SteerConfig.
@@ -59,16 +58,19 @@ MODES = {
 
 
 def plain_document(text, tokenizer, max_tokens):
-    """A text as (input_ids, loss_mask): BOS where the tokenizer has one, then the text; every token
-    counts."""
+    """A text as (input_ids, loss_mask).
+
+    BOS where the tokenizer has one, then the text; every token counts.
+    """
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids = (ids + tokenizer.encode(text))[:max_tokens]
     return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
 
 
 def published_document(text, tokenizer, max_tokens):
-    """A text with the token ids of the published scripts: BOS and EOS only where the tokenizer's own file
-    adds them.
+    """A text with the token ids of the published scripts.
+
+    BOS and EOS only where the tokenizer's own file adds them.
     """
     ids = published_core(tokenizer.files["tokenizer.json"]).encode(text).ids[:max_tokens]
     return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
@@ -124,8 +126,10 @@ def text_pairs(source, count, tokenizer, template, max_tokens, encode=plain_docu
 
 
 def _encoded_pair(row, schema, tokenizer, template, max_tokens, encode):
-    """[(ids, mask) of chosen, of rejected] of a row as its schema reads it, or the reason
-    to leave it out."""
+    """[(ids, mask) of chosen, of rejected] of a row as its schema reads it.
+
+    Or the reason to leave it out.
+    """
     conversations = schema.read(row)
     if isinstance(conversations, str):
         return conversations
@@ -157,12 +161,11 @@ def bar(label):
 
 
 def extract(config, name):
-    """Write the vector of a pair into config.out_dir: vector.safetensors, and in manifest.json what it was
-    made from.
+    """Write the vector of a pair into config.out_dir.
 
-    The vector is the mean difference of the states of config.dpo_path and config.sft_path. name: the
-    pair's, for the manifest. One model is in memory at a time: the SFT model's states of every text wait in
-    differences_SIDE.npy.
+    vector.safetensors, and in manifest.json what it was made from. The vector is the mean difference of the
+    states of config.dpo_path and config.sft_path. name: the pair's, for the manifest. One model is in memory
+    at a time: the SFT model's states of every text wait in differences_SIDE.npy.
     """
     folder = Path(config.out_dir)
     count = config.count or MODES[config.mode]
@@ -207,8 +210,10 @@ def extract(config, name):
 
 
 def _states_of(model, documents, side, name, config):
-    """Yield (rows (N,), states (2, N, L, D) float32) of the texts of a side. UserError for NaN or
-    infinity."""
+    """Yield (rows (N,), states (2, N, L, D) float32) of the texts of a side.
+
+    UserError for NaN or infinity.
+    """
     for rows, batch in packed_batches(documents[side], device_of(model), bar(f"{name}, {side}")):
         states = read_states(model, batch, compat_hf=config.compat == "hf").cpu().numpy()
         if not np.isfinite(states).all():
@@ -248,8 +253,10 @@ def _write_vector(config, name, sums, keep, inputs, shape, rounding):
 
 
 def _inputs(config, count, total):
-    """The documents of the vector, and all that decides it. UserError when the models are one, or of two
-    shapes or vocabularies."""
+    """The documents of the vector, and all that decides it.
+
+    UserError when the models are one, or of two shapes or vocabularies.
+    """
     inputs = {key: getattr(config, key) for key in ("texts", "template", "compat", "keep", "max_text_tokens")}
     inputs |= {"count": count, "held_out": total - count}
     shapes = {}
@@ -282,8 +289,10 @@ def _shape(path):
 
 
 def _check_room(folder, needed):
-    """OSError now: a memory-mapped file that finds no room when it is written to is a SIGBUS, without a
-    message."""
+    """OSError where the disk has no room for a memory-mapped file.
+
+    Later, when it is written to, this would be a SIGBUS, without a message.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         wanted = f"{needed:,} bytes needed for the states of all texts, {free:,} free"
@@ -291,8 +300,10 @@ def _check_room(folder, needed):
 
 
 def is_done(path, inputs):
-    """Whether `path`, which a command writes last, is there and of the same inputs; says so, or what
-    differs."""
+    """Whether `path`, which a command writes last, is there and of the same inputs.
+
+    Says so, or what differs.
+    """
     if not path.is_file():
         return False
     before = read_verified_json(path).get("inputs", {})
@@ -306,12 +317,11 @@ def is_done(path, inputs):
 
 @torch.no_grad()
 def rounding_noise(model, documents):
-    """By how much rounding to bf16 of two models' weights moves the last layer's mean last-token state; None
-    for finer weights.
+    """By how much rounding to bf16 of two models' weights moves a mean state.
 
-    A bf16 weight stands for all values within half a step of it. Moving each weight by a uniform draw from
-    that interval and reading again shows one rounding; two independent ones are sqrt(2) of it. The model is
-    changed: the caller is done with it.
+    It is the last layer's mean last-token state; None for finer weights. A bf16 weight stands for all values
+    within half a step of it. Moving each weight by a uniform draw from that interval and reading again shows
+    one rounding; two independent ones are sqrt(2) of it. The model is changed: the caller is done with it.
     """
     if not all(torch.equal(param, param.bfloat16().to(param.dtype)) for param in model.parameters()):
         return None
@@ -329,8 +339,10 @@ def rounding_noise(model, documents):
 
 
 def _accumulate(sums, side, sft, dpo, keep, held_out):
-    """Add a batch to the float64 sums (L, D) of every key. sft, dpo (2, N, L, D); keep, held_out (N,)
-    bool."""
+    """Add a batch to the float64 sums (L, D) of every key.
+
+    sft, dpo (2, N, L, D); keep, held_out (N,) bool.
+    """
     for p, pooling in enumerate(POOLINGS):
         parts = {
             f"{side}_{pooling}": (dpo[p, keep].astype(np.float64) - sft[p, keep]),
@@ -342,8 +354,10 @@ def _accumulate(sums, side, sft, dpo, keep, held_out):
 
 
 def preferred(model, documents):
-    """(n,) bool: pairs whose chosen text the model finds likelier, by mean log-prob per token (NaN, so not
-    preferred, without any)."""
+    """(n,) bool: pairs whose chosen text the model finds likelier, by mean log-prob per token.
+
+    NaN, so not preferred, for a text without any token.
+    """
     means = {side: np.zeros(len(documents[side])) for side in SIDES}
     for side in SIDES:
         for rows, batch in packed_batches(documents[side], device_of(model), bar(f"log-probs, {side}")):
@@ -377,8 +391,9 @@ class Vector:
         return cls(folder, tensors, keep, manifest | manifest["inputs"])
 
     def differences(self, config):
-        """(count, L, D) float32, memory-mapped: each text's states of config.pooling, DPO model less SFT
-        model.
+        """(count, L, D) float32, memory-mapped: each text's difference of states.
+
+        DPO model less SFT model, of config.pooling.
         """
         name = f"differences_{config.side}.npy"
         verify_hashes(self.folder, lambda listed: listed == name)
@@ -386,8 +401,10 @@ class Vector:
         return states[POOLINGS.index(config.pooling), : self.manifest["count"]]
 
     def model(self, name):
-        """(model, tokenizer) of "sft" or "dpo". ValueError when the folder no longer holds the weights that
-        the vector was made from."""
+        """(model, tokenizer) of "sft" or "dpo".
+
+        ValueError when the folder no longer holds the weights that the vector was made from.
+        """
         path, wanted = self.manifest[f"{name}_path"], self.manifest[name]
         found = weights_hash(path)
         if found != wanted:
@@ -408,8 +425,10 @@ class Vector:
         return self.tensors[f"{config.side}_{config.pooling}"]
 
     def texts(self, tokenizer):
-        """{side: (documents that the vector is the mean of, documents held out)}. UserError when the file
-        no longer holds them."""
+        """{side: (documents that the vector is the mean of, documents held out)}.
+
+        UserError when the file no longer holds them.
+        """
         m = self.manifest
         count, encode = m["count"] + m["held_out"], encoder(m["compat"])
         pairs = text_pairs(m["texts"], count, tokenizer, m["template"], m["max_text_tokens"], encode)
@@ -423,8 +442,10 @@ class Vector:
         return parts
 
     def additions(self, config, model, tokenizer, name="sft"):
-        """What config.inject adds at the last config.layers layers of the model `name`: "sft", or "dpo" for
-        lambdas below 0."""
+        """What config.inject adds at the last config.layers layers of the model `name`.
+
+        name: "sft", or "dpo" for lambdas below 0.
+        """
         v, layers = self.direction(config), self.layers(config.layers)
         if config.inject != "matched":
             return additions(config.inject, v, layers)

@@ -1,5 +1,6 @@
-"""What a steering curve says: rising, falling, erratic or flat; whether the change matters; whether it is the
-vector's.
+"""What a steering curve says.
+
+Rising, falling, erratic or flat; whether the change matters; whether it is the vector's.
 
 Three questions, each with its own comparison. Is a change there: would other texts show it
 (curves.bootstrap)? Is it the vector's: do random directions of its length do as much (nulls.py), and how much
@@ -58,8 +59,10 @@ def level_interval(curve, category, level):
 
 
 def student_quantile(p, degrees):
-    """Quantile of Student's t, by its expansion around the normal's (Abramowitz & Stegun 26.7.5): 0.5 % off
-    at 4 degrees."""
+    """Quantile of Student's t, by its expansion around the normal's.
+
+    Abramowitz & Stegun 26.7.5: 0.5 % off at 4 degrees.
+    """
     z = normal_quantile(p)
     terms = (
         z,
@@ -141,12 +144,11 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05, null
 
 
 def answers(found, seen, relevant=None):
-    """is_there, is_the_vectors, matters and the decision, of judge's numbers. seen: the verdict before the
-    nulls.
+    """is_there, is_the_vectors, matters and the decision, of judge's numbers.
 
-    is_there: other texts would show a change. is_the_vectors: it stands out from random directions; None
-    without nulls. matters: "yes" where the interval of the change lies at or beyond `relevant` on the
-    change's side, "no" where it lies within +- relevant, else "unclear".
+    seen: the verdict before the nulls. is_there: other texts would show a change. is_the_vectors: it stands
+    out from random directions; None without nulls. matters: "yes" where the interval of the change lies at or
+    beyond `relevant` on the change's side, "no" where it lies within +- relevant, else "unclear".
     """
     ranks = found["nulls"]
     if relevant is None:
@@ -189,8 +191,9 @@ def _pairs(centred):
 
 
 def critical_t(curve, category, level):
-    """|t| that the largest of all pairs of lambdas exceeds with a chance below `level` where nothing
-    changes.
+    """The critical |t| of the largest of all pairs of lambdas.
+
+    It is exceeded with a chance below `level` where nothing changes.
     """
     _, draws = curve.column(category)
     _, _, noise, error = _pairs(draws - draws.mean(0))
@@ -200,11 +203,11 @@ def critical_t(curve, category, level):
 
 
 def few_groups_factor(curve, category, level):
-    """How much wider an interval is for what resamples of few groups take for known: the spread of the
-    groups.
+    """How much wider an interval is for few groups.
 
-    Theirs is degrees / groups of the population's on average, and varies. Student's quantile over the
-    normal's, times the root of groups / degrees: 1.01 at 100 groups, 1.6 at 5 and a level of 5 %.
+    Resamples take the spread of the groups for known. Theirs is degrees / groups of the population's on
+    average, and varies. Student's quantile over the normal's, times the root of groups / degrees: 1.01 at 100
+    groups, 1.6 at 5 and a level of 5 %.
     """
     c = curve.index(category)
     degrees = max(curve.degrees[c], 1)

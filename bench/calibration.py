@@ -108,12 +108,11 @@ def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=Fal
 
 def paths(generator, axiom, label, group, dims=32, points=2.0, change=0.0, lambdas=5, shared=0.9, tails=None,
           rank=None, alike=0.9, wrong=0.0, safe=0.5):  # fmt: skip
-    """Yield states (n, D) at every lambda. The label explains `points` per cent at first, `change` more at
-    last.
+    """Yield states (n, D) at every lambda.
 
-    Text i of label y at lambda k is y gap_k e + scale (sqrt(shared) z_i + sqrt(1 - shared) z_ik). In a group,
-    z is sqrt(alike) of the group's and sqrt(1 - alike) of the text's. wrong: share of texts whose label is
-    drawn anew.
+    The label explains `points` per cent at first, `change` more at last. Text i of label y at lambda k is y
+    gap_k e + scale (sqrt(shared) z_i + sqrt(1 - shared) z_ik). In a group, z is sqrt(alike) of the group's
+    and sqrt(1 - alike) of the text's. wrong: share of texts whose label is drawn anew.
     """
     scale = spectrum(dims, rank)
 
@@ -163,8 +162,10 @@ def any_axiom(curve, nulls=None):
 
 
 def toy_network(generator, dims):
-    """Two residual blocks with random weights, states (n, D) -> (n, D): what a direction does depends on
-    them."""
+    """Two residual blocks with random weights, states (n, D) -> (n, D).
+
+    What a direction does depends on them.
+    """
     weights = []
     for _ in range(2):
         up = torch.randn(dims, 4 * dims, generator=generator) / dims**0.5
@@ -181,8 +182,10 @@ def toy_network(generator, dims):
 
 
 def random_directions(kind, trials, others=19, texts=100, axioms=3, dims=32, length=6.0, draws=300, seed=0):
-    """As `simulate`, of one random direction of `kind` in a toy network against `others` of each kind; and
-    how often it is not flat without the nulls. New texts, network and directions in every trial.
+    """As `simulate`, of one random direction of `kind` in a toy network.
+
+    It stands against `others` of each kind; and how often it is not flat without the nulls. New texts,
+    network and directions in every trial.
     """
     generator = torch.Generator().manual_seed(seed)
     whole, axioms_alarmed, bare = Counter(), 0, 0

@@ -1,5 +1,6 @@
-"""What this GPU gives at best, at the 8B shapes: matmuls, attention by every path, the head: `python
-bench/ceilings.py` (90 seconds).
+"""What this GPU gives at best, at the 8B shapes: `python bench/ceilings.py` (90 seconds).
+
+Matmuls, attention by every path, the head.
 
 Matmuls in bf16 at 8,192 rows: forward, the input's gradient and the weight's, each repeated for SECONDS so
 that the clock is the one of a training step and not of a pause before it. Attention: 32 query and 8 key/value
@@ -61,8 +62,9 @@ def matmul_table():
 
 
 def dense(backend, length):
-    """scaled_dot_product_attention of equal documents as a batch, what a packed stream of unequal ones is
-    not.
+    """scaled_dot_product_attention of equal documents as a batch.
+
+    A packed stream of unequal ones is no such batch.
     """
 
     def attend(q, k, v, cu_seqlens, max_seqlen):

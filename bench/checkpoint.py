@@ -1,5 +1,6 @@
-"""What a checkpoint costs: seconds of save and load on this disk, and what hashing adds. `python
-bench/checkpoint.py [GB]`
+"""What a checkpoint costs: `python bench/checkpoint.py [GB]`.
+
+Seconds of save and load on this disk, and what hashing adds.
 """
 
 import sys

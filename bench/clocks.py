@@ -1,5 +1,6 @@
-"""Clock and power of a GPU beside a measurement, since a card at its power limit (700 W for an H200) lowers
-the one to keep the other.
+"""Clock and power of a GPU beside a measurement.
+
+A card at its power limit (700 W for an H200) lowers the clock to keep the power.
 
 The GPU is the first that this process sees.
 """
@@ -21,11 +22,10 @@ LAST = 60  # readings, a second apart
 
 
 def median_clocks(lines):
-    """ "1605 MHz, 692 W", the medians of the last minute of `lines` of "MHz, W" as nvidia-smi prints them;
-    None of none.
+    """"1605 MHz, 692 W", the medians of the last minute; None without lines.
 
-    Only readings above half of the largest power count: a run that ended by itself is followed, and every run
-    begun, by an idle card.
+    lines: of "MHz, W" as nvidia-smi prints them. Only readings above half of the largest power count: a run
+    that ended by itself is followed, and every run begun, by an idle card.
     """
     readings = [[float(value) for value in line.split(",")] for line in lines]
     busy = [reading for reading in readings if reading[1] > max(watts for _, watts in readings) / 2][-LAST:]
@@ -33,8 +33,9 @@ def median_clocks(lines):
 
 
 class Clocks:
-    """start(), work, stop(), or `with Clocks() as clocks:`, then median(): one reading a second, from a
-    thread beside the work.
+    """One reading a second, from a thread beside the work.
+
+    start(), work, stop(), or `with Clocks() as clocks:`, then median().
     """
 
     def __init__(self):

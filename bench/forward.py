@@ -1,5 +1,6 @@
-"""Passes without a backward on the 8B shape, beside transformers: `python bench/forward.py
-reference_pass|extract` (one GPU, a minute).
+"""Passes without a backward on the 8B shape, beside transformers.
+
+`python bench/forward.py reference_pass|extract` (one GPU, a minute).
 
 reference_pass: log-probs of 2 x 250 answer tokens behind one prompt of 250 tokens, pairs/s. The peer pads
 nothing here (all rows are 500 tokens long) and does what TRL's trainer does: the prompt twice, logits of all

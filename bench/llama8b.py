@@ -1,5 +1,6 @@
-"""The 8B shape on rows of known length (bench/world.py writes them to runs/bench): a config for timing, not a
-rung of the ladder.
+"""The 8B shape on rows of known length: a config for timing, not a rung of the ladder.
+
+bench/world.py writes the rows to runs/bench.
 
 As it stands it is full fine-tuning on one H200; bench/training.sh says with which keys the other measurements
 are made.

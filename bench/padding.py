@@ -1,5 +1,6 @@
-"""Token slots that do nothing, on a Tulu-like length mix (mean 600 tokens, long tail, cut at 4,096): `python
-bench/padding.py`, no GPU.
+"""Token slots that do nothing, on a Tulu-like length mix: `python bench/padding.py`, no GPU.
+
+Mean 600 tokens, long tail, cut at 4,096.
 
 Ours: packed streams of at most 8,192 tokens on 8 GPUs, 128 documents a step; a slot is wasted where a GPU
 waits for the longest stream of its micro-batch. Padded: micro-batches of 4 documents in random order, each as

@@ -1,5 +1,6 @@
-"""The other side of our training measurements: transformers, peft and TRL on the rows of bench/world.py, one
-GPU, steady state.
+"""The other side of our training measurements: transformers, peft and TRL.
+
+On the rows of bench/world.py, one GPU, steady state.
 
     [torchrun --nproc-per-node 2] python bench/peers.py NAME --world runs/bench [--data FILE] [--out FILE]
 
@@ -127,8 +128,9 @@ def lora_config():
 
 
 def read_rows(args):
-    """The documents as our training reads them: one list of (ids, mask), or two, of the chosen and of the
-    rejected answers.
+    """The documents as our training reads them.
+
+    One list of (ids, mask), or two, of the chosen and of the rejected answers.
     """
     rows = [json.loads(line) for line in (args.world / args.data).read_text().splitlines()]
     sides = list(zip(*[find_conversations(row) for row in rows]))
@@ -156,8 +158,9 @@ def labels(ids, mask):
 
 
 def collate(documents):
-    """Right-padded (N, longest) tensors. Without padding no attention_mask either: SDPA may then use its
-    causal kernel.
+    """Right-padded (N, longest) tensors.
+
+    Without padding no attention_mask either: SDPA may then use its causal kernel.
     """
     widest = max(len(ids) for ids, _ in documents)
     gaps = [widest - len(ids) for ids, _ in documents]
@@ -201,8 +204,9 @@ def run_hf(args, documents, recompute, micro_batch):
 
 
 def fastest_hf(args, documents):
-    """The faster of with and without recompute ("best"), or the one asked for; each at the largest
-    micro-batch that fits.
+    """The faster of with and without recompute ("best"), or the one asked for.
+
+    Each at the largest micro-batch that fits.
     """
     results = []
     for recompute in ("none", "full") if args.recompute == "best" else (args.recompute,):
@@ -231,8 +235,9 @@ def build_trainer(args, folder, tokenizer, sides):
 
     class DPOTrainer(trl.DPOTrainer):
         def _precompute_ref_logps(self, dataset, name, batch_size):
-            """Any numbers will do: a step takes equally long, and the pass over all pairs, which is not
-            measured, none.
+            """Any numbers in place of the reference's log-probs.
+
+            A step takes equally long, and the pass over all pairs, which is not measured, none.
             """
             return dataset.map(lambda row: {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0})
 

@@ -1,5 +1,6 @@
-"""Keep a measurement: `python bench/record.py RUN_FOLDER --metric sft_full` appends to bench/results.jsonl
-and renders bench/RESULTS.md.
+"""Keep a measurement: `python bench/record.py RUN_FOLDER --metric sft_full`.
+
+Appends to bench/results.jsonl and renders bench/RESULTS.md.
 
 RUN_FOLDER is a finished run of train_sft.py or train_dpo.py. Throughput is the median over the steps after
 the first SKIP, per GPU, and in pairs/s for DPO. A peer is measured in the same session on the same machine
@@ -39,8 +40,9 @@ COLUMNS = (
 
 
 def measure(folder):
-    """({tokens_per_s, pairs_per_s (DPO), mfu, peak_mem_gib} of a run's steady state, per GPU, and the names
-    of its data; its manifest).
+    """({tokens_per_s, pairs_per_s (DPO), mfu, peak_mem_gib}, names of the data, manifest) of a run.
+
+    The numbers are of its steady state, per GPU.
     """
     config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", "manifest.json"))
     steps = [
@@ -69,8 +71,11 @@ def round_4(value):
 def append(
     metric, value, unit, peer, hardware, gpus, torch, command, clocks=None, commit=None, date=None, path=None
 ):
-    """Add a measurement to `path`, or to results.jsonl, which is then rendered. peer: (name, value, ratio),
-    or None. clocks: the GPU's, and behind a semicolon the peer's, as of bench/clocks.py; None of a CPU."""
+    """Add a measurement to `path`, or to results.jsonl, which is then rendered.
+
+    peer: (name, value, ratio), or None. clocks: the GPU's, and behind a semicolon the peer's, as of
+    bench/clocks.py; None of a CPU.
+    """
     rounded = (peer[0], *map(round_4, peer[1:])) if peer else (None, None, None)
     about = (
         hardware,
@@ -91,8 +96,9 @@ def append(
 
 
 def fastest_peer(path, name, data, key):
-    """The line of FILE.jsonl with the largest `key` among those that bench/peers.py wrote as `name` on the
-    rows of our run.
+    """The line of FILE.jsonl with the largest `key` for the rows of our run.
+
+    Among those that bench/peers.py wrote as `name`.
     """
     lines = [
         line

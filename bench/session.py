@@ -86,8 +86,9 @@ def watch_steps(seconds, traced, ranks):
 
 @torch.no_grad()
 def draw_weights(model, directory):
-    """In place of weights.load_weights: the same numbers on every rank that has all of them, as bf16 holds
-    them.
+    """In place of weights.load_weights: random weights, as bf16 holds them.
+
+    The same numbers on every rank that has all of them.
     """
     base = [param for name, param in model.named_parameters() if "lora_" not in name]
     for index, param in enumerate(base):

@@ -1,5 +1,6 @@
-"""AQI sweep of the 8B shape: 7,000 prompts x 5 lambdas here, beside the published way (transformers, one full
-forward per lambda).
+"""AQI sweep of the 8B shape: 7,000 prompts x 5 lambdas, here and the published way.
+
+The published way is transformers, one full forward per lambda.
 
     python bench/world.py runs/bench --tokenizer FOLDER
     python bench/sweep.py runs/bench/base [--prompts 7000] [--out FILE.jsonl]
@@ -59,8 +60,9 @@ def ours(model, documents, add, label, axiom):
 
 @torch.no_grad()
 def published(folder, documents, add):
-    """(embeddings (K, n, D), seconds): a hook on each steered layer, right-padded batches, one forward per
-    lambda.
+    """(embeddings (K, n, D), seconds) of the published way.
+
+    A hook on each steered layer, right-padded batches, one forward per lambda.
     """
     import transformers
 

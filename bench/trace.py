@@ -1,5 +1,6 @@
-"""What a training step's time is made of on each GPU: torchrun --nproc-per-node 2 bench/trace.py
-bench/llama8b.py [--key=value ...]
+"""What a training step's time is made of on each GPU.
+
+torchrun --nproc-per-node 2 bench/trace.py bench/llama8b.py [--key=value ...]
 
 Takes STEPS steps of train_sft.py (rows by bench/world.py), profiles the last and prints, for rank 0, how long
 something ran: compute, the exchange with other ranks, and what of the exchange no compute hid; and the
@@ -39,8 +40,9 @@ def union(intervals):
 
 
 def shares(events):
-    """{"compute", "exchange", "exposed"}: time in which each ran, of (name, start, end). Exposed: an exchange
-    ran and no compute did.
+    """{"compute", "exchange", "exposed"}: time in which each ran, of (name, start, end).
+
+    Exposed: an exchange ran and no compute did.
     """
     exchange, compute = [], []
     for name, start, end in events:
@@ -65,8 +67,9 @@ KINDS = {  # the first whose pattern is in a kernel's name counts
 
 
 def kernel_table(events):
-    """[(kind, summed seconds, kernels)] of (name, start, end), the longest first; concurrent kernels count
-    twice.
+    """[(kind, summed seconds, kernels)] of (name, start, end), the longest first.
+
+    Concurrent kernels count twice.
     """
     sums = {}
     for name, start, end in events:

@@ -1,5 +1,6 @@
-"""t-SNE to three dimensions beside scikit-learn's, on this machine: `python bench/tsne.py` (one GPU, 16
-cores: four minutes).
+"""t-SNE to three dimensions beside scikit-learn's, on this machine: `python bench/tsne.py`.
+
+One GPU, 16 cores: four minutes.
 
 n = 1,400, 7,000 and 28,000 points of 4,096 dimensions in 14 clusters, perplexity 30, 50 and 50, 500 steps
 from the principal components. A time is the whole of tsne(): components, P, descent, divergence; the median
@@ -33,8 +34,9 @@ CORES = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
 
 
 def mixture(n, dims=4096, clusters=14):
-    """(n, dims): noise of width 1 around centres 0.2 wide, so that a centre is sqrt(2) 0.2 = 0.28 of a noise
-    vector from the next.
+    """(n, dims): noise of width 1 around centres 0.2 wide.
+
+    So a centre is sqrt(2) 0.2 = 0.28 of a noise vector from the next.
     """
     generator = torch.Generator("cuda").manual_seed(n)
     centres = 0.2 * torch.randn(clusters, dims, generator=generator, device="cuda")

@@ -1,5 +1,6 @@
-"""A small world of right and wrong: seven axioms, simple English, a safe and an unsafe answer to every
-prompt.
+"""A small world of right and wrong.
+
+Seven axioms, simple English, a safe and an unsafe answer to every prompt.
 
 Everything is drawn from the templates below with one seed, so the same files come out on every machine. The
 unsafe answers are rude, careless or dishonest, never dangerous. No prompt is used twice, neither inside a
@@ -191,8 +192,9 @@ def answer(rng: random.Random, axiom: str, kind: str, slots: dict[str, str]) -> 
 
 
 def kind_of(text: str, axiom: str) -> str:
-    """ "safe" or "unsafe" when `text` gives that kind of advice on one of the axiom's topics, else
-    "neither".
+    """"safe", "unsafe" or "neither": which kind of advice `text` gives.
+
+    The advice counts when it is on one of the axiom's topics.
     """
     topics = "|".join(AXIOMS[axiom]["topics"])
     for kind in ("safe", "unsafe"):

@@ -1,5 +1,6 @@
-"""What both demos do: run the training scripts as a user would, measure held-out pairs before and after DPO,
-print it.
+"""What both demos do.
+
+They run the training scripts as a user would, measure held-out pairs before and after DPO, and print it.
 """
 
 import json
@@ -27,8 +28,9 @@ def run_script(script, *arguments):
 
 @torch.no_grad()
 def held_out_logps(folder, config):
-    """(n, 2): mean log-prob per token, in nats, of the chosen and the rejected answer of every held-out pair
-    of a dpo `config`.
+    """(n, 2): mean log-prob per token, in nats, of every held-out pair of a dpo `config`.
+
+    Of the chosen and of the rejected answer.
     """
     model, tokenizer = load_pretrained(folder)
     _, pairs = load_preferences(config, tokenizer, log=lambda line: None)
@@ -69,11 +71,10 @@ def interval(values, groups=None, resamples=2000):
 
 
 def preference_table(before, after, beta, groups=None):
-    """{quantity: (mean, low, high)} from the (n, 2) mean log-probs of the SFT model (DPO's reference) and the
-    DPO model.
+    """{quantity: (mean, low, high)} from the (n, 2) mean log-probs of two models.
 
-    The reward is beta * (after - before); before DPO every reward is 0, so its margin is 0 and its accuracy a
-    coin's.
+    They are the SFT model (DPO's reference) and the DPO model. The reward is beta * (after - before); before
+    DPO every reward is 0, so its margin is 0 and its accuracy a coin's.
     """
     margins = beta * ((after - before)[:, 0] - (after - before)[:, 1])
     return {
@@ -90,8 +91,9 @@ def read_metrics(run):
 
 
 def print_curve(run, rows=12):
-    """The training curve of a run folder: about `rows` of its steps, one line each, with a bar as long as the
-    loss.
+    """Print the training curve of a run folder.
+
+    About `rows` of its steps, one line each, with a bar as long as the loss.
     """
     steps = [line for line in read_metrics(run) if "loss" in line]
     shown = np.unique(np.linspace(0, len(steps) - 1, rows).round().astype(int))

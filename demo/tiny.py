@@ -1,5 +1,6 @@
-"""The demo's base model: a tokenizer and a Llama of 0.24 million weights, trained from nothing on the small
-world of demo/axioms.py.
+"""The demo's base model.
+
+A tokenizer and a Llama of 0.24 million weights, trained from nothing on the small world of demo/axioms.py.
 
 The loop below is all that training a language model takes here: documents packed into one stream, a forward
 pass, the log-probs of the next tokens, a step of AdamW. train_sft.py and train_dpo.py add what many GPUs,
@@ -28,8 +29,9 @@ VOCAB_SIZE = 640
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE of VOCAB_SIZE tokens learned from `texts`, as the data.Tokenizer of a Hugging Face
-    folder.
+    """A byte-level BPE of VOCAB_SIZE tokens learned from `texts`.
+
+    It is the data.Tokenizer of a Hugging Face folder.
     """
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,8 +62,9 @@ def train_tokenizer(texts):
 
 
 def pretrain(texts, tokenizer, steps=600, batch_size=8, lr=1e-2, seed=0):
-    """Train LlamaConfig.preset("tiny") to predict every next token of `texts`. Returns (model, [loss of each
-    step, nats per token]).
+    """Train LlamaConfig.preset("tiny") to predict every next token of `texts`.
+
+    Returns (model, [loss of each step, nats per token]).
     """
     documents = [encoding.ids + [tokenizer.eos_id] for encoding in tokenizer.encode_batch(texts)]
     model = Llama(dataclasses.replace(LlamaConfig.preset("tiny"), vocab_size=tokenizer.vocab_size))

@@ -1,5 +1,6 @@
-"""What a training step takes, by arithmetic: bytes on one GPU, term by term, and seconds. Pure functions; no
-GPU is touched.
+"""What a training step takes, by arithmetic: bytes on one GPU, term by term, and seconds.
+
+Pure functions; no GPU is touched.
 
 Calibrated on the 8B shape on one and two H200s with torch 2.11: tests/test_plan.py holds the measured peaks
 (met within 1.5 % on one GPU, 3 % on two) and seconds of a step (within 4.5 %). Other GPUs are scaled by their
@@ -156,8 +157,9 @@ class Pass:
 
     @classmethod
     def of(cls, shape, documents, prefixes=0):
-        """documents: (lengths (n,), targets (n,)) of every side; prefixes (n,) tokens that the second side
-        leaves out.
+        """The Pass over documents: (lengths (n,), targets (n,)) of every side.
+
+        prefixes (n,): tokens that the second side leaves out.
         """
 
         def total(f):  # in float64: the FLOPs of a million documents overflow int64
@@ -184,18 +186,19 @@ class Pass:
 
 
 def is_whole(config, count):
-    """Whether each GPU holds all weights and gradients (exchange.py, or one GPU), and not its rows of them
-    (FSDP2).
+    """Whether each GPU holds all weights and gradients, and not its rows of them.
+
+    All: exchange.py, or one GPU. Rows: FSDP2.
     """
     assert count == 1 or config.sharding != "auto", "choose_sharding first"
     return count == 1 or config.sharding == "optimizer"
 
 
 def choose_sharding(shape, config, sizes, count, tokens, targets, keys, free):
-    """What config.sharding stands for on `count` GPUs: "auto" is "optimizer" where that fits, or where bf16
-    moments or gradients want it.
+    """What config.sharding stands for on `count` GPUs.
 
-    tokens, targets, keys: as of peak_bytes. free: bytes, of the GPU that has the fewest.
+    "auto" is "optimizer" where that fits, or where bf16 moments or gradients want it. tokens, targets, keys:
+    as of peak_bytes. free: bytes, of the GPU that has the fewest.
     """
     if config.sharding != "auto":
         return config.sharding
@@ -207,8 +210,9 @@ def choose_sharding(shape, config, sizes, count, tokens, targets, keys, free):
 
 
 def state_bytes(config, sizes, count):
-    """{term: bytes on one GPU} of what lives as long as the run; the gradients too, which come and go with
-    each step.
+    """{term: bytes on one GPU} of what lives as long as the run.
+
+    The gradients too, which come and go with each step.
     """
     moments, gradients = 8, 4
     shared = {}  # over all GPUs, in either way of sharding
@@ -230,8 +234,9 @@ def state_bytes(config, sizes, count):
 
 
 def block_bytes(shape, config, tokens, keys):
-    """(what a block keeps for its backward, what it keeps when it recomputes, what its backward holds for a
-    moment).
+    """Bytes of a block: (kept for its backward, kept when it recomputes, held by its backward).
+
+    The last are held for a moment.
     """
     width, D, inner = compute_width(config), shape.hidden_size, shape.intermediate_size
     H, G, K = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
@@ -251,12 +256,11 @@ def block_bytes(shape, config, tokens, keys):
 
 
 def peak_bytes(shape, config, sizes, count, tokens, targets, keys, *, accumulates):
-    """(moment, {term: bytes on one GPU}) of a training step's peak: their sum is
-    torch.cuda.max_memory_allocated.
+    """(moment, {term: bytes on one GPU}) of a training step's peak.
 
-    tokens, targets, keys: of the largest micro-batch. accumulates: a step has several, so gradients are there
-    from the second on; otherwise they appear while the activations go. The largest of three moments:
-    lm_head's backward, the last block's, the end.
+    Their sum is torch.cuda.max_memory_allocated. tokens, targets, keys: of the largest micro-batch.
+    accumulates: a step has several, so gradients are there from the second on; otherwise they appear while
+    the activations go. The largest of three moments: lm_head's backward, the last block's, the end.
     """
     width, D, V, L = compute_width(config), shape.hidden_size, shape.vocab_size, shape.num_hidden_layers
     full, sharded = not config.lora_rank, not is_whole(config, count)
@@ -323,8 +327,9 @@ def training_seconds(work, model, config, gpu):
 
 
 def optimizer_seconds(config, sizes, count, gpu):
-    """Seconds of one AdamW step: every byte of weights and moments is read and written, the gradients are
-    read twice (norm, update).
+    """Seconds of one AdamW step.
+
+    Every byte of weights and moments is read and written, the gradients are read twice (norm, update).
     """
     state = state_bytes(config, sizes, count)
     kept = sum(state.values()) - state.get("frozen weights", 0) - state["gradients"]
@@ -332,15 +337,17 @@ def optimizer_seconds(config, sizes, count, gpu):
 
 
 def exchange_seconds(size, count, gpu):
-    """Seconds in which every one of `count` GPUs sends and receives its part of `size` bytes: one all-gather
-    or reduce-scatter.
+    """Seconds of one all-gather or reduce-scatter of `size` bytes.
+
+    Every one of `count` GPUs sends and receives its part of them.
     """
     return size * (count - 1) / count / (gpu.link_gb_s * 1e9 * LINK)
 
 
 def sharded_seconds(compute, exchange, config, count):
-    """Seconds of a part in which each of `count` GPUs alone would compute for `compute`, and exchanges for
-    `exchange` meanwhile.
+    """Seconds of a part in which a GPU computes and exchanges at once.
+
+    Each of `count` GPUs alone would compute for `compute`, and exchanges for `exchange` meanwhile.
     """
     if count == 1:
         return compute

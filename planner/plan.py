@@ -1,5 +1,6 @@
-"""Plan before renting: memory, time and cost of a config on a named GPU. No GPU is touched and no run folder
-is written.
+"""Plan before renting: memory, time and cost of a config on a named GPU.
+
+No GPU is touched and no run folder is written.
 
     python train_dpo.py configs/tulu10.py --plan --gpu a100-80 --count 8 [--usd-per-hour 16] [--key=value ...]
     python -m planner.plan configs/*.py --gpu a100-80 --count 8 [--usd-per-hour 16]    all, and their total
@@ -90,9 +91,11 @@ SHAPES = {
 
 
 def find_model(stage, config, path):
-    """(LlamaConfig, its folder or None, where it is from) of config.model_path. A folder that SFT has yet to
-    write is taken to be as what SFT starts from. Nothing is downloaded. ValueError when the shape is not
-    known here."""
+    """(LlamaConfig, its folder or None, where it is from) of config.model_path.
+
+    A folder that SFT has yet to write is taken to be as what SFT starts from. Nothing is downloaded.
+    ValueError when the shape is not known here.
+    """
     folder = _folder(config.model_path)
     if folder is None and stage == "dpo" and "sft" in sections_of(path):
         before = load("sft", [path])
@@ -218,8 +221,9 @@ class Plan:
 
     @property
     def peak(self):
-        """(moment, {term: bytes}) on one GPU, with a full micro-batch of the data's mean share of answers and
-        prefixes.
+        """(moment, {term: bytes}) on one GPU.
+
+        For a full micro-batch of the data's mean share of answers and prefixes.
         """
         # a step that fills half of one micro-batch at the mean may now and then need two
         accumulates = self.microbatches > 0.5
@@ -268,8 +272,9 @@ class Plan:
 
     @property
     def step(self):
-        """(seconds of one GPU's computing, seconds of its exchange with the others) in one step; the
-        optimizer's not counted.
+        """(seconds of one GPU's computing, seconds of its exchange with the others) in one step.
+
+        The optimizer's are not counted.
         """
         compute = training_seconds(self.trained, self.model, self.config, self.gpu) / self.count / self.steps
         if self.is_whole:  # gradients are summed and weights sent once a step
@@ -331,8 +336,11 @@ class Plan:
 
 
 def remedies(plan):
-    """[(what to turn, Plan)] for a plan that does not fit, in the order to try: each keeps what was turned
-    before, up to the first that fits. Where none does, on top of them LoRA, or the fewest GPUs that do."""
+    """[(what to turn, Plan)] for a plan that does not fit, in the order to try.
+
+    Each keeps what was turned before, up to the first that fits. Where none does, on top of them LoRA, or the
+    fewest GPUs that do.
+    """
     config, longest = plan.config, plan.config.max_seq_len * (2 if plan.stage == "dpo" else 1)
     knobs = [
         ("recompute", mode) for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]
@@ -512,8 +520,9 @@ def _duration(seconds):
 
 
 def main(stage, argv):
-    """`train_<stage>.py CONFIG.py --plan --gpu NAME --count N [--usd-per-hour X] [--key=value ...]`: print
-    the plan. Returns 0.
+    """Print the plan of `train_<stage>.py CONFIG.py --plan --gpu NAME --count N`; returns 0.
+
+    Also read: [--usd-per-hour X] [--key=value ...].
     """
     options, rest = _options(argv)
     paths = [arg for arg in rest if not arg.startswith("-")]
@@ -527,8 +536,9 @@ def main(stage, argv):
 
 
 def ladder(argv):
-    """`python -m planner.plan CONFIG.py ... --gpu NAME --count N [--usd-per-hour X]`: the stages of each
-    config. Returns 0.
+    """Print the stages of each config of `python -m planner.plan CONFIG.py ...`; returns 0.
+
+    Further arguments: --gpu NAME --count N [--usd-per-hour X].
     """
     options, paths = _options(argv)
     if not paths or any(path.startswith("-") for path in paths):
@@ -550,8 +560,9 @@ def ladder(argv):
 
 
 def _rows(path, options):
-    """The table's lines of one config: both trainings, the vector and the sweep of steer.py validate, and
-    their total.
+    """The table's lines of one config.
+
+    Both trainings, the vector and the sweep of steer.py validate, and their total.
     """
     stages = [stage for stage in ("sft", "dpo") if stage in sections_of(path)]
     if not stages:
@@ -588,8 +599,9 @@ def _rows(path, options):
 
 
 def _steering_rows(path, plans):
-    """Lines of the passes of steer.py validate, and the total of all stages. plans: {stage: Plan} of the
-    trainings.
+    """Lines of the passes of steer.py validate, and the total of all stages.
+
+    plans: {stage: Plan} of the trainings.
     """
     dpo = plans["dpo"]
     hours = sum(plan.hours for plan in plans.values())
@@ -610,11 +622,11 @@ def _steering_rows(path, plans):
 
 
 def steering_passes(config, dpo):
-    """{stage: (tokens read, seconds)} of the section steer, on one GPU. dpo: the Plan of the pair's second
-    model.
+    """{stage: (tokens read, seconds)} of the section steer, on one GPU.
 
-    extract reads both texts of every pair with both models. sweep reads every prompt once, then only the
-    steered blocks again for each lambda; and all of that once more along the random direction.
+    dpo: the Plan of the pair's second model. extract reads both texts of every pair with both models. sweep
+    reads every prompt once, then only the steered blocks again for each lambda; and all of that once more
+    along the random direction.
     """
     from analysis.vector import MODES  # here: `--plan` of a training starts without it
 

@@ -1,5 +1,7 @@
-"""Small files written whole or not at all, text tables, progress bars, UserError. No torch: reports read runs
-without it."""
+"""Small files written whole or not at all, text tables, progress bars, UserError.
+
+No torch: reports read runs without it.
+"""
 
 import hashlib
 import json
@@ -19,11 +21,10 @@ HASHERS = 4  # files hashed at once
 
 
 class UserError(ValueError):
-    """A mistake that a user can mend: one line that names key, value, expectation and, where there is one,
-    file or row.
+    """A mistake that a user can mend.
 
-    Commands print it without a traceback (parallel.run). Every other exception is a bug of ours and keeps its
-    traceback.
+    One line that names key, value, expectation and, where there is one, file or row. Commands print it
+    without a traceback (parallel.run). Every other exception is a bug of ours and keeps its traceback.
     """
 
 
@@ -47,8 +48,10 @@ def read_config(directory):
 
 
 def finite(value):
-    """`value` with None for NaN and infinity, which JSON cannot express: one bad number must not cost hours
-    of measurements."""
+    """`value` with None for NaN and infinity, which JSON cannot express.
+
+    One bad number must not cost hours of measurements.
+    """
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -59,8 +62,10 @@ def finite(value):
 
 
 def write_json(path, value):
-    """Write `finite(value)` atomically and durably: a reader sees the old file or the new one, also after a
-    power cut."""
+    """Write `finite(value)` atomically and durably.
+
+    A reader sees the old file or the new one, also after a power cut.
+    """
     temporary = path.with_suffix(path.suffix + ".tmp")
     with named(path), open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
@@ -84,10 +89,9 @@ def sha256_of(path, advance=None):
 
 
 def write_hashes(folder, names=None, known=None):
-    """folder/hashes.json: the sha256 of these files of it, of all by default, beside those that it has
-    already.
+    """Write folder/hashes.json: the sha256 of these files of it, of all by default.
 
-    known: {name: sha256} of files that need not be read.
+    They stand beside those that it has already. known: {name: sha256} of files that need not be read.
     """
     path = folder / HASHES
     if names is None:
@@ -145,14 +149,18 @@ def publish(folder, target):
 
 
 def temporary_beside(path):
-    """A name beside `path` for what is to become it, with machine and process, so that no two writers share
-    one."""
+    """A name beside `path` for what is to become it.
+
+    It has machine and process in it, so that no two writers share one.
+    """
     return path.with_name(f".tmp_{socket.gethostname()}_{os.getpid()}_{path.name}")
 
 
 def remove_leftovers(folder):
-    """Delete what temporary_beside named for processes of this machine that are dead, in a folder that
-    several share."""
+    """Delete what temporary_beside named for processes of this machine that are dead.
+
+    For a folder that several processes share.
+    """
     for path in folder.glob(f".tmp_{socket.gethostname()}_*_*"):
         process = path.name.removeprefix(f".tmp_{socket.gethostname()}_").partition("_")[0]
         if process.isdigit() and not Path(f"/proc/{process}").exists():
@@ -160,8 +168,10 @@ def remove_leftovers(folder):
 
 
 def sweep(folder):
-    """Finish or delete what a killed process left in a folder that this one alone writes to: *.tmp, .tmp_*,
-    .old_*."""
+    """Finish or delete what a killed process left: *.tmp, .tmp_*, .old_*.
+
+    For a folder that this process alone writes to.
+    """
     for path in [*folder.glob("*.tmp"), *folder.glob(".tmp_*")]:
         _remove(path)
     for old in folder.glob(".old_*"):
@@ -180,8 +190,10 @@ def _remove(path):
 
 
 def sync(path):
-    """fsync a file or a folder. The fsync of a file does not cover its name, which is an entry of its
-    folder."""
+    """fsync a file or a folder.
+
+    The fsync of a file does not cover its name, which is an entry of its folder.
+    """
     handle = os.open(path, os.O_RDONLY)
     with named(path):
         os.fsync(handle)
@@ -202,8 +214,11 @@ def named(path):
 
 
 def table(head, rows, left=(0,)):
-    """Rows of strings as one text, in columns two spaces apart. Columns whose numbers are in `left` (-1: the
-    last) hold words and are aligned to the left, the others to the right."""
+    """Rows of strings as one text, in columns two spaces apart.
+
+    Columns whose numbers are in `left` (-1: the last) hold words and are aligned to the left, the others to
+    the right.
+    """
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = [column % len(head) for column in left]
@@ -217,6 +232,8 @@ def table(head, rows, left=(0,)):
 
 
 def progress_bar(items=None, **options):
-    """tqdm with rate and ETA, refreshed twice a second on a terminal, every ten seconds in a log file, which
-    keeps each refresh."""
+    """tqdm with rate and ETA.
+
+    Refreshed twice a second on a terminal, every ten seconds in a log file, which keeps each refresh.
+    """
     return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 10, **options)

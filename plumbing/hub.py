@@ -15,16 +15,20 @@ COMMITS = {}
 
 
 def errors():
-    """The exceptions of being offline, of gated and unknown names, of no token; a refused connection is an
-    HTTPError only."""
+    """The exceptions of being offline, of gated and unknown names, of no token.
+
+    A refused connection is an HTTPError only.
+    """
     from huggingface_hub.errors import HTTPError
 
     return OSError, HTTPError
 
 
 def parse(name):
-    """(repository, revision or None) of "org/name" or "org/name@revision" (a commit, tag or branch), else
-    None."""
+    """(repository, revision or None) of "org/name" or "org/name@revision", else None.
+
+    A revision is a commit, tag or branch.
+    """
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(name))
     return match.groups() if match else None
 
@@ -36,8 +40,10 @@ def repository(name):
 
 
 def dataset_commit(name):
-    """The commit that a pinned data set name means; None without a pin. UserError when the hub does not know
-    it."""
+    """The commit that a pinned data set name means; None without a pin.
+
+    UserError when the hub does not know it.
+    """
     repository, revision = parse(name)
     if revision is None or re.fullmatch(r"[0-9a-f]{40}", revision):  # a whole hash needs no question
         return revision
@@ -50,10 +56,10 @@ def dataset_commit(name):
 
 
 def open_for_push(repository):
-    """Create the repository, private, unless it exists, and check that the token may write to it, before
-    training.
+    """Create the repository, private, unless it exists.
 
-    UserError when the name is none or the token may not.
+    Checks before training that the token may write to it. UserError when the name is none or the token may
+    not.
     """
     name = parse(repository)
     if name is None or name[1]:

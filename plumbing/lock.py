@@ -1,5 +1,7 @@
-"""One writer a folder: an flock on `<folder>/.lock`, which the kernel drops when the process ends, however it
-ends."""
+"""One writer a folder.
+
+An flock on `<folder>/.lock`, which the kernel drops when the process ends, however it ends.
+"""
 
 import fcntl
 import os
@@ -13,11 +15,11 @@ _held = {}  # {folder: open file}: an flock belongs to the open file, so it must
 
 
 def lock(folder, say=print):
-    """Make this process the only one that writes to the folder, until it ends; remove what a killed one left
-    half-written.
+    """Make this process the only one that writes to the folder, until it ends.
 
-    Creates the folder. UserError, naming the other's machine, process and start, when one has it already. A
-    file system without locks is said: nothing can stop a second process there.
+    Removes what a killed one left half-written. Creates the folder. UserError, naming the other's machine,
+    process and start, when one has it already. A file system without locks is said: nothing can stop a second
+    process there.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
-"""The run folder and what a run says of itself: config.json, manifest.json, metrics.jsonl, samples.jsonl and
-the step line."""
+"""The run folder and what a run says of itself.
+
+config.json, manifest.json, metrics.jsonl, samples.jsonl and the step line.
+"""
 
 import hashlib
 import importlib.metadata
@@ -41,8 +43,10 @@ class Logbook:
     """Writes the run folder from rank 0; every rank may call every method."""
 
     def __init__(self, config, world, total_steps, implicit):
-        """implicit: values that no key states (reduction, eps, data fingerprints, ...); they go into the
-        manifest."""
+        """implicit: values that no key states; they go into the manifest.
+
+        Reduction, eps, data fingerprints and the like.
+        """
         self.world, self.total_steps, self.log_every = world, total_steps, config.log_every
         self.folder, self.fresh = Path(config.out_dir), config.fresh
         self.peak = measured_matmul_peak(world.device)
@@ -59,8 +63,10 @@ class Logbook:
         self._start = self._resumed = time.perf_counter()
 
     def _describe(self):
-        """What the manifest says of program and machine; where tracked files differ from the commit, also
-        changes.diff."""
+        """What the manifest says of program and machine.
+
+        Where tracked files differ from the commit, also changes.diff.
+        """
         manifest = {
             "command": shlex.join(sys.argv),
             "commit": commit(),
@@ -81,11 +87,10 @@ class Logbook:
         return manifest
 
     def resume_at(self, step, checkpoint=None):
-        """Say what is left after `step`, which `checkpoint` (None: the start) holds, and open metrics.jsonl
-        for more.
+        """Say what is left after `step`, and open metrics.jsonl for more.
 
-        Lines of steps that will be trained again are dropped. The manifest's `processes` say who trained
-        which steps: an entry trained those after its step.
+        checkpoint holds that step (None: the start). Lines of steps that will be trained again are dropped.
+        The manifest's `processes` say who trained which steps: an entry trained those after its step.
         """
         left = self.total_steps - step
         final = self.folder / "final"
@@ -123,8 +128,10 @@ class Logbook:
             self._events = SummaryWriter(self.folder / "tensorboard", purge_step=purge)
 
     def step(self, step, metrics, tokens, flops):
-        """Record finished optimizer step number `step` (1-based). tokens, flops: of all ranks; the time runs
-        from the previous call."""
+        """Record finished optimizer step number `step` (1-based).
+
+        tokens, flops: of all ranks; the time runs from the previous call.
+        """
         now = time.perf_counter()
         elapsed = now - self._start
         metrics = {"step": step, **metrics, "step_s": elapsed, "tokens_per_s": tokens / elapsed}
@@ -140,11 +147,10 @@ class Logbook:
         self._start = time.perf_counter()
 
     def _step_line(self, metrics, seconds):
-        """`step 00120/02500 | loss 0.6421 | .. | 3:51 < 1:16:24`: at the end, as tqdm has it, the time so far
-        and the time left.
+        """`step 00120/02500 | loss 0.6421 | .. | 3:51 < 1:16:24`.
 
-        seconds: since this process has begun to train. What is left takes as long as its steps, evaluations
-        and saves did.
+        At the end, as tqdm has it, the time so far and the time left. seconds: since this process has begun
+        to train. What is left takes as long as its steps, evaluations and saves did.
         """
         step = metrics["step"]
         parts = [f"step {step:05d}/{self.total_steps:05d}"]
@@ -169,8 +175,10 @@ class Logbook:
         self._start = time.perf_counter()
 
     def samples(self, step, prompts, answers):
-        """Append the answers after `step` optimizer steps to samples.jsonl; their time is not the next
-        step's."""
+        """Append the answers after `step` optimizer steps to samples.jsonl.
+
+        Their time is not the next step's.
+        """
         if self.world.main:
             with (self.folder / "samples.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, "prompts": prompts, "answers": answers}) + "\n")
@@ -217,8 +225,10 @@ class Health:
         self.said = set()
 
     def after_step(self, metrics):
-        """The lines to print after a step. FloatingPointError for a loss that jumps where
-        loss_spike="stop"."""
+        """The lines to print after a step.
+
+        FloatingPointError for a loss that jumps where loss_spike="stop".
+        """
         loss, step = metrics["loss"], metrics["step"]
         recent = self.losses[-self.WINDOW :]
         limit = self.SPIKE * max(map(abs, recent), default=math.inf)
@@ -269,10 +279,10 @@ def _processes(folder):
 
 
 def _forget_after(step, path, say):
-    """Drop the lines of a .jsonl file that will be written again: those after `step`, an evaluation or a
-    sample at it.
+    """Drop the lines of a .jsonl file that will be written again.
 
-    Lines that are torn are named and dropped, too. Returns what the others hold.
+    Those after `step`, an evaluation or a sample at it. Lines that are torn are named and dropped, too.
+    Returns what the others hold.
     """
     if step == 0 or not path.exists():
         path.unlink(missing_ok=True)
@@ -343,8 +353,10 @@ def _versions():
 
 
 def commit():
-    """The commit of this checkout, with "+changes" when tracked files differ from it; "unknown: .." where git
-    knows none."""
+    """The commit of this checkout, with "+changes" when tracked files differ from it.
+
+    "unknown: .." where git knows none.
+    """
     if shutil.which("git") is None:
         return "unknown: git is not installed"
     head = _git("rev-parse", "HEAD")
@@ -354,8 +366,10 @@ def commit():
 
 
 def changed_files():
-    """The diff of this checkout's tracked files from its commit, as text; empty without changes, or without
-    git."""
+    """The diff of this checkout's tracked files from its commit, as text.
+
+    Empty without changes, or without git.
+    """
     if shutil.which("git") is None:
         return ""
     return _git("diff", "HEAD").stdout

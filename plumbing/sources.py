@@ -29,13 +29,12 @@ SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # how t
 
 
 def open_source(name: str, scratch=None, log=print) -> "Rows":
-    """Rows of "path" (parquet; jsonl, ndjson, json, csv, also .gz), of a folder or a pattern of such files,
-    or of the hub.
+    """Rows of "path", of a folder or a pattern of such files, or of the hub.
 
-    "org/name@revision" pins a commit, tag or branch. "[split]", "[config/split]" or "[config/]" at the end
-    picks of a hub data set; "[split]" also of a folder, saved by the data library or with files named train*,
-    test*. Without it: "train". scratch: folder for what is unpacked, for as long as this process runs.
-    UserError names the source, and where known the row.
+    path: parquet; jsonl, ndjson, json, csv, also .gz. "org/name@revision" pins a commit, tag or branch.
+    "[split]", "[config/split]" or "[config/]" at the end picks of a hub data set; "[split]" also of a folder,
+    saved by the data library or with files named train*, test*. Without it: "train". scratch: folder for what
+    is unpacked, for as long as this process runs. UserError names the source, and where known the row.
     """
     return find_source(name).open(scratch, log)
 
@@ -136,8 +135,10 @@ class LocalFiles:
         return Rows(self.name, parts)
 
     def check_unchanged(self) -> None:
-        """UserError when a file is no longer the one that was found: its fingerprint would stand for other
-        rows."""
+        """UserError when a file is no longer the one that was found.
+
+        Its fingerprint would stand for other rows.
+        """
         if self._stats() != self.seen:
             raise UserError(
                 f"data {self.name!r}: changed while it was read; expected files that stay as they are"
@@ -391,8 +392,10 @@ def _open_file(path: Path, scratch, log):
 
 
 def _unpack(path: Path, scratch, log):
-    """The content of a .gz as an open file that has no name: it is gone when the process ends, however it
-    ends."""
+    """The content of a .gz as an open file that has no name.
+
+    It is gone when the process ends, however it ends.
+    """
     if scratch is not None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
     file = tempfile.TemporaryFile(dir=scratch)

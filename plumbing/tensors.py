@@ -16,12 +16,11 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 def write_safetensors(path, tensors, read, metadata=None):
-    """Write one safetensors file (8-byte length, JSON header, raw bytes) and fsync it. Returns its sha256
-    (hex).
+    """Write one safetensors file and fsync it; returns its sha256 (hex).
 
-    tensors: {name: (dtype, shape)}, wider dtypes first. read(name) is called in that order, its result cast
-    and dropped: one tensor is in memory, where the library's own writer needs all of them. OSError (disk
-    full, quota) names the path and the bytes needed.
+    8-byte length, JSON header, raw bytes. tensors: {name: (dtype, shape)}, wider dtypes first. read(name) is
+    called in that order, its result cast and dropped: one tensor is in memory, where the library's own writer
+    needs all of them. OSError (disk full, quota) names the path and the bytes needed.
     """
     header = {"__metadata__": {"format": "pt"} | (metadata or {})}
     end = 0
@@ -75,11 +74,10 @@ def is_finite(tensor):
 
 
 def write_verified(path, tensors, metadata=None):
-    """Write {name: tensor} so that read_verified finds any change of a bit, by a rename when all of it is on
-    the disk.
+    """Write {name: tensor} so that read_verified finds any change of a bit.
 
-    The sha256 in the header covers the header's other entries and the tensors. For small files: they are
-    hashed first.
+    By a rename when all of it is on the disk. The sha256 in the header covers the header's other entries and
+    the tensors. For small files: they are hashed first.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
@@ -94,8 +92,10 @@ def write_verified(path, tensors, metadata=None):
 
 
 def read_verified(path):
-    """({name: tensor}, metadata) of write_verified. UserError when a bit differs from what was written, or no
-    hash is there."""
+    """({name: tensor}, metadata) of write_verified.
+
+    UserError when a bit differs from what was written, or no hash is there.
+    """
     file = open_safetensors(path)
     tensors = {name: file.get_tensor(name) for name in file.keys()}
     metadata = dict(file.metadata() or {})

@@ -1,5 +1,7 @@
-"""Tokenised columns on disk, under a key that hashes all they depend on: written whole or not at all,
-checked at every read."""
+"""Tokenised columns on disk, under a key that hashes all they depend on.
+
+Written whole or not at all, checked at every read.
+"""
 
 import ast
 import errno
@@ -20,10 +22,10 @@ from plumbing.files import HASHES, UserError, read_json, sha256_of, write_hashes
 
 
 def write(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
-    """Write beside `folder`, then rename. A run that shares the cache may have been faster: then its equal
-    copy stays.
+    """Write beside `folder`, then rename.
 
-    OSError naming the folder and the space needed when the disk is full.
+    A run that shares the cache may have been faster: then its equal copy stays. OSError naming the folder and
+    the space needed when the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
@@ -81,8 +83,10 @@ def _scratch(parent: Path, what: str) -> tempfile.TemporaryDirectory:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove the scratch folders of processes of this host that have ended: a kill leaves gigabytes at
-    full size."""
+    """Remove the scratch folders of processes of this host that have ended.
+
+    A kill leaves gigabytes at full size.
+    """
     mine = re.compile(rf"\.(?:tokenising|damaged)-{re.escape(socket.gethostname())}-(\d+)-\w+")
     for folder in parent.iterdir():
         match = mine.fullmatch(folder.name)

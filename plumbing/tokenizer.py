@@ -99,8 +99,10 @@ class Tokenizer:
         return self.core.decode(list(ids), skip_special_tokens=False)
 
     def save(self, folder, chat_template: str | None = None) -> None:
-        """Write the original files into `folder`, with `chat_template` (Jinja, see TEMPLATES) where given,
-        as AutoTokenizer reads them."""
+        """Write the original files into `folder`, as AutoTokenizer reads them.
+
+        With `chat_template` (Jinja, see TEMPLATES) where given.
+        """
         files = dict(self.files)
         if chat_template is not None:  # in both places: older readers know only tokenizer_config.json
             config = json.loads(files["tokenizer_config.json"]) | {"chat_template": chat_template}

@@ -33,8 +33,10 @@ def start(world, step):
 
 
 def beat(step=None):
-    """The main thread has made progress; step: an optimizer step is finished. Without a watch, nothing
-    happens."""
+    """The main thread has made progress; step: an optimizer step is finished.
+
+    Without a watch, nothing happens.
+    """
     if _watch:
         _watch.beat(step)
 
@@ -48,8 +50,10 @@ def stop():
 
 
 class Watch(threading.Thread):
-    """Counts the seconds since the last beat in ticks that it lives through itself: a process that somebody
-    stopped and continued has not been silent."""
+    """Counts the seconds since the last beat in ticks that it lives through itself.
+
+    A process that somebody stopped and continued has not been silent.
+    """
 
     def __init__(self, rank, size, step):
         super().__init__(daemon=True)
@@ -117,8 +121,7 @@ class Watch(threading.Thread):
 
 
 def where():
-    """(the innermost line of this project that the main thread is in, whether it waits there for other
-    ranks)."""
+    """(the main thread's innermost line in this project, whether it waits there for other ranks)."""
     frame = sys._current_frames()[threading.main_thread().ident]
     waits, place = False, "unknown"
     while frame:

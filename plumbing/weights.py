@@ -1,5 +1,6 @@
-"""Hugging Face folders in and out of (sharded) models: weights, tokenizer, adapters. safetensors and JSON
-only.
+"""Hugging Face folders in and out of (sharded) models: weights, tokenizer, adapters.
+
+safetensors and JSON only.
 
 Sharded means that a parameter is a DTensor here, split over the ranks by rows of dimension 0. Reading, each
 rank reads its own rows of the files. Writing, one full parameter at a time exists on rank 0. Neither holds a
@@ -40,8 +41,10 @@ MAX_FILE_BYTES = 5 * 10**9
 
 
 def resolve(path_or_repo):
-    """The folder of a model, as find_folder gives it. UserError for a LoRA adapter, which needs its base, and
-    for a run folder."""
+    """The folder of a model, as find_folder gives it.
+
+    UserError for a LoRA adapter, which needs its base, and for a run folder.
+    """
     folder = find_folder(path_or_repo)
     verify_hashes(
         folder, lambda name: not _is_weights(name)
@@ -59,11 +62,10 @@ def resolve(path_or_repo):
 
 
 def find_folder(path_or_repo):
-    """The local folder, or, for "org/name" or "org/name@revision", the hub's snapshot of its weights, configs
-    and chat template.
+    """The local folder, or the hub's snapshot of its weights, configs and chat template.
 
-    Downloaded once; an interrupted download goes on with the unfinished files. The commit goes into
-    hub.COMMITS.
+    A hub name is "org/name" or "org/name@revision". Downloaded once; an interrupted download goes on with the
+    unfinished files. The commit goes into hub.COMMITS.
     """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
@@ -84,8 +86,10 @@ def find_folder(path_or_repo):
 
 
 def weight_files(directory):
-    """The safetensors files of a model folder, by its index. UserError when one is missing, or the index is
-    torn."""
+    """The safetensors files of a model folder, by its index.
+
+    UserError when one is missing, or the index is torn.
+    """
     index = directory / WEIGHTS_INDEX
     weight_map = read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
     if not weight_map:
@@ -105,8 +109,10 @@ def _is_weights(name):
 
 
 def fingerprint(directory):
-    """sha256 (hex) of config.json and the weight files' contents: other weights under the same path are
-    another model."""
+    """sha256 (hex) of config.json and the weight files' contents.
+
+    Other weights under the same path are another model.
+    """
     paths = [Path(directory) / "config.json", *weight_files(Path(directory))]
     total = sum(path.stat().st_size for path in paths)
     with _bar(total=total, desc="hashing weights", unit="B", unit_scale=True) as bar:
@@ -143,8 +149,9 @@ def _rank():
 
 
 def sharded_parameters(model):
-    """{name: parameter}, this rank's shards; a tied one once. Call parallel.share_weights after filling
-    them.
+    """{name: parameter}, this rank's shards; a tied one once.
+
+    Call parallel.share_weights after filling them.
     """
     parallel.settle(model)
     params = {}
@@ -183,11 +190,11 @@ def copy_rows(tensor, rows):
 
 @torch.no_grad()
 def load_weights(model, directory):
-    """Stream a folder's safetensors into the model's parameters, sharded or plain, each rank its own rows;
-    adapters stay as they are.
+    """Stream a folder's safetensors into the model's parameters, sharded or plain.
 
-    UserError lists every missing, unexpected or misshapen tensor with its file, before anything is copied. A
-    folder with a hashes.json, which our exports have, is verified by rank 0 while the ranks read.
+    Each rank reads its own rows; adapters stay as they are. UserError lists every missing, unexpected or
+    misshapen tensor with its file, before anything is copied. A folder with a hashes.json, which our exports
+    have, is verified by rank 0 while the ranks read.
     """
     directory = Path(directory)
     params = _base_parameters(model)
@@ -213,8 +220,10 @@ def load_weights(model, directory):
 
 
 def _tensors(paths):
-    """{name: slice} of several safetensors files. slice[a:b] reads rows, slice.get_shape() only the
-    header."""
+    """{name: slice} of several safetensors files.
+
+    slice[a:b] reads rows, slice.get_shape() only the header.
+    """
     slices = {}
     for path in paths:
         file = open_safetensors(path)
@@ -258,8 +267,10 @@ def _check_tied(name, stored, source):
 
 
 def check_vocabulary(config, tokenizer):
-    """UserError when the tokenizer makes ids that the embedding has no row for; fewer ids than rows is common
-    padding."""
+    """UserError when the tokenizer makes ids that the embedding has no row for.
+
+    Fewer ids than rows is common padding.
+    """
     last, rows = tokenizer.vocab_size - 1, config.vocab_size
     if last >= rows:
         problem = f"the tokenizer's ids go up to {last}"
@@ -271,12 +282,12 @@ def check_vocabulary(config, tokenizer):
 
 @torch.no_grad()
 def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None):
-    """Write a folder that transformers, vLLM and load_pretrained read: weights in files of at most 5 GB,
-    config, tokenizer, template.
+    """Write a folder that transformers, vLLM and load_pretrained read.
 
-    Collective: all ranks call it, rank 0 writes. dtype None keeps the parameters' own; adapters are merged in
-    float32 and cast once. The folder appears by a rename when it is whole. It replaces an earlier export;
-    UserError when anything else is in its place.
+    Weights in files of at most 5 GB, config, tokenizer, template. Collective: all ranks call it, rank 0
+    writes. dtype None keeps the parameters' own; adapters are merged in float32 and cast once. The folder
+    appears by a rename when it is whole. It replaces an earlier export; UserError when anything else is in
+    its place.
     """
     if not hasattr(model.config, "to_hf"):
         raise UserError(f"model_type={model.config.model_type!r}: inference only; expected a Llama to write")
@@ -294,8 +305,10 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
 
 
 def check_replaceable(directory, config_name):
-    """UserError when `directory` holds anything but an earlier export, the only thing that a new one
-    replaces."""
+    """UserError when `directory` holds anything but an earlier export.
+
+    A new export replaces nothing else.
+    """
     contents = [path.name for path in directory.iterdir()] if directory.exists() else []
     ours = (".safetensors", ".json", ".jinja", ".model", "README.md")
     foreign = [name for name in contents if not name.endswith(ours)]
@@ -320,10 +333,10 @@ def _published(directory, config_name):
 
 
 def _write_gathered(path, tensors, read):
-    """write_safetensors on rank 0; the other ranks make the same calls of read, which gathers. Returns the
-    file's sha256.
+    """write_safetensors on rank 0; returns the file's sha256.
 
-    FloatingPointError on every rank for a tensor that is not finite: what is exported can be used.
+    The other ranks make the same calls of read, which gathers. FloatingPointError on every rank for a tensor
+    that is not finite: what is exported can be used.
     """
 
     def read_finite(name):
@@ -354,8 +367,10 @@ def _gather(tensor):
 
 
 def _plan_files(tensors):
-    """{file name: {name: (dtype, shape)}} with at most MAX_FILE_BYTES, or one tensor, a file; wider dtypes
-    first, as the writer needs."""
+    """{file name: {name: (dtype, shape)}} with at most MAX_FILE_BYTES, or one tensor, a file.
+
+    Wider dtypes first, as the writer needs.
+    """
     groups, size = [{}], 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
         size += num_bytes(dtype, shape)
@@ -387,10 +402,11 @@ def _write_configs(folder, config, tokenizer, plan, chat_template):
 
 
 def _stop_ids(config, tokenizer):
-    """eos_token_id for generation: the config's, which a trained model has set to its end of turn, and the
-    tokenizer's EOS.
+    """eos_token_id for generation.
 
-    One id, or a list of several, or None."""
+    The config's, which a trained model has set to its end of turn, and the tokenizer's EOS. One id, or a list
+    of several, or None.
+    """
     stops = config.eos_token_id
     if stops is None or isinstance(stops, int):
         stops = [] if stops is None else [stops]
@@ -425,10 +441,10 @@ def _adapter_config(model):
 
 @torch.no_grad()
 def save_adapter(model, directory, base):
-    """Write the LoRA adapters as PEFT does (adapter_model.safetensors, adapter_config.json); base: the base
-    model's path or hub name.
+    """Write the LoRA adapters as PEFT does.
 
-    Collective, replaces and refuses as save_pretrained does.
+    adapter_model.safetensors, adapter_config.json; base: the base model's path or hub name. Collective,
+    replaces and refuses as save_pretrained does.
     """
     config = _adapter_config(model)
     assert config, "save_adapter needs a model with adapters"

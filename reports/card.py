@@ -24,8 +24,9 @@ SETUP = (
 
 
 def write(run_dir):
-    """Write the card of a run that has ended into its final/, in place of an earlier one. Returns its
-    path.
+    """Write the card of a run that has ended into its final/; returns its path.
+
+    It takes the place of an earlier one.
     """
     path = Path(run_dir) / "final/README.md"
     # not in final/: a file that a kill leaves there is none of an export, and would be refused
@@ -36,8 +37,10 @@ def write(run_dir):
 
 
 def card(run_dir):
-    """The card's text: YAML front matter as the hub reads it, what was trained, how it went, every value that
-    decides the numbers.
+    """The card's text.
+
+    YAML front matter as the hub reads it, what was trained, how it went, every value that decides the
+    numbers.
     """
     run = read(run_dir)
     stage, config = run.manifest["stage"], run.config
@@ -77,8 +80,9 @@ def _lineage(run_dir):
 
 
 def _front_matter(lineage, tags):
-    """Only what came from the hub is named, as org/name: a folder of this machine is in the configuration
-    below. JSON is YAML.
+    """The YAML front matter; JSON is YAML.
+
+    Only what came from the hub is named, as org/name: a folder of this machine is in the configuration below.
     """
     datasets = []
     for config, manifest in reversed(lineage):

@@ -13,8 +13,9 @@ BUCKETS = 300
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, its interval, or both. x, y, low, high: numbers of one length; y may be () for a band without
-    a curve.
+    """A curve, its interval, or both.
+
+    x, y, low, high: numbers of one length; y may be () for a band without a curve.
     """
 
     name: str
@@ -110,8 +111,9 @@ class Frame:
 
 
 def svg(chart):
-    """The chart as an <svg> element. Colours come from the CSS variables --c0, --c1, .. and from
-    currentColor.
+    """The chart as an <svg> element.
+
+    Colours come from the CSS variables --c0, --c1, .. and from currentColor.
     """
     frame = Frame.around(chart.lines)
     label = f"{escape(chart.title)}, {escape(chart.unit)}"
@@ -171,8 +173,9 @@ def _range(values, margin):
 
 
 def _thin(x, y):
-    """(x, y) points: of a long line the lowest and the highest in each of BUCKETS stretches, so that no spike
-    is lost.
+    """(x, y) points of a line, thinned so that no spike is lost.
+
+    Of a long line the lowest and the highest in each of BUCKETS stretches.
     """
     count = len(y)
     if count <= 2 * BUCKETS:

@@ -1,5 +1,6 @@
-"""The charts of training runs and of sweeps: which numbers stand under which title, in which unit. charts.py
-draws them.
+"""The charts of training runs and of sweeps.
+
+Which numbers stand under which title, in which unit. charts.py draws them.
 """
 
 import math
@@ -73,8 +74,9 @@ def training_charts(names, runs):
 
 
 def _metric_line(name, colour, run, metric, noisy):
-    """A Line of the finite values; its note counts the others. No points where the run has none of the
-    metric.
+    """A Line of the finite values; its note counts the others.
+
+    No points where the run has none of the metric.
     """
     steps, values = run.points(metric)
     _, halves = run.points(f"{metric}_ci95")
@@ -121,8 +123,9 @@ def _levels(panel, runs):
 
 
 def row_chart(title, unit, x, named_rows, keys):
-    """A Chart of row[key] over row[x]. named_rows [(name, rows)], keys {label: key}: lines after the first
-    are dashed.
+    """A Chart of row[key] over row[x].
+
+    named_rows [(name, rows)], keys {label: key}: lines after the first are dashed.
     """
     lines = []
     for colour, (name, rows) in enumerate(named_rows):
@@ -149,8 +152,9 @@ def spectrum_charts(spectra):
 
 
 def verdicts_of(sweeps):
-    """{category: [(colour, name of the sweep, sweep, verdict)]}; a sweep has the same colour in every
-    category.
+    """{category: [(colour, name of the sweep, sweep, verdict)]}.
+
+    A sweep has the same colour in every category.
     """
     found = {}
     for colour, (name, sweep) in enumerate(sweeps):
@@ -160,8 +164,9 @@ def verdicts_of(sweeps):
 
 
 def separation_charts(sweeps):
-    """The curve of every category with its interval, and the nulls beside it. sweeps: [(name, what its
-    aqi.json holds)].
+    """The curve of every category with its interval, and the nulls beside it.
+
+    sweeps: [(name, what its aqi.json holds)].
     """
     charts = []
     for category, found in verdicts_of(sweeps).items():
@@ -189,8 +194,9 @@ def separation_charts(sweeps):
 
 
 def _null_lines(name, colour, sweep, verdict):
-    """What the curve is to be read beside: random directions, the best direction of that length, the DPO
-    model itself.
+    """What the curve is to be read beside.
+
+    Random directions, the best direction of that length, the DPO model itself.
     """
     x, lines = sweep["inputs"]["lambdas"], []
     if verdict.get("control"):
@@ -254,8 +260,9 @@ def effect_charts(sweeps):
 
 
 def _profile(sweep):
-    """Rows {layer, unsteered, steered} of all axioms together; the sweep holds all blocks at lambda 0, then
-    all at the last lambda.
+    """Rows {layer, unsteered, steered} of all axioms together.
+
+    The sweep holds all blocks at lambda 0, then all at the last lambda.
     """
     overall = sweep["verdicts"][0]["category"]
     half = len(sweep["profile"]) // 2

@@ -47,8 +47,9 @@ class Steering:
 
 
 def read(folder):
-    """The Run or the Steering of a folder. UserError, naming folder or file, when it is neither, or a file of
-    it is torn.
+    """The Run or the Steering of a folder.
+
+    UserError, naming folder or file, when it is neither, or a file of it is torn.
     """
     if (folder / "metrics.jsonl").is_file():
         return _read_run(folder)

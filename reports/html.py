@@ -1,5 +1,6 @@
-"""A report as one HTML page: tables, and figures with legends; style and charts are inline, and nothing is
-fetched.
+"""A report as one HTML page: tables, and figures with legends.
+
+Style and charts are inline, and nothing is fetched.
 """
 
 from html import escape
@@ -58,8 +59,9 @@ def _entry(line):
 
 
 def page(title, lead, sections):
-    """The page as text. sections: [(title, [(heading, a table as HTML or a list of Charts)])]; parts without
-    content are left out.
+    """The page as text.
+
+    sections: [(title, [(heading, a table as HTML or a list of Charts)])]; parts without content are left out.
     """
     body = [f"<h1>{escape(title)}</h1><p class=lead>{'<br>'.join(map(escape, lead))}</p>"]
     for name, parts in sections:

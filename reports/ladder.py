@@ -1,5 +1,6 @@
-"""The ladder as a table, `python -m reports.ladder [RUNS]`: what was trained, what steering did to it, the
-published curves.
+"""The ladder as a table: `python -m reports.ladder [RUNS]`.
+
+What was trained, what steering did to it, the published curves.
 
 Read from the folders below RUNS (default: runs/): finished training runs, and sweeps beside the vector that
 they steered along. They are joined by the hash of their weights, not by name. A model that was trained again
@@ -45,10 +46,10 @@ class Sweep:
 
 
 def find(root):
-    """({stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name of a sweep whose vector is there
-    no more]) below `root`.
+    """(runs, sweeps, names without a vector) below `root`.
 
-    Names are folders relative to `root`. A run without an export, still training or stopped, is none.
+    {stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name of a sweep whose vector is there no
+    more]. Names are folders relative to `root`. A run without an export, still training or stopped, is none.
     """
     runs, sweeps, outdated = {"sft": {}, "dpo": {}}, [], []
     for path in sorted(root.rglob("manifest.json")):
@@ -97,8 +98,9 @@ def rows(runs, sweeps, pairs):
 
 
 def _training(sft, dpo):
-    """Last SFT loss, DPO accuracy and margin: held out where the run held any out, else of the last step,
-    marked.
+    """Last SFT loss, DPO accuracy and margin.
+
+    Held out where the run held any out, else of the last step, marked.
     """
     return [_last(sft, "loss"), _last(dpo, "rewards/accuracies"), _last(dpo, "rewards/margins")]
 

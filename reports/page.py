@@ -82,8 +82,9 @@ def outcome(name, run):
 
 
 def spread(lines, metric):
-    """The last value of a metric with its half-width, "0.982 ± 0.016"; the bare value without one, None
-    without a value.
+    """The last value of a metric with its half-width, "0.982 ± 0.016".
+
+    The bare value without a half-width, None without a value.
     """
     found = [line for line in lines if metric in line]
     if not found:
@@ -259,8 +260,9 @@ def notes(sweeps):
 
 
 def errors(sweeps):
-    """A table of how far the steered mean state is from the DPO model's, per injection; nothing without
-    any.
+    """A table of how far the steered mean state is from the DPO model's, per injection.
+
+    Nothing without any.
     """
     rows = []
     for name, sweep in sweeps:

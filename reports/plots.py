@@ -1,5 +1,6 @@
-"""PNGs, for slides and papers: the charts of a sweep, clusters of texts, a map of pairs. matplotlib is
-imported here only.
+"""PNGs, for slides and papers: the charts of a sweep, clusters of texts, a map of pairs.
+
+matplotlib is imported here only.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""A sweep in words and tables: the terminal's summary, all tables of a sweep, several pairs beside each
-other.
+"""A sweep in words and tables.
+
+The terminal's summary, all tables of a sweep, several pairs beside each other.
 
 `report` is what a sweep's aqi.json holds.
 """

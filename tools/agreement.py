@@ -1,5 +1,6 @@
-"""What the diff tools print: one row per quantity with a verdict, then the reasons and the first
-disagreements in context.
+"""What the diff tools print.
+
+One row per quantity with a verdict, then the reasons and the first disagreements in context.
 """
 
 import contextlib
@@ -19,8 +20,9 @@ class NotCompared(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity. note: why a difference is intended, why nothing was compared, what decided, or the first
-    disagreement.
+    """One quantity.
+
+    note: why a difference is intended, why nothing was compared, what decided, or the first disagreement.
     """
 
     quantity: str
@@ -31,8 +33,9 @@ class Row:
 
 
 def call(function, *args, **kwargs):
-    """function(*args, **kwargs) of the other side. NotCompared, saying what it raised: its signature or its
-    libraries are others.
+    """function(*args, **kwargs) of the other side.
+
+    NotCompared, saying what it raised: its signature or its libraries are others.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what it prints is not ours
@@ -43,8 +46,9 @@ def call(function, *args, **kwargs):
 
 
 def items(quantity, unit, ours, theirs, describe):
-    """Row for two equally long lists of things that must be equal; describe(i) is the context of the first
-    that differ.
+    """Row for two equally long lists of things that must be equal.
+
+    describe(i) is the context of the first that differ.
     """
     assert len(ours) == len(theirs)
     unequal = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]
@@ -99,8 +103,9 @@ def text_context(ours, theirs):
 
 
 def print_table(rows):
-    """Print the table and the notes. Returns the exit code: 1 for a disagreement, else 2 for something not
-    compared, else 0.
+    """Print the table and the notes; returns the exit code.
+
+    1 for a disagreement, else 2 for something not compared, else 0.
     """
     lines = [[row.quantity, row.size, row.difference, row.verdict] for row in rows]
     print(table(["quantity", "compared", "largest difference", "verdict"], lines, left=(0, -1)))

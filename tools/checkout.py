@@ -1,5 +1,6 @@
-"""Single functions out of a source checkout that is not installed: modules whose statements run only when a
-name of theirs is asked for.
+"""Single functions out of a source checkout that is not installed.
+
+A module's statements run only when a name of theirs is asked for.
 
 Importing open-instruct's files would need its whole environment (DeepSpeed, Ray, OLMo-core). A function needs
 only what it names, and Python looks a global up when it is used: each name's statement runs at that moment,
@@ -24,8 +25,9 @@ class NotFound(LookupError):
 
 
 class Checkout:
-    """A folder with the package `package`; `find(name, *files)` returns one function, class or constant of
-    it.
+    """A folder with the package `package`.
+
+    `find(name, *files)` returns one function, class or constant of it.
     """
 
     def __init__(self, root, package="open_instruct"):

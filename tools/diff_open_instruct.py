@@ -1,5 +1,6 @@
-"""Glassbox beside the user's own open-instruct checkout (or installed TRL): the same rows, the same weights,
-quantity by quantity.
+"""Glassbox beside the user's own open-instruct checkout (or installed TRL).
+
+The same rows, the same weights, quantity by quantity.
 
     python -m tools.diff_open_instruct --checkout DIR [--model FOLDER --data FILE] [--stage sft|dpo]
     python -m tools.diff_open_instruct --trl --model FOLDER --data FILE
@@ -27,8 +28,9 @@ from tools.same_rows import SCRIPT, Case
 
 
 def learning_rates(checkout, stage, total=50, peak=1e-5):
-    """Their scheduler, stepped as accelerate does: once per process in every optimizer step, over so many
-    times as many steps.
+    """Their scheduler, stepped as accelerate does.
+
+    Once per process in every optimizer step, over so many times as many steps.
     """
 
     def assigns(name):
@@ -73,8 +75,9 @@ def learning_rates(checkout, stage, total=50, peak=1e-5):
 
 
 def _their_rule(checkout, rows):
-    """(the name of their rule here, amount as text -> the rows that their code picks), of whichever revision
-    it is.
+    """(the name of their rule here, amount as text -> the rows that their code picks).
+
+    Of whichever revision it is.
     """
     instead = dict(load_dataset=lambda *_, **__: rows, get_commit_hash=lambda *_, **__: None)
 
@@ -108,8 +111,9 @@ def _their_rule(checkout, rows):
 
 
 def picked_rows(checkout, _stage, n=1009):
-    """Their mixture code on a data set of n numbered rows, which it is given in place of a download; ours by
-    the same rule.
+    """Rows that their mixture code picks of n numbered rows; ours by the same rule.
+
+    Their code is given a data set of these rows in place of a download.
     """
     rows = datasets.Dataset.from_dict({"row": list(range(n))})
     rule, pick = _their_rule(checkout, rows)
@@ -165,8 +169,9 @@ def compare(parts):
 
 
 def parts_of(args):
-    """{quantity: () -> Rows} that the arguments ask for, and what is compared, in words. ValueError when they
-    do not fit together.
+    """{quantity: () -> Rows} that the arguments ask for, and what is compared, in words.
+
+    ValueError when they do not fit together.
     """
     if bool(args.model) != bool(args.data) or (args.trl and (not args.data or args.stage != "dpo")):
         raise UserError(

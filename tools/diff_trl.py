@@ -1,5 +1,6 @@
-"""Pair losses, log-probs and gradients of the installed TRL on the same rows and weights: what its DPOTrainer
-computes from a batch.
+"""Pair losses, log-probs and gradients of the installed TRL on the same rows and weights.
+
+They are what its DPOTrainer computes from a batch.
 """
 
 import importlib.metadata
@@ -25,8 +26,9 @@ def version():
 
 
 def padded(case):
-    """input_ids, attention_mask, completion_mask (2N, T): the chosen documents, then the rejected ones,
-    padded on the right.
+    """input_ids, attention_mask, completion_mask (2N, T), padded on the right.
+
+    The chosen documents, then the rejected ones.
     """
     documents, size = case.their_documents, len(case.sides)
     documents = [documents[row * size + side] for side in range(size) for row in case.kept]
@@ -37,8 +39,9 @@ def padded(case):
 
 
 def rows(case):
-    """Rows for the answers' log-probs and, per loss that both have, the losses of single pairs and the
-    gradient of their mean.
+    """Rows for the answers' log-probs and, per loss that both have, for its values and gradient.
+
+    The losses are those of single pairs, the gradient that of their mean.
     """
     try:
         from trl.trainer.dpo_trainer import DPOTrainer
@@ -92,8 +95,9 @@ def rows(case):
 
 
 def _trainer(loss_type, beta):
-    """What DPOTrainer._compute_loss reads of its trainer: one process, the reference's log-probs in the
-    batch.
+    """What DPOTrainer._compute_loss reads of its trainer.
+
+    One process, the reference's log-probs in the batch.
     """
     fixed = dict(
         loss_weights=[1.0],

@@ -19,8 +19,9 @@ from tools import open_instruct_yaml as theirs
 
 
 class Translation:
-    """The YAML's keys, taken one by one, and what became of them: `values` of ours, comments, problems. At
-    the end `given` is empty.
+    """The YAML's keys, taken one by one, and what became of them.
+
+    `values` of ours, comments, problems. At the end `given` is empty.
     """
 
     def __init__(self, given, stage):
@@ -32,8 +33,9 @@ class Translation:
         self.defaults = theirs.DEFAULTS | (theirs.DEFAULTS_SFT if stage == "sft" else {})
 
     def take(self, *names):
-        """The value of whichever of `names` the YAML has; else open-instruct's default, with a comment; else
-        None.
+        """The value of whichever of `names` the YAML has.
+
+        Else open-instruct's default, with a comment; else None.
         """
         self.asked |= dict.fromkeys(names)
         found = {name: value for name in names if (value := self.given.pop(name, None)) is not None}
@@ -59,8 +61,9 @@ class Translation:
 
 
 def translate(given, stage, processes):
-    """The Translation of `given`. ValueError, one line per problem, when a key or a value cannot be
-    represented.
+    """The Translation of `given`.
+
+    ValueError, one line per problem, when a key or a value cannot be represented.
     """
     t = Translation(given, stage)
     for key in [key for key in given if key in theirs.WHY_NOT]:

@@ -1,5 +1,6 @@
-"""open-instruct's training YAML, for tools/from_open_instruct.py: how it is read, what each key is called
-here or why it has no name here.
+"""open-instruct's training YAML, for tools/from_open_instruct.py.
+
+How it is read, what each key is called here or why it has no name here.
 
 The facts hold for its commit e6c3044aa (2026-08-20); a date and a commit say since when a value has been what
 it is.
@@ -137,8 +138,9 @@ NOTES = {
 
 
 def read_yaml(path):
-    """{key: value} of the file. ValueError for a key that occurs twice (YAML would keep the last one) and for
-    a file that is no mapping.
+    """{key: value} of the file.
+
+    ValueError for a key that occurs twice (YAML would keep the last one) and for a file that is no mapping.
     """
     import yaml  # comes with datasets and huggingface_hub
 

@@ -1,5 +1,6 @@
-"""Push a finished run to the hub, nothing trained: `python -m tools.push runs/tulu10/dpo org/name`. final/
-and adapter/ go as they are.
+"""Push a finished run to the hub: `python -m tools.push runs/tulu10/dpo org/name`.
+
+Nothing is trained; final/ and adapter/ go as they are.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""The quantities that tools/diff_open_instruct.py compares on the same rows and weights: each function takes
-a Case and yields Rows.
+"""The quantities that tools/diff_open_instruct.py compares on the same rows and weights.
+
+Each function takes a Case and yields Rows.
 
 Tokens are compared first. The numbers that follow are of their tokens and masks on both sides, so they differ
 for their own reasons only.
@@ -146,8 +147,9 @@ def gradients(case, quantity, ours, theirs_of, intended=None):
 
 @torch.no_grad()
 def log_probs(case):
-    """log p of every supervised token, in nats: their gather on transformers' logits against our packed
-    forward and `token_logps`.
+    """log p of every supervised token, in nats.
+
+    Their gather on transformers' logits against our packed forward and `token_logps`.
     """
     gather = case.checkout.find(["calculate_per_token_logps"], ["padding_free_collator", "dpo_utils"])
     batch, size = case.packed(case.kept), len(case.sides)
@@ -164,8 +166,9 @@ def log_probs(case):
 
 
 def vocabulary(case):
-    """Padding tokens that open-instruct adds: when the tokenizer outgrows the embeddings, these get rows up
-    to a multiple of 8.
+    """Padding tokens that open-instruct adds.
+
+    When the tokenizer outgrows the embeddings, these get rows up to a multiple of 8.
     """
     case.checkout.find(
         TOKENIZERS, ["dataset_transformation"]
@@ -229,9 +232,11 @@ def preference_losses(case):
 
 
 def their_sft_step(case, per_device, reduction):
-    """(loss, gradient) of the body of their training step over all rows: what `with
-    accelerator.accumulate(model)` holds, micro-batch by micro-batch, divided by their number as accelerate
-    does."""
+    """(loss, gradient) of the body of their training step over all rows.
+
+    What `with accelerator.accumulate(model)` holds, micro-batch by micro-batch, divided by their number as
+    accelerate does.
+    """
     from transformers import DataCollatorForSeq2Seq
 
     module, step = case.checkout.main_part(
@@ -271,8 +276,9 @@ def their_sft_step(case, per_device, reduction):
 
 
 def sft_losses(case):
-    """Loss and gradient of one SFT step over all rows, by micro-batches of one and two rows, against ours
-    divided once.
+    """Loss and gradient of one SFT step over all rows.
+
+    Theirs by micro-batches of one and two rows, against ours divided once.
     """
     reductions = ["mean"] + ["sum"] * ("reduce_loss" in case.checkout.module("finetune").source)
     for reduction, per_device in [

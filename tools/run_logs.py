@@ -44,8 +44,9 @@ def read_ours(folder):
 
 
 def rows(their_log, our_run):
-    """Rows for the last step, the rates, the first DPO loss, and the losses on average: their order of the
-    rows is another one.
+    """Rows for the last step, the rates, the first DPO loss, and the losses on average.
+
+    On average, because their order of the rows is another one.
     """
     theirs, processes = read_theirs(their_log)
     ours, config, manifest = read_ours(our_run)
@@ -92,8 +93,10 @@ def _rates(theirs, ours, config, manifest, processes):
 
 
 def _losses(theirs, ours, config):
-    """Theirs is a mean over the steps since the last line; ours is averaged over the same steps. They are of
-    other rows, so only the mean difference can be judged, by its standard error over windows."""
+    """Losses averaged over the same steps: theirs is a mean over those since the last line.
+
+    They are of other rows, so only the mean difference can be judged, by its standard error over windows.
+    """
     previous, windows = 0, []
     for step, _, loss in theirs:
         if all(inner in ours for inner in range(previous + 1, step + 1)):

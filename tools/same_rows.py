@@ -27,8 +27,9 @@ SCRIPT = {"sft": "finetune", "dpo": "dpo_tune_cache"}
 
 
 class Case:
-    """Rows, tokenizers and models of both sides; `documents` are the rows' conversations, for dpo chosen and
-    rejected in turn.
+    """Rows, tokenizers and models of both sides.
+
+    `documents` are the rows' conversations, for dpo chosen and rejected in turn.
     """
 
     def __init__(self, args, checkout):
@@ -78,8 +79,9 @@ class Case:
 
     @cached_property
     def their_rows(self):
-        """[{(chosen_, rejected_)input_ids, labels, attention_mask}] as their transform makes them: their
-        lists or tensors.
+        """[{(chosen_, rejected_)input_ids, labels, attention_mask}] as their transform makes them.
+
+        Their lists or tensors.
         """
         try:
             transform = self.checkout.find(["TRANSFORM_FNS"], ["dataset_transformation"])[
@@ -141,8 +143,9 @@ class Case:
         return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32)
 
     def packed(self, rows):
-        """Our PackedBatch of *their* ids and masks, so that a number differs for its own reasons only; for
-        dpo chosen, then rejected.
+        """Our PackedBatch of *their* ids and masks; for dpo chosen, then rejected.
+
+        So a number differs for its own reasons only.
         """
         documents, size = self.their_documents, len(self.sides)
         return pack(
@@ -151,8 +154,9 @@ class Case:
 
     @cached_property
     def padding_tokenizer(self):
-        """Theirs, padding with EOS: the row that open-instruct would add to the embeddings for its padding
-        token is not in the weights.
+        """Their tokenizer, padding with EOS.
+
+        The row that open-instruct would add to the embeddings for its padding token is not in the weights.
         """
         tokenizer = copy.deepcopy(self.their_tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
@@ -160,8 +164,9 @@ class Case:
 
     @cached_property
     def reference(self):
-        """(2, N) float32 summed log-probs for both sides: the policy's, shifted by noise per answer, so that
-        pairs differ.
+        """(2, N) float32 summed log-probs for both sides.
+
+        The policy's, shifted by noise per answer, so that pairs differ.
         """
         with torch.no_grad():
             policy, counts = answer_logps(self.model, self.packed(self.kept), len(self.kept))

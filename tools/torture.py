@@ -1,5 +1,6 @@
-"""Faults on purpose, on a tiny model: `python -m tools.torture` prints what each did to a run, and exits 1
-when any is wrong.
+"""Faults on purpose, on a tiny model: `python -m tools.torture`.
+
+Prints what each did to a run, and exits 1 when any is wrong.
 
 A fault is survived when the same command, given again, ends with the weights, the adapter and the metrics of
 a run that nothing has disturbed, bit for bit; a corrupted file when its reader refuses it by name.
@@ -66,8 +67,10 @@ class Campaign:
         return tiny.launch("dpo", config, prepare=prepare, ranks=ranks)
 
     def ends_well(self, config):
-        """Give the command until it ends by itself; is the result that of the undisturbed run? Its folder is
-        deleted then."""
+        """Give the command until it ends by itself; is the result that of the undisturbed run?
+
+        Its folder is deleted then.
+        """
         outcome = self.train(config)
         if any(outcome.codes) or result_of(config) != result_of(self.whole):
             print(f"{config.parent}: wrong\n{outcome.err[0][-500:]}", file=sys.stderr)
@@ -110,8 +113,10 @@ def random_kills(campaign, number):
 
 
 def at_operation(number, act):
-    """Call act(path or handle) before this process's file operation of that number: fsync, rename, unlink,
-    mkdir."""
+    """Call act(path or handle) before this process's file operation of that number.
+
+    The operations are fsync, rename, unlink, mkdir.
+    """
     seen = 0
 
     def counted(real, *args, **options):
@@ -206,8 +211,10 @@ def at_step(steps, act, rank=0):
 
 
 def stop_itself(rank, step):
-    """SIGSTOP that rank after that step; patience is seconds. What no watchdog has ended is killed after a
-    minute."""
+    """SIGSTOP that rank after that step.
+
+    patience is seconds. What no watchdog has ended is killed after a minute.
+    """
     watchdog.PATIENCE = 5.0
     pid = os.getpid()
 
@@ -239,8 +246,10 @@ def stopped_ranks(campaign, number):
 
 
 def readers(campaign, folder):
-    """{kind: (files, read)} of a copy of the undisturbed run; read() raises UserError, or returns False, for
-    a damaged file."""
+    """{kind: (files, read)} of a copy of the undisturbed run.
+
+    read() raises UserError, or returns False, for a damaged file.
+    """
     run = folder / "dpo"
     alone = parallel.World(0, 1, torch.device("cpu"))
     config, _, model = tiny.stage_parts("dpo", folder / "config.py", alone)
@@ -275,7 +284,10 @@ def readers(campaign, folder):
 
 
 def corruption(campaign, number):
-    """One bit at a time: all of the small files, `number` random ones of the others. {kind: Tried}"""
+    """Flip one bit at a time; returns {kind: Tried}.
+
+    All bits of the small files, `number` random ones of the others.
+    """
     parallel.init()
     found = {}
     folder = Path(shutil.copytree(campaign.whole.parent, campaign.folder / "corrupted"))
