@@ -82,6 +82,7 @@ class Run:
     latest: Path | None  # the checkpoint that the run goes on from
     log: Logbook
     stop: parallel.StopSignal | None = None  # listens from `resume` on
+    saved_at: float = 0.0  # by time.monotonic: of the last checkpoint, or of the start
 
     @property
     def pace(self):
@@ -98,6 +99,7 @@ class Run:
             self.latest = self.latest.with_name(f"step_{done:06d}")
         self.log.resume_at(done, self.latest)
         self.stop = parallel.StopSignal()
+        self.saved_at = time.monotonic()
         return done
 
     def evaluates_before(self, step):
@@ -132,19 +134,32 @@ class Run:
 
         Returns the exit code of a run that was told to stop, else 0.
         """
-        every, last = self.config.save_every, step == self.total_steps
         self.checkpointer.check()
         # Every rank must take the same branch here: a save is collective.
         stopped = self.stop.received()
-        if stopped or (every and (last or step % every == 0)):
+        if stopped or self.is_save_due(step):
             self.checkpointer.save(step, self.model, self.optimizer)
-        if stopped or last:
+            self.saved_at = time.monotonic()
+        if stopped or step == self.total_steps:
             self.checkpointer.wait()
         if not stopped:
             return 0
         goes_on = "saved; the same command goes on from there"
         self.world.say(f"stopped by signal {stopped} after step {step}, {goes_on}")
         return 128 + stopped
+
+    def is_save_due(self, step):
+        """Whether save_every or save_minutes asks for a checkpoint after `step` steps; the last step has one
+        if any has."""
+        every, minutes = self.config.save_every, self.config.save_minutes
+        if every is None and minutes is None:
+            return False
+        if step == self.total_steps or (every and step % every == 0):
+            return True
+        if minutes is None:
+            return False
+        passed = parallel.max_across_ranks(time.monotonic() - self.saved_at)  # ranks measure it a bit apart
+        return passed >= 60 * minutes
 
     def finish(self):
         """Export the model, record its hash in the manifest, write its card, push it if that was asked for.

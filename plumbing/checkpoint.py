@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from plumbing.files import HASHERS, UserError, publish, read_json, sha256_of, sy
 from plumbing.tensors import is_finite, open_safetensors, write_safetensors
 from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
+WAIT_SAID = 1.0  # seconds from which a save says that it waited for the one before
 # A copy that somebody named step_000100_good is theirs: never read, never deleted.
 OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+(\.damaged)?")
 
@@ -205,7 +207,12 @@ class Checkpointer:
         loaded last is not saved again. FloatingPointError, naming tensors, when one of them is not finite:
         nothing is written.
         """
+        start = time.monotonic()
         self.wait()
+        waited = time.monotonic() - start
+        if waited >= WAIT_SAID:
+            earlier = f"the checkpoint of step {self._finished_step} was still being written"
+            parallel.say(f"step {step}: waited {waited:.1f} s to save, because {earlier}")
         if step == self._finished_step:
             return
         tensors = _trained_tensors(model, optimizer)

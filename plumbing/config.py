@@ -190,6 +190,9 @@ class Config(Section):
     save_every: int | None = setting(
         "run", "steps", "between resumable checkpoints; None: only when stopped",
         default=None, minimum=1, affects_results=False)
+    save_minutes: float | None = setting(
+        "run", "minutes", "a checkpoint also after so many without one: what a lost machine costs at most",
+        default=None, above=0, affects_results=False)
     sample_every: int | None = setting(
         "run", "steps", "between greedy answers to four fixed prompts, in samples.jsonl; None: never",
         default=None, minimum=1, affects_results=False)

@@ -70,9 +70,32 @@ def init(deterministic=False):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     patience = timedelta(hours=2)  # the others wait while rank 0 tokenises, hashes, or writes to a slow disk
+    if _restarts_on_one_machine():
+        size = int(os.environ["WORLD_SIZE"])
+        where = {"store": _store_of_this_attempt(patience), "rank": rank, "world_size": size}
     dist.init_process_group(backend, timeout=patience, **where)
     _background_group = dist.new_group(backend="gloo", timeout=patience)
     return World(rank, dist.get_world_size(), device)
+
+
+def _restarts_on_one_machine():
+    """Whether torchrun has started these processes again (--max-restarts), all of them on one machine, and
+    keeps the store itself."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return restarts > 0 and keeps_store and os.environ.get("GROUP_WORLD_SIZE") == "1"
+
+
+def _store_of_this_attempt(patience):
+    """torchrun's store, with keys of their own for each attempt.
+
+    The store outlives the processes: a rank that starts first would find the addresses of the last attempt,
+    and fail after 10 s, which costs a restart. The agents of several machines count restarts apart, so there
+    torchrun has to start a new store each time (docs/many_machines.md).
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+    return dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def world_size():

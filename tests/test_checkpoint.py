@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from plumbing.checkpoint import Checkpointer
 from plumbing.files import sha256_of, write_hashes
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import fingerprint, load_weights, resolve, save_adapter, save_pretrained
-from training import read_model_config
+from training import Run, read_model_config
 
 DOCUMENTS = random_documents(97, (21, 1, 9))
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -196,6 +197,34 @@ def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+
+def test_a_save_that_waits_for_the_one_before_says_how_long(run, monkeypatch, capsys):
+    checkpointer, model, optimizer, _ = run
+    write_rows = checkpoint._write_rows
+    monkeypatch.setattr(checkpoint, "_write_rows", lambda *args: time.sleep(0.3) or write_rows(*args))
+    monkeypatch.setattr(checkpoint, "WAIT_SAID", 0.2)
+    checkpointer.save(2, model, optimizer)
+    assert not capsys.readouterr().out
+    checkpointer.save(3, model, optimizer)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 3: waited 0\.[3-9] s to save, because the checkpoint of step 2 was still being written", said)
+
+
+def test_when_a_save_is_due(ranks):
+    """save_every by the step, save_minutes by the time since the last checkpoint; the last step has one if either is set."""
+
+    def due(step, minutes_ago, **keys):
+        keys = dict(save_every=None, save_minutes=None) | keys
+        run = SimpleNamespace(config=SimpleNamespace(**keys), total_steps=10, saved_at=time.monotonic() - 60 * minutes_ago)
+        return Run.is_save_due(run, step)
+
+    assert not due(10, 1000)
+    assert [step for step in range(1, 11) if due(step, 0, save_every=4)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if due(step, 0, save_minutes=5.0)] == [10]
+    assert due(3, 5.01, save_minutes=5.0) and not due(3, 4.9, save_minutes=5.0)
+    assert due(3, 6, save_minutes=5.0, save_every=2) and due(4, 0, save_minutes=5.0, save_every=2)
+
+
 @pytest.mark.parametrize("call", ["write_safetensors", "write_json", "publish", "sync", "_delete"])
 def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
     """The writer dies in front of each of its file operations (write_json is called twice): the next start has step 1 or step 2, whole."""

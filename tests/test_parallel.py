@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from exchange_ranks import CHECKS as EXCHANGE_CHECKS
 from parallel_ranks import CHECKS
 
@@ -22,6 +24,24 @@ ROOT = Path(__file__).parent.parent
 def test_one_process(check, ranks):
     assert ranks.size == 1 and ranks.main
     check(ranks)
+
+
+def test_a_restarted_attempt_sees_no_address_of_the_one_before(monkeypatch):
+    """torchrun on one machine keeps one store over its attempts: what a dead rank left there is not read again."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent.set("rank 1", "an address")
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (environment | {"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    assert not parallel._restarts_on_one_machine()
+    for attempt in "12":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        assert parallel._restarts_on_one_machine()
+        store = parallel._store_of_this_attempt(timedelta(seconds=10))
+        assert not store.check(["rank 1"])
+        store.set("rank 1", "another")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert not parallel._restarts_on_one_machine()
 
 
 def test_what_a_user_can_mend_is_one_line(capsys):

@@ -1,8 +1,11 @@
-"""torchrun that takes --nproc 8 as well, which the real one refuses: two of its options begin so.
+"""torchrun that takes --nproc 8 as well, which the real one refuses: two of its options begin so. And one
+whose restarts (--max-restarts) on several machines begin with a new store: in the old one, processes find the
+addresses of those that are gone, and lose the attempt.
 
 `make` writes this file over .venv/bin/torchrun. With another torchrun, write --nproc-per-node.
 """
 
+import os
 import runpy
 import sys
 
@@ -20,4 +23,5 @@ def expand(argv):
 
 if __name__ == "__main__":
     sys.argv[1:] = expand(sys.argv[1:])
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     runpy.run_module("torch.distributed.run", run_name="__main__")
