@@ -36,13 +36,17 @@ ROLES = ("system", "user", "assistant")
 # zephyr  as published with zephyr-7b: every turn ends in EOS and a newline; no BOS.
 # llama3  Llama 3 Instruct: BOS once, contents stripped. Llama 3.1's own adds dates to a system turn.
 # chatml  without a default system prompt (SmolLM2's and Qwen2's own add one to a conversation that has none).
+# gemma   Gemma 2's own, letter for letter: no system turn, and turns that alternate.
+# tulu_bos  Tulu 3's behind a BOS, as OLMo 2 was trained (open-instruct's --add_bos).
+_TULU = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% if not loop.last %}{{ '\\n' }}{% endif %}"
+    "{% else %}{{ '\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 TEMPLATES = {
-    "tulu": (
-        "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% if not loop.last %}{{ '\\n' }}{% endif %}"
-        "{% else %}{{ '\\n' }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-    ),
+    "tulu": _TULU,
+    "tulu_bos": "{{ bos_token }}" + _TULU,
     "zephyr": (
         "{% for message in messages %}"
         "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
@@ -62,14 +66,21 @@ TEMPLATES = {
 }
 HEADERS = {
     "tulu": "<|{}|>\n",
+    "tulu_bos": "<|{}|>\n",
     "zephyr": "<|{}|>\n",
     "llama3": "<|start_header_id|>{}<|end_header_id|>\n\n",
     "chatml": "<|im_start|>{}\n",
+    "gemma": "<start_of_turn>{}\n",
 }
+# What differs between them beside the header
+BEGINS_WITH_BOS = ("tulu_bos", "llama3", "gemma")
+STRIPS_CONTENTS = ("llama3", "gemma")
+ENDS_ONLY_ANSWERS = ("tulu", "tulu_bos")  # the user's and the system's turns end in a newline alone
 # The last of a template's own tokens ends a turn. The other templates end it with the tokenizer's EOS.
 SPECIAL_TOKENS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
 }
 # sha256 of other spellings that render every conversation to the same characters, with newlines as such:
 # tests/test_data.py has the texts, and lets Jinja render them. Here it need not run.
@@ -109,7 +120,7 @@ def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
     eos = SPECIAL_TOKENS[template][-1] if template in SPECIAL_TOKENS else tokenizer.eos_token
     # One id each, or the template's text would be spelled out in pieces that the model never saw as marks.
     needed = [*SPECIAL_TOKENS.get(template, ()), eos]
-    if template == "llama3":
+    if template in BEGINS_WITH_BOS:
         needed.append(tokenizer.bos_token)
     for token in needed:
         if token is None or len(tokenizer.encode(token)) != 1:
@@ -136,30 +147,34 @@ def render(messages: list[dict], template: str, tokenizer: Tokenizer) -> tuple[s
         raise UserError(f"{found}: expected a list of at least one message {{role, content}}")
     eos = end_of_turn(template, tokenizer)
     # BOS is text here, and the tokenizer adds none: no path can add it twice.
-    text = tokenizer.bos_token if template == "llama3" else ""
+    text = tokenizer.bos_token if template in BEGINS_WITH_BOS else ""
     spans = []
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
             found = f"role={role!r}, content={type(content).__name__}"
             raise UserError(f"message {i}: {found}; expected a role of {ROLES} and a string")
-        if template == "llama3":
+        if template in STRIPS_CONTENTS:
             content = content.strip()
         is_answer = role == "assistant"
+        if template == "gemma":
+            if role == "system" or is_answer != (i % 2 == 1):
+                expected = "user, assistant, user, ...: Gemma's template has no other conversations"
+                raise UserError(f"message {i}: role={role!r}; expected {expected}")
+            role = "model" if is_answer else "user"
         if is_answer and content.endswith(eos):
             needs = "expected text without it (the template adds it)"
             raise UserError(f"message {i}: the answer already ends in {eos}; {needs}")
         text += HEADERS[template].format(role)
         start = len(text)
         text += content
-        # tulu ends the user's and the system's turns with a newline alone
-        if is_answer or template != "tulu":
+        if is_answer or template not in ENDS_ONLY_ANSWERS:
             text += eos
         if is_answer:
             spans.append((start, len(text)))
         # no newline after llama3's turns, nor after an answer that ends a tulu conversation
         is_last_answer = is_answer and i == len(messages) - 1
-        if template != "llama3" and not (template == "tulu" and is_last_answer):
+        if template != "llama3" and not (template in ENDS_ONLY_ANSWERS and is_last_answer):
             text += "\n"
     return text, spans
 

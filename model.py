@@ -73,6 +73,8 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None  # only kept, for the export: documents are packed, nothing is padded
 
+    final_logit_softcapping = None  # a Gemma's, see next_logits
+
     @classmethod
     def from_hf(cls, directory):
         """Read config.json in `directory`.
@@ -661,17 +663,20 @@ class KVCache:
         self.slots = slots
         self.lengths = torch.zeros(num_documents, dtype=torch.int64, device=device)
 
+    def store(self, layer, k, v, cu_seqlens):
+        """Put the new tokens' k, v (T, G, K) behind each document's earlier ones, in its row of the cache."""
+        counts = cu_seqlens.long().diff()  # (N,) new tokens per document
+        document = torch.repeat_interleave(torch.arange(len(counts), device=k.device), counts)
+        slot = torch.arange(len(document), device=k.device) - cu_seqlens[document] + self.lengths[document]
+        self.k[layer, document, slot], self.v[layer, document, slot] = k, v
+
     def attend(self, layer, q, k, v, cu_seqlens, max_seqlen):
-        """Store the new tokens' k, v behind each document's earlier ones, and attend.
+        """Store the new tokens' k, v, and attend.
 
         q (T, H, K) -> (T, H, K). Prompts come first, all at once into an empty cache; afterwards one new
         token for each document.
         """
-        # where each new token goes: its document's row of the cache, behind what is there
-        counts = cu_seqlens.long().diff()  # (N,) new tokens per document
-        document = torch.repeat_interleave(torch.arange(len(counts), device=q.device), counts)
-        slot = torch.arange(len(document), device=q.device) - cu_seqlens[document] + self.lengths[document]
-        self.k[layer, document, slot], self.v[layer, document, slot] = k, v
+        self.store(layer, k, v, cu_seqlens)
         if max_seqlen > 1 or not self.lengths.any():
             assert not self.lengths.any(), "prompts are read in one go, then one token at a time"
             return attention(q, k, v, cu_seqlens, max_seqlen)
@@ -683,6 +688,12 @@ class KVCache:
         mask = filled[:, None, None]  # (N, 1, 1, S)
         mixed = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)  # (N, H, 1, K)
         return mixed[:, :, 0]
+
+
+def next_logits(model, hidden):
+    """(T, V) float32 from hidden states (T, D), of any family: capped where its config says so."""
+    logits = (hidden @ model.lm_head.weight.T).float()
+    return reference.soft_cap(logits, model.config.final_logit_softcapping)
 
 
 @torch.no_grad()
@@ -710,7 +721,7 @@ def generate(model, prompts, max_new_tokens, eos_id=None, temperature=0.0, seed=
         hidden = model(input_ids, positions, cu_seqlens, int(counts.max()), tap=tap, cache=cache)
         cache.lengths += counts
         last = hidden[cu_seqlens[1:].long() - 1]  # (N, D), of each document's last token
-        logits = (last @ model.lm_head.weight.T).float()  # (N, V)
+        logits = next_logits(model, last)  # (N, V)
         if temperature > 0:
             probabilities = (logits / temperature).softmax(-1)
             input_ids = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)

@@ -10,7 +10,7 @@ import torch
 
 from analysis.steering import document_logps, packed_batches, steered_runs, steering_tap
 from families import device_of
-from model import generate
+from model import generate, next_logits
 
 # How answers begin that decline; compared in lower case, after quotes and spaces. Stated, so that anybody can
 # count again.
@@ -90,7 +90,7 @@ def final_logits(model, documents, tap=None):
         ((_, batch),) = packed_batches([document], device)
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=tap)
         hidden = hidden.index_select(0, batch.supervised[:KL_TOKENS])
-        found.append((hidden @ model.lm_head.weight.T).float().cpu())
+        found.append(next_logits(model, hidden).cpu())
     return found
 
 

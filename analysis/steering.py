@@ -89,7 +89,9 @@ def document_logps(model, batch, hidden=None):
     """
     if hidden is None:
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-    logps = token_logps(hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets)
+    hidden = hidden.index_select(0, batch.supervised)
+    cap = model.config.final_logit_softcapping
+    logps = token_logps(hidden, model.lm_head.weight, batch.targets, soft_cap=cap)
     return segment_sums(logps, batch.supervised_offsets), batch.supervised_offsets.diff()
 
 
@@ -283,8 +285,8 @@ def bake(model, additions, strength):
     """A copy of a Llama whose down_proj biases hold strength * additions.
 
     transformers runs it (`mlp_bias`) with the steered logits. ValueError where that cannot be said exactly:
-    Qwen, OLMo, Falcon. A Mistral is written as a Llama that ends where its window does. A norm-rescaling tap
-    cannot be baked: what it adds depends on the token.
+    Qwen, OLMo, Falcon, Gemma. A Mistral is written as a Llama that ends where its window does. A
+    norm-rescaling tap cannot be baked: what it adds depends on the token.
     """
     config = model.config
     if config.model_type not in ("llama", "mistral"):

@@ -39,9 +39,7 @@ PAIRS = {
         template=None,
     ),
     "Qwen2_7B": dict(sft="Qwen/Qwen2-7B", dpo="Qwen/Qwen2-7B-Instruct", template=None),
-    "Gemma2_9B": dict(
-        not_representable="Gemma 2 caps its logits and alternates window masks: model.py does neither",
-    ),
+    "Gemma2_9B": dict(sft="google/gemma-2-9b", dpo="google/gemma-2-9b-it", template=None),
 }
 
 # True pairs of the public hub: the DPO model was trained from the SFT model. `made` is how, `source` who says
@@ -115,7 +113,9 @@ for _kind in ("Instruct", "Think"):
 # Several pairs under one name, swept on one scale.
 GROUPS = {
     "ladder": _RUNGS,
-    "published": ("Llama31_Tulu", "Mistral_7B", "Zephyr_7B", "Falcon_7B", "Llama3_8B", "Qwen2_7B"),
+    "published": (
+        "Llama31_Tulu", "Mistral_7B", "Zephyr_7B", "Falcon_7B", "Llama3_8B", "Qwen2_7B", "Gemma2_9B",
+    ),
     "own": ("Llama31_PKU_Custom", "Llama31_Tulu10pct"),
     "tulu2": ("Tulu2_7B", "Tulu2_13B"),
     "zephyr": ("Zephyr_7B", "ZephyrFull_7B"),

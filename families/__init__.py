@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from families.falcon import Falcon, FalconConfig
+from families.gemma import Gemma, GemmaConfig
 from model import Llama, LlamaConfig, apply_fused, apply_lora, has_lora, merge_lora
 from plumbing import parallel, weights
 from plumbing.device import check_bf16, pick_device
@@ -13,15 +14,19 @@ from plumbing.files import read_config, read_json
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import check_vocabulary, load_weights, resolve
 
+# the others, each in a file of its own; what is neither here nor in model.py is refused there
+_CONFIGS = {"falcon": FalconConfig, "gemma2": GemmaConfig}
+_MODELS = {LlamaConfig: Llama, FalconConfig: Falcon, GemmaConfig: Gemma}
+
 
 def model_config(directory):
-    """The LlamaConfig or FalconConfig of a model folder. UserError for any other model or variant."""
-    is_falcon = read_config(directory).get("model_type") == "falcon"
-    return (FalconConfig if is_falcon else LlamaConfig).from_hf(directory)
+    """The config of a model folder, one of _MODELS. UserError for any other model or variant."""
+    model_type = read_config(directory).get("model_type")
+    return _CONFIGS.get(model_type, LlamaConfig).from_hf(directory)
 
 
 def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
-    """(Llama or Falcon, Tokenizer) of a model folder or hub name, unsharded.
+    """(model, Tokenizer) of a model folder or hub name, unsharded.
 
     UserError when they do not fit.
     """
@@ -29,7 +34,7 @@ def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
     config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
     check_vocabulary(config, tokenizer)
     with torch.device("meta"):
-        model = (Falcon if isinstance(config, FalconConfig) else Llama)(config).to(dtype)
+        model = _MODELS[type(config)](config).to(dtype)
     parallel.materialize(model, device)
     load_weights(model, directory)
     return model, tokenizer

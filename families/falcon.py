@@ -8,14 +8,14 @@ names are Hugging Face's.
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.nn.functional as F
 from torch import nn
 
+from families.keys import config_file, read_keys
 from kernels import attention, reference
 from model import RopeScaling, rope_frequencies, rope_from_hf
-from plumbing.files import UserError, read_config
+from plumbing.files import UserError
 
 # what the code below takes for granted; a key that is absent has this value in transformers too
 _FIXED = {
@@ -29,6 +29,7 @@ _FIXED = {
     "apply_residual_connection_post_layernorm": False,
     "quantization_config": None,
 }
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 # spellings of 2023: transformers 5 ignores the first two and would build 32 layers of 71 heads in silence
 _OLD_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embed": "hidden_size"}
 
@@ -51,6 +52,7 @@ class FalconConfig:
     eos_token_id: int | tuple[int, ...] | None = 11
 
     model_type = "falcon"
+    final_logit_softcapping = None
     num_key_value_heads = 1  # config.json's num_kv_heads (71) counts only without multi_query
 
     @property
@@ -63,31 +65,20 @@ class FalconConfig:
 
         UserError, naming the keys, for anything this file cannot represent exactly.
         """
-        raw, source = read_config(directory), Path(directory) / "config.json"
-        problems = []
-        for key, value in _FIXED.items():
-            if raw.get(key, value) != value:
-                problems.append(f"{key}={raw[key]!r}: expected {value!r}")
-        if raw.get("model_type") != cls.model_type:
-            problems.append(f"model_type={raw.get('model_type')!r}: expected {cls.model_type!r}")
+        values, problems, raw = read_keys(cls, directory, _FIXED, _REQUIRED)
         for old, new in _OLD_NAMES.items():
             if old in raw and raw[old] != raw.get(new):
                 problems.append(f"{old}={raw[old]!r}: expected it renamed to {new}, as in today's falcon-7b")
-        required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        problems += [f"{key}: missing" for key in required if raw.get(key) is None]
         if not problems and raw["hidden_size"] % (2 * raw["num_attention_heads"]):
             expected = "an even head size for each of num_attention_heads"
             problems.append(f"hidden_size={raw['hidden_size']}: expected {expected}")
+        source = config_file(directory)
         if problems:
             raise UserError(f"{source}: " + "; ".join(problems))
-        optional = ("layer_norm_epsilon", "max_position_embeddings", "tie_word_embeddings")
-        optional += ("bos_token_id", "eos_token_id")
-        values = {key: raw[key] for key in required + optional if key in raw}
-        if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = tuple(values["eos_token_id"])
         theta, scaling = rope_from_hf(raw, source)
         inner = raw.get("ffn_hidden_size") or 4 * raw["hidden_size"]
-        return cls(**values, ffn_hidden_size=inner, rope_theta=theta, rope_scaling=scaling)
+        shape = {"ffn_hidden_size": inner, "rope_theta": theta, "rope_scaling": scaling}
+        return cls(**values | shape)
 
 
 class Attention(nn.Module):

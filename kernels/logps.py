@@ -7,21 +7,22 @@ from kernels.block import matmul, path_of, weight_gradient
 from kernels.masters import accumulates
 
 
-def token_logps(hidden, weight, targets, chunk=2048):
+def token_logps(hidden, weight, targets, chunk=2048, soft_cap=None):
     """log p(target) of every position under softmax(hidden @ weight.T), without ever holding (T, V) logits.
 
     hidden (T, D), weight (V, D), targets (T,) int64 already shifted. Returns (T,) float32, nats; 0.0, with no
     gradient, where targets == IGNORE_INDEX. Gradients reach hidden and weight.
     Forward and backward each walk chunks of `chunk` rows, and the backward recomputes the chunk's logits: the
     workspace is chunk * V * 4 bytes, 1 GiB at a 128k vocabulary (4,096 rows would be 3 % faster).
+    soft_cap: of the logits (reference.soft_cap); for inference, there is no backward pass.
     """
     assert hidden.ndim == 2 and targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
-    return _TokenLogps.apply(hidden, weight, targets, chunk)
+    return _TokenLogps.apply(hidden, weight, targets, chunk, soft_cap)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
+    def forward(ctx, hidden, weight, targets, chunk, soft_cap):
         ignored = targets == reference.IGNORE_INDEX
         targets = targets.clamp(min=0)
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -29,13 +30,16 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             # the logits (C, V) have no name: they are gone before the next chunk's are allocated
-            logps[rows], log_z[rows] = pick_logps(_logits(hidden[rows], weight), targets[rows])
+            logps[rows], log_z[rows] = pick_logps(
+                reference.soft_cap(_logits(hidden[rows], weight), soft_cap), targets[rows]
+            )
         ctx.save_for_backward(hidden, weight, targets, ignored, log_z)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.soft_cap = chunk, soft_cap
         return logps.masked_fill_(ignored, 0.0)
 
     @staticmethod
     def backward(ctx, grad_logps):
+        assert ctx.soft_cap is None, "the gradient of capped logits is not written"
         hidden, weight, targets, ignored, log_z = ctx.saved_tensors
         g = grad_logps.masked_fill(ignored, 0.0)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
@@ -57,7 +61,7 @@ class _TokenLogps(torch.autograd.Function):
             elif wants_weight:
                 weight_gradient(weight, d_logits, hidden[rows])
             del d_logits
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _logits(hidden, weight):

@@ -118,6 +118,11 @@ def attention(q, k, v, cu_seqlens, max_seqlen, shared=None):
     return torch.einsum("htu,uhk->thk", weights, v).to(q.dtype)
 
 
+def soft_cap(x, cap):
+    """cap tanh(x / cap): about x while |x| is small, never beyond +-cap (Gemma 2, section 2). cap None: x."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
 def keys_and_values(k, v, cu_seqlens, shared):
     """Keys and values of whole documents: k, v (U, G, K) and boundaries (N+1,).
 

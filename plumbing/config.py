@@ -56,7 +56,7 @@ THEIR_NAMES = {}
 for _ours, _theirs in ALIASES.items():
     THEIR_NAMES |= dict.fromkeys(_theirs, _ours)
 SIGNS = {"above": ">", "minimum": ">=", "below": "<"}
-Template = Literal["tulu", "zephyr", "llama3", "chatml"]
+Template = Literal["tulu", "tulu_bos", "zephyr", "llama3", "chatml", "gemma"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

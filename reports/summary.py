@@ -108,7 +108,8 @@ def _baseline_line(report):
     ):
         found = report["baselines"][name]
         area = "none" if found["auc"] is None else f"{found['auc']:.2f}"
-        parts.append(f"{text} {found['separation']:.2f}, {area}")
+        # none: texts that do not differ at all, as lengths may
+        parts.append(f"{text} {_number(found['separation']) or 'none'}, {area}")
     return f"separation, AUC without steering: {'; '.join(parts)}"
 
 

@@ -177,7 +177,10 @@ IN_THE_FILE = [
     ("sft |= dict(lr=True)", "x.py: sft: lr=True: expected float > 0, got bool"),
     ("sft |= dict(lr=None)", "x.py: sft: lr=None: expected float > 0, got NoneType"),
     ("sft |= dict(max_steps='None')", f"x.py: sft: max_steps='None': expected int >= 1 or None, {QUOTED}"),
-    ("sft |= dict(template='null')", f"x.py: sft: template='null': expected tulu | zephyr | llama3 | chatml or None, {QUOTED}"),
+    (
+        "sft |= dict(template='null')",
+        f"x.py: sft: template='null': expected tulu | tulu_bos | zephyr | llama3 | chatml | gemma or None, {QUOTED}",
+    ),
     ("sft |= dict(cache_dir='None')", f"x.py: sft: cache_dir='None': expected str, {QUOTED}"),
     ("sft |= dict(model_path='')", "x.py: sft: model_path='': expected str, got none"),
     ("sft |= dict(lr=0)", "x.py: sft: lr=0: expected float > 0"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import jinja2
 import numpy as np
 import pytest
 import tokenizers
@@ -37,20 +38,21 @@ SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end
 # Pairs merged into one token, first to last: Ċ is a newline and Ġ a space in byte-level BPE.
 MERGES = ["< |", "| >", "u s", "e r", "us er", "a s", "as s", "i s", "is t", "ass ist", "a n", "an t", "assist ant", "s y", "s t", "sy st",
           "e m", "syst em", "H i", "Ċ Ċ", "y o", "Ġ yo", "Ġyo u"]  # fmt: skip
+GEMMA = ["<start_of_turn>", "<end_of_turn>"]
 
 repeatable = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 def write_tokenizer(folder, special=SPECIAL, **config):
-    """A byte-level BPE made by hand: ids 0-6 are SPECIAL, 7-262 the 256 bytes, 263-285 the results of MERGES in their order."""
-    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
+    """A byte-level BPE made by hand: ids 0-6 are SPECIAL, 7-262 the 256 bytes, 263-285 the results of MERGES, 286-287 GEMMA."""
+    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES), *GEMMA]
     core = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(vocabulary)}, [tuple(merge.split()) for merge in MERGES]))
     words = pre_tokenizers.Split(" ", "merged_with_next")
     core.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     bos = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
     core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])  # as in Llama 3: both would harm a mask
-    core.add_special_tokens(special)
+    core.add_special_tokens([*special, *GEMMA])
     folder.mkdir(parents=True, exist_ok=True)
     core.save(str(folder / "tokenizer.json"))
     eos = {"__type": "AddedToken", "content": "<|end_of_text|>"}  # names come in both forms
@@ -83,7 +85,7 @@ def supervised(encoded):
 
 
 def test_the_tokenizer_reads_special_tokens_and_adds_none(tokenizer):
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 286)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 288)
     # Hi, eot, " you": no BOS although the file's post-processor asks for one
     assert tokenizer.encode("Hi<|eot_id|> you") == [281, 4, 285]
     assert tokenizer.decode([281, 4, 285]) == "Hi<|eot_id|> you"
@@ -117,12 +119,17 @@ LITERAL = {
                2, 267, 3, 282, 281, 4, 2, 275, 3, 282, (281, 4)],
     "chatml": [5, 280, 205, 91, 6, 205, 5, 267, 205, 281, 6, 205, 5, 275, 205, (285, 6), 205,
                5, 267, 205, 281, 6, 205, 5, 275, (282, 281, 6), 205],
+    "gemma": [0, 286, 267, 205, 281, 287, 205, 286, 83, 85, 74, 75, 82, 205, (283, 91, 287), 205,  # no system turn; m o d e l
+              286, 267, 205, 281, 287, 205, 286, 83, 85, 74, 75, 82, 205, (281, 287), 205],
 }  # fmt: skip
+LITERAL["tulu_bos"] = [0, *LITERAL["tulu"]]
 
 
 @pytest.mark.parametrize("template", LITERAL)
 def test_literal_ids_and_masks(tokenizer, template):
     messages = chat("Hi", " you", "Hi", "\nHi", system="u")
+    if template == "gemma":
+        messages = messages[1:]
     groups = [group if isinstance(group, tuple) else (group,) for group in LITERAL[template]]
     ids, mask = encode_chat(messages, tokenizer, template, 100)
     assert ids == [i for group in groups for i in group]
@@ -147,9 +154,9 @@ def test_supervised_ids_decode_to_the_answers_and_their_end_of_turn(tokenizer, a
     eos = data.end_of_turn(template, tokenizer)
     for answer, span in zip(answers, spans):
         ids, mask, straddling = data.ids_and_mask(encoding, [span], tokenizer, template)
-        expected = (answer.strip() if template == "llama3" else answer) + eos
+        expected = (answer.strip() if template in ("llama3", "gemma") else answer) + eos
         assert tokenizer.decode(ids[mask]) == "\n" * straddling + expected
-        assert straddling == (template != "llama3" and answer.startswith("\n"))
+        assert straddling == (template not in ("llama3", "gemma") and answer.startswith("\n"))
 
 
 PIECES = ["Hi", " ", "  ", "\n", "\n\n", "\t", "e\u0301", "\ufb01", "\u00a0", "\u200b", "\x00", "😀", "👨‍👩‍👧", "日本", "▁"]
@@ -228,6 +235,12 @@ def test_transformers_renders_the_exported_template_to_the_same_ids(tokenizer, t
 
     tokenizer.save(tmp_path, data.TEMPLATES[template])
     oracle, messages = AutoTokenizer.from_pretrained(tmp_path), CONVERSATIONS[name]
+    if template == "gemma" and name in ("system", "an answer first"):  # refused by both
+        with pytest.raises(jinja2.TemplateError, match="System role not supported|roles must alternate"):
+            oracle.apply_chat_template(messages)
+        with pytest.raises(ValueError, match="message 0: role='(system|assistant)'; expected user, assistant, user"):
+            encode_chat(messages, tokenizer, template, 10_000)
+        return
     assert encode_chat(messages, tokenizer, template, 10_000)[0] == oracle.apply_chat_template(messages, return_dict=False)
     text, spans = data.render(messages, template, tokenizer)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -24,6 +24,7 @@ from analysis.steering import (
     steering_tap,
 )
 from families.falcon import Falcon, FalconConfig
+from families.gemma import Gemma, GemmaConfig
 from model import generate
 
 CONFIG = tiny_config(num_hidden_layers=4)
@@ -297,11 +298,18 @@ def test_prefix_reuse_is_a_full_forward_with_a_tap(sft, vector, layers, rescale,
     assert sorted(seen) == [(k, row) for k in range(4) for row in range(4)] and len(list(packed_batches(documents(), "cpu"))) > 1
 
 
-def test_a_falcon_is_steered_like_a_llama(vector):
+FAMILIES = {
+    "falcon": Falcon(FalconConfig(vocab_size=97, hidden_size=40, ffn_hidden_size=80, num_hidden_layers=4, num_attention_heads=2)),
+    "gemma2": Gemma(GemmaConfig(vocab_size=97, hidden_size=40, intermediate_size=80, num_hidden_layers=4, num_attention_heads=2,
+                                num_key_value_heads=1, head_dim=20, query_pre_attn_scalar=20, sliding_window=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_are_steered_like_a_llama(family, vector):
     """Prefix reuse bit for bit, and `matched` finds additions on it."""
-    config = FalconConfig(vocab_size=97, hidden_size=40, ffn_hidden_size=80, num_hidden_layers=4, num_attention_heads=2)
     torch.manual_seed(0)
-    model = changed(Falcon(config), 0.1)
+    model = changed(FAMILIES[family], 0.1)
     add = additions("cumulative", vector, [2, 3])
     (run,) = steered_runs(model, documents(), add, [0.5], "cpu")
     batch = run.batch
@@ -364,7 +372,6 @@ def test_baking_is_the_tap(vector, changes, strength):
 
 def test_what_cannot_be_baked_is_refused(vector):
     qwen = random_llama(tiny_config(num_hidden_layers=4, model_type="qwen2", qkv_bias=True))
-    falcon = Falcon(FalconConfig(vocab_size=97, hidden_size=40, ffn_hidden_size=80, num_hidden_layers=4, num_attention_heads=2))
-    for model in (qwen, falcon):
+    for model in (qwen, *FAMILIES.values()):
         with pytest.raises(ValueError, match=f"model_type='{model.config.model_type}'.*expected a Llama or Mistral"):
             bake(model, additions("cumulative", vector, LAYERS), 1.0)
