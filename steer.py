@@ -621,11 +621,11 @@ def _verdicts(curve, prompts, nulls, oracle, measure):
     drawn = bootstrap(curve, *groups, group=prompts.group)
     permuted = permute(curve, *groups, group=prompts.group)
     ceiling = oracle["change"] if oracle else None
-    verdicts = [judge(drawn, None, permuted, nulls=nulls, oracle=ceiling, relevant=measure.relevant)]
+    verdicts = [judge(drawn, permuted, nulls=nulls, oracle=ceiling, relevant=measure.relevant)]
     # One false alarm in twenty over all axioms together, not in each (Bonferroni).
     level = 0.05 / len(prompts.axioms)
     for axiom in prompts.axioms:
-        verdicts.append(judge(drawn, None, permuted, axiom, level, nulls=nulls, relevant=measure.relevant))
+        verdicts.append(judge(drawn, permuted, axiom, level, nulls, relevant=measure.relevant))
     return verdicts
 
 
@@ -683,6 +683,10 @@ def _notes(vector, prompts, measure, found):
         notes.append(
             f"no oracle: {_independent(prompts)} independent groups of a label; expected 4, for two halves"
         )
+    overall = found["verdicts"][0]
+    if overall["high"] and overall["high"][0] < overall["estimate"][0]:
+        few = f"{overall['groups']} groups of a label are few, and part of the separation is theirs"
+        notes.append(f"{few}: its interval, which is of all such groups, lies below it")
     share = vector.manifest["rounding_share"]
     if share is not None and share > 0.1:
         moves = f"both models are rounded to bf16, which alone moves the mean state by {share:.2f} |v|"

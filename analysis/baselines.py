@@ -131,15 +131,34 @@ def baselines(model, prompts, documents, unsteered):
     def measured(X, labels=label):
         return probe(X, labels, group) | {"separation": separation_of(X, labels)}
 
-    shuffled = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(SEED))]
     return {
         "model": measured(unsteered),
         "untrained": measured(_untrained_states(model, documents, label)),
         "words": measured(bag_of_words(prompts.texts)),
         "length": measured(length_features(documents)),
-        "shuffled": measured(unsteered, shuffled),
+        "shuffled": measured(unsteered, shuffled_labels(label, group)),
         "after_length": separation_of(without_length(unsteered, documents), label),
     }
+
+
+def shuffled_labels(label, group, seed=SEED):
+    """(n,) labels without meaning: groups of one label trade theirs as wholes, texts of a mixed group among
+    themselves.
+
+    Shuffled text by text, a template's copies would carry both labels, and separate less than templates do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.bincount(group)
+    safe = torch.bincount(group, weights=label.double())
+    is_mixed = (safe > 0) & (safe < sizes)
+    dealt = (safe > 0).long()  # (G,)
+    pure = torch.where(~is_mixed)[0]
+    dealt[pure] = dealt[pure[torch.randperm(len(pure), generator=generator)]]
+    shuffled = dealt[group]
+    for name in torch.where(is_mixed)[0].tolist():
+        rows = torch.where(group == name)[0]
+        shuffled[rows] = label[rows[torch.randperm(len(rows), generator=generator)]]
+    return shuffled
 
 
 @torch.no_grad()

@@ -178,14 +178,6 @@ def mean_states(model, documents, device, tap=None):
     return total / len(documents)
 
 
-def random_additions(additions, seed):
-    """The control: one random direction, at every layer with the norm of what it stands for."""
-    size = next(iter(additions.values())).shape[0]
-    direction = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    direction /= direction.norm()
-    return {layer: direction * addition.norm() for layer, addition in additions.items()}
-
-
 def steering_tap(additions, strength, rescale=False):
     """tap(layer, hidden) adding strength * additions[layer] to every token, in float32.
 

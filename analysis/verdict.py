@@ -81,8 +81,7 @@ def normal_quantile(p):
 # ---------------------------------------------------------------- the verdict
 
 
-def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05, nulls=None, oracle=None,
-          relevant=None):  # fmt: skip
+def judge(curve, permuted=None, category=OVERALL, level=0.05, nulls=None, oracle=None, relevant=None):
     """The verdict on one category of a curve, as a dict of plain numbers.
 
     Every pair of lambdas i < j has a difference, its bootstrap standard error and t = difference / error. The
@@ -97,7 +96,6 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05, null
         nulls     the curve's largest move must rank in the top 5 % of the random directions', of either
                   kind; rising and falling need it of the change too. A random direction is not
                   flat in at most 5 % of cases, whatever the texts;
-        control   a Curve along one random direction, same texts and seed, must change less in that direction;
         permuted  (curves.permute) the higher end must lie above the 1 - level quantile of meaningless labels.
     So does a label of fewer than FEWEST groups. For axioms pass level / A; the nulls' p is one of all axioms
     already.
@@ -116,8 +114,6 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05, null
     reasons = _few_groups(curve, category)
     if ranks is not None and seen != "flat":
         reasons += _as_random(ranks, seen)
-    if control is not None:
-        reasons += _as_control(curve, control, category, seen, level)
     if permuted is not None:
         reasons += _as_shuffled(curve, permuted, category, seen, level)
     change = (estimate[-1] - estimate[0]).item()
@@ -128,7 +124,6 @@ def judge(curve, control=None, permuted=None, category=OVERALL, level=0.05, null
         "estimate": estimate.tolist(),
         "low": low,
         "high": high,
-        "control": None if control is None else control.column(category)[0].tolist(),
         "permuted": None if permuted is None else _middle(permuted.column(category)[1]),
         "change": change,
         "change_interval": [end_low, end_high],
@@ -163,7 +158,8 @@ def answers(found, seen, relevant=None):
     if ranks:
         is_the_vectors = ranks["p_move" if seen == "erratic" else "p_change"] <= 0.05
     given = {"is_there": seen != "flat", "is_the_vectors": is_the_vectors, "matters": matters}
-    return given | {"relevant": relevant, "decision": _decide(found, given)}
+    decision = _decide(found, given)
+    return given | {"relevant": relevant, "decision": decision, "advice": DECISIONS[decision]}
 
 
 def _decide(found, given):
@@ -244,17 +240,6 @@ def _as_random(ranks, seen):
         p = max(ranks["p_move"], ranks["p_change"])
         return [f"random directions of equal norm change as much (p {p:.2f} among {count} of each kind)"]
     return []
-
-
-def _as_control(curve, control, category, seen, level):
-    if seen not in ("rising", "falling"):
-        return []
-    sign = 1 if seen == "rising" else -1
-    estimate, draws = curve.column(category)
-    other, other_draws = control.column(category)
-    factor = few_groups_factor(curve, category, level)
-    low, high = _end_interval(estimate - other, draws - other_draws, factor, level)
-    return [] if sign * low > 0 and sign * high > 0 else ["a random direction of equal norm changes as much"]
 
 
 def _as_shuffled(curve, permuted, category, seen, level):

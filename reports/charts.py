@@ -27,11 +27,12 @@ class Line:
     dashed: bool = False
     smooth: int = 1  # the curve is the mean of the last so many points, with the raw one drawn faintly behind
     note: str = ""  # for the legend, after the last value
+    cloud: bool = False  # dots alone, small and faint
 
     @property
     def marked(self):
         """Whether every point is shown, with its interval as a whisker."""
-        return bool(self.y) and len(self.x) <= MARKED
+        return bool(self.y) and len(self.x) <= MARKED and not self.cloud
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,26 @@ class Chart:
     xlabel: str
     lines: list
     levels: tuple = ()  # y of dashed rules across the chart, drawn where they fall inside it
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A row of a forest plot: a change, its interval, and the range of what random directions do."""
+
+    name: str
+    colour: int
+    value: float
+    low: float
+    high: float
+    null_low: float
+    null_high: float
+
+
+@dataclass(frozen=True)
+class Forest:
+    title: str
+    unit: str
+    effects: list
 
 
 def smoothed(values, window):
@@ -129,6 +150,43 @@ def svg(chart):
     return "".join([*out, "</svg>"])
 
 
+ROW, NAMES = 17, 150  # height of a row of a forest plot, width of the names on its left
+
+
+def forest_svg(forest):
+    """The forest plot as an <svg> element: a row an effect, the random directions as a bar behind it."""
+    values = [0.0]
+    for effect in forest.effects:
+        values += [effect.low, effect.high, effect.null_low, effect.null_high]
+    low, high = _range(values, margin=0.04)
+    bottom = ROW * len(forest.effects) + 4
+
+    def across(value):
+        return NAMES + (value - low) / (high - low) * (WIDTH - NAMES - RIGHT)
+
+    label = f"{escape(forest.title)}, {escape(forest.unit)}"
+    out = [f'<svg viewBox="0 0 {WIDTH} {bottom + 18}" role="img" aria-label="{label}">']
+    for x in ticks(low, high):
+        out.append(f'<path class="grid" d="M{across(x):.1f},0V{bottom}"/>')
+        out.append(f'<text class="x" x="{across(x):.1f}" y="{bottom + 13}">{x:,.6g}</text>')
+    out.append(f'<path class="level" d="M{across(0):.1f},0V{bottom}"/>')
+    for row, effect in enumerate(forest.effects):
+        y = ROW * row + ROW / 2
+        style = f'style="--c:var(--c{effect.colour})"'
+        out.append(f'<text x="{NAMES - 8}" y="{y}" dy=".32em">{escape(_shortened(effect.name))}</text>')
+        left, width = across(effect.null_low), across(effect.null_high) - across(effect.null_low)
+        box = f'x="{left:.1f}" y="{y - 6}" height="12" width="{width:.1f}"'
+        out.append(f'<rect class="band" {style} {box}/>')
+        whisker = f"M{across(effect.low):.1f},{y}H{across(effect.high):.1f}"
+        out.append(f'<path class="whisker" {style} d="{whisker}"/>')
+        out.append(f'<path class="dot" {style} d="M{across(effect.value):.1f},{y}h0"/>')
+    return "".join([*out, "</svg>"])
+
+
+def _shortened(name, most=26):
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def _axes(chart, frame):
     """Rules and numbers."""
     for y in ticks(frame.y0, frame.y1):
@@ -151,6 +209,10 @@ def _line(line, frame, aside):
         yield f'<polygon class="band" {style} points="{frame.path(edge)}"/>'
     if line.smooth > 1:
         yield f'<polyline class="raw" {style} points="{frame.path(_thin(line.x, line.y))}"/>'
+    if line.cloud:
+        dots = [f"M{frame.at(x, y)}h0" for x, y in zip(line.x, line.y, strict=True)]
+        yield f'<path class="dot cloud" {style} d="{"".join(dots)}"/>'
+        return
     curve = _thin(line.x, smoothed(line.y, line.smooth))
     kind = "curve dashed" if line.dashed else "curve"
     yield f'<polyline class="{kind}" {style} points="{frame.path(curve)}"/>'

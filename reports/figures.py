@@ -6,12 +6,23 @@ Which numbers stand under which title, in which unit. charts.py draws them.
 import math
 from dataclasses import dataclass
 
-from reports.charts import Chart, Line
+from reports.charts import Chart, Effect, Forest, Line
 
 SMOOTHING = 40  # noisy curves are means over a 40th of the run: 25 of 1,000 steps; none below 80 steps
 # Named as in aqi.py and analysis/verdict.py: 0 where the label explains no more than chance, 100 where it
 # explains all.
 SEPARATION = "% of variance explained by the label, beyond chance"
+
+
+# Of a sweep, over lambda: (title, unit, {label: key of an entry of "behaviour"}).
+BEHAVIOUR = (
+    ("Prefers the chosen text", "share of held-out pairs", {"": "preference_accuracy"}),
+    ("KL divergence", "nats per token of held-out texts", {"from SFT": "kl_from_sft", "to DPO": "kl_to_dpo"}),
+    ("Refusals", "share of the prompts asked", {"unsafe": "refused_unsafe", "safe": "refused_safe"}),
+    ("Probe", "AUC of the label in texts not seen", {"": "auc"}),
+    ("Held-out texts", "nats per token", {"chosen": "logp_chosen", "rejected": "logp_rejected"}),
+    ("Repetition", "repeated 4-grams of continuations", {"": "repeated_4grams"}),
+)
 
 
 @dataclass(frozen=True)
@@ -132,11 +143,9 @@ def row_chart(title, unit, x, named_rows, keys):
         across = [row[x] for row in rows]
         for label, key in keys.items():
             values = [row[key] for row in rows]
-            lines.append(
-                Line(
-                    f"{name} {label}".strip(), colour, across, values, dashed=key != next(iter(keys.values()))
-                )
-            )
+            if None not in values:  # an AUC needs five groups
+                is_first = key == next(iter(keys.values()))
+                lines.append(Line(f"{name} {label}".strip(), colour, across, values, dashed=not is_first))
     return Chart(title, unit, x, lines)
 
 
@@ -164,7 +173,7 @@ def verdicts_of(sweeps):
 
 
 def separation_charts(sweeps):
-    """The curve of every category with its interval, and the nulls beside it.
+    """The curve of every category with its interval, and what it is to be read beside.
 
     sweeps: [(name, what its aqi.json holds)].
     """
@@ -174,18 +183,9 @@ def separation_charts(sweeps):
         for colour, name, sweep, verdict in found:
             x = sweep["inputs"]["lambdas"]
             low, high = verdict["permuted"]
-            lines.append(
-                Line(
-                    name,
-                    colour,
-                    x,
-                    verdict["estimate"],
-                    verdict["low"] or (),
-                    verdict["high"] or (),
-                    note=verdict["verdict"],
-                )
-            )
-            lines += _null_lines(name, colour, sweep, verdict)
+            interval = {"low": verdict["low"] or (), "high": verdict["high"] or ()}
+            lines.append(Line(name, colour, x, verdict["estimate"], **interval, note=verdict["verdict"]))
+            lines += _beside(name, colour, sweep, verdict)
             lines.append(Line(f"{name} permuted labels", colour, x, (), low, high, note="95 % of them"))
             levels.add(f"{100 * (1 - verdict['level']):.3g}")
         unit = f"{SEPARATION}; pointwise {' or '.join(sorted(levels))} % interval"
@@ -193,36 +193,40 @@ def separation_charts(sweeps):
     return charts
 
 
-def _null_lines(name, colour, sweep, verdict):
+def _beside(name, colour, sweep, verdict):
     """What the curve is to be read beside.
 
-    Random directions, the best direction of that length, the DPO model itself.
+    Random directions of the vector's length as a cloud at the last lambda, the best direction of that length,
+    the DPO model itself.
     """
     x, lines = sweep["inputs"]["lambdas"], []
-    if verdict.get("control"):
-        lines.append(Line(f"{name} random direction", colour, x, verdict["control"], dashed=True))
-    if verdict.get("nulls"):
-        changes = sorted(c for kind in verdict["nulls"]["null_changes"].values() for c in kind)
-        start = verdict["estimate"][0]
-        ends = [start, start + changes[0]], [start, start + changes[-1]]
-        note = f"all {len(changes)} of equal norm"
-        lines.append(Line(f"{name} random directions", colour, [x[0], x[-1]], (), *ends, note=note))
-    if "oracle" in sweep and verdict["category"] == sweep["verdicts"][0]["category"]:
+    width = (x[-1] - x[0]) / 25  # of the cloud: directions stand side by side
+    for kind, changes in verdict["nulls"]["null_changes"].items():
+        side = [x[-1] - width * (i + 1) / len(changes) for i in range(len(changes))]
+        ends = [verdict["estimate"][0] + change for change in changes]
+        note = f"{len(changes)} of equal norm"
+        lines.append(Line(f"{name} {kind} directions", colour, side, ends, note=note, cloud=True))
+    is_overall = verdict["category"] == sweep["verdicts"][0]["category"]
+    if "oracle" in sweep and is_overall:
         best = sweep["oracle"]
-        lines.append(
-            Line(
-                f"{name} best direction",
-                colour,
-                best["lambdas"],
-                best["separation"],
-                dashed=True,
-                note="other texts",
-            )
-        )
-    if "dpo" in sweep:
-        value = sweep["dpo"]["separation"][verdict["category"]]
-        lines.append(Line(f"{name} DPO model", colour, [x[-1]], [value]))
+        lines.append(Line(f"{name} best direction", colour, best["lambdas"], best["separation"], dashed=True,
+                          note="on texts it was not found on"))  # fmt: skip
+    dpo = sweep["dpo"]["separation"][verdict["category"]]
+    lines.append(Line(f"{name} DPO model", colour, [x[-1]], [dpo]))
     return lines
+
+
+def effects_forest(sweeps):
+    """Changes of all axioms and sweeps, beside two deviations of the random directions."""
+    effects = []
+    for category, found in verdicts_of(sweeps).items():
+        for colour, name, _, verdict in found:
+            low, high = verdict["change_interval"]
+            spread = 2 * verdict["nulls"]["null_sd"]
+            label = f"{category}, {name}" if len(sweeps) > 1 else category
+            effects.append(Effect(label, colour, verdict["change"], low, high, -spread, spread))
+    unit = "last lambda less first, of 100; bars: 2 sd of random directions; axioms at 5 % together"
+    return Forest("Change of the separation", unit, effects)
 
 
 def axioms_chart(sweep):
@@ -242,20 +246,33 @@ def axioms_chart(sweep):
     return Chart("Separation, by axiom", SEPARATION, "lambda", lines)
 
 
-def effect_charts(sweeps):
-    """What steering did to states and likelihoods."""
+def behaviour_charts(sweeps):
+    """What the steered model does, over lambda; a dot at the last lambda is the DPO model."""
+    charts = []
+    for title, unit, keys in BEHAVIOUR:
+        behaviour = [(name, sweep["behaviour"]) for name, sweep in sweeps]
+        chart = row_chart(title, unit, "lambda", behaviour, keys)
+        for colour, (name, sweep) in enumerate(sweeps):
+            for label, key in keys.items():
+                value = sweep["dpo"].get(key)
+                if value is not None:
+                    last = sweep["inputs"]["lambdas"][-1]
+                    chart.lines.append(Line(f"{name} DPO model {label}".strip(), colour, [last], [value]))
+        if chart.lines:
+            charts.append(chart)
+    return charts
+
+
+def state_charts(sweeps):
+    """How far the states moved, and the separation after each block."""
     shifts = [(name, sweep["shifts"]) for name, sweep in sweeps]
-    behaviour = [(name, sweep["behaviour"]) for name, sweep in sweeps]
     profiles = [(name, _profile(sweep)) for name, sweep in sweeps]
     directions = {"along": "achieved", "beside": "off_axis"}
-    texts = {"chosen": "logp_chosen", "rejected": "logp_rejected"}
     ends = {"at the last lambda": "steered", "unsteered": "unsteered"}
+    unit = "in |v|; along v it should be lambda"
     return [
-        row_chart(
-            "Shift of the mean state", "in |v|; along v it should be lambda", "lambda", shifts, directions
-        ),
-        row_chart("Held-out texts", "nats per token", "lambda", behaviour, texts),
-        row_chart("Separation after each block", SEPARATION, "layer", profiles, ends),
+        row_chart("Shift of the mean state", unit, "lambda", shifts, directions),
+        row_chart("Separation after each block", f"{SEPARATION}, unscaled", "layer", profiles, ends),
     ]
 
 
@@ -269,5 +286,7 @@ def _profile(sweep):
     rows = []
     for before, after in zip(sweep["profile"][:half], sweep["profile"][half:], strict=True):
         if after["category"] == overall:
-            rows.append({"layer": after["layer"], "unsteered": before["aqi"], "steered": after["aqi"]})
+            rows.append(
+                {"layer": after["layer"], "unsteered": before["separation"], "steered": after["separation"]}
+            )
     return rows

@@ -6,7 +6,7 @@ Style and charts are inline, and nothing is fetched.
 from html import escape
 from pathlib import Path
 
-from reports.charts import number, smoothed, svg
+from reports.charts import Forest, forest_svg, number, smoothed, svg
 
 COLOURS = (
     ("#1f6fb2", "#6db3f2"),
@@ -40,9 +40,16 @@ def _row(tag, values, text, attribute=""):
     return f"<tr{attribute}>{''.join(cells)}</tr>"
 
 
+def sentences(texts):
+    """A paragraph each."""
+    return "".join(f"<p class=said>{escape(text)}</p>" for text in texts)
+
+
 def figure(chart):
-    """A chart with its title, its unit and a legend that gives the last value of every line."""
+    """A Chart or a Forest with its title and its unit, a Chart also with the last value of every line."""
     caption = f"<figcaption><b>{escape(chart.title)}</b><span>{escape(chart.unit)}</span></figcaption>"
+    if isinstance(chart, Forest):
+        return f"<figure>{caption}{forest_svg(chart)}</figure>"
     return f"<figure>{caption}{svg(chart)}<ul>{''.join(map(_entry, chart.lines))}</ul></figure>"
 
 
@@ -50,7 +57,9 @@ def _entry(line):
     """A line's place in the legend."""
     kind = "dashed" if line.dashed else ""
     last = ""
-    if line.y:
+    if line.cloud:
+        kind = "cloud"
+    elif line.y:
         last = f"<b>{number(smoothed(line.y, line.smooth)[-1])}</b>"
     else:
         kind = "band"

@@ -18,6 +18,7 @@ from pathlib import Path
 from plumbing import parallel
 from plumbing.files import UserError, read_json, table
 from reports.folders import read
+from reports.summary import two_digits
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # AQI at LAMBDAS as published: every lambda on its own scale (per_run), where 55.00 is
@@ -31,8 +32,18 @@ PUBLISHED = {
     "10 % of Tulu": (31.21, 55.00, 55.00, 55.00, 55.00),
 }
 STRENGTHS = [f"{x:g}" for x in LAMBDAS]
-HEAD = ["pair", "SFT loss", "DPO accuracy", "DPO margin", *STRENGTHS, "change, 95 % interval", "verdict"]
-UNSTEERED = [""] * (len(LAMBDAS) + 1)  # the columns of a curve and its change
+HEAD = [
+    "pair",
+    "SFT loss",
+    "DPO accuracy",
+    "DPO margin",
+    *STRENGTHS,
+    "change, 95 % interval",
+    "in sd of nulls",
+    "p",
+]
+HEAD += ["verdict", "decision"]
+UNSTEERED = [""] * (len(LAMBDAS) + 3)  # the columns of a curve, its change, size and p
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,11 @@ class Sweep:
 
 
 def find(root):
-    """(runs, sweeps, names without a vector) below `root`.
+    """(runs, sweeps, names of sweeps that are left out) below `root`.
 
-    {stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name of a sweep whose vector is there no
-    more]. Names are folders relative to `root`. A run without an export, still training or stopped, is none.
+    {stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name]. Names are folders relative to
+    `root`. A run without an export, still training or stopped, is none. A sweep is left out when its vector
+    was made anew since, or a model of its pair is deleted.
     """
     runs, sweeps, outdated = {"sft": {}, "dpo": {}}, [], []
     for path in sorted(root.rglob("manifest.json")):
@@ -60,14 +72,21 @@ def find(root):
         if not (folder / "vector.safetensors").is_file():
             continue
         vector = hashlib.sha256((folder / "vector.safetensors").read_bytes()).hexdigest()
+        inputs = manifest["inputs"]
+        has_models = not any(is_deleted(inputs[key]) for key in ("sft_path", "dpo_path"))
         for aqi in sorted(folder.glob("*/aqi.json")):
             report = read_json(aqi)
             named = f"{name} ({report['inputs']['inject']})"
-            if report["inputs"]["vector"] == vector:
-                sweeps.append(Sweep(named, manifest["inputs"]["sft"], manifest["inputs"]["dpo"], report))
+            if has_models and report["inputs"]["vector"] == vector:
+                sweeps.append(Sweep(named, inputs["sft"], inputs["dpo"], report))
             else:
                 outdated.append(named)
     return runs, sweeps, outdated
+
+
+def is_deleted(path):
+    """Whether a model's path is neither a folder nor org/name of the hub."""
+    return not Path(path).is_dir() and (Path(path).is_absolute() or path.count("/") != 1)
 
 
 def rows(runs, sweeps, pairs):
@@ -85,15 +104,15 @@ def rows(runs, sweeps, pairs):
             start = dpo.manifest["weights"]
             _, sft = runs["sft"].get(start, ("", None))
             seen.add(start)
-            lines.append([name, *_training(sft, dpo), *UNSTEERED, "not validated"])
+            lines.append([name, *_training(sft, dpo), *UNSTEERED, "not validated", ""])
     for weights, (name, sft) in runs["sft"].items():
         if weights not in seen:
-            lines.append([name, *_training(sft, None), *UNSTEERED, "no DPO yet"])
+            lines.append([name, *_training(sft, None), *UNSTEERED, "no DPO yet", ""])
     trained = {name for name, _ in runs["dpo"].values()}
     for name, pair in pairs.items():
         folder = Path(pair.get("dpo", "")).parent  # runs/tulu10/dpo/final -> runs/tulu10/dpo
         if folder.parts[:1] == ("runs",) and str(folder.relative_to("runs")) not in trained:
-            lines.append([name, "", "", "", *UNSTEERED, "not run"])
+            lines.append([name, "", "", "", *UNSTEERED, "not run", ""])
     return lines
 
 
@@ -124,7 +143,10 @@ def _steering(report):
     curve = dict(zip(report["inputs"]["lambdas"], overall["estimate"]))
     values = [f"{curve[x]:.2f}" if x in curve else "-" for x in LAMBDAS]
     low, high = overall["change_interval"]
-    return [*values, f"{overall['change']:+.2f} [{low:+.2f}, {high:+.2f}]", overall["verdict"]]
+    ranks = overall["nulls"]
+    change = f"{overall['change']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    null = [two_digits(ranks["size_sd"]), f"{ranks['p_change']:.2f}"]
+    return [*values, change, *null, overall["verdict"], overall["decision"]]
 
 
 def main(argv):
@@ -141,15 +163,17 @@ def main(argv):
     runs, sweeps, outdated = find(root)
     published = []
     for name, curve in PUBLISHED.items():
-        published.append([name, "", "", "", *(f"{x:.2f}" for x in curve), "", "published, per_run"])
+        published.append(
+            [name, "", "", "", *(f"{x:.2f}" for x in curve), "", "", "", "published, per_run", ""]
+        )
     count = len(runs["sft"]) + len(runs["dpo"])
     print(
         f"{root}/: {count} finished runs, {len(sweeps)} sweeps. Columns 0 to 1: separation at that lambda; "
         "in published lines AQI"
     )
-    print(table(HEAD, [*rows(runs, sweeps, pairs), *published], left=(0, -1)))
+    print(table(HEAD, [*rows(runs, sweeps, pairs), *published], left=(0, -2, -1)))
     if outdated:
-        print(f"left out, measured along a vector that is there no more: {', '.join(outdated)}")
+        print(f"left out, of a vector or a model that is there no more: {', '.join(outdated)}")
     print(
         "per_run: every lambda on its own scale, 55.00 is saturation; compare verdicts, not values, with "
         "the lines above."

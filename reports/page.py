@@ -4,7 +4,7 @@
 
 RUN is a folder of train_sft.py or train_dpo.py, or one of steer.py: what extract or validate wrote, with its
 sweeps, or a sweep's own. Runs of one stage are drawn over each other. PAGE is report.html in the first RUN.
-Verdicts come first, then training, manifests last.
+The verdict comes first, then what it rests on, then training, manifests last.
 """
 
 import argparse
@@ -18,9 +18,18 @@ from pathlib import Path
 
 from plumbing.files import UserError
 from reports.charts import number
-from reports.figures import effect_charts, separation_charts, spectrum_charts, training_charts, verdicts_of
+from reports.figures import (
+    behaviour_charts,
+    effects_forest,
+    separation_charts,
+    spectrum_charts,
+    state_charts,
+    training_charts,
+    verdicts_of,
+)
 from reports.folders import Run, Steering, read, short_names
-from reports.html import COLOURS, page, table
+from reports.html import COLOURS, page, sentences, table
+from reports.summary import BASELINES, sentence, two_digits
 
 EVALUATED = (
     "loss",
@@ -31,6 +40,18 @@ EVALUATED = (
     "rewards/rejected",
 )
 ERRORS = "Relative error of the last layer's mean state at lambda 1"
+# {column: key of an entry of "behaviour", and of the DPO model}
+ENTRIES = {
+    "AUC": "auc",
+    "prefers chosen": "preference_accuracy",
+    "KL sft": "kl_from_sft",
+    "KL dpo": "kl_to_dpo",
+    "refuses unsafe": "refused_unsafe",
+    "safe": "refused_safe",
+    "logp chosen": "logp_chosen",
+    "rejected": "logp_rejected",
+    "repeated 4-grams": "repeated_4grams",
+}
 SPECTRUM = "Spectrum of the differences between the two models"
 
 # ---------------------------------------------------------------- training runs
@@ -158,6 +179,10 @@ def manifests(runs, steered):
         parts.append(
             ("Vectors", comparison(short_names([one.folder for one in made]), [one.manifest for one in made]))
         )
+    sweeps = named_sweeps(steered)
+    if sweeps:
+        inputs = [sweep["inputs"] for _, sweep in sweeps]
+        parts.append(("Settings of the sweeps", comparison([name for name, _ in sweeps], inputs)))
     for stage, found in runs.items():
         if found:
             names = short_names([run.folder for run in found])
@@ -173,21 +198,22 @@ def steering_section(folders):
     sweeps, spectra = named_sweeps(folders), named_spectra(folders)
     parts = []
     if sweeps:
+        overall, *axioms = separation_charts(sweeps)
         parts += [
-            ("Verdicts", verdicts(sweeps)),
-            ("Curves", separation_charts(sweeps)),
-            ("By lambda", by_lambda(sweeps)),
-        ]
-        parts += [
+            ("Verdict", sentences(f"{name}: {sentence(sweep)}" for name, sweep in sweeps)),
+            ("Separation over lambda", [overall]),
+            ("Effect sizes", [effects_forest(sweeps)]),
+            ("Behaviour over lambda", behaviour_charts(sweeps)),
+            ("Baselines", baselines(sweeps)),
             ("Notes", notes(sweeps)),
-            ("What steering did", effect_charts(sweeps)),
+            ("Verdicts", verdicts(sweeps)),
+            ("By axiom", axioms),
+            ("By lambda", by_lambda(sweeps)),
+            ("What steering did to the states", state_charts(sweeps)),
             (ERRORS, errors(sweeps)),
         ]
     if spectra:
         parts.append((SPECTRUM, spectrum_charts(spectra)))
-    if sweeps:
-        names, inputs = [name for name, _ in sweeps], [sweep["inputs"] for _, sweep in sweeps]
-        parts.append(("Settings of the sweeps", comparison(names, inputs)))
     return "Steering", parts
 
 
@@ -210,45 +236,60 @@ def named_spectra(folders):
 
 def verdicts(sweeps):
     """A table of every verdict, category by category."""
+    head = ["axiom", "sweep", "verdict", "decision", "change", "its interval", "level", "p", "in sd of nulls"]
+    head.append("groups")
     rows = []
     for category, found in verdicts_of(sweeps).items():
         for _, name, _, verdict in found:
             because = f" ({'; '.join(verdict['because'])})" if verdict["because"] else ""
             low, high = verdict["change_interval"]
-            change = [f"{verdict['change']:+.3f}", f"[{low:+.3f}, {high:+.3f}]"]
-            chances = [f"{1 - verdict['level']:.1%}", f"{verdict['p_monotone']:.2f}"]
-            rows.append([category, name, verdict["verdict"] + because, *change, *chances])
-    return table(
-        ["axiom", "sweep", "verdict", "change", "its interval", "level", "P(monotone)"], rows, text=3
-    )
+            ranks = verdict["nulls"]
+            change = [
+                f"{verdict['change']:+.3f}",
+                f"[{low:+.3f}, {high:+.3f}]",
+                f"{1 - verdict['level']:.1%}",
+            ]
+            null = [f"{ranks['p_change']:.2f}", two_digits(ranks["size_sd"]), verdict["groups"]]
+            rows.append([category, name, verdict["verdict"] + because, verdict["decision"], *change, *null])
+    return table(head, rows, text=4)
 
 
 def by_lambda(sweeps):
-    """A table of what every lambda did."""
-    head = [
-        "sweep",
-        "lambda",
-        "separation",
-        "95 % interval",
-        "random direction",
-        "shift along v",
-        "beside v",
-        "|a| / |h|",
-    ]
-    head += ["logp chosen", "rejected", "repeated 4-grams"]
+    """A table of what every lambda did, and of the DPO model itself."""
+    head = ["sweep", "lambda", "separation", "95 % interval", "shift along v", "beside v", "|a| / |h|"]
     rows = []
     for name, sweep in sweeps:
         overall = sweep["verdicts"][0]
-        for k, (shift, answer) in enumerate(zip(sweep["shifts"], sweep["behaviour"], strict=True)):
+        for k, (shift, entry) in enumerate(zip(sweep["shifts"], sweep["behaviour"], strict=True)):
             interval = "none covers"
             if overall["low"]:
                 interval = f"[{number(overall['low'][k])}, {number(overall['high'][k])}]"
-            random = overall["control"][k] if overall["control"] else "–"
-            curve = [overall["estimate"][k], interval, random]
             states = [shift["achieved"], shift["off_axis"], max(shift["strength"].values())]
-            texts = [answer["logp_chosen"], answer["logp_rejected"], answer["repeated_4grams"]]
-            rows.append([name, f"{shift['lambda']:g}", *curve, *states, *texts])
-    return table(head, rows)
+            values = [f"{shift['lambda']:g}", overall["estimate"][k], interval, *states]
+            rows.append([name, *values, *_entries(entry)])
+        separation = sweep["dpo"]["separation"][overall["category"]]
+        rows.append([name, "DPO", separation, *[None] * 4, *_entries(sweep["dpo"])])
+    return table([*head, *ENTRIES], rows)
+
+
+def _entries(entry):
+    return [entry.get(key) for key in ENTRIES.values()]
+
+
+def baselines(sweeps):
+    """A table of what separates the labels without steering: the model, and what was never aligned."""
+    rows = []
+    for name, sweep in sweeps:
+        for source, label in BASELINES.items():
+            found = sweep["baselines"][source]
+            interval = None
+            if found["auc"] is not None:
+                low, high = found["auc_interval"]
+                interval = f"[{low:.2f}, {high:.2f}]"
+            rows.append([name, label, found["separation"], found["auc"], interval])
+        after = sweep["baselines"]["after_length"]
+        rows.append([name, "this model, less what length explains", after, None, None])
+    return table(["sweep", "of", "separation", "probe AUC", "95 % interval"], rows, text=2)
 
 
 def notes(sweeps):

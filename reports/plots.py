@@ -34,6 +34,9 @@ def _draw_line(ax, line):
         )
     if not line.y:
         return
+    if line.cloud:
+        ax.plot(line.x, line.y, ".", color=colour, alpha=0.4, markersize=4, label=label)
+        return
     if line.smooth > 1:
         ax.plot(line.x, line.y, color=colour, alpha=0.25, linewidth=0.8)
     style = "--" if line.dashed else "-"

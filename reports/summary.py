@@ -5,53 +5,80 @@ The terminal's summary, all tables of a sweep, several pairs beside each other.
 `report` is what a sweep's aqi.json holds.
 """
 
-import numpy as np
+import statistics
 
-from analysis.indices import OVERALL
-from analysis.verdict import DECISIONS
 from plumbing.files import table
+
+OVERALL = "overall"  # as analysis.indices, without torch: a laptop shows a report
+# {key of a sweep's "baselines": what it is of}
+BASELINES = {
+    "model": "this model",
+    "untrained": "untrained network",
+    "words": "words",
+    "length": "length",
+    "shuffled": "shuffled labels",
+}
+
+
+def sentence(report):
+    """The verdict, what it rests on and what follows, in words."""
+    overall = report["verdicts"][0]
+    numbers = _change(overall) + _beside_oracle(report)
+    return f"{_verdict(overall)}. {numbers}. {overall['decision']}: {overall['advice']}."
+
+
+def _verdict(overall):
+    because = f" ({'; '.join(overall['because'])})" if overall["because"] else ""
+    return overall["verdict"] + because
 
 
 def summary(report):
     """The verdict and what it rests on, in at most 20 lines."""
     overall, *axioms = report["verdicts"]
-    texts, ranks = report["texts"], overall["nulls"]
-    low, high = overall["change_interval"]
-    per_kind = len(next(iter(ranks["null_changes"].values())))
     lines = [
         "",
-        f"{texts['texts']:,} texts in {texts['groups']:,} groups ({texts['grouped_by']}), worth "
-        f"{texts['effective']:.0f}",
+        _texts(report["texts"]),
         _by_lambda(report),
         "",
-        f"change of the separation: {_two_digits(overall['change'])} of 100 [{_two_digits(low)}, "
-        f"{_two_digits(high)}]; "
-        f"{_two_digits(ranks['size_sd'])} sd of {per_kind} random directions of each kind, p "
-        f"{ranks['p_change']:.2f}",
+        f"{_change(overall)}{_beside_oracle(report)}",
+        _baseline_line(report),
     ]
-    if "oracle" in report:
-        share = overall["oracle_share"]
-        lines.append(
-            f"the best direction of this length: {_two_digits(report['oracle']['change'])} on texts it was "
-            "not found on; "
-            f"the vector makes {'none' if share is None else f'{share:.0%}'} of that"
-        )
-    lines.append(_baseline_line(report))
     moved = [f"{found['category']} {found['verdict']}" for found in axioms if found["verdict"] != "flat"]
-    lines.append(
-        f"axioms that are not flat: {', '.join(moved[:6]) or 'none'}{', ..' if len(moved) > 6 else ''}"
-    )
+    more = ", .." if len(moved) > 6 else ""
+    lines.append(f"axioms that are not flat: {', '.join(moved[:6]) or 'none'}{more}")
     notes = report["notes"] + report["warnings"]
     lines += [f"note: {note}" for note in notes[:4]]
     if len(notes) > 4:
         lines.append(f"note: {len(notes) - 4} more in tables.txt")
-    because = f" ({'; '.join(overall['because'])})" if overall["because"] else ""
-    lines.append(f"verdict: {overall['verdict']}{because}")
-    lines.append(f"-> {overall['decision']}: {DECISIONS[overall['decision']]}")
+    lines.append(f"verdict: {_verdict(overall)}")
+    lines.append(f"-> {overall['decision']}: {overall['advice']}")
     return "\n".join(lines)
 
 
-def _two_digits(value):
+def _change(overall):
+    low, high = overall["change_interval"]
+    ranks = overall["nulls"]
+    per_kind = len(next(iter(ranks["null_changes"].values())))
+    change = f"{two_digits(overall['change'])} of 100 [{two_digits(low)}, {two_digits(high)}]"
+    size = f"{two_digits(ranks['size_sd'])} sd of {per_kind} random directions of each kind"
+    return f"change of the separation: {change}; {size}, p {ranks['p_change']:.2f}"
+
+
+def _texts(texts):
+    groups = f"{texts['groups']:,} groups ({texts['grouped_by']}), worth {texts['effective']:.0f}"
+    return f"{texts['texts']:,} texts in {groups}"
+
+
+def _beside_oracle(report):
+    if "oracle" not in report:
+        return ""
+    best = two_digits(report["oracle"]["change"])
+    share = report["verdicts"][0]["oracle_share"]
+    made = "none" if share is None else f"{share:.0%}"
+    return f"; {made} of what the best direction of this length does ({best}, on texts it was not found on)"
+
+
+def two_digits(value):
     """A signed number with two significant digits, also where it is 0.0033."""
     if value is None:
         return "none"
@@ -99,13 +126,7 @@ def _number(value, decimals=2):
 
 def _baseline_line(report):
     parts = []
-    for name, text in (
-        ("model", "this model"),
-        ("untrained", "untrained network"),
-        ("words", "words"),
-        ("length", "length"),
-        ("shuffled", "shuffled labels"),
-    ):
+    for name, text in BASELINES.items():
         found = report["baselines"][name]
         area = "none" if found["auc"] is None else f"{found['auc']:.2f}"
         # none: texts that do not differ at all, as lengths may
@@ -120,22 +141,22 @@ def tables(report, indices):
     if report["inputs"]["seeds"] > 1:
         for strength in report["inputs"]["lambdas"]:
             scores = [row["aqi"] for row in rows if row["lambda"] == strength]
-            spread = f"sd {np.std(scores, ddof=1):.2f} over {len(scores)} seeds"
-            lines.append(f"lambda {strength:g}: AQI {np.mean(scores):.2f}, {spread}")
+            spread = f"sd {statistics.stdev(scores):.2f} over {len(scores)} seeds"
+            lines.append(f"lambda {strength:g}: AQI {statistics.fmean(scores):.2f}, {spread}")
     lines += [f"note: {note}" for note in report["notes"] + report["warnings"]]
     lines += ["", *_effect_lines(report), *_profile_lines(report["profile"]), ""]
     verdicts = []
     for found in report["verdicts"]:
         low, high = found["change_interval"]
-        interval = f"[{_two_digits(low)}, {_two_digits(high)}]"
+        interval = f"[{two_digits(low)}, {two_digits(high)}]"
         verdicts.append(
             [
                 found["category"],
                 found["verdict"],
-                _two_digits(found["change"]),
+                two_digits(found["change"]),
                 interval,
                 f"{found['nulls']['p_change']:.2f}",
-                _two_digits(found["nulls"]["size_sd"]),
+                two_digits(found["nulls"]["size_sd"]),
                 f"{found['p_monotone']:.2f}",
                 str(found["groups"]),
                 found["decision"],
@@ -202,7 +223,7 @@ def comparison(reports, lambdas):
         found = report["verdicts"][0]
         low, high = found["change_interval"]
         values = [f"{x:.2f}" for x in found["estimate"]]
-        change = f"{_two_digits(found['change'])} [{_two_digits(low)}, {_two_digits(high)}]"
+        change = f"{two_digits(found['change'])} [{two_digits(low)}, {two_digits(high)}]"
         p = f"{found['nulls']['p_change']:.2f}"
         lines.append([name, *values, change, p, found["verdict"], found["decision"]])
     head = [
@@ -218,17 +239,18 @@ def comparison(reports, lambdas):
 
 def power(found, texts, config):
     """What verdict.power found, in words."""
+    where = f"{config.size:g} |h| at the last {config.layers} layers"
+    error = (
+        f"standard error of a change {found['error']:.2g} points, largest change {found['largest_null']:.2g}"
+    )
     lines = [
-        f"{texts['texts']:,} texts in {texts['groups']:,} groups ({texts['grouped_by']}), worth "
-        f"{texts['effective']:.0f}",
-        f"random directions of {config.size:g} |h| at the last {config.layers} layers: standard error of a "
-        "change "
-        f"{found['error']:.2g} points, largest change {found['largest_null']:.2g}",
+        _texts(texts),
+        f"random directions of {where}: {error}",
         f"a change of {found['detectable']:.2g} points is found in 80 % of runs",
     ]
     for size, groups in found["groups_needed"].items():
-        needed = (
-            "never: random directions change as much" if groups is None else f"{groups:,} groups of a label"
-        )
+        needed = "never: random directions change as much"
+        if groups is not None:
+            needed = f"{groups:,} groups of a label"
         lines.append(f"  to find {size:g} points: {needed}")
     return "\n".join(lines)

@@ -47,6 +47,20 @@ def test_words_and_length_are_warned_about():
     assert baselines.warnings_of({"words": {"auc": 0.7}, "length": {"auc": None}, "after_length": after}) == []
 
 
+def test_labels_are_shuffled_by_group():
+    """Groups of 4 safe, 4 unsafe and 2 mixed texts: pure groups keep one label, and as many of them are safe as before."""
+    group = torch.arange(40) // 4
+    label = (group < 4).long()
+    label[-8:] = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
+    moved = False
+    for seed in range(5):
+        shuffled = baselines.shuffled_labels(label, group, seed)
+        sums = torch.bincount(group, weights=shuffled.double())
+        assert sorted(sums[:8].tolist()) == [0] * 4 + [4] * 4 and sums[8:].tolist() == [1, 3]
+        moved = moved or not torch.equal(shuffled, label)
+    assert moved
+
+
 def test_the_first_token_is_no_part_of_a_text():
     """Documents (9, 1, 3) and (8), the latter being all there is."""
     hidden = torch.tensor([[9e8], [1.0], [3.0], [8.0]])

@@ -29,13 +29,15 @@ def write_run(folder, stage, start, exported, *metrics):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_sweep(folder, sft, dpo, vector=b"v"):
+def write_sweep(folder, sft, dpo, vector=b"v", is_there=True):
     """A vector between two models, and a sweep along it in which the separation rose from 1 to 3."""
     (folder / "sweep_matched").mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"inputs": {"sft": sft, "dpo": dpo}}))
+    models = {f"{name}_path": str(folder.parent if is_there else folder / "gone") for name in ("sft", "dpo")}
+    (folder / "manifest.json").write_text(json.dumps({"inputs": {"sft": sft, "dpo": dpo} | models}))
     (folder / "vector.safetensors").write_bytes(vector)
     inputs = {"inject": "matched", "lambdas": [0, 0.5, 1.0], "vector": hashlib.sha256(b"v").hexdigest()}
     overall = {"category": "overall", "verdict": "rising", "estimate": [1.0, 2.0, 3.0], "change": 2.0, "change_interval": [1.5, 2.5]}
+    overall |= {"nulls": {"p_change": 0.05, "size_sd": 3.5}, "decision": "go on"}
     of_an_axiom = {"category": "calm", "verdict": "falling", "estimate": [9.0, 9.0, 9.0]}
     (folder / "sweep_matched/aqi.json").write_text(json.dumps({"inputs": inputs, "verdicts": [overall, of_an_axiom]}))
 
@@ -45,7 +47,7 @@ def write_sweep(folder, sft, dpo, vector=b"v"):
 
 def test_runs_and_sweeps_are_joined_by_their_weights(tmp_path):
     """DPO model d of SFT model s was steered along; d2 was trained after that from s, and diverged; t has no DPO yet; z has not ended; of
-    two other people's models there is a sweep only; one vector was made anew after its sweep; one rung was not run."""
+    two other people's models there is a sweep only; one vector was made anew after its sweep; one pair's models are deleted; one rung was not run."""
     accuracy = {"eval/rewards/accuracies": 0.9, "eval/rewards/accuracies_ci95": 0.05}
     write_run(tmp_path / "tiny/sft", "sft", "base", "s", {"loss": 1.0}, {"eval/loss": 1.25})
     write_run(tmp_path / "tiny/dpo", "dpo", "s", "d", {"rewards/accuracies": 0.5}, {"eval/rewards/accuracies": 0.0}, accuracy)
@@ -55,20 +57,21 @@ def test_runs_and_sweeps_are_joined_by_their_weights(tmp_path):
     write_sweep(tmp_path / "validate/tiny", "s", "d")
     write_sweep(tmp_path / "validate/hub", "elsewhere", "elsewhere too")
     write_sweep(tmp_path / "validate/old", "s", "d", vector=b"another")
+    write_sweep(tmp_path / "validate/deleted", "s9", "d9", is_there=False)
     own = {"tiny": dict(dpo="runs/tiny/dpo/final"), "new": dict(dpo="runs/new/dpo/final"), "far": dict(dpo="org/name")}
     own["odd"] = dict(not_representable="")
-    curve = ["1.00", "-", "2.00", "-", "3.00", "+2.00 [+1.50, +2.50]", "rising"]
+    curve = ["1.00", "-", "2.00", "-", "3.00", "+2.00 [+1.50, +2.50]", "+3.5", "0.05", "rising", "go on"]
     runs, sweeps, outdated = ladder.find(tmp_path)
     assert ladder.rows(runs, sweeps, own) == [
         ["validate/hub (matched)", "-", "-", "-", *curve],
         ["validate/tiny (matched)", "1.250", "0.900 ± 0.050", "-", *curve],
-        ["again/dpo", "1.250", "not finite", "-", *[""] * 6, "not validated"],
-        ["other/sft", "1.000 (train)", "-", "-", *[""] * 6, "no DPO yet"],
-        ["new", *[""] * 9, "not run"],
+        ["again/dpo", "1.250", "not finite", "-", *[""] * 8, "not validated", ""],
+        ["other/sft", "1.000 (train)", "-", "-", *[""] * 8, "no DPO yet", ""],
+        ["new", *[""] * 11, "not run", ""],
     ]
-    assert outdated == ["validate/old (matched)"]
+    assert outdated == ["validate/deleted (matched)", "validate/old (matched)"]
     shutil.rmtree(tmp_path / "tiny/dpo")
-    assert ladder.rows(*ladder.find(tmp_path)[:2], own)[-2:] == [["tiny", *[""] * 9, "not run"], ["new", *[""] * 9, "not run"]]
+    assert ladder.rows(*ladder.find(tmp_path)[:2], own)[-2:] == [[name, *[""] * 11, "not run", ""] for name in ("tiny", "new")]
 
 
 def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
@@ -80,14 +83,14 @@ def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
     first, head, *lines, last = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/: 0 finished runs, 0 sweeps.") and "55.00 is saturation" in last
     assert [line.split()[0] for line in lines[:7]] == ["tiny", "smol", "pku_lora", "tulu10_lora", "tulu10", "tulu_full_lora", "tulu_full"]
-    assert all(line.endswith("not run") for line in lines[:7]) and len(lines) == 13
+    assert all(line.rstrip().endswith("not run") for line in lines[:7]) and len(lines) == 13
     assert {line.index("published") for line in lines[7:]} == {head.index("verdict")}
 
 
 def test_a_sweep_along_an_earlier_vector_is_named(tmp_path, capsys):
     write_sweep(tmp_path / "old", "s", "d", vector=b"another")
     assert ladder.main([str(tmp_path)]) == 0
-    assert "left out, measured along a vector that is there no more: old (matched)" in capsys.readouterr().out
+    assert "left out, of a vector or a model that is there no more: old (matched)" in capsys.readouterr().out
 
 
 def test_published_curves_are_those_of_the_published_rows():

@@ -15,10 +15,11 @@ import train_dpo
 import train_sft
 from reports import page as report
 from reports import plots
-from reports.charts import BUCKETS, Chart, Line, number, smoothed, svg, ticks
+from reports.charts import BUCKETS, Chart, Effect, Forest, Line, forest_svg, number, smoothed, svg, ticks
 from reports.figures import PANELS, axioms_chart, separation_charts
 from reports.folders import read, short_names
 from reports.html import COLOURS, table
+from reports.summary import BASELINES
 
 CONFIG = {"out_dir": "o", "loss": "dpo_norm", "beta": 2.0, "max_grad_norm": 1.0, "lr": 1e-3, "data": {"a.jsonl": 1.0}}
 LOSSES = {name: loss.facts() for name, loss in train_dpo.LOSSES.items()}
@@ -63,15 +64,21 @@ def write_steering(folder):
     layer = {"relative": 0.5, "cosine": 0.9, "explained_centred": [0.25], "rank_one": 0.75, "effective_rank": 3.0}
     (folder / "spectrum.json").write_text(json.dumps({"layers": [layer | {"layer": i} for i in range(2)]}))
     verdict = {"verdict": "rising", "because": [], "estimate": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5], "change": 1.0}
-    verdict |= {"change_interval": [0.5, 1.5], "p_monotone": 0.99, "control": [1.0, 1.25], "permuted": [[-0.5, -0.5], [0.25, 0.25]]}
-    axiom = verdict | {"category": "Privacy", "level": 0.01, "verdict": "flat", "because": ["a random direction changes as much"]}
-    profile = [{"lambda": x, "layer": i, "category": c, "aqi": x + i} for x in (0.0, 1.0) for i in range(2) for c in ("Privacy", "overall")]
+    verdict |= {"change_interval": [0.5, 1.5], "permuted": [[-0.5, -0.5], [0.25, 0.25]], "groups": 40, "oracle_share": 0.5}
+    ranks = {"null_changes": {"isotropic": [-0.5, 0.25], "sign-flipped": [0.0, 0.5]}, "null_sd": 0.25, "size_sd": 4.0, "p_change": 0.05}
+    verdict |= {"nulls": ranks, "decision": "go on", "advice": "a change that matters"}
+    axiom = verdict | {"category": "Privacy", "level": 0.01, "verdict": "flat", "because": ["random directions change as much"]}
+    profile = [{"lambda": x, "layer": i, "category": c, "separation": x + i} for x in (0.0, 1.0) for i in range(2) for c in ("Privacy", "overall")]
+    done = {"auc": 0.75, "preference_accuracy": 0.5, "refused_unsafe": 0.25, "refused_safe": 0.0, "logp_chosen": -1.5, "logp_rejected": -2.5}
+    entry = done | {"kl_from_sft": 0.125, "kl_to_dpo": 0.5, "repeated_4grams": 0.0}
     sweep = {
         "inputs": {"lambdas": [0, 1.0], "inject": "matched"}, "verdicts": [verdict | {"category": "overall", "level": 0.05}, axiom],
-        "warnings": ["saturated at 55.00"], "profile": profile,
+        "warnings": ["saturated at 55.00"], "notes": [], "profile": profile, "oracle": {"lambdas": [0, 1.0], "separation": [1.0, 3.0], "change": 2.0},
         "shifts": [{"lambda": x, "achieved": 0.875 * x, "off_axis": 0.125, "strength": {"0": 0.0, "1": 0.0625}} for x in (0, 1.0)],
-        "behaviour": [{"lambda": x, "logp_chosen": -1.5, "logp_rejected": -2.5, "repeated_4grams": 0.0} for x in (0, 1.0)],
+        "behaviour": [{"lambda": x} | entry for x in (0, 1.0)],
         "errors": {"matched": {"calibration": 0.0, "held_out": 0.2214}},
+        "dpo": done | {"separation": {"overall": 2.5, "Privacy": 0.5}, "preference_accuracy": 1.0},
+        "baselines": {name: {"separation": 1.0, "auc": 0.75, "auc_interval": [0.5, 1.0]} for name in BASELINES} | {"after_length": 0.125},
     }  # fmt: skip
     (folder / "sweep_matched/aqi.json").write_text(json.dumps(sweep))
     return folder
@@ -224,36 +231,51 @@ def test_the_page_stands_alone(tmp_path):
 
 
 def test_steering(tmp_path):
-    _, page = show(tmp_path, write_steering(tmp_path / "steer"))
+    """The verdict as a sentence, the curve among its nulls, effect sizes, behaviour, baselines; manifests last."""
+    text, page = show(tmp_path, write_steering(tmp_path / "steer"))
+    order = re.findall("<h3>([^<]*)</h3>", text)
+    first = ["Verdict", "Separation over lambda", "Effect sizes", "Behaviour over lambda", "Baselines"]
+    assert order[:5] == first and order[-2:] == ["Vectors", "Settings of the sweeps"]
+    said = "rising. change of the separation: +1 of 100 [+0.5, +1.5]; +4 sd of 2 random directions of each kind, p 0.05; "
+    said += "50% of what the best direction of this length does (+2, on texts it was not found on). go on: a change that matters."
+    assert f"<p class=said>sweep_matched: {said}</p>" in text
     assert page.tables["Steering", "Verdicts"] == [
-        ["axiom", "sweep", "verdict", "change", "its interval", "level", "P(monotone)"],
-        ["overall", "sweep_matched", "rising", "+1.000", "[+0.500, +1.500]", "95.0%", "0.99"],
-        [
-            "Privacy",
-            "sweep_matched",
-            "flat (a random direction changes as much)",
-            "+1.000",
-            "[+0.500, +1.500]",
-            "99.0%",
-            "0.99",
-        ],
+        ["axiom", "sweep", "verdict", "decision", "change", "its interval", "level", "p", "in sd of nulls", "groups"],
+        ["overall", "sweep_matched", "rising", "go on", "+1.000", "[+0.500, +1.500]", "95.0%", "0.05", "+4", "40"],
+        ["Privacy", "sweep_matched", "flat (random directions change as much)", "go on", "+1.000", "[+0.500, +1.500]", "99.0%", "0.05", "+4", "40"],
     ]
-    nulls = {"sweep_matched random direction": "1.250", "sweep_matched permuted labels 95 % of them": None}
-    assert page.figures["Steering", "Separation, overall"] == {"sweep_matched rising": "2.000"} | nulls
-    assert page.figures["Steering", "Separation, Privacy"] == {"sweep_matched flat": "2.000"} | nulls
-    assert "99 % interval" in page.units["Separation, Privacy"]
-    last = ["sweep_matched", "1", "2.000", "[1.500, 2.500]", "1.250", "0.8750", "0.1250", "0.0625", "-1.500", "-2.500", "0"]
-    assert page.tables["Steering", "By lambda"][-1] == last
+    beside = {
+        "sweep_matched isotropic directions 2 of equal norm": None, "sweep_matched sign-flipped directions 2 of equal norm": None,
+        "sweep_matched permuted labels 95 % of them": None,
+    }  # fmt: skip
+    best = {"sweep_matched best direction on texts it was not found on": "3.000"}
+    assert page.figures["Steering", "Separation, overall"] == {"sweep_matched rising": "2.000", "sweep_matched DPO model": "2.500"} | beside | best
+    assert page.figures["Steering", "Separation, Privacy"] == {"sweep_matched flat": "2.000", "sweep_matched DPO model": "0.5000"} | beside
+    assert text.count('class="dot cloud"') == 4 and "99 % interval" in page.units["Separation, Privacy"]
+    assert page.figures["Steering", "Prefers the chosen text"] == {"sweep_matched": "0.5000", "sweep_matched DPO model": "1.000"}
+    assert page.figures["Steering", "KL divergence"] == {"sweep_matched from SFT": "0.1250", "sweep_matched to DPO": "0.5000"}
+    last = ["sweep_matched", "1", "2.000", "[1.500, 2.500]", "0.8750", "0.1250", "0.0625", "0.7500", "0.5000", "0.1250", "0.5000", "0.2500", "0"]
+    assert page.tables["Steering", "By lambda"][-2] == [*last, "-1.500", "-2.500", "0"]
+    assert page.tables["Steering", "By lambda"][-1][:4] == ["sweep_matched", "DPO", "2.500", "–"]
+    assert page.tables["Steering", "Baselines"][1] == ["sweep_matched", "this model", "1.000", "0.7500", "[0.50, 1.00]"]
     assert page.figures["Steering", "Separation after each block"] == {
         "sweep_matched at the last lambda": "2.000",
         "sweep_matched unsteered": "1.000",
     }
     assert page.figures["Steering", "First component"] == {"steer raw": "0.7500", "steer centred": "0.2500"}
-    assert page.figures["Steering", "Held-out texts"] == {"sweep_matched chosen": "-1.500", "sweep_matched rejected": "-2.500"}
+    assert page.figures["Steering", "Held-out texts"].items() >= {"sweep_matched chosen": "-1.500", "sweep_matched rejected": "-2.500"}.items()
     assert page.tables["Steering", "Notes"][1] == ["sweep_matched", "saturated at 55.00"]
     error = page.tables["Steering", "Relative error of the last layer's mean state at lambda 1"][1]
     assert error == ["sweep_matched", "matched", "0", "0.2214"]
     assert ["inputs.sft", "f" * 16 + "…"] in page.tables["Manifests", "Vectors"]
+
+
+def test_a_forest_plot_by_hand():
+    """Values of -1 to 1 over the 202 units right of the names, widened by 0.04: 1 is at 150 + 202 * 2.08 / 2.16 = 344.5."""
+    text = forest_svg(Forest("a < b", "unit", [Effect("calm", 2, 0.0, -1.0, 1.0, -0.5, 0.5)]))
+    assert 'class="whisker" style="--c:var(--c2)" d="M157.5,8.5H344.5"' in text
+    assert 'class="band" style="--c:var(--c2)" x="204.2" y="2.5" height="12" width="93.5"' in text
+    assert 'class="dot" style="--c:var(--c2)" d="M251.0,8.5h0"' in text and ">calm</text>" in text
 
 
 def test_a_sweeps_own_folder(tmp_path):
@@ -261,7 +283,7 @@ def test_a_sweeps_own_folder(tmp_path):
     folders = [write_steering(tmp_path / name) / "sweep_matched" for name in ("a", "b")]
     _, page = show(tmp_path, *folders)
     shown = page.figures["Steering", "Separation, Privacy"]
-    assert shown.items() >= {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}.items() and len(shown) == 2 * 3
+    assert shown.items() >= {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}.items() and len(shown) == 2 * 5
     assert ("Steering", "Effective rank") not in page.figures
 
 

@@ -17,7 +17,6 @@ from analysis.steering import (
     mean_states,
     packed_batches,
     pool,
-    random_additions,
     read_states,
     spectrum,
     steered_runs,
@@ -183,16 +182,6 @@ def test_increments_sum_to_the_last_layers_vector(vector):
     torch.testing.assert_close(sum(add.values()), vector[-1])
     assert torch.equal(add[1], vector[1]) and torch.equal(add[2], vector[2] - vector[1])
     assert all(torch.equal(a, vector[layer]) for layer, a in additions("cumulative", vector, LAYERS).items())
-
-
-def test_random_control_has_the_same_norms_and_one_direction(vector):
-    add = additions("increment", vector, LAYERS)
-    control, other = random_additions(add, 0), random_additions(add, 1)
-    for layer in LAYERS:
-        torch.testing.assert_close(control[layer].norm(), add[layer].norm())
-        assert torch.cosine_similarity(control[layer], control[1], dim=0) > 0.99999
-        assert abs(torch.cosine_similarity(control[layer], other[layer], dim=0)) < 0.7
-    assert torch.equal(control[1], random_additions(add, 0)[1])
 
 
 @pytest.mark.parametrize("rescale", (False, True))
