@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, fused_block, reference, rms_norm
+from plumbing import kinds
 from plumbing.files import UserError, read_config
 
 # every linear of a block
@@ -129,6 +130,25 @@ class LlamaConfig:
         """Whether fused_block computes these blocks: it has norms before attention and MLP only."""
         return self.qk_norm is None and not self.post_norm
 
+    def weight_shapes(self):
+        """{name: {key of config.json: size}} of a few weights that together hold every size.
+
+        They are compared with the files before anything is allocated.
+        """
+        V, D, block = self.vocab_size, self.hidden_size, "model.layers.0"
+        queries = self.num_attention_heads * self.head_dim
+        keys_of_heads = self.num_key_value_heads * self.head_dim
+        return {
+            "model.embed_tokens.weight": {"vocab_size": V, "hidden_size": D},
+            "lm_head.weight": {"vocab_size": V, "hidden_size": D},
+            f"{block}.self_attn.q_proj.weight": {"num_attention_heads * head_dim": queries, "hidden_size": D},
+            f"{block}.self_attn.k_proj.weight": {
+                "num_key_value_heads * head_dim": keys_of_heads,
+                "hidden_size": D,
+            },
+            f"{block}.mlp.up_proj.weight": {"intermediate_size": self.intermediate_size, "hidden_size": D},
+        }
+
     def flops(self, length, logits=None):
         """Forward FLOPs of one document of `length` tokens: matmuls and causal attention, exactly.
 
@@ -195,6 +215,28 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+# what may stand under the keys that are read
+CONFIG_KINDS = {
+    **dict.fromkeys(_REQUIRED, kinds.SIZE),
+    "num_hidden_layers": kinds.LAYERS,
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), kinds.SIZE | kinds.NULL),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), kinds.TOKEN_ID | kinds.NULL),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), kinds.SWITCH
+    ),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), kinds.OBJECT | kinds.NULL),
+    "eos_token_id": kinds.TOKEN_ID | kinds.list_of(kinds.TOKEN_ID) | kinds.NULL,
+    "max_window_layers": kinds.SIZE,
+    "model_type": kinds.TEXT,
+    "rms_norm_eps": kinds.NOT_NEGATIVE,
+    "rope_theta": kinds.POSITIVE,
+}
+_ROPE_KINDS = {
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), kinds.POSITIVE),
+    **dict.fromkeys(("rope_type", "type"), kinds.TEXT),
+    "original_max_position_embeddings": kinds.SIZE,
+}
+
 # keys of other people's configs that change the model, each with the values under which it is ours
 _FIXED = {
     "hidden_act": ("silu",),
@@ -209,6 +251,7 @@ def _config_from_hf(raw, source):
     def refuse(key, expected):
         raise UserError(f"{source}: {key}={raw.get(key)!r}: expected {expected}")
 
+    kinds.check(source, raw, CONFIG_KINDS)
     if raw.get("model_type") not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         refuse("model_type", f"one of {known}: this code represents no other architecture exactly")
@@ -293,7 +336,9 @@ def _olmo3_rope(raw, source):
 
 
 def _rope(raw, key, source):
+    kinds.check(source, raw, {key: kinds.OBJECT})
     rope = raw[key]
+    kinds.check(f"{source}: {key}", rope, _ROPE_KINDS)
     if rope.get("partial_rotary_factor", 1) != 1:
         factor = rope["partial_rotary_factor"]
         raise UserError(f"{source}: {key}: partial_rotary_factor={factor!r}: expected 1")
@@ -306,7 +351,11 @@ def _rope(raw, key, source):
     names = RopeScaling.__dataclass_fields__
     if missing := [name for name in names if name not in rope]:
         raise UserError(f"{source}: {key}: {', '.join(missing)}: missing; expected with rope_type='llama3'")
-    return theta, RopeScaling(**{name: rope[name] for name in names})
+    scaling = RopeScaling(**{name: rope[name] for name in names})
+    if scaling.low_freq_factor >= scaling.high_freq_factor:  # the ramp between them divides by the difference
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        raise UserError(f"{source}: {key}: low_freq_factor={low}: expected less than high_freq_factor={high}")
+    return theta, scaling
 
 
 # ---------------------------------------------------------------- rotary positions
@@ -576,7 +625,7 @@ class LoRALinear(nn.Linear):
 def apply_lora(model, rank, alpha, dropout=0.0, targets=LINEARS):
     """Freeze the model and put LoRA adapters on every linear named in `targets`.
 
-    Call init_lora once they are allocated.
+    They leave it unchanged. On the meta device, init_lora fills them once they are allocated.
     """
     unknown = set(targets) - set(LINEARS)
     if unknown or not targets:
@@ -587,16 +636,13 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets=LINEARS):
         for parent in (block.self_attn, block.mlp):
             for name in set(targets) & set(dict(parent.named_children())):
                 setattr(parent, name, LoRALinear(getattr(parent, name), rank, alpha, dropout))
-
-
-def has_lora(model):
-    """Whether the model has LoRA adapters."""
-    return any(isinstance(module, LoRALinear) for module in model.modules())
+    if not model.lm_head.weight.is_meta:
+        init_lora(model, seed=0)
 
 
 @torch.no_grad()
 def init_lora(model, seed, assign=lambda param, values: param.copy_(values)):
-    """Draw A, and set B to zero, so that the model starts unchanged.
+    """Draw A anew, and set B to zero, so that the model starts unchanged.
 
     A is uniform in +-1/sqrt(in), as PEFT's kaiming_uniform with a = sqrt(5). `assign(param, values)` stores a
     full float32 tensor. A sharded model passes parallel.assign.

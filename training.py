@@ -38,21 +38,20 @@ from optim import (
 from packing import steps_per_epoch
 from planner import budget
 from plumbing import hub, parallel, watchdog
+from plumbing.adapters import save_adapter
 from plumbing.checkpoint import Checkpointer
 from plumbing.config import Config, check_capability, check_world_size, resume_dict
 from plumbing.files import UserError, read_json, write_json
 from plumbing.lock import lock
 from plumbing.logbook import Logbook
-from plumbing.tensors import open_safetensors
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import (
+    check_sizes,
     check_vocabulary,
     fingerprint,
     load_weights,
     resolve,
-    save_adapter,
     save_pretrained,
-    weight_files,
 )
 from reports import card
 
@@ -272,8 +271,7 @@ def read_model_config(config, directory, tokenizer, device):
     # Everything below reads headers only, a few KB, however large the model.
     model_config = LlamaConfig.from_hf(directory)
     check_vocabulary(model_config, tokenizer)
-    for path in weight_files(Path(directory)):
-        open_safetensors(path)  # its header and its size
+    check_sizes(model_config, Path(directory))
     for key in ("sliding_window", "max_position_embeddings"):
         limit = getattr(model_config, key)
         if limit and config.max_seq_len > limit:

@@ -1,18 +1,17 @@
 """Any model folder as the model it is: model.py's Llama, or one of the files beside this one."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 
 from families.falcon import Falcon, FalconConfig
 from families.gemma import Gemma, GemmaConfig
-from model import Llama, LlamaConfig, apply_fused, apply_lora, has_lora, merge_lora
-from plumbing import parallel, weights
+from model import Llama, LlamaConfig, apply_fused
+from plumbing import adapters, parallel, weights
 from plumbing.device import check_bf16, pick_device
-from plumbing.files import read_config, read_json
+from plumbing.files import read_config
 from plumbing.tokenizer import Tokenizer
-from plumbing.weights import check_vocabulary, load_weights, resolve
+from plumbing.weights import check_sizes, check_vocabulary, load_weights, resolve
 
 # the others, each in a file of its own; what is neither here nor in model.py is refused there
 _CONFIGS = {"falcon": FalconConfig, "gemma2": GemmaConfig}
@@ -22,7 +21,7 @@ _MODELS = {LlamaConfig: Llama, FalconConfig: Falcon, GemmaConfig: Gemma}
 def model_config(directory):
     """The config of a model folder, one of _MODELS. UserError for any other model or variant."""
     model_type = read_config(directory).get("model_type")
-    return _CONFIGS.get(model_type, LlamaConfig).from_hf(directory)
+    return _CONFIGS.get(str(model_type), LlamaConfig).from_hf(directory)
 
 
 def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
@@ -33,6 +32,7 @@ def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
     directory = resolve(path_or_repo)
     config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
     check_vocabulary(config, tokenizer)
+    check_sizes(config, directory)
     with torch.device("meta"):
         model = _MODELS[type(config)](config).to(dtype)
     parallel.materialize(model, device)
@@ -40,24 +40,13 @@ def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
     return model, tokenizer
 
 
-def load_adapter(model, directory):
-    """Read PEFT LoRA adapters into the model, which gets LoRA layers first if it has none.
-
-    UserError as weights.load_adapter.
-    """
-    if not has_lora(model):
-        apply_lora(model, **weights.adapter_settings(directory))
-    weights.load_adapter(model, directory)
-
-
 def locate(path):
     """(model folder, adapter folder or None) of a folder, hub name or PEFT adapter."""
     folder = weights.find_folder(path)
-    if not (folder / "adapter_config.json").is_file():
-        return weights.resolve(folder), None  # which refuses a run folder and says where its model is
-    raw = read_json(folder / "adapter_config.json")
-    base, revision = raw["base_model_name_or_path"], raw.get("revision")  # the revision is the base model's
-    return weights.resolve(f"{base}@{revision}" if revision and not Path(base).is_dir() else base), folder
+    if weights.has_weights(folder) or not weights.has_adapter(folder):
+        return weights.resolve(folder), None  # which refuses what is no one model
+    key = f"{folder / weights.ADAPTER_CONFIG}: base_model_name_or_path"
+    return weights.resolve(adapters.base_of(folder), key), folder
 
 
 def weights_hash(path):
@@ -81,8 +70,7 @@ def load_model(path):
         dtype = torch.bfloat16
     model, tokenizer = load_pretrained(folder, dtype, device)
     if adapter is not None:
-        load_adapter(model, adapter)
-        merge_lora(model)
+        adapters.merge_adapter(model, adapter)
     if isinstance(model, Llama) and model.config.fusable:  # the others have plain blocks only
         apply_fused(model)
     return model, tokenizer

@@ -80,6 +80,18 @@ class FalconConfig:
         shape = {"ffn_hidden_size": inner, "rope_theta": theta, "rope_scaling": scaling}
         return cls(**values | shape)
 
+    def weight_shapes(self):
+        """As LlamaConfig's."""
+        V, D, block = self.vocab_size, self.hidden_size, "transformer.h.0"
+        attention = {"hidden_size + 2 * (hidden_size / num_attention_heads)": D + 2 * self.head_dim}
+        inner = {"ffn_hidden_size": self.ffn_hidden_size}
+        return {
+            "transformer.word_embeddings.weight": {"vocab_size": V, "hidden_size": D},
+            "lm_head.weight": {"vocab_size": V, "hidden_size": D},
+            f"{block}.self_attention.query_key_value.weight": attention | {"hidden_size": D},
+            f"{block}.mlp.dense_h_to_4h.weight": inner | {"hidden_size": D},
+        }
+
 
 class Attention(nn.Module):
     """Causal self-attention whose query heads share one key and one value head (Shazeer 2019)."""

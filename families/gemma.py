@@ -15,7 +15,7 @@ from torch import nn
 
 from families.keys import config_file, read_keys
 from kernels import reference
-from model import RopeScaling, rope_frequencies, rope_from_hf
+from model import LlamaConfig, RopeScaling, rope_frequencies, rope_from_hf
 from plumbing.files import UserError
 
 # what the code below takes for granted; a key that is absent has this value in transformers too
@@ -82,6 +82,8 @@ class GemmaConfig:
             raise UserError(f"{source}: " + "; ".join(problems))
         theta, scaling = rope_from_hf(raw, source)
         return cls(**values | {"rope_theta": theta, "rope_scaling": scaling})
+
+    weight_shapes = LlamaConfig.weight_shapes  # its names, and the fields are called alike
 
     def window(self, layer):
         """Keys that a query of block `layer` sees, itself included; None: all that are before it."""

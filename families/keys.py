@@ -2,7 +2,19 @@
 
 from pathlib import Path
 
+from model import CONFIG_KINDS
+from plumbing import kinds
 from plumbing.files import read_config
+
+# what may stand under the keys that are read
+KINDS = CONFIG_KINDS | {
+    "ffn_hidden_size": kinds.SIZE | kinds.NULL,
+    "layer_norm_epsilon": kinds.NOT_NEGATIVE,
+    "query_pre_attn_scalar": kinds.POSITIVE,
+    "attn_logit_softcapping": kinds.POSITIVE | kinds.NULL,
+    "final_logit_softcapping": kinds.POSITIVE | kinds.NULL,
+    "layer_types": kinds.list_of(kinds.TEXT) | kinds.NULL,
+}
 
 
 def read_keys(cls, directory, fixed, required):
@@ -12,6 +24,8 @@ def read_keys(cls, directory, fixed, required):
     a value that is not the one in `fixed`, and every one of `required` that is missing.
     """
     raw = read_config(directory)
+    given = {key: value for key, value in raw.items() if value is not None or key not in required}
+    kinds.check(config_file(directory), given, KINDS)
     problems = []
     for key, value in fixed.items():
         if raw.get(key, value) != value:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import shutil
 import socket
 import sys
@@ -32,11 +33,24 @@ class UserError(ValueError):
 
 
 def read_json(path):
-    """The value in a JSON file. UserError naming the file when it is missing or torn."""
+    """The object in a JSON file, as a dict.
+
+    UserError naming the file when it is missing, torn or holds anything else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing or torn (no such file)")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(content, source):
+    """The object in the bytes of a JSON file, as a dict. UserError naming the source for anything else."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
-        raise UserError(f"{path}: missing or torn ({error})") from error
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or thousands of open brackets
+        raise UserError(f"{source}: missing or torn ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {reprlib.repr(value)}; expected a JSON object")
+    return value
 
 
 def read_config(directory):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tokenizers
 
-from plumbing.files import UserError
+from plumbing import kinds
+from plumbing.files import UserError, parse_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -18,9 +19,26 @@ TOKENIZER_FILES = (
 )
 
 
+# what may stand under the keys of tokenizer_config.json and special_tokens_map.json that are read
+_TOKEN = kinds.TEXT | kinds.object_with({"content": kinds.TEXT}) | kinds.NULL
+_TEMPLATE = kinds.object_with({"name": kinds.TEXT, "template": kinds.TEXT})
+_KINDS = {
+    "bos_token": _TOKEN,
+    "eos_token": _TOKEN,
+    "chat_template": kinds.TEXT | kinds.list_of(_TEMPLATE) | kinds.NULL,
+}
+
+
 def _text(token: dict | str | None) -> str | None:
     """A token of tokenizer_config.json, which writes it as text or as {"content": text, ..}."""
     return token["content"] if isinstance(token, dict) else token
+
+
+def _read(content: bytes, source: str) -> dict:
+    """The object in a tokenizer's JSON file. UserError naming it when it is torn or of the wrong types."""
+    value = parse_json(content, source)
+    kinds.check(source, value, _KINDS)
+    return value
 
 
 class Tokenizer:
@@ -33,15 +51,15 @@ class Tokenizer:
 
     def __init__(self, files: dict[str, bytes], origin: str):
         self.files, self.origin = files, origin
+        config = _read(files["tokenizer_config.json"], f"{origin}/tokenizer_config.json")
+        # As in transformers: without added_tokens_decoder, the other file's names come first.
+        if "added_tokens_decoder" not in config and "special_tokens_map.json" in files:
+            config |= _read(files["special_tokens_map.json"], f"{origin}/special_tokens_map.json")
         try:
-            config = json.loads(files["tokenizer_config.json"])
-            # As in transformers: without added_tokens_decoder, the other file's names come first.
-            if "added_tokens_decoder" not in config:
-                config |= json.loads(files.get("special_tokens_map.json", b"{}"))
             self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         except Exception as error:  # the library has nothing narrower
-            problem = f"a file of it is torn, or of a version that is not known here: {error}"
-            raise UserError(f"tokenizer {origin}: {problem}") from error
+            problem = f"{origin}/tokenizer.json: torn, or of a version that is not known here"
+            raise UserError(f"{problem}: {error}") from error
         self.core.no_truncation()
         self.core.no_padding()
         # It would add BOS, and trims white space off the character offsets that the mask is made from.
@@ -51,7 +69,9 @@ class Tokenizer:
         self.bos_id = self.single_id(self.bos_token)
         self.eos_id = self.single_id(self.eos_token)
         # Some ids below it may belong to no token.
-        self.vocab_size = max(self.core.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self.core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.vocab_size:
+            raise UserError(f"{origin}/tokenizer.json: no token; expected a vocabulary")
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates

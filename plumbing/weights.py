@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out of (sharded) models: weights, tokenizer, adapters.
+"""Hugging Face folders in and out of (sharded) models: weights and tokenizer.
 
 safetensors and JSON only.
 
@@ -8,6 +8,7 @@ whole model in host memory.
 """
 
 import hashlib
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from kernels import is_split, split_master
-from plumbing import hub, parallel, watchdog
+from plumbing import hub, kinds, parallel, watchdog
 from plumbing.files import (
     HASHERS,
     UserError,
@@ -36,32 +37,47 @@ from plumbing.tensors import DTYPES, is_finite, num_bytes, open_safetensors, wri
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_FILE_BYTES = 5 * 10**9
+_LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
 
 # ---------------------------------------------------------------- finding and identifying a model folder
 
 
-def resolve(path_or_repo):
-    """The folder of a model, as find_folder gives it.
+def resolve(path_or_repo, key="model_path"):
+    """The folder of a model, as find_folder gives it, once it is sure to hold one model.
 
-    UserError for a LoRA adapter, which needs its base, and for a run folder.
+    UserError for a LoRA adapter, which needs its base, for a run folder, and for what different readers would
+    take for different models. key: what named it.
     """
-    folder = find_folder(path_or_repo)
-    verify_hashes(
-        folder, lambda name: not _is_weights(name)
-    )  # before parsing them; load_weights does the rest
-    if (folder / "config.json").is_file():
-        return folder
-    key = f"model_path={str(path_or_repo)!r}"
-    if (folder / "final/config.json").is_file():
-        raise UserError(f"{key}: a run folder; expected a model, here {folder}/final")
-    if (folder / ADAPTER_CONFIG).is_file():
-        problem = f"{key}: a LoRA adapter ({ADAPTER_CONFIG}, no config.json)"
+    folder = find_folder(path_or_repo, key)
+    # before parsing them; load_weights does the rest
+    verify_hashes(folder, lambda name: not _is_weights(name))
+    key = f"{key}={str(path_or_repo)!r}"
+    if has_weights(folder):
+        if has_adapter(folder):
+            problem = f"{key}: a LoRA adapter ({ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}) beside a whole model"
+            raise UserError(f"{problem}; expected one of them: move the adapter to a folder of its own")
+        stored_weights(folder)
+    elif has_adapter(folder):
         whole = "a whole model: of a run its final/, where the adapter is merged, or the adapter's base"
-        raise UserError(f"{problem}; expected {whole}")
+        raise UserError(f"{key}: a LoRA adapter ({ADAPTER_CONFIG}, no {WEIGHTS}); expected {whole}")
+    elif (folder / "final/config.json").is_file():
+        raise UserError(f"{key}: a run folder; expected a model, here {folder}/final")
+    elif (folder / "manifest.json").is_file() and (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{key}: a run folder without its final/; expected a run that has ended")
     return folder
 
 
-def find_folder(path_or_repo):
+def has_weights(folder):
+    """Whether the folder holds a whole model's weights."""
+    return (folder / WEIGHTS).exists() or (folder / WEIGHTS_INDEX).exists()
+
+
+def has_adapter(folder):
+    """Whether the folder holds a PEFT adapter, or half of one."""
+    return (folder / ADAPTER_CONFIG).exists() or (folder / ADAPTER_WEIGHTS).exists()
+
+
+def find_folder(path_or_repo, key="model_path"):
     """The local folder, or the hub's snapshot of its weights, configs and chat template.
 
     A hub name is "org/name" or "org/name@revision". Downloaded once; an interrupted download goes on with the
@@ -70,7 +86,7 @@ def find_folder(path_or_repo):
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
-    key = f"model_path={str(path_or_repo)!r}"
+    key = f"{key}={str(path_or_repo)!r}"
     name = hub.parse(path_or_repo)
     if name is None:
         raise UserError(f"{key}: no such folder, and not a hub name like 'org/name' or 'org/name@revision'")
@@ -88,20 +104,95 @@ def find_folder(path_or_repo):
 def weight_files(directory):
     """The safetensors files of a model folder, by its index.
 
-    UserError when one is missing, or the index is torn.
+    UserError when one is missing or lies elsewhere, or the index is torn or not the only description.
     """
-    index = directory / WEIGHTS_INDEX
-    weight_map = read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
-    if not weight_map:
-        raise UserError(f"{index}: no weight_map; expected an index of weights")
-    names = sorted(set(weight_map.values()))
+    weight_map = _weight_map(directory)
+    names = sorted(set(weight_map.values())) or [WEIGHTS]
+    if names != [WEIGHTS] and (directory / WEIGHTS).exists():
+        problem = f"{directory}: {WEIGHTS} beside {WEIGHTS_INDEX}, which names other files"
+        raise UserError(f"{problem}: two models; expected one, delete the other")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         hint = ""
         for pickled in sorted(directory.glob("*.bin"))[:1]:
             hint = f"; {pickled.name} is a pickle, and pickles are never loaded: convert it to safetensors"
         raise UserError(f"{directory}: missing weight files: {', '.join(missing)}{hint}")
+    for name in names:
+        _check_inside(directory, name)
     return [directory / name for name in names]
+
+
+def _weight_map(directory):
+    """{tensor: file name} of the index; {} without one."""
+    path = directory / WEIGHTS_INDEX
+    if not path.exists():
+        return {}
+    index = read_json(path)
+    kinds.check(path, index, {"weight_map": kinds.map_to(kinds.TEXT)})
+    if not index.get("weight_map"):
+        raise UserError(f"{path}: no weight_map; expected an index of weights")
+    return index["weight_map"]
+
+
+def _check_inside(directory, name):
+    """UserError for a weight file outside the folder.
+
+    The hub's cache has links into its own blobs/.
+    """
+    folder, target = directory.resolve(), (directory / name).resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if Path(name).name != name or target.parent not in (folder, blobs):
+        expected = "expected a file of that folder: copy it there, or name the folder where it is"
+        raise UserError(f"{directory}: {name} is {target}; {expected}")
+
+
+def stored_weights(directory):
+    """({name: slice}, {name: file}) of a model folder's tensors.
+
+    slice[a:b] reads rows, slice.get_shape() only the header. UserError when two files hold one name, or
+    another file holds it than the index says.
+    """
+    slices, places = {}, {}
+    for path in weight_files(directory):
+        for name, tensor in tensor_slices(path).items():
+            if name in slices:
+                raise UserError(f"{directory}: {name} is in {places[name]} and in {path.name}; expected one")
+            slices[name], places[name] = tensor, path.name
+    for name, file in _weight_map(directory).items():
+        if places.get(name, file) != file:
+            raise UserError(f"{directory / WEIGHTS_INDEX}: {name} in {file}; it is in {places[name]}")
+    return slices, places
+
+
+def tensor_slices(path):
+    """{name: slice} of one safetensors file."""
+    file = open_safetensors(path)
+    return {name: file.get_slice(name) for name in file.keys()}
+
+
+def check_sizes(config, directory):
+    """UserError when config.json says other sizes than the weights have, naming key and tensor.
+
+    By the files' headers, before a model is built: a wrong vocab_size could ask for any amount of memory.
+    """
+    stored, _ = stored_weights(directory)
+    problems = []
+    layers = {match[1] for match in map(_LAYER.match, stored) if match}
+    if len(layers) != config.num_hidden_layers:
+        problems.append(
+            f"num_hidden_layers={config.num_hidden_layers}: the weights have {len(layers)} layers"
+        )
+    shapes = config.weight_shapes()
+    tied = {"lm_head.weight", next(iter(shapes))} if config.tie_word_embeddings else set()
+    if tied & stored.keys():
+        shapes = {name: sizes for name, sizes in shapes.items() if name in stored or name not in tied}
+    for name, sizes in shapes.items():
+        found = tuple(stored[name].get_shape()) if name in stored else "missing"
+        if found != tuple(sizes.values()):
+            expected = ", ".join(f"{key}={size}" for key, size in sizes.items())
+            problems.append(f"{expected}: {name} is {found}")
+    if problems:
+        raise UserError(f"{directory}/config.json does not fit the weights: " + "; ".join(problems))
 
 
 def _is_weights(name):
@@ -138,10 +229,11 @@ def _sha256(path, advance=None):
 
 def _bar(iterable=None, **options):
     """A progress bar on rank 0 that appears once a pass has taken 5 s."""
-    return progress_bar(iterable, delay=5, disable=_rank() != 0, **options)
+    return progress_bar(iterable, delay=5, disable=rank() != 0, **options)
 
 
-def _rank():
+def rank():
+    """This process's number, 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -162,12 +254,12 @@ def sharded_parameters(model):
 
 def _base_parameters(model):
     """sharded_parameters without the adapters."""
-    return {name: param for name, param in sharded_parameters(model).items() if not _is_adapter(name)}
+    return {name: param for name, param in sharded_parameters(model).items() if not is_adapter(name)}
 
 
-def _adapter_parameters(model):
-    """{name in PEFT's files: parameter} of the LoRA adapters."""
-    return {_peft_name(name): param for name, param in sharded_parameters(model).items() if _is_adapter(name)}
+def is_adapter(name):
+    """Whether a parameter of that name belongs to a LoRA adapter."""
+    return name.endswith((".lora_A", ".lora_B"))
 
 
 def copy_rows(tensor, rows):
@@ -198,8 +290,7 @@ def load_weights(model, directory):
     """
     directory = Path(directory)
     params = _base_parameters(model)
-    files = weight_files(directory)
-    stored = _tensors(files)
+    stored, places = stored_weights(directory)
     if model.config.tie_word_embeddings and "lm_head.weight" in stored:  # tied, yet stored twice
         names = {param: name for name, param in model.named_parameters()}
         embedding = names[model.lm_head.weight]
@@ -209,9 +300,10 @@ def load_weights(model, directory):
     for name in list(stored):
         if name.endswith("rotary_emb.inv_freq"):  # old exports hold it; config.json determines it
             del stored[name]
-    _check_fit(params, stored, files)
+    shapes = {name: tuple(param.shape) for name, param in params.items()}
+    check_fit(shapes, stored, directory, places)
     with ThreadPoolExecutor(1) as beside:
-        verified = beside.submit(verify_hashes, directory, _is_weights, _sha256) if _rank() == 0 else None
+        verified = beside.submit(verify_hashes, directory, _is_weights, _sha256) if rank() == 0 else None
         for name, param in _bar(params.items(), desc="reading weights", unit="tensor"):
             copy_rows(param, stored[name])
         if verified:
@@ -219,38 +311,26 @@ def load_weights(model, directory):
     parallel.share_weights(model)
 
 
-def _tensors(paths):
-    """{name: slice} of several safetensors files.
+def check_fit(shapes, stored, source, places=None):
+    """UserError naming every tensor that is missing, unexpected, of another shape or of no known dtype.
 
-    slice[a:b] reads rows, slice.get_shape() only the header.
+    shapes {name: tuple}, stored {name: slice}, places {name: file}, where there are several.
     """
-    slices = {}
-    for path in paths:
-        file = open_safetensors(path)
-        for name in file.keys():
-            slices[name] = file.get_slice(name)
-    return slices
-
-
-def _check_fit(params, stored, files):
-    """UserError naming every tensor that is missing, unexpected, or of another shape or of no known dtype."""
-    problems = [(name, "missing") for name in params if name not in stored]
-    problems += [(name, "unexpected") for name in stored if name not in params]
-    for name in params.keys() & stored.keys():
-        shape, expected = tuple(stored[name].get_shape()), tuple(params[name].shape)
-        if shape != expected:
-            problems.append((name, f"shape {shape}, expected {expected}"))
+    problems = [(name, "missing") for name in shapes if name not in stored]
+    problems += [(name, "unexpected") for name in stored if name not in shapes]
+    for name in shapes.keys() & stored.keys():
+        shape = tuple(stored[name].get_shape())
+        if shape != shapes[name]:
+            problems.append((name, f"shape {shape}, expected {shapes[name]}"))
         dtype = stored[name].get_dtype()
         if dtype not in DTYPES.values():
             problems.append((name, f"dtype {dtype}, expected one of {', '.join(DTYPES.values())}"))
-    if not problems:
-        return
-    places = {}
-    for path in files:
-        places |= dict.fromkeys(open_safetensors(path).keys(), f" ({path.name})")
-    listed = [f"  {name}: {problem}{places.get(name, '')}" for name, problem in sorted(problems)[:20]]
-    head = f"{files[0].parent}: {len(problems)} tensors do not fit the model:"
-    raise UserError("\n".join([head, *listed]))
+    if problems:
+        listed = [f"{source}: {len(problems)} tensors do not fit the model:"]
+        for name, problem in sorted(problems)[:20]:
+            file = f" ({places[name]})" if places and name in places else ""
+            listed.append(f"  {name}: {problem}{file}")
+        raise UserError("\n".join(listed))
 
 
 def _check_tied(name, stored, source):
@@ -294,12 +374,12 @@ def save_pretrained(model, tokenizer, directory, dtype=None, chat_template=None)
     check_vocabulary(model.config, tokenizer)
     params = _base_parameters(model)
     plan = _plan_files({name: (dtype or param.dtype, param.shape) for name, param in params.items()})
-    with _published(Path(directory), "config.json") as folder:
+    with published(Path(directory), "config.json") as folder:
         hashes = {}
         for file_name, tensors in plan.items():
             read = partial(_full_weight, model, params)
-            hashes[file_name] = _write_gathered(folder / file_name, tensors, read)
-        if _rank() == 0:
+            hashes[file_name] = write_gathered(folder / file_name, tensors, read)
+        if rank() == 0:
             _write_configs(folder, model.config, tokenizer, plan, chat_template)
             write_hashes(folder, known=hashes)
 
@@ -318,21 +398,21 @@ def check_replaceable(directory, config_name):
 
 
 @contextmanager
-def _published(directory, config_name):
+def published(directory, config_name):
     """A temporary folder that becomes `directory` when the block ends well, in place of an earlier export."""
     check_replaceable(directory, config_name)
     folder = directory.with_name(f".tmp_{directory.name}")
-    if _rank() == 0:
+    if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     yield folder
-    if _rank() == 0:
+    if rank() == 0:
         publish(folder, directory)
     if dist.is_initialized():
         parallel.barrier()
 
 
-def _write_gathered(path, tensors, read):
+def write_gathered(path, tensors, read):
     """write_safetensors on rank 0; returns the file's sha256.
 
     The other ranks make the same calls of read, which gathers. FloatingPointError on every rank for a tensor
@@ -346,7 +426,7 @@ def _write_gathered(path, tensors, read):
             raise FloatingPointError(f"{path.parent.name}: {name} is not finite, so nothing is exported")
         return tensor
 
-    if _rank() == 0:
+    if rank() == 0:
         return write_safetensors(path, tensors, read_finite)
     for name in tensors:
         read_finite(name)
@@ -359,10 +439,11 @@ def _full_weight(model, params, name):
     module = model.get_submodule(name.rpartition(".")[0])
     if hasattr(module, "lora_A") and param is module.weight:
         param = module.merged_weight()
-    return _gather(param)
+    return gather(param)
 
 
-def _gather(tensor):
+def gather(tensor):
+    """All ranks' rows of a tensor."""
     return tensor.full_tensor() if parallel.is_sharded(tensor) else tensor
 
 
@@ -414,111 +495,3 @@ def _stop_ids(config, tokenizer):
     if tokenizer.eos_id not in (None, *stops):
         stops.append(tokenizer.eos_id)
     return stops[0] if len(stops) == 1 else stops or None
-
-
-# ---------------------------------------------------------------- adapters, in PEFT's format
-
-
-def _is_adapter(name):
-    return name.endswith((".lora_A", ".lora_B"))
-
-
-def _peft_name(name):
-    return f"base_model.model.{name}.weight"
-
-
-def _adapter_config(model):
-    """adapter_config.json's keys that describe the model's LoRA layers; None without any."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    if not layers:
-        return None
-    layer = next(iter(layers.values()))
-    alpha = int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha
-    targets = sorted({name.rpartition(".")[2] for name in layers})
-    rank = layer.lora_A.shape[0]
-    return {"r": rank, "lora_alpha": alpha, "lora_dropout": layer.dropout, "target_modules": targets}
-
-
-@torch.no_grad()
-def save_adapter(model, directory, base):
-    """Write the LoRA adapters as PEFT does.
-
-    adapter_model.safetensors, adapter_config.json; base: the base model's path or hub name. Collective,
-    replaces and refuses as save_pretrained does.
-    """
-    config = _adapter_config(model)
-    assert config, "save_adapter needs a model with adapters"
-    name = None if Path(base).is_dir() else hub.parse(base)
-    origin, revision = name or (str(base), None)
-    fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
-    source = {"base_model_name_or_path": origin, "revision": revision}
-    params = _adapter_parameters(model)
-    specs = {name: (param.dtype, param.shape) for name, param in params.items()}
-    with _published(Path(directory), ADAPTER_CONFIG) as folder:
-        digest = _write_gathered(folder / ADAPTER_WEIGHTS, specs, lambda name: _gather(params[name]))
-        if _rank() == 0:
-            write_json(folder / ADAPTER_CONFIG, fixed | source | config)
-            write_hashes(folder, known={ADAPTER_WEIGHTS: digest})
-
-
-# Keys of adapter_config.json that LoRALinear has no counterpart for
-UNSUPPORTED = (
-    "use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "rank_pattern",
-    "alpha_pattern"
-)  # fmt: skip
-# Initialisations that leave the base's weights as they are; others (PiSSA, OLoRA, ..) subtract the adapter
-# from them
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-
-
-def adapter_settings(directory):
-    """{"rank", "alpha", "dropout", "targets"} of a PEFT adapter's folder: the arguments of model.apply_lora.
-
-    UserError for what LoRALinear cannot represent (DoRA, rsLoRA, trained biases, ranks that differ by layer),
-    and for an initialisation that changed the base's weights.
-    """
-    path = Path(directory) / ADAPTER_CONFIG
-    verify_hashes(path.parent)
-    raw = read_json(path)
-    problems = []
-    for key, expected in {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}.items():
-        if raw.get(key, expected) != expected:
-            problems.append(f"{key}={raw[key]!r}, expected {expected!r}")
-    problems += [f"{key}={raw[key]!r}, expected it off" for key in UNSUPPORTED if raw.get(key)]
-    init = raw.get("init_lora_weights", True)
-    if init not in PLAIN_INITS:
-        reason = "made for a base with other weights; expected it converted to a plain LoRA (see peft)"
-        problems.append(f"init_lora_weights={init!r}: {reason}")
-    targets = raw["target_modules"]
-    if not isinstance(targets, list):
-        problems.append(f"target_modules={targets!r}, expected a list of layer names")
-    if problems:
-        raise UserError(f"{path}: " + "; ".join(problems))
-    dropout = raw.get("lora_dropout", 0.0)
-    return {"rank": raw["r"], "alpha": raw["lora_alpha"], "dropout": dropout, "targets": targets}
-
-
-@torch.no_grad()
-def load_adapter(model, directory):
-    """Read PEFT LoRA adapters into a model that has LoRA layers, sharded or not.
-
-    UserError as adapter_settings, and for another rank, alpha or choice of layers than the model's.
-    """
-    directory = Path(directory)
-    settings = adapter_settings(directory)
-    targets = sorted(settings["targets"])
-    there = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": targets}
-    here = _adapter_config(model)
-    differing = []
-    for key, value in there.items():
-        if here[key] != value:
-            differing.append(f"{key}={value!r}, the model has {here[key]!r}")
-    if differing:
-        raise UserError(f"{directory / ADAPTER_CONFIG}: " + "; ".join(differing))
-    files = [directory / ADAPTER_WEIGHTS]
-    params = _adapter_parameters(model)
-    stored = _tensors(files)
-    _check_fit(params, stored, files)
-    for name, param in params.items():
-        copy_rows(param, stored[name])
-    parallel.share_weights(model)

@@ -17,9 +17,10 @@ from kernels import is_split, join_master
 from model import Llama, LlamaConfig, apply_lora, init_lora
 from optim import adamw, apply_gradients, keep_masters
 from plumbing import parallel
+from plumbing.adapters import save_adapter
 from plumbing.checkpoint import Checkpointer
 from plumbing.tokenizer import Tokenizer
-from plumbing.weights import load_weights, save_adapter, save_pretrained, sharded_parameters
+from plumbing.weights import load_weights, save_pretrained, sharded_parameters
 
 IDENTITY = {"lr": 0.01, "lora_targets": ("q_proj", "v_proj")}
 DOCUMENTS = random_documents(97)

@@ -15,7 +15,8 @@ from world import ROOT, change_weights, launch, metrics, write_config
 
 import families
 import steer
-from plumbing import hub, weights
+from model import apply_lora
+from plumbing import adapters, hub, weights
 from plumbing.files import UserError
 from plumbing.sources import open_source
 from tools import push
@@ -95,8 +96,8 @@ def test_an_adapter_names_the_revision_of_its_base_as_peft_does(server, world, t
     server.commit("models/org/name", world / "base", tag="v1")
     server.commit("models/org/name", {"config.json": b"{}"})
     model = random_llama(tiny_config())
-    families.apply_lora(model, 2, 4.0, targets=("q_proj",))
-    weights.save_adapter(model, tmp_path / "adapter", "org/name@v1")
+    apply_lora(model, 2, 4.0, targets=("q_proj",))
+    adapters.save_adapter(model, tmp_path / "adapter", "org/name@v1")
     raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (raw["base_model_name_or_path"], raw["revision"]) == ("org/name", "v1")
     base, adapter = steer.locate(str(tmp_path / "adapter"))

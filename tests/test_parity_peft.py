@@ -12,8 +12,8 @@ from tiny_models import (
     tiny_config,
 )
 
-from families import load_adapter
 from model import LINEARS, LoRALinear, apply_lora, merge_lora
+from plumbing.adapters import merge_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -90,10 +90,42 @@ def test_adapters_of_every_initialisation(init, fits, tmp_path):
     theirs.save_pretrained(tmp_path)
     if not fits:
         with pytest.raises(ValueError, match=f"init_lora_weights='{init}'"):
-            load_adapter(ours, tmp_path)
+            merge_adapter(ours, tmp_path)
         return
-    load_adapter(ours, tmp_path)
+    merge_adapter(ours, tmp_path)
     assert (logits_of(ours) - their_logits(theirs)).abs().max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["q_proj", "v_proj"], use_rslora=True),
+        dict(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+        dict(target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head", "1.mlp", "norm"]),  # every norm
+        dict(target_modules="all-linear", exclude_modules=["k_proj", "1.mlp.up_proj"]),
+        dict(target_modules=["model.layers.1.mlp.up_proj", "self_attn.k_proj"]),
+        dict(target_modules=["up_proj", "q_proj"], layers_to_transform=[0, 2]),
+        dict(target_modules=r"model\.layers\.[01]\..*_proj", rank_pattern={"v_proj": 2}, alpha_pattern={"1.self_attn.k_proj": 5}),
+    ],
+    ids=lambda options: " ".join(options),
+)
+@torch.no_grad()
+def test_adapters_that_people_have(options, tmp_path):
+    """peft's own model and its folder merged by us: equal logits."""
+    ours = random_llama(tiny_config())
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**ours.config.to_hf()))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(3)
+    for param in theirs.parameters():
+        if param.requires_grad:
+            param.add_(torch.randn(param.shape, generator=generator) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    before, expected = logits_of(ours), their_logits(theirs)
+    merge_adapter(ours, tmp_path)
+    assert (expected - before).abs().max() > 0.5
+    assert (logits_of(ours) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "o_bias": True}], ids=["plain", "tied", "biases"])

@@ -24,7 +24,7 @@ from analysis.steering import POOLINGS, additions, mean_states, read_states, ste
 from analysis.verdict import DECISIONS, judge
 from model import apply_lora, init_lora, merge_lora
 from packing import pack
-from plumbing import parallel, weights
+from plumbing import adapters, parallel, weights
 from plumbing.tokenizer import Tokenizer
 from reports import ladder
 
@@ -271,14 +271,14 @@ def test_a_run_folder_is_no_model(lab):
         extract(lab, "none", dpo="run")
 
 
-def test_two_tokenizers_are_refused(lab):
+def test_two_tokenizers_are_refused(lab, monkeypatch):
     """CHECKS 32: before any weight is read."""
+    monkeypatch.setattr(vectors, "load_model", unread)
     other = make_world(lab / "other") / "base"  # trained on the same words, other merges
     text = (other / "tokenizer.json").read_text()
     ids = json.loads(text)
     ids["model"]["merges"] = ids["model"]["merges"][:-20]
     (other / "tokenizer.json").write_text(json.dumps(ids))
-    (other / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="dpo='.*base': its tokenizer gives other ids than that of sft="):
         extract(lab, "none", dpo="other/base")
 
@@ -314,7 +314,7 @@ def test_a_lora_adapter_stands_for_its_merged_model(lab):
         for name, param in base.named_parameters():
             if name.endswith("lora_B"):
                 param.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    weights.save_adapter(base, lab / "adapter", lab / "sft")
+    adapters.save_adapter(base, lab / "adapter", lab / "sft")
     merge_lora(base)
     weights.save_pretrained(base, tokenizer, lab / "merged")
     adapter, merged = extract(lab, "steer_adapter", dpo="adapter"), extract(lab, "steer_merged", dpo="merged")
@@ -322,6 +322,7 @@ def test_a_lora_adapter_stands_for_its_merged_model(lab):
     for key, value in merged.tensors.items():
         assert relative_error(adapter.tensors[key], value) < 1e-4
     assert adapter.manifest["dpo"].startswith(adapter.manifest["sft"] + "+")  # the base's hash, and its own
+    (lab / "adapter/hashes.json").unlink()  # which would say so first
     config = json.loads((lab / "adapter/adapter_config.json").read_text())
     (lab / "adapter/adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
     with pytest.raises(ValueError, match="extract again"):
