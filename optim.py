@@ -35,8 +35,8 @@ def implicit(config, model):
 
 
 # ---------------------------------------------------------------- the schedule
-# Rounding and the first step's rate differ between trainers, and shift every later rate: both are in the
-# manifest.
+# Trainers differ in rounding and in the first step's rate, which shifts every later one: the manifest has
+# both.
 
 
 def warmup_steps(config, total_steps):
@@ -97,6 +97,8 @@ class SplitAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups, moments):
         super().__init__(groups, {"lr": 0.0})
+        # a seed is (step << 12) + index: from here on two tensors would share one
+        assert sum(1 for _ in self._params()) <= 1 << 12, "more tensors than seeds a step"
         # torch's names: a checkpoint of split masters resumes as a sharded one, and back
         for param, _ in self._params():
             self.state[param] = {
@@ -122,8 +124,7 @@ class SplitAdamW(torch.optim.Optimizer):
             moments = state["exp_avg"], state["exp_avg_sq"]
             # bits of its own for every tensor and step: with the same ones, a rounded moment would drift
             seed = (step << 12) + index
-            # a shard is a view of the whole parameter: from its offset on, it draws the bits that one process
-            # would
+            # a shard is a view of the whole parameter: from its offset on it draws the bits of one process
             first = param.storage_offset()
             kernels.adamw(
                 param,
@@ -188,8 +189,8 @@ def apply_gradients(optimizer, lr, max_grad_norm, row_ids=()):
 
 
 # ---------------------------------------------------------------- did the weights move?
-# Logged after the first step. Near 0 where a rate is too small for the parameters' dtype: training would go
-# on, and do nothing.
+# Logged for the first step at the peak rate. Near 0 where that rate is too small for the parameters' dtype:
+# training would go on, and do nothing.
 
 
 def sample_weights(model, per_tensor=1 << 16):

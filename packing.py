@@ -111,8 +111,8 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 # ---------------------------------------------------------------- which examples a step has
-# Nothing is remembered from one step to the next, so a resumed run, on any number of ranks, reads the same
-# examples.
+# Nothing is remembered from one step to the next: a resumed run reads the same examples on any number of
+# ranks.
 
 
 @lru_cache(maxsize=2)
@@ -140,9 +140,8 @@ def in_order(n: int, size: int) -> list[np.ndarray]:
 
 
 # ---------------------------------------------------------------- the step plan
-# Every rank computes the same plan from the same lengths, so nothing is sent. Ranks wait for each other in
-# every micro-batch, because sharded parameters are gathered together: what counts is the costliest bin of
-# each.
+# Every rank computes the same plan from the same lengths, so nothing is sent. Sharded parameters are gathered
+# in every micro-batch, so ranks wait for each other there: its costliest bin is what it takes.
 
 
 def plan_step(lengths, costs, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
@@ -199,8 +198,7 @@ def padding_waste(plan: list[list[list[int]]], lengths) -> float:
     return float(1 - tokens.sum() / (len(plan) * tokens.max(axis=0).sum()))
 
 
-# one unsupervised token, for a rank that has no example in a micro-batch: it must still take part in every
-# gather
+# one unsupervised token, for a rank without an example in a micro-batch: it must take part in every gather
 PLACEHOLDER = (np.zeros(1, np.int32), np.zeros(1, bool))
 
 

@@ -271,8 +271,7 @@ def forward_backward(model, pairs, reference, ids, config, world):
         policy_logps, counts = answer_logps(model, batch, len(micro_batch_ids))
         ref_logps = torch.from_numpy(reference[micro_batch_ids].T).to(world.device)  # (2, N)
         pair_losses, *rewards = preference_loss(config, policy_logps, ref_logps, counts)
-        # This rank's share of the global mean over pairs: summed over ranks and micro-batches it is exact,
-        # whatever their sizes.
+        # This rank's share of the mean over the step's pairs: the shares' sum is exact, whatever their size.
         loss = pair_losses.sum() / len(ids)
         if config.sft_weight:
             loss = loss - config.sft_weight * policy_logps[0].sum() / chosen_tokens
@@ -290,7 +289,10 @@ def forward_backward(model, pairs, reference, ids, config, world):
 
 @torch.no_grad()
 def evaluate(model, pairs, reference, config, world, log):
-    """Means over the held-out pairs; of accuracy and margin also half of a 95 % interval (1.96 errors)."""
+    """Means over the held-out pairs; of accuracy and margin also half of a 95 % interval (1.96 errors).
+
+    Pairs count as independent: where several share a prompt, the interval is too narrow.
+    """
     sums = torch.zeros(2, len(METRICS), dtype=torch.float64)  # of the values and of their squares
     for ids in log.progress("evaluate", in_order(len(pairs), config.global_batch_size)):
         micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
@@ -348,8 +350,7 @@ def reference_logps(model, pairs, steps, key, config, world, log):
     and goes on from there. One step of what was loaded is computed again: UserError beyond rounding.
     """
     path = Path(config.cache_dir) / "reference" / f"{key[:32]}.safetensors"
-    # Use rank 0's copy everywhere: ranks that read different tables disagree on what is missing, and
-    # deadlock.
+    # Use rank 0's copy everywhere: ranks with different tables disagree on what is missing, and deadlock.
     nothing = np.zeros((len(pairs), 2))
     table = parallel.main_first(world, lambda: _read_table(path, len(pairs)) if world.main else nothing)
     table = _sum_of_tables(table)
@@ -431,9 +432,9 @@ def _verify_reference(model, pairs, table, ids, path, config, world):
 def check_first_step(metrics, gap, config, world):
     """Before the first update policy and reference are one model, so the DPO loss is ln 2.
 
-    UserError when they differ by more than rounding."""
-    # A number known beforehand, of the whole chain: template, mask, packing, kernels and reference cache must
-    # agree to give it.
+    UserError when they differ by more than rounding.
+    """
+    # A number that is known beforehand: template, mask, packing, kernels and cache must agree to give it.
     loss = LOSSES[config.loss]
     is_ln2 = loss.function is dpo_loss and not loss.weights and not config.sft_weight
     expected = f" (ln 2 = {math.log(2):.6f})" if is_ln2 else ""
@@ -447,6 +448,22 @@ def check_first_step(metrics, gap, config, world):
 
 
 # ---------------------------------------------------------------- the run
+
+
+def describe_sharing(pairs):
+    """Text: the share of the tokens that are computed when chosen and rejected share their prompt's rows."""
+    if not pairs.share_prefix:
+        return ""
+    computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
+    return f"; prefix sharing computes {computed:.1%} of the tokens"
+
+
+def reference_of(run, pairs, steps):
+    """(n, 2) float32: the reference's log-probs of the pairs in `steps`; zeros where the loss has none."""
+    if not run.config.needs_reference:
+        return np.zeros((len(pairs), 2), dtype=np.float32)
+    key = reference_key(run.weights, pairs, run.config, run.world)
+    return reference_logps(run.model, pairs, steps, key, run.config, run.world, run.log)
 
 
 def main(argv):
@@ -489,22 +506,6 @@ def main(argv):
         evaluate_after(run.total_steps)
     run.sample(run.total_steps, (held_out or pairs).chosen)
     return run.finish()
-
-
-def describe_sharing(pairs):
-    """Text: the share of the tokens that are computed when chosen and rejected share their prompt's rows."""
-    if not pairs.share_prefix:
-        return ""
-    computed = pairs.lengths.sum() / (pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
-    return f"; prefix sharing computes {computed:.1%} of the tokens"
-
-
-def reference_of(run, pairs, steps):
-    """(n, 2) float32: the reference's log-probs of the pairs in `steps`; zeros where the loss has none."""
-    if not run.config.needs_reference:
-        return np.zeros((len(pairs), 2), dtype=np.float32)
-    key = reference_key(run.weights, pairs, run.config, run.world)
-    return reference_logps(run.model, pairs, steps, key, run.config, run.world, run.log)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def loss_denominator(loss, num_tokens, num_sequences):
 def forward_backward(model, documents, ids, config, world):
     """Accumulate the gradient of the loss over the examples `ids` (B,) of one optimizer step.
 
-    Returns its metrics, equal on all ranks."""
+    Returns its metrics, equal on all ranks.
+    """
     # One division by a count of the whole step. A mean of micro-batch means would weigh the tokens of a small
     # micro-batch more, and would change with the number of ranks.
     denominator = loss_denominator(config.loss, int(documents.num_targets[ids].sum()), len(ids))

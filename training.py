@@ -104,7 +104,8 @@ class Run:
     def evaluates_before(self, step):
         """Whether the held-out data are evaluated before optimizer step `step` (0-based)."""
         every = self.config.eval_every
-        return self.held_out and (step == 0 or (every and step % every == 0))
+        is_due = step == 0 or (every is not None and step % every == 0)
+        return self.held_out is not None and is_due
 
     def sample(self, step, documents):
         """Answers to the first prompts of `documents` after `step` optimizer steps, where they are due."""
@@ -118,12 +119,13 @@ class Run:
         ids (B,): the examples of the gradient.
         """
         lr = learning_rate(step, self.total_steps, self.config.lr, self.config.lr_schedule, self.warmup)
-        # Looked at once, at the peak rate: a step of 5e-7 moves under 1 % of weights that are only bf16.
+        # Once, at the peak rate: of weights that are only bf16, a step of 5e-7 moves under 1 %.
         before = sample_weights(self.model) if step == self.warmup else None
         norm = apply_gradients(self.optimizer, lr, self.config.max_grad_norm, self.data.row_ids[ids])
         metrics = metrics | {"grad_norm": norm, "lr": lr}
         if before:
             metrics["weights_changed"] = weights_changed(before, self.model)
+        # of the whole step, from lengths alone: no rank has to ask the others what they computed
         tokens = self.data.lengths[ids].sum()
         flops = training_flops(self.model, self.data.flops(self.model.config, ids).sum(), tokens)
         self.log.step(step + 1, metrics, tokens, flops)
@@ -148,8 +150,10 @@ class Run:
         return 128 + stopped
 
     def is_save_due(self, step):
-        """Whether save_every or save_minutes asks for a checkpoint after `step` steps; the last step has one
-        if any has."""
+        """Whether save_every or save_minutes asks for a checkpoint after `step` steps.
+
+        The last step has one if any has.
+        """
         every, minutes = self.config.save_every, self.config.save_minutes
         if every is None and minutes is None:
             return False
@@ -161,21 +165,18 @@ class Run:
         return passed >= 60 * minutes
 
     def finish(self):
-        """Export the model, record its hash in the manifest, write its card, push it if that was asked for.
-        Returns 0."""
+        """Export the model, record its hash, write its card, and push it if asked to; returns 0."""
         final = save_model(self.model, self.tokenizer, self.config)
         self.world.say(f"wrote {final}")
         watchdog.stop()  # an upload may take hours
         if self.world.main:
             manifest = Path(self.config.out_dir) / "manifest.json"
-            # what was trained from this model, or steered along it, names this hash: reports/ladder.py joins
-            # them
+            # what was trained from this model, or steered along it, names this hash: the ladder joins them
             write_json(manifest, read_json(manifest) | {"exported": fingerprint(final)})
             card.write(self.config.out_dir)
+            # last: a run that is killed before this line is exported again by the same command
             write_json(manifest, read_json(manifest) | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-            if self.config.push:
-                hub.push(self.config.out_dir, self.config.push)
-                self.world.say(f"pushed to {self.config.push}")
+            push_if_asked(self.config)
         return 0
 
 
@@ -211,7 +212,8 @@ def start(stage, config, load_data, facts):
     optimizer = adamw(model, config.weight_decay, DTYPES[config.moments])
 
     # What a run is: the settings that change its numbers, and hashes of its weights and data. A checkpoint of
-    # another identity is refused, so the same command always goes on with what it began.
+    # another identity is refused, so the same command always goes on with what it began. This comes after the
+    # model: --fresh deletes checkpoints, and should not for a run that then finds no memory.
     weights = parallel.from_main(world, lambda: fingerprint(directory))
     data_eval = held_out and held_out.fingerprint
     provenance = {"weights": weights, "data": data.fingerprint, "held_out": data_eval}
@@ -220,9 +222,8 @@ def start(stage, config, load_data, facts):
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     if done := parallel.from_main(world, checkpointer.finished):
         world.say(done)
-        if config.push and world.main:
-            hub.push(config.out_dir, config.push)
-            world.say(f"pushed to {config.push}")
+        if world.main:
+            push_if_asked(config)
         raise SystemExit(0)
     # Ranks that disagree here would each do what they found, and deadlock or average two runs.
     parallel.require_same(world, data=data.fingerprint, data_eval=data_eval, checkpoint=str(latest))
@@ -233,13 +234,23 @@ def start(stage, config, load_data, facts):
                checkpointer, latest, log)  # fmt: skip
 
 
+def push_if_asked(config):
+    """Upload the run to the hub repository that --push names, if it names one."""
+    if config.push:
+        hub.push(config.out_dir, config.push)
+        print(f"pushed to {config.push}", flush=True)
+
+
 def say_padding(pad_token_id, data, world):
     """One line where transformers trains another model: the embedding of pad_token_id has no gradient there.
 
-    Here nothing is padded, and the id, often EOS, has the gradient that the loss gives it."""
+    Here nothing is padded, and the id, often EOS, has the gradient that the loss gives it.
+    """
+    if pad_token_id is None:
+        return
     sides = [data.chosen, data.rejected] if hasattr(data, "chosen") else [data]
     count = sum(np.count_nonzero(side.input_ids == pad_token_id) for side in sides)
-    if pad_token_id is not None and count:
+    if count:
         theirs = "transformers gives its embedding no gradient, here it has the loss's (docs/loss.md)"
         world.say(f"pad_token_id={pad_token_id} occurs {count:,} times in the data: {theirs}")
 
@@ -309,6 +320,7 @@ def load_model(config, directory, model_config, device):
     parallel.materialize(model, device)
     if sharding == "optimizer":
         parallel.share_optimizer(model)
+    # LoRA's adapters are float32 by themselves, and its frozen weights are never updated.
     if next(model.parameters()).dtype == torch.bfloat16 and not config.lora_rank:
         keep_masters(model, DTYPES[config.gradients])
     # Before load_weights, which starts to send what is trained.
@@ -331,9 +343,7 @@ def pick_sharding(config, model, device):
     free = -parallel.max_across_ranks(-free)
     # the largest stream there can be: every token supervised, and all of it a prefix that two documents share
     sizes = budget.Sizes.of(model)
-    sharding = budget.choose_sharding(
-        model.config, config, sizes, count, tokens, tokens, 2 * tokens, free
-    )  # fmt: skip
+    sharding = budget.choose_sharding(model.config, config, sizes, count, tokens, tokens, 2 * tokens, free)
     if config.sharding == "auto":
         room = f"{free / 2**30:.1f} GiB free on a GPU" if free < math.inf else "no GPU"
         parallel.say(f"sharding={sharding}, picked for {room}")
@@ -395,7 +405,8 @@ def _first_prompts(documents, longest):
 def save_model(model, tokenizer, config):
     """Write out_dir/final, a Hugging Face folder in the compute precision, adapters merged; returns it.
 
-    Under LoRA also out_dir/adapter."""
+    Under LoRA also out_dir/adapter.
+    """
     final = Path(config.out_dir) / "final"
     # generation must stop at the token that was trained, also on a base model
     model.config = dataclasses.replace(model.config, eos_token_id=_stop_id(config, tokenizer))

@@ -5,7 +5,7 @@ reference.py is the specification, in plain PyTorch; beside it are the fast path
 
 from kernels.adamw import adamw
 from kernels.attention import attention, attention_path
-from kernels.block import rms_norm, rotate
+from kernels.block import rms_norm
 from kernels.logps import segment_sums, token_logps
 from kernels.masters import Master, is_split
 from kernels.reference import IGNORE_INDEX, SharedPrefix, join_master, split_master
@@ -20,7 +20,6 @@ __all__ = [
     "is_split",
     "join_master",
     "rms_norm",
-    "rotate",
     "segment_sums",
     "split_master",
     "token_logps",

@@ -149,7 +149,10 @@ class Checkpointer:
                 except Exception as caught:  # raised below, unless the file turns out to be damaged
                     error = caught
                 found = [future.result() for future in hashing]
-            damages = [*filter(None, found), *([str(error)] if isinstance(error, Damaged) else [])]
+            # A file that is damaged explains any error of reading it, so its damage is what is told.
+            damages = [damage for damage in found if damage]
+            if isinstance(error, Damaged):
+                damages.append(str(error))
             problem = damages[0] if damages else None
         # Every rank must take the same branch here: the ranks load one checkpoint.
         problems = list(filter(None, parallel.gather_texts(problem or "")))
@@ -176,9 +179,10 @@ class Checkpointer:
         return index
 
     def _refuse_if_damaged(self):
-        for problem in self._damaged.values():
+        if self._damaged:
+            newest = next(iter(self._damaged.values()))
             advice = "restore it, or start over with --fresh"
-            raise UserError(f"{problem}. No earlier checkpoint is intact; {advice}")
+            raise UserError(f"{newest}. No earlier checkpoint is intact; {advice}")
 
     def _pass_over_damaged(self, loaded):
         """Say what was damaged and how many steps that costs, and put it out of the way of the next save."""

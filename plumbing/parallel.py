@@ -19,7 +19,6 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,6 @@ from plumbing import lock, watchdog
 from plumbing.device import pick_device
 from plumbing.files import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 _background_group = None
 
 
@@ -226,7 +224,10 @@ def _yield_to_the_cause(error):
     broke) waits longest, rank 0 too.
     """
     is_consequence = isinstance(error, SystemExit | OtherRankFailed | dist.DistError) or "gloo" in str(error)
-    seconds = 10 if is_consequence else 5 * min(int(os.environ["RANK"]), 1)  # an exit takes one or two
+    # torchrun needs one or two seconds to see an exit and to end the others
+    seconds = 0 if os.environ["RANK"] == "0" else 5
+    if is_consequence:
+        seconds = 10
     sys.stdout.flush()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # 0: torchrun's summary then lists the cause alone
     time.sleep(seconds)
