@@ -1,13 +1,7 @@
 """One life of a run, for test_checkpoint.py, on any number of ranks: resume, compare with whole tensors, train a step, save, export.
 
-checkpoint_ranks.py ROOT 2:one:two:full 3:two:three:optimizer   (ranks : resumed folder : new folder, under ROOT : sharding; ROOT/base is
-the pretrained model)
+A life resumes one folder under ROOT and writes the next one; ROOT/base is the pretrained model.
 """
-
-import os
-import socket
-import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -148,22 +142,8 @@ def life(root, source, target, ranks, sharding="full", kinds=("full", "lora")):
     parallel.barrier()
 
 
-def one_rank(rank, num_ranks, port, root, source, target, *how):
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in values.items()})
+def live(root, source, target, *how):
+    """`life` as the work of world.spawn, on every rank of a group."""
     life(root, source, target, parallel.init(), *how)
     parallel.shutdown()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-if __name__ == "__main__":
-    for one_life in sys.argv[2:]:  # forked, not torchrun: torch is imported once, not seven times
-        num_ranks, source, target, *how = one_life.split(":")
-        how[1:] = [part.split(",") for part in how[1:]]  # kinds
-        args = (int(num_ranks), free_port(), Path(sys.argv[1]), source, target, *how)
-        torch.multiprocessing.start_processes(one_rank, args, nprocs=int(num_ranks), start_method="fork")
+    return 0

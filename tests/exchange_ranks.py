@@ -1,14 +1,13 @@
 """Checks of plumbing/exchange.py on any number of ranks, for test_parallel.py: whole models with a shared optimizer beside one process.
 
-torchrun --nproc-per-node 3 tests/exchange_ranks.py   (every rank runs every check and asserts)
+Every rank runs every check and asserts.
 """
 
 import copy
 import itertools
-import sys
 
 import torch
-from parallel_ranks import DOCUMENTS, VARIANTS, plain_model, run_checks, whole
+from parallel_ranks import DOCUMENTS, VARIANTS, plain_model, whole
 from tiny_models import nll_sum, random_documents, stream
 
 import optim
@@ -207,8 +206,3 @@ def check_evaluation_between_steps(ranks):
 
 
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
-
-
-if __name__ == "__main__":
-    run_checks(CHECKS)
-    sys.exit()

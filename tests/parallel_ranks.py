@@ -1,6 +1,6 @@
 """Checks of plumbing/parallel.py that hold on any number of ranks, for test_parallel.py: a sharded model against the same plain model.
 
-torchrun --nproc-per-node 3 tests/parallel_ranks.py   (every rank runs every check and asserts)
+Every rank runs every check and asserts.
 """
 
 import copy
@@ -280,7 +280,3 @@ def run_checks(checks):
     parallel.shutdown()
     sys.stdout.flush()
     os._exit(0)  # all held: on a busy machine the interpreter's own exit has aborted ("terminate called") with torch's threads alive
-
-
-if __name__ == "__main__":
-    run_checks(CHECKS)

@@ -8,11 +8,10 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,12 +24,14 @@ from checkpoint_ranks import (
     build,
     fill_the_disk,
     life,
+    live,
     scramble,
     train_step,
     whole_tensors,
 )
 from safetensors.torch import load_file, save_file
 from tiny_models import random_documents, random_llama, stream, tiny_config
+from world import spawn
 
 from families import load_pretrained
 from model import apply_lora
@@ -87,20 +88,13 @@ def transformers_logits(model):
 # ---------------------------------------------------------------- resume
 
 
-def run_lives(root, *lives):
-    repo = Path(__file__).parent.parent
-    command = [sys.executable, "tests/checkpoint_ranks.py", str(root), *lives]
-    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr[-5000:]
-
-
 @pytest.mark.slow
-def test_ranks_1_to_2_to_3_to_1(root, ranks):
+def test_ranks_1_to_2_to_3_to_1(root, ranks, tmp_path):
     """Each life starts from the last one's checkpoint on another number of ranks and finds it bit for bit, Adam's state included; it
     trains, saves, and overwrites its tensors at once, which the save does not see. Full fine-tuning and LoRA."""
     life(root, "", "one", ranks)
-    run_lives(root, "2:one:two", "3:two:three")
+    spawn(partial(live, root, "one", "two"), tmp_path / "two ranks", ranks=2).ok()
+    spawn(partial(live, root, "two", "three"), tmp_path / "three ranks", ranks=3).ok()
     life(root, "three", "again", ranks)
     life(root, "two", "two_to_one", ranks)
     for kind in ("full", "lora"):
@@ -118,12 +112,16 @@ def test_ranks_1_to_2_to_3_to_1(root, ranks):
 
 
 @pytest.mark.slow
-def test_either_sharding_reads_the_other(root, ranks):
+def test_either_sharding_reads_the_other(root, ranks, tmp_path):
     """The same through ranks that share the optimizer and ranks that share all, bf16's split masters with all 32 bits among them."""
     kinds = ("full", "lora", "bf16")
     life(root, "", "first", ranks, "optimizer", kinds)  # on one process: a plain model
-    lives = ("2:first:second:optimizer", "3:second:third:full", "2:third:fourth:optimizer", "3:fourth:fifth:optimizer")
-    run_lives(root, *(f"{one_life}:{','.join(kinds)}" for one_life in lives))
+    lives = (
+        (2, "first", "second", "optimizer"), (3, "second", "third", "full"), (2, "third", "fourth", "optimizer"),
+        (3, "fourth", "fifth", "optimizer"),
+    )  # fmt: skip
+    for count, source, target, sharding in lives:
+        spawn(partial(live, root, source, target, sharding, kinds), tmp_path / f"logs {target}", ranks=count).ok()
     life(root, "fifth", "last", ranks, "optimizer", kinds)
 
 

@@ -42,7 +42,7 @@ def assert_twins(fast, slow, inputs, tolerance=1e-5):
 # ---------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("lengths", [(1,), (9,), (5, 1, 8), (1, 1, 1), (3, 13)])
+@pytest.mark.parametrize("lengths", [(1,), (9,), (5, 1, 8), (1, 1, 1), (3, 13), (5, 3, 5, 1, 3)])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 8), (6, 2, 5), (3, 1, 16)])
 def test_attention_equals_reference(lengths, heads, kv_heads, head_dim):
     T = sum(lengths)
@@ -53,6 +53,18 @@ def test_attention_equals_reference(lengths, heads, kv_heads, head_dim):
         return lambda q, k, v: function(q, k, v, cu_seqlens, max(lengths))
 
     assert_twins(with_stream(attention), with_stream(reference.attention), (q, k, v))
+
+
+def test_documents_of_one_size_have_the_bits_that_each_has_alone():
+    """They run as one batch."""
+    lengths = [5, 3, 40, 5, 3, 40, 5]
+    stream = [randn(sum(lengths), heads, 8, seed=heads) for heads in (4, 2, 2)]
+    alone = []
+    for document in zip(*(part.split(lengths) for part in stream), strict=True):
+        length = len(document[0])
+        alone.append(attention(*document, torch.tensor([0, length], dtype=torch.int32), length))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    assert torch.equal(attention(*stream, cu_seqlens, 40), torch.cat(alone))
 
 
 def test_attention_reference_by_hand():

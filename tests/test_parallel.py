@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from exchange_ranks import CHECKS as EXCHANGE_CHECKS
-from parallel_ranks import CHECKS
+from parallel_ranks import CHECKS, run_checks
+from world import spawn
 
 from plumbing import parallel
 from plumbing.files import UserError
@@ -105,13 +107,10 @@ def test_torchrun_ends_with_the_message(failure):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("script, checks", [("parallel_ranks.py", CHECKS), ("exchange_ranks.py", EXCHANGE_CHECKS)])
-def test_processes(num_ranks, script, checks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), f"tests/{script}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
-    assert result.stdout.count(f"holds on {num_ranks} rank(s)") == len(checks)
+@pytest.mark.parametrize("checks", [CHECKS, EXCHANGE_CHECKS], ids=["parallel_ranks", "exchange_ranks"])
+def test_processes(num_ranks, checks, tmp_path):
+    done = spawn(partial(run_checks, checks), tmp_path / "logs", num_ranks).ok()
+    assert done.out[0].count(f"holds on {num_ranks} rank(s)") == len(checks)
 
 
 if __name__ == "__main__":  # one rank of test_torchrun_ends_with_the_message
