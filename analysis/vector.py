@@ -5,6 +5,7 @@ is a steer.SteerConfig.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -296,7 +297,7 @@ def _check_room(folder, needed):
     free = shutil.disk_usage(folder).free
     if free < needed:
         wanted = f"{needed:,} bytes needed for the states of all texts, {free:,} free"
-        raise OSError(f"{folder}: {wanted}; expected more room, or fewer texts")
+        raise OSError(errno.ENOSPC, f"{wanted}; expected more room, or fewer texts", str(folder))
 
 
 def is_done(path, inputs):

@@ -11,7 +11,6 @@ stored: they come from model_path again.
 import hashlib
 import json
 import re
-import shutil
 import time
 from concurrent import futures
 from dataclasses import dataclass
@@ -22,7 +21,17 @@ import torch.distributed as dist
 
 from kernels import is_split, join_master
 from plumbing import parallel, watchdog
-from plumbing.files import HASHERS, UserError, publish, read_json, sha256_of, sync, verify_hashes, write_json
+from plumbing.files import (
+    HASHERS,
+    UserError,
+    publish,
+    read_json,
+    remove_tree,
+    sha256_of,
+    sync,
+    verify_hashes,
+    write_json,
+)
 from plumbing.tensors import is_finite, open_safetensors, write_safetensors
 from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
@@ -348,7 +357,7 @@ def _write_rows(path, rows, header):
 def _delete(path):
     # COMPLETED first: a kill half way leaves an unfinished checkpoint, not a torn one.
     (path / "COMPLETED").unlink(missing_ok=True)
-    shutil.rmtree(path)
+    remove_tree(path)
 
 
 # ---------------------------------------------------------------- what a checkpoint holds

@@ -177,8 +177,18 @@ def remove_leftovers(folder):
     """
     for path in folder.glob(f".tmp_{socket.gethostname()}_*_*"):
         process = path.name.removeprefix(f".tmp_{socket.gethostname()}_").partition("_")[0]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
+        if process.isdigit() and not _is_alive(int(process)):
             _remove(path)
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process
+        return True
+    return True
 
 
 def sweep(folder):
@@ -194,6 +204,15 @@ def sweep(folder):
             _remove(old)
         else:
             old.rename(target)  # killed between the two renames of publish
+
+
+def remove_tree(folder):
+    """Delete a folder. OSErrors name a path that can be found, where shutil's is relative to the folder."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def _remove(path):

@@ -8,17 +8,21 @@ import errno
 import hashlib
 import inspect
 import json
-import os
-import re
 import shutil
-import socket
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.files import HASHES, UserError, read_json, sha256_of, write_hashes
+from plumbing.files import (
+    HASHES,
+    UserError,
+    read_json,
+    remove_leftovers,
+    sha256_of,
+    temporary_beside,
+    write_hashes,
+)
 
 
 def write(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
@@ -29,24 +33,29 @@ def write(folder: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
-    with _scratch(folder.parent, "tokenising") as scratch:
-        new = Path(scratch) / "columns"
-        new.mkdir()
-        try:
-            for name, column in columns.items():
-                np.save(new / f"{name}.npy", column, allow_pickle=False)
-            (new / "meta.json").write_text(json.dumps(meta, indent=1))
-            write_hashes(new)
-        except OSError as error:  # numpy's own names no file
-            needed = sum(column.nbytes for column in columns.values())
-            free = shutil.disk_usage(folder.parent).free
-            message = f"not written, {needed:,} bytes needed, {free:,} free: {error}"
-            raise OSError(error.errno or errno.ENOSPC, message, str(folder)) from error
-        try:
-            new.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+    new = temporary_beside(folder)
+    try:
+        _save(new, columns, meta)
+        new.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _save(new: Path, columns: dict[str, np.ndarray], meta: dict) -> None:
+    new.mkdir()
+    try:
+        for name, column in columns.items():
+            np.save(new / f"{name}.npy", column, allow_pickle=False)
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        write_hashes(new)
+    except OSError as error:  # numpy's own names no file
+        needed = sum(column.nbytes for column in columns.values())
+        free = shutil.disk_usage(new.parent).free
+        message = f"not written, {needed:,} bytes needed, {free:,} free: {error}"
+        raise OSError(error.errno or errno.ENOSPC, message, str(new)) from error
 
 
 def is_intact(folder: Path, log) -> bool:
@@ -65,43 +74,15 @@ def is_intact(folder: Path, log) -> bool:
         log(f"data: {folder}: {', '.join(damaged)} missing or damaged; tokenising again")
         # Renamed first: another run that shares the cache finds all of it or nothing, or has removed it
         # already.
-        with _scratch(folder.parent, "damaged") as scratch, suppress(FileNotFoundError):
-            folder.rename(Path(scratch) / "columns")
+        aside = temporary_beside(folder)
+        with suppress(FileNotFoundError):
+            folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     return not damaged
 
 
 def _has_sha256(path: Path, sha256: str) -> bool:
     return path.is_file() and sha256_of(path) == sha256
-
-
-# ---------------------------------------------------------------- leftovers
-
-
-def _scratch(parent: Path, what: str) -> tempfile.TemporaryDirectory:
-    """A folder that is gone afterwards, unless this process is killed: its name says whose it is."""
-    return tempfile.TemporaryDirectory(dir=parent, prefix=f".{what}-{socket.gethostname()}-{os.getpid()}-")
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Remove the scratch folders of processes of this host that have ended.
-
-    A kill leaves gigabytes at full size.
-    """
-    mine = re.compile(rf"\.(?:tokenising|damaged)-{re.escape(socket.gethostname())}-(\d+)-\w+")
-    for folder in parent.iterdir():
-        match = mine.fullmatch(folder.name)
-        if match and not _is_alive(int(match[1])):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's process
-        return True
-    return True
 
 
 # ---------------------------------------------------------------- code

@@ -1146,11 +1146,10 @@ def test_rows_picked_as_open_instruct_did_before(tokenizer, config, rule):
 def test_scratch_folders_of_processes_that_ended_are_removed(tokenizer, config):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    here, pids = socket.gethostname(), {"dead": ended.pid, "alive": os.getpid()}
-    names = {who: f".tokenising-{here}-{pid}-abc" for who, pid in pids.items()}
-    names |= {"damaged": f".damaged-{here}-{ended.pid}-a_b", "elsewhere": f".tokenising-another-{ended.pid}-abc"}
+    here = socket.gethostname()
+    names = {"dead": f".tmp_{here}_{ended.pid}_abc", "alive": f".tmp_{here}_{os.getpid()}_abc", "elsewhere": f".tmp_another_{ended.pid}_abc"}
     for name in names.values():
-        (config.cache_dir / name / "columns").mkdir(parents=True)
+        (config.cache_dir / name).mkdir(parents=True)
     data.load_sft(config, tokenizer)
     assert {path.name for path in config.cache_dir.glob(".*")} == {names["alive"], names["elsewhere"]}
 
