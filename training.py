@@ -191,6 +191,7 @@ def start(stage, config, load_data, facts):
     # main_first: rank 0 does what writes to a shared disk, and the others find it done.
     world = parallel.init(config.deterministic)
     check_world_size(config, world.size)
+    watchdog.start(world, 0, watchdog.PREPARING)
     if config.push:  # a wrong name or token is found out before training, not after it
         parallel.main_first(world, lambda: hub.open_for_push(config.push) if world.main else None)
 
@@ -202,6 +203,7 @@ def start(stage, config, load_data, facts):
     # Before anything is written: a second process on this folder ends here, naming the first.
     parallel.main_first(world, lambda: lock(config.out_dir) if world.main else None)
     data, held_out = parallel.main_first(world, lambda: load_data(config, tokenizer, world.say))
+    watchdog.start(world, 0)
     if world.main:
         say_padding(model_config.pad_token_id, data, world)
     model = load_model(config, directory, model_config, world.device)

@@ -19,16 +19,22 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds without progress; ten times the last step where that is more. Before the first step three times as
-# long.
+# long, in which weights are read and kernels compiled.
 PATIENCE = 600.0
+# While rank 0 downloads and tokenises, and the others wait. The collectives' own limit is two hours, and says
+# nothing of who hangs.
+PREPARING = 6600.0
 _watch = None
 
 
-def start(world, step):
-    """Watch from now on; `step` optimizer steps are done."""
+def start(world, step, patience=None):
+    """Watch from now on; `step` optimizer steps are done.
+
+    patience: seconds without progress until the next step is done.
+    """
     global _watch
     stop()
-    _watch = Watch(world.rank, world.size, step)
+    _watch = Watch(world.rank, world.size, step, patience or 3 * PATIENCE)
     _watch.start()
 
 
@@ -55,12 +61,12 @@ class Watch(threading.Thread):
     A process that somebody stopped and continued has not been silent.
     """
 
-    def __init__(self, rank, size, step):
+    def __init__(self, rank, size, step, patience):
         super().__init__(daemon=True)
         self.rank, self.size, self.step = rank, size, step
         self.stopped = threading.Event()
         self.silent = 0.0
-        self.patience = 3 * PATIENCE
+        self.patience = patience
         self.store = None
         if size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -88,8 +94,8 @@ class Watch(threading.Thread):
     def _give_up(self, tick):
         own = [time.time(), self.step, *where()]
         if not own[-1]:  # a rank that waits for no other is the one to look at
-            since = f"no progress since step {self.step}"
-            print(f"rank {self.rank}: {since}; its stacks:", file=sys.stderr, flush=True)
+            since = _since(self.step)
+            print(f"rank {self.rank}: no progress {since}; its stacks:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         # The others tell, too. Then the lowest rank that lives speaks, and torchrun ends the rest.
         time.sleep(tick * (2 + 2 * self.rank))
@@ -104,7 +110,7 @@ class Watch(threading.Thread):
             if not waits:
                 culprits.append(f"rank {rank}")
         who = " and ".join(culprits) or "no rank by itself"
-        message = f"no progress for {self.silent:.0f} s after step {last_step}; what hangs: {who}"
+        message = f"no progress for {self.silent:.0f} s {_since(last_step)}; what hangs: {who}"
         print("\n".join([f"error: {message}", *lines]), file=sys.stderr, flush=True)
         write_error_file(message)
         os._exit(1)  # the main thread does not come back, so nothing can be cleaned up
@@ -118,6 +124,10 @@ class Watch(threading.Thread):
             has_told = self.store.check([key])
             states.append(json.loads(self.store.get(key)) if has_told else [0, self.step, "", False])
         return states
+
+
+def _since(step):
+    return f"after step {step}" if step else "before the first step"
 
 
 def where():

@@ -306,6 +306,7 @@ def load_weights(model, directory):
         verified = beside.submit(verify_hashes, directory, _is_weights, _sha256) if rank() == 0 else None
         for name, param in _bar(params.items(), desc="reading weights", unit="tensor"):
             copy_rows(param, stored[name])
+            watchdog.beat()
         if verified:
             verified.result()
     parallel.share_weights(model)

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from plumbing.files import UserError
+from plumbing.health import warnings_of
 from reports.charts import number
 from reports.figures import (
     behaviour_charts,
@@ -60,7 +61,7 @@ SPECTRUM = "Spectrum of the differences between the two models"
 def training_section(stage, runs):
     """(title, [(heading, table or charts)]) of the runs of one stage, drawn over each other."""
     names = short_names([run.folder for run in runs])
-    parts = [("Outcome", outcomes(names, runs))]
+    parts = [("Outcome", outcomes(names, runs)), ("Warnings", warnings(names, runs))]
     if len(runs) > 1:
         configs = [{key: value for key, value in run.config.items() if key != "out_dir"} for run in runs]
         parts.append(("Settings that differ", comparison(names, configs, only_differing=True)))
@@ -77,6 +78,14 @@ def outcomes(names, runs):
     # a column that no run has a value for, as held-out ones without held-out data, is left out
     kept = [column for column in rows[0] if any(row[column] is not None for row in rows)]
     return table(kept, [[row[column] for column in kept] for row in rows])
+
+
+def warnings(names, runs):
+    """A table of what the runs said of their own numbers; nothing without any."""
+    rows = []
+    for name, run in zip(names, runs):
+        rows += [[name, text] for text in warnings_of(run.lines)]
+    return table(["run", "warning"], rows, text=2, kind="settings") if rows else ""
 
 
 def outcome(name, run):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from plumbing import logbook
-from plumbing.logbook import Health, Logbook
+from plumbing.health import Health
+from plumbing.logbook import Logbook
 from plumbing.parallel import World
 
 

@@ -166,6 +166,18 @@ def test_one_run(tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {tmp_path}/page.html\n"
 
 
+def test_what_a_run_was_warned_of(tmp_path):
+    """A loss of 2.1 after twenty of 1.0, in one of two runs; the other, with one of 1.9, has no line."""
+    lines = [step(i, 1.0) | {"loss": 1.0} for i in range(1, 21)]
+    fine = write_run(tmp_path / "fine", [*lines, step(21, 1.0) | {"loss": 1.9}])
+    _, page = show(tmp_path, fine)
+    assert ("DPO", "Warnings") not in page.tables
+    jumps = write_run(tmp_path / "jumps", [*lines, step(21, 1.0) | {"loss": 2.1}])
+    _, page = show(tmp_path, fine, jumps)
+    (row,) = page.tables["DPO", "Warnings"][1:]
+    assert row[0] == "jumps" and row[1].startswith("step 21: loss 2.1 is over 2 times the largest of the last 20 steps")
+
+
 def test_runs_are_drawn_over_each_other(tmp_path):
     """Of one stage, with the settings that differ; a key that one run lacks is a dash; sft runs are a section of their own."""
     one = write_run(tmp_path / "x/one")

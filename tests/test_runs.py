@@ -331,16 +331,29 @@ def hang(rank, step):
     logbook.Logbook.step = hooked
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_is_named(world, tmp_path, rank):
+@pytest.mark.parametrize("rank, step", [(0, 3), (1, 1)])
+def test_a_rank_that_hangs_is_named(world, tmp_path, rank, step):
     """With its last step and the line that it is in, and its stacks; no rank is left behind."""
-    outcome = launch("sft", write_config(tmp_path, world), ranks=2, prepare=partial(hang, rank, 3))
+    outcome = launch("sft", write_config(tmp_path, world), ranks=2, prepare=partial(hang, rank, step))
     assert all(outcome.codes)
     said = "".join(outcome.err)
-    assert re.search(rf"error: no progress for \d+ s after step 2; what hangs: rank {rank}\n", said)
-    assert f"rank {rank}, step 2: tests/test_runs.py:" in said and "hooked" in said
-    assert re.search(rf"rank {1 - rank}, step [23]: waits for the others, plumbing/parallel.py:\d+", said)
-    assert f"rank {rank}: no progress since step 2; its stacks:" in said and "Current thread" in said
+    since = f"after step {step - 1}" if step > 1 else "before the first step"
+    assert re.search(rf"error: no progress for \d+ s {since}; what hangs: rank {rank}\n", said)
+    assert f"rank {rank}, step {step - 1}: tests/test_runs.py:" in said and "hooked" in said
+    assert re.search(rf"rank {1 - rank}, step [{step - 1}{step}]: waits for the others, plumbing/parallel.py:\d+", said)
+    assert f"rank {rank}: no progress {since}; its stacks:" in said and "Current thread" in said
+
+
+def hang_while_loading(rank):
+    watchdog.PATIENCE = 1.0
+    load = train_sft.training.load_weights
+    train_sft.training.load_weights = lambda *args: load(*args) if os.environ["RANK"] != str(rank) else time.sleep(1000)
+
+
+def test_a_rank_that_hangs_while_it_loads_is_named(world, tmp_path):
+    outcome = launch("sft", write_config(tmp_path, world), ranks=2, prepare=partial(hang_while_loading, 1))
+    assert all(outcome.codes)
+    assert re.search(r"error: no progress for \d+ s before the first step; what hangs: rank 1\n", "".join(outcome.err))
 
 
 def test_two_runs_in_one_folder(world, tmp_path):

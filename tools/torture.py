@@ -163,7 +163,7 @@ def _at_each_operation(campaign, number, act):
                 break
             continue
         runs += 1
-        said = act is kill or re.search(r"^error: /\S+: No space left on device", outcome.err[0], re.M)
+        said = act is kill or re.search(r"^error: /\S+: .*No space left on device", outcome.err[0], re.M)
         if not said:
             print(f"{config.parent}: operation {place}: {outcome.err[0][-500:]}", file=sys.stderr)
         wrong += not campaign.ends_well(config) or not said
