@@ -86,7 +86,7 @@ class LlamaConfig:
 
     @classmethod
     def preset(cls, name):
-        """A known shape without its weights: llama-3.1-8b, llama-3.2-1b, mistral-7b, or tiny (the demo's)."""
+        """A known shape without its weights: one of PRESETS; tiny is the demo's."""
         if name not in PRESETS:
             raise UserError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -208,6 +208,11 @@ PRESETS = {
         vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=32768,
         sliding_window=4096, model_type="mistral",
+    ),
+    "olmo-2-1b": LlamaConfig(
+        vocab_size=100352, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=16, num_key_value_heads=16, head_dim=128, rms_norm_eps=1e-6, rope_theta=500000.0,
+        qk_norm="width", post_norm=True, model_type="olmo2",
     ),
     "tiny": LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,

@@ -8,7 +8,9 @@ they are, as in the published comparison. That names its models but not their ch
 Zephyr's: the others are our reading.
 """
 
-_RUNGS = ("pku_lora", "tulu10_lora", "tulu10", "tulu_full_lora", "tulu_full")
+_RUNGS = (
+    "olmo1b_10", "olmo1b_lora", "olmo1b", "pku_lora", "tulu10_lora", "tulu10", "tulu_full_lora", "tulu_full",
+)  # fmt: skip
 
 PAIRS = {
     "tiny": dict(sft="runs/tiny/sft/final", dpo="runs/tiny/dpo/final", template="tulu"),
@@ -79,15 +81,15 @@ PAIRS |= {
     ),
     "OLMo2_1B": _row(
         "allenai/OLMo-2-0425-1B-SFT", "allenai/OLMo-2-0425-1B-DPO", "dpo_norm, beta 5, lr 2.5e-6, 1 epoch",
-        f"{_INSTRUCT} docs/olmo2.md", "tulu",
+        f"{_INSTRUCT} docs/olmo2.md", "tulu_bos",
     ),
     "OLMo2_7B": _row(
         "allenai/OLMo-2-1124-7B-SFT", "allenai/OLMo-2-1124-7B-DPO", "dpo_norm, beta 5, lr 1e-6, 1 epoch",
-        f"{_INSTRUCT} scripts/train/olmo2/dpo_7b.sh", "tulu",
+        f"{_INSTRUCT} scripts/train/olmo2/dpo_7b.sh", "tulu_bos",
     ),
     "OLMo2_13B": _row(
         "allenai/OLMo-2-1124-13B-SFT", "allenai/OLMo-2-1124-13B-DPO", "dpo_norm, beta 5, lr 8e-7, 1 epoch",
-        f"{_INSTRUCT} scripts/train/olmo2/dpo_13b.sh", "tulu",
+        f"{_INSTRUCT} scripts/train/olmo2/dpo_13b.sh", "tulu_bos",
     ),
 }  # fmt: skip
 for _loss, _made in _LOSSES.items():

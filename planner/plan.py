@@ -74,6 +74,15 @@ ESTIMATES = {
         384,
         "the card's rows and 6,192 bytes a row (three prompts, two answers); assumed: 4 bytes a token",
     ),
+    "allenai/tulu-3-sft-olmo-2-mixture-0225": Estimate(
+        866_138, 190, 560, "rows as counted by others; tokens assumed, those of Tulu 3's mixture"
+    ),
+    "allenai/olmo-2-0425-1b-preference-mix": Estimate(
+        378_341,
+        302,
+        440,
+        "assumed: the 7B mix's rows, 7,239 bytes a row (three prompts, two answers) and 4 bytes a token",
+    ),
     "PKU-Alignment/PKU-SafeRLHF": Estimate(
         12_000, 40, 110, "rows with one safe answer as in configs/pku_lora.py; tokens assumed"
     ),
@@ -87,6 +96,7 @@ SHAPES = {
     "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
     "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
     "mistralai/Mistral-7B-v0.1": "mistral-7b",
+    "allenai/OLMo-2-0425-1B": "olmo-2-1b",
 }
 
 

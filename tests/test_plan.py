@@ -507,3 +507,15 @@ def test_the_ladder_is_one_line_per_config_and_stage(no_gpu, monkeypatch, tmp_pa
     hours = [float(next(cell for cell in cells if re.fullmatch(r"\d+\.\d\d", cell))) for cells in of_tulu10]
     assert hours[-1] == pytest.approx(sum(hours[:-1]), abs=0.02)
     assert f"{26_598 * 1018:,}*" in stages["tulu10", "dpo"] and stages["tulu10", "dpo"].endswith("fits") and "$" in stages["tulu10", "dpo"]
+
+
+@pytest.mark.slow
+def test_the_ladder_of_docs_is_planned():
+    """Hours and dollars of every rung with all its stages, each on one of the three cards."""
+    text = (CONFIGS.parent / "docs/recipes.md").read_text()
+    rows = re.findall(r"^\| `(configs/\w+\.py)` \| (\d) \| (.+?) \| (.+?) \| (.+?) \| .+ \|$", text, re.M)
+    assert len(rows) == 6
+    for place, (path, count, *cells) in enumerate(rows):
+        gpu, cell = ("a40", "a100-80", "h100")[place % 3], cells[place % 3]
+        lines = plan._rows(str(CONFIGS.parent / path), types.SimpleNamespace(gpu=gpu, count=int(count), usd_per_hour=None))
+        assert cell == f"{lines[-1][5]} h, {lines[-1][6]}", (path, gpu)
