@@ -9,7 +9,8 @@ Zephyr's: the others are our reading.
 """
 
 _RUNGS = (
-    "olmo1b_10", "olmo1b_lora", "olmo1b", "pku_lora", "tulu10_lora", "tulu10", "tulu_full_lora", "tulu_full",
+    "olmo1b_10", "olmo1b_lora", "olmo1b", "pku_lora", "tulu10_lora", "tulu10", "tulu10_asrun",
+    "tulu_full_lora", "tulu_full",
 )  # fmt: skip
 
 PAIRS = {

@@ -1,5 +1,9 @@
 """tools/from_open_instruct.py: what it writes loads and means the same; what has no meaning here is refused by key."""
 
+import os
+import re
+import subprocess
+
 import pytest
 
 from plumbing.config import load
@@ -111,7 +115,7 @@ def test_written_to_a_file(translated, tmp_path):
         (SFT + 'use_lora: "true"\n', "use_lora: the string 'true' is no bool"),
         (SFT + "logging_steps: 2\n", "logging_steps: given twice"),
         (SFT.replace("5000", "1"), "other/set=1: cannot be represented: 1 meant all rows before 2025-01-28"),
-        (SFT + "add_bos: true\n", "add_bos=True: cannot be represented"),
+        (SFT + "add_bos: true\nchat_template_name: zephyr\n", "add_bos=True: cannot be represented: expected chat_template_name tulu"),
         (SFT + "use_qlora: true\n", "use_qlora=True: cannot be represented"),
         (SFT + "final_lr_ratio: 0.1\n", "final_lr_ratio=0.1: cannot be represented"),
         (SFT + "chat_template_name: olmo\n", "chat_template_name='olmo': cannot be represented: expected"),
@@ -156,5 +160,42 @@ def test_a_file_that_cannot_be_written_is_named(translated, tmp_path):
 
 
 def test_all_problems_at_once(translated):
-    _, _, _, err = translated(SFT + "add_bos: true\nuse_qlora: true\nresume_from_checkpoint: None\n")
+    _, _, _, err = translated(SFT + "final_lr_ratio: 0.1\nuse_qlora: true\nresume_from_checkpoint: None\n")
     assert len(err.splitlines()) == 4 and all(line.startswith("error: ") for line in err.splitlines())
+
+
+SILENT = re.sub("^(loss_type|beta|num_epochs|warmup_ratio).*\n", "", DPO, flags=re.M)  # leaves all four to the defaults
+
+
+@pytest.mark.parametrize(
+    ("date", "expected"),
+    [
+        ("2024-11-24", ("dpo", 0.1, 2, 0.03, "all", "shuffle", "tulu")),
+        ("2025-01-28", ("dpo", 0.1, 2, 0.03, "all", "first", "tulu")),
+        ("2026-01-15", ("dpo", 0.1, 2, 0.03, "last", "choice", None)),  # the plan's YAMLs, read as they are
+        ("2026-08-20", ("dpo_norm", 5.0, 1, 0.1, "last", "choice", None)),
+    ],
+)
+def test_what_the_yaml_does_not_say_is_that_days(translated, date, expected):
+    """Four defaults and three behaviours, each in a comment with its commit."""
+    code, c, text, _ = translated(SILENT, "--stage", "dpo", "--processes", "8", "--date", date)
+    assert code == 0
+    assert (c.loss, c.beta, c.num_epochs, c.warmup_ratio, c.supervise, c.rows, c.template) == expected
+    said = " ".join(text.replace("#", "").split())
+    assert f"loss_type is not in the YAML: open-instruct's default on {date}, {expected[0]!r}" in said and "7917d4173" in said
+    assert f"supervise: {expected[4]!r}, as open-instruct did on {date}" in said
+
+
+def test_the_day_of_a_checkout(translated, tmp_path):
+    """Its commit's; an amount of 1 was all rows then, and a BOS has a template."""
+    (tmp_path / "theirs/open_instruct").mkdir(parents=True)
+    options = ["--processes", "8", "--checkout", str(tmp_path / "theirs")]
+    code, _, _, err = translated(SFT, *options)
+    assert code == 1 and "git knows no commit there; expected a clone, or --date" in err
+    day = {"GIT_AUTHOR_DATE": "2024-11-24T12:00:00", "GIT_COMMITTER_DATE": "2024-11-24T12:00:00"}
+    for command in (["init", "-q"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path / "theirs"), *command], check=True, env=os.environ | day)
+    code, config, _, _ = translated(SFT.replace("5000", "1") + "add_bos: true\n", *options)
+    assert code == 0 and config.data["other/set"] == 1.0 and (config.rows, config.template) == ("shuffle", "tulu_bos")
+    code, _, _, err = translated(SFT, "--processes", "8", "--date", "January")
+    assert code == 1 and "--date January: expected a day, YYYY-MM-DD" in err

@@ -82,9 +82,10 @@ def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
     assert ladder.main([]) == 0
     first, head, *lines, last = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/: 0 finished runs, 0 sweeps.") and "55.00 is saturation" in last
-    assert [line.split()[0] for line in lines[:7]] == ["tiny", "smol", "pku_lora", "tulu10_lora", "tulu10", "tulu_full_lora", "tulu_full"]
-    assert all(line.rstrip().endswith("not run") for line in lines[:7]) and len(lines) == 13
-    assert {line.index("published") for line in lines[7:]} == {head.index("verdict")}
+    rungs = ["tiny", "smol", "olmo1b_10", "olmo1b_lora", "olmo1b", "pku_lora", "tulu10_lora", "tulu10", "tulu10_asrun", "tulu_full_lora"]
+    assert [line.split()[0] for line in lines[:11]] == [*rungs, "tulu_full"]
+    assert all(line.rstrip().endswith("not run") for line in lines[:11]) and len(lines) == 17
+    assert {line.index("published") for line in lines[11:]} == {head.index("verdict")}
 
 
 def test_a_sweep_along_an_earlier_vector_is_named(tmp_path, capsys):

@@ -40,14 +40,21 @@ class Checkout:
     @property
     def commit(self):
         """The commit of the checkout, or that git knows none."""
-        outside = os.environ | {
-            "GIT_CEILING_DIRECTORIES": str(self.root.resolve().parent)
-        }  # not the commit of a repository around it
-        command = ["git", "-C", str(self.root), "log", "-1", "--format=%h (%as)"]
-        return (
-            subprocess.run(command, capture_output=True, text=True, env=outside).stdout.strip()
-            or "unknown (git knows no commit there)"
-        )
+        return self._git_log("%h (%as)") or "unknown (git knows no commit there)"
+
+    @property
+    def date(self):
+        """Day of the commit, YYYY-MM-DD. UserError where git knows none."""
+        if day := self._git_log("%cs"):
+            return day
+        raise UserError(f"--checkout {self.root}: git knows no commit there; expected a clone, or --date")
+
+    def _git_log(self, form):
+        """The last commit in git's format `form`; "" where there is none."""
+        # not the commit of a repository around it
+        outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(self.root.resolve().parent)}
+        command = ["git", "-C", str(self.root), "log", "-1", f"--format={form}"]
+        return subprocess.run(command, capture_output=True, text=True, env=outside).stdout.strip()
 
     def module(self, name):
         """The lazy module package/name.py. NotFound when there is no such file."""

@@ -1,6 +1,9 @@
 """An open-instruct training YAML as one of our configs.
 
     python -m tools.from_open_instruct FILE.yaml [--stage sft|dpo] [--processes N] [--out CONFIG.py]
+        [--date YYYY-MM-DD | --checkout DIR]
+
+With a date, or that of a checkout's commit, what the YAML does not say is what open-instruct did on that day.
 
 Every key of the YAML ends up in one of three places: a key of ours, a comment that says why it has none, or
 the error that lists whatever cannot be represented. No text is converted: `None`, `5e-7` (a string in YAML
@@ -8,6 +11,7 @@ the error that lists whatever cannot be represented. No text is converted: `None
 """
 
 import argparse
+import datetime
 import difflib
 import sys
 import textwrap
@@ -16,6 +20,7 @@ from pathlib import Path
 from plumbing.config import section
 from plumbing.files import UserError
 from tools import open_instruct_yaml as theirs
+from tools.checkout import Checkout
 
 
 class Translation:
@@ -24,8 +29,8 @@ class Translation:
     `values` of ours, comments, problems. At the end `given` is empty.
     """
 
-    def __init__(self, given, stage):
-        self.given, self.stage = dict(given), stage
+    def __init__(self, given, stage, date=None):
+        self.given, self.stage, self.date = dict(given), stage, date
         self.values = {"precision": "bf16"}
         self.differs, self.unused, self.asked = [], [], {}
         self.per_device = None
@@ -55,17 +60,47 @@ class Translation:
         """A comment on an implicit value, by its name in NOTES."""
         self.differs.append(theirs.NOTES[name].format(*values))
 
+    def default_by_date(self, key):
+        """The default of a key of theirs.DATED on the day, with a comment; None without a day."""
+        day, commit, before, since = theirs.DATED[key]
+        if self.date is None:
+            self.problems.append(
+                f"{key}: not in the YAML, and open-instruct's default changed: it was {before!r} before "
+                f"{day} ({commit}) and is {since!r} since; expected a value, or --date"
+            )
+            return None
+        is_before = self.date < day
+        value, other = (before, since) if is_before else (since, before)
+        self.note("dated", key, self.date, value, other, "since" if is_before else "before", day, commit)
+        return value
+
+    def behaviour(self, name, note, undated):
+        """What open-instruct did on the day about `name` of theirs.CHANGED.
+
+        Without a day `undated`, and the comment `note`, which names the days.
+        """
+        if self.date is None:
+            self.note(note)
+            return undated
+        day, commit, value = [change for change in theirs.CHANGED[name] if change[0] <= self.date][-1]
+        self.note("behaviour", name, value, self.date, f", since {day} ({commit})" if day else "")
+        return value
+
+    def said(self):
+        """`values` without those that are left to our defaults; a template of None is the tokenizer's own."""
+        return {key: value for key, value in self.values.items() if value is not None or key == "template"}
+
     def refuse(self, key, value, why):
         """A value that has no meaning here."""
         self.problems.append(f"{key}={value!r}: cannot be represented: {why}")
 
 
-def translate(given, stage, processes):
-    """The Translation of `given`.
+def translate(given, stage, processes, date=None):
+    """The Translation of `given`, as open-instruct was on `date` ("2026-01-15") where one is given.
 
     ValueError, one line per problem, when a key or a value cannot be represented.
     """
-    t = Translation(given, stage)
+    t = Translation(given, stage, date)
     for key in [key for key in given if key in theirs.WHY_NOT]:
         t.unused.append(f"{key}: {t.given.pop(key)!r} ({theirs.WHY_NOT[key]})")
     for key in [key for key in given if key in theirs.ONLY_NEUTRAL]:
@@ -86,7 +121,7 @@ def translate(given, stage, processes):
         )
     if not t.problems:
         try:
-            section(stage)(**{key: value for key, value in t.values.items() if value is not None})
+            section(stage)(**t.said())
         except ValueError as error:
             t.problems.append(f"as a config of ours: {error}")
     if t.problems:
@@ -103,10 +138,14 @@ def _model(t):
         t.refuse("tokenizer_name", tokenizer, f"the tokenizer is that of model_path={model!r}")
     template = t.take("chat_template_name")
     if template is None:
-        t.note("template")
+        template = t.behaviour("template", "template", "tulu")
     elif template not in ("tulu", "zephyr"):
         t.refuse("chat_template_name", template, "expected tulu or zephyr")
-    t.values["template"] = template or "tulu"
+    if t.take("add_bos"):
+        if template != "tulu":
+            t.refuse("add_bos", True, f"expected chat_template_name tulu with it, not {template!r}")
+        template = "tulu_bos"
+    t.values["template"] = template
     if template == "zephyr":
         t.note("zephyr")
     if t.take("use_lora"):
@@ -156,12 +195,14 @@ def _data(t):
             amount
         ):  # the mixer list's own grammar: with a point a share, without one a count
             amount = float(amount) if "." in amount else int(amount)
-        if type(amount) is int and amount == 1:
+        if type(amount) is int and amount == 1 and t.date is None:
             t.refuse(name, amount, theirs.NOTES["one"])
+        elif type(amount) is int and amount == 1:
+            amount = t.behaviour("one", "one", 1)
         amounts[name if split == "train" else f"{name}[{split}]"] = amount
     t.values["data"] = amounts
     if any(amount != 1.0 for amount in amounts.values()):
-        t.note("rows")
+        t.values["rows"] = t.behaviour("rows", "rows", "choice")
     transforms = t.take("dataset_transform_fn", "transform_fn") or []
     turns = [theirs.TRANSFORMS.get(name) for name in transforms if name not in theirs.FILTERS]
     if transforms and (len(turns) != 1 or turns[0] is None):
@@ -172,7 +213,7 @@ def _data(t):
         )
     t.values["supervise"] = turns[0] if turns else "all"
     if t.stage == "dpo":
-        t.note("turns")
+        t.values["supervise"] = t.behaviour("supervise", "turns", t.values["supervise"])
     t.note("order")
 
 
@@ -233,11 +274,10 @@ def _sft_loss(t):
 def _dpo_loss(t):
     t.values |= {"loss": (loss := t.take("loss_type", "dpo_loss_type")), "beta": t.take("beta", "dpo_beta")}
     t.values |= {"label_smoothing": t.take("label_smoothing", "dpo_label_smoothing")}
-    for key, why in theirs.MUST_BE_SAID.items():
-        if t.values["loss" if key == "loss_type" else key] is None:
-            t.problems.append(
-                f"{key}: not in the YAML, and open-instruct's default changed: {why}; expected a value"
-            )
+    for key in theirs.DATED:
+        ours = "loss" if key == "loss_type" else key
+        if t.values[ours] is None:
+            t.values[ours] = t.default_by_date(key)
     if loss not in (None, "dpo", "dpo_norm", "simpo", "wpo"):
         t.refuse("loss_type", loss, "expected dpo, dpo_norm, simpo or wpo")
     if loss == "wpo":
@@ -295,10 +335,18 @@ def config_text(t, source):
     )
     section = (
         [f"{t.stage} = dict("]
-        + [f"    {key}={value!r}," for key, value in t.values.items() if value is not None]
+        + [f"    {key}={value!r}," for key, value in t.said().items()]
         + [")"]
     )
     return "\n".join([*head, "", *section, ""])
+
+
+def _day(text):
+    """`text` if it is None or a day. UserError otherwise."""
+    try:
+        return text and datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise UserError(f"--date {text}: expected a day, YYYY-MM-DD") from error
 
 
 def main(argv):
@@ -311,10 +359,15 @@ def main(argv):
     parser.add_argument("--stage", choices=["sft", "dpo"], help="default: the one that the keys belong to")
     parser.add_argument("--processes", type=int, help="GPUs of the run, over all nodes")
     parser.add_argument("--out", help="file to write; default: print it")
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument("--date", help="YYYY-MM-DD, of the open-instruct that ran it: some defaults changed")
+    when.add_argument("--checkout", metavar="DIR", help="its checkout: the day of its commit")
     args = parser.parse_args(argv)
     try:
+        date = Checkout(args.checkout).date if args.checkout else _day(args.date)
         given = theirs.read_yaml(args.yaml)
-        text = config_text(translate(given, args.stage or theirs.stage_of(given), args.processes), args.yaml)
+        stage = args.stage or theirs.stage_of(given)
+        text = config_text(translate(given, stage, args.processes, date), args.yaml)
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             Path(args.out).write_text(text)

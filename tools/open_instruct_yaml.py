@@ -17,8 +17,7 @@ DPO_ONLY = {
 }
 DPO_ONLY |= {"num_epochs", "concatenated_forward"}
 
-# What open-instruct takes when the YAML is silent. Defaults that changed over time are in MUST_BE_SAID
-# instead.
+# What open-instruct takes when the YAML is silent. Defaults that changed over time are in DATED.
 DEFAULTS = {
     "learning_rate": 2e-5,
     "per_device_train_batch_size": 8,
@@ -29,11 +28,21 @@ DEFAULTS = {
     "lora_dropout": 0.1,
 }
 DEFAULTS_SFT = {"warmup_ratio": 0.03, "num_train_epochs": 2}
-MUST_BE_SAID = {
-    "loss_type": "it was dpo before 2026-03-20 (7917d4173) and is dpo_norm since",
-    "beta": "it was 0.1 before 2026-03-20 (7917d4173) and is 5.0 since",
-    "num_epochs": "it was 2 (num_train_epochs) in 2024 and is 1 now",
-    "warmup_ratio": "it was 0.03 in 2024 and is 0.1 now",
+# {key of DPO: (day, commit, default before that day, default since)}
+DATED = {
+    "loss_type": ("2026-03-20", "7917d4173", "dpo", "dpo_norm"),
+    "beta": ("2026-03-20", "7917d4173", 0.1, 5.0),
+    "num_epochs": ("2026-03-20", "7917d4173", 2, 1),
+    "warmup_ratio": ("2026-03-20", "7917d4173", 0.03, 0.1),
+}
+# {behaviour without a key: [(day, commit, what it is since)]}, the first without a day
+CHANGED = {
+    "rows": [
+        ("", "", "shuffle"), ("2025-01-28", "45fd51f99", "first"), ("2025-07-21", "de8a14f3f", "choice"),
+    ],  # fmt: skip
+    "supervise": [("", "", "all"), ("2025-06-26", "8699c789b", "last")],
+    "template": [("", "", "tulu"), ("2025-09-24", "d880e8610", None)],
+    "one": [("", "", 1.0), ("2025-01-28", "45fd51f99", 1)],
 }
 
 NO_EQUIVALENT = {
@@ -78,7 +87,6 @@ ONLY_NEUTRAL = {
         (),
         "state a row count in the data mixture (SFT ignores this key since 2025-01-28)",
     ),
-    "add_bos": ((False,), "no template here gets a BOS added"),
     "use_qlora": ((False,), "no quantisation here"),
     "use_8bit_optimizer": ((False,), "AdamW's state is fp32 here"),
     "optimizer_type": (("adamw",), "AdamW only"),
@@ -102,6 +110,8 @@ FILTERS = {"sft_tulu_filter_v1", "preference_tulu_filter_v1"}
 
 # Implicit values and ambiguities, each said where it applies.
 NOTES = {
+    "dated": "{} is not in the YAML: open-instruct's default on {}, {!r} ({!r} {} {}, {})",
+    "behaviour": "{}: {!r}, as open-instruct did on {}{}",
     "one": "1 meant all rows before 2025-01-28 (45fd51f99) and means one row since; expected 1.0, or a "
     "count above 1",
     "template": "chat_template_name is not in the YAML: taken as tulu, the default before 2025-09-24 "
