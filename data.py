@@ -37,7 +37,7 @@ ROLES = ("system", "user", "assistant")
 # llama3  Llama 3 Instruct: BOS once, contents stripped. Llama 3.1's own adds dates to a system turn.
 # chatml  without a default system prompt (SmolLM2's and Qwen2's own add one to a conversation that has none).
 # gemma   Gemma 2's own, letter for letter: no system turn, and turns that alternate.
-# tulu_bos  Tulu 3's behind a BOS, as OLMo 2 was trained (open-instruct's --add_bos).
+# tulu_bos: tulu behind a BOS, as OLMo 2 was trained (open-instruct's --add_bos).
 _TULU = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% if not loop.last %}{{ '\\n' }}{% endif %}"
@@ -75,6 +75,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"
     ),
 }
+# What they write before a content: `render` has to know where the content begins.
 HEADERS = {
     "tulu": "<|{}|>\n",
     "tulu_bos": "<|{}|>\n",
@@ -83,7 +84,7 @@ HEADERS = {
     "chatml": "<|im_start|>{}\n",
     "gemma": "<start_of_turn>{}\n",
 }
-# What differs between them beside the header
+# What differs between them beside the header.
 BEGINS_WITH_BOS = ("tulu_bos", "llama3", "gemma")
 STRIPS_CONTENTS = ("llama3", "gemma")
 ENDS_ONLY_ANSWERS = ("tulu", "tulu_bos")  # the user's and the system's turns end in a newline alone
@@ -106,11 +107,11 @@ SAME_TEXT = {
 def resolve_template(template: str | None, tokenizer: Tokenizer) -> str:
     """The template's name. None means the tokenizer's own: one of TEMPLATES, or a spelling in SAME_TEXT."""
     if template is None:
-        for name, jinja in TEMPLATES.items():
-            if tokenizer.chat_template == jinja:
-                return name
-        # Jinja files spell a newline in a string as \n or as itself: one spelling, or the table doubles.
+        # Jinja files spell a newline in a string as \n or as itself: one spelling, or the tables double.
         text = (tokenizer.chat_template or "").replace("\\n", "\n")
+        for name, jinja in TEMPLATES.items():
+            if text == jinja.replace("\\n", "\n"):
+                return name
         spelling = hashlib.sha256(text.encode()).hexdigest()
         if spelling in SAME_TEXT:
             return SAME_TEXT[spelling]
@@ -475,6 +476,7 @@ class _Part:
 
 def _open(key: str, source, mixture: dict, sides, settings: dict, cache_dir, log) -> _Part:
     rows, amount = source.open(cache_dir, log), mixture[source.name]
+    # By the first row, before any is tokenised: rows of no known format show in seconds, not in half an hour.
     schema = find_schema(source.name, rows, sides)
     numbers = mixture_rows(len(rows), amount, settings["rows"])
     if len(numbers) == 0:
@@ -499,6 +501,7 @@ def _read_cache(folder: Path, sides, key: str, log) -> dict[str, list[Documents]
 
 
 def _map_documents(folder: Path, prefix: str) -> Documents:
+    # Mapped, not read: the ranks of a machine share one copy in memory, and a step reads a few pages of it.
     columns = {}
     for field in dataclasses.fields(Documents):
         file = folder / f"{prefix}.{field.name}.npy"
@@ -729,6 +732,7 @@ def _encode_rows(part: _Part, numbers, rendered: list, tokenizer: Tokenizer, set
         if reason:
             yield reason
             continue
+        # Counted from here on, where the row is kept: a dropped one is counted by its reason alone.
         tally.see_row(part, number, row)
         tally.counts["equal"] += len(cut) == 2 and np.array_equal(cut[0][0], cut[1][0])
         for (ids, mask), (all_ids, _, straddling) in zip(cut, whole):
@@ -752,6 +756,7 @@ def _why_drop(row: list[_Rendered], cut: list[tuple], limit: int) -> str | None:
 def describe(stats: dict, key: str = "data") -> str:
     """The line that says what became of the rows of a config key's mixture."""
     names = {"train": "train", "eval": "eval"} if key == "data" else {"train": "held out"}
+    # Counts of zero are left out, but for the dropped rows: that there are none is worth a word.
     kept = " + ".join(f"{count:,} {names[split]}" for split, count in stats["kept"].items())
     dropped = ", ".join(f"{count:,} dropped {reason}" for reason, count in stats["dropped"].items())
     lengths = f"{stats['tokens']:,} tokens, {stats['supervised']:,} supervised"
