@@ -59,8 +59,7 @@ class LlamaConfig:
     max_position_embeddings: int = 4096
     # the mask of a sliding window is not implemented: documents longer than this are refused
     sliding_window: int | None = None
-    # Qwen2 and Qwen3 with a window: the blocks from this one on have it. Long documents are refused all the
-    # same.
+    # Qwen2 and Qwen3 with a window: the blocks from this one on have it. Long documents are refused anyway.
     max_window_layers: int | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
@@ -103,8 +102,7 @@ class LlamaConfig:
             out["pad_token_id"] = self.pad_token_id
         out["architectures"] = [_ARCHITECTURES[self.model_type]]
         out |= {"hidden_act": "silu", "attention_dropout": 0.0}
-        # both spellings: transformers 4 reads rope_theta and rope_scaling, transformers 5 reads
-        # rope_parameters
+        # both spellings: transformers 4 reads rope_theta and rope_scaling, 5 reads rope_parameters
         out |= {"rope_theta": self.rope_theta, "rope_scaling": rope if self.rope_scaling else None}
         out["rope_parameters"] = rope | {"rope_theta": self.rope_theta}
         if self.model_type == "olmo3":  # a rope for each kind of layer
@@ -159,7 +157,8 @@ class LlamaConfig:
         q_and_o = 2 * D * self.num_attention_heads * self.head_dim  # weights
         k_and_v = 2 * D * self.num_key_value_heads * self.head_dim
         mlp = 3 * D * self.intermediate_size
-        # a weight is multiplied and added once for each token
+        # A weight is multiplied and added once for each token. Norms, rotations and softmax are not counted,
+        # as in every published mfu.
         blocks = self.num_hidden_layers * 2 * length * (q_and_o + k_and_v + mlp)
         head = 2 * D * self.vocab_size * (length if logits is None else logits)
         return blocks + self.attention_flops(length) + head
@@ -195,6 +194,7 @@ _REQUIRED = (
 )  # fmt: skip
 
 _LLAMA3 = dict(vocab_size=128256, rope_theta=500000.0, max_position_embeddings=131072, num_key_value_heads=8)
+# the published config.json files: a plan and a benchmark need no download
 PRESETS = {
     "llama-3.1-8b": LlamaConfig(
         **_LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -365,8 +365,7 @@ def _rope(raw, key, source):
 
 # ---------------------------------------------------------------- rotary positions
 # Position enters in one place: q and k are turned by angles, so that their product depends on the distance
-# between two tokens only. Llama 3.1 stretches 8,192 trained positions to 131,072 by turning the slow pairs
-# more slowly.
+# between two tokens only. Llama 3.1 stretches 8,192 trained positions to 131,072: slow pairs turn slower.
 
 
 @functools.lru_cache(maxsize=8)
@@ -512,8 +511,7 @@ class Llama(nn.Module):
         int32; max_seqlen int, of the longest document, its prefix included.
 
         tap(layer, hidden) -> hidden sees, and may replace, the residual stream (T, D) after each block (layer
-        =
-            0..L-1), before the final norm: the one place to read from and to steer at.
+        = 0..L-1), before the final norm: the one place to read from and to steer at.
         cache: a KVCache that holds the documents' earlier tokens. resume=(first, hidden): skip the embedding
         and the blocks below `first`; hidden (T, D) is what enters it. shared: a kernels.SharedPrefix;
         positions of documents without their prefix count from its length.
@@ -558,8 +556,8 @@ class Llama(nn.Module):
 
 
 # ---------------------------------------------------------------- how blocks are run
-# Each apply_* sets one switch from outside, so that the blocks above stay readable. training.load_model calls
-# them in order.
+# Each apply_* sets one switch from outside, so that the blocks above stay readable. training.load_model has
+# their order.
 
 
 def check_kernels(config, kernels):
@@ -668,6 +666,7 @@ def merge_lora(model):
     for parent in parents:
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
+                # on the meta device: the new linear takes the merged weight and allocates none of its own
                 has_bias = child.bias is not None
                 plain = nn.Linear(child.in_features, child.out_features, bias=has_bias, device="meta")
                 plain.weight, plain.bias = nn.Parameter(child.merged_weight()), child.bias
@@ -677,6 +676,7 @@ def merge_lora(model):
 @contextmanager
 def adapters_disabled(model):
     """Within the context the model is the frozen base: the DPO reference, at no memory cost."""
+    # only those that are on: contexts may be nested, and the inner one must not switch them on again
     adapters = [m for m in model.modules() if isinstance(m, LoRALinear) and m.enabled]
     for adapter in adapters:
         adapter.enabled = False

@@ -35,8 +35,7 @@ def implicit(config, model):
 
 
 # ---------------------------------------------------------------- the schedule
-# Trainers differ in rounding and in the first step's rate, which shifts every later one: the manifest has
-# both.
+# Trainers differ in rounding and in the first step's rate, which shifts every later one: both are recorded.
 
 
 def warmup_steps(config, total_steps):

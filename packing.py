@@ -20,8 +20,7 @@ from plumbing.files import UserError
 
 # ---------------------------------------------------------------- the stream
 # One stream without padding: a batch costs what its tokens cost, and a document's numbers do not depend on
-# its neighbours. Targets are shifted within each document, before packing: no document predicts the next
-# one's start.
+# its neighbours. Targets are shifted within each document, before packing, so that none predicts another.
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,8 @@ def pack(documents: list[tuple[np.ndarray, np.ndarray]], prefixes=()) -> PackedB
         has_target = np.asarray(mask)[1:].astype(bool)  # of tokens 1, 2, ..
         left_out = int(prefixes[d - P]) if P and d >= P else 0
         assert left_out < len(input_ids), "a document needs a token of its own"
+        # A prefix is in the stream once, as the first rows of the other document: attention reads it there,
+        # and a supervised token of it is predicted from there.
         own = starts[-1] + np.arange(len(input_ids) - left_out)
         rows.append(np.concatenate([rows[d - P][:left_out], own]) if left_out else own)
         ids.append(input_ids[left_out:])
@@ -111,8 +112,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 # ---------------------------------------------------------------- which examples a step has
-# Nothing is remembered from one step to the next: a resumed run reads the same examples on any number of
-# ranks.
+# No state goes from one step to the next: a resumed run reads the same examples on any number of ranks.
 
 
 @lru_cache(maxsize=2)
@@ -160,6 +160,7 @@ def plan_step(lengths, costs, world_size: int, tokens_per_microbatch: int) -> li
         )
     order = np.argsort(-costs, kind="stable").tolist()
     lengths, costs = lengths.tolist(), costs.tolist()
+    # the fewest that could hold all tokens; where a bin would overflow, one micro-batch more for every rank
     rounds = math.ceil(sum(lengths) / (world_size * tokens_per_microbatch))
     while (bins := _fill(order, lengths, costs, rounds * world_size, tokens_per_microbatch)) is None:
         rounds += 1
@@ -209,6 +210,7 @@ def local_batches(dataset, ids, model_config, tokens_per_microbatch: int, world)
     or Pairs; ids (B,), the same on every rank. Every rank gets equally many micro-batches, if need be without
     ids.
     """
+    # FLOPs are balanced and tokens bounded: time grows with the square of a length, memory with the length
     lengths = dataset.lengths[ids]
     plan = plan_step(lengths, dataset.flops(model_config, ids), world.size, tokens_per_microbatch)
     waste = padding_waste(plan, lengths)

@@ -263,6 +263,7 @@ def forward_backward(model, pairs, reference, ids, config, world):
     largest |policy - reference| of an answer in the unit of TOLERANCE: before the first update, rounding.
     """
     chosen_tokens = int(pairs.chosen.num_targets[ids].sum())
+    # kept on the device and read once a step: asking for a number makes the host wait for the GPU
     totals = torch.zeros(len(METRICS), device=world.device)
     gaps = [torch.zeros(1, device=world.device)]  # a rank without a pair has no gap
     losses = []
@@ -414,6 +415,7 @@ def _compute_reference(model, pairs, ids, config, world):
 
 def _sum_of_tables(values):
     """(n, 2) float32, on every rank, of one table (n, 2) per rank."""
+    # one float32 and zeros, added in float64: exact, and NaN stays NaN
     return np.array(parallel.sum_across_ranks(values.flatten().tolist()), dtype=np.float32).reshape(-1, 2)
 
 
@@ -483,6 +485,7 @@ def main(argv):
         run.log.evaluation(steps, metrics)
 
     # Computed here, from the step-0 weights, also when a checkpoint is about to be loaded.
+    # Only for pairs that a step asks for: of a run with max_steps that may be a few.
     epoch = min(run.total_steps, steps_per_epoch(len(pairs), config.global_batch_size))
     reference = reference_of(run, pairs, [ids_of(step) for step in range(epoch)])
     if held_out:

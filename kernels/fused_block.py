@@ -46,8 +46,7 @@ class _Embed(torch.autograd.Function):
         if weight.grad_dtype == torch.float32:
             weight.grad.index_put_((input_ids,), dy.float(), accumulate=True)  # sorts the ids, so bits repeat
         else:
-            # in bf16 a frequent token's later occurrences would vanish into the sum of its earlier ones:
-            # round once, at the end
+            # summed in float32 and rounded once: in bf16 a frequent token's later occurrences would vanish
             rows, place = input_ids.unique(return_inverse=True)
             sums = torch.zeros(len(rows), dy.shape[1], device=dy.device)
             weight.grad[rows] += sums.index_put_((place,), dy.float(), accumulate=True)
@@ -150,9 +149,8 @@ def parameter_gradients(linear, wanted, dy, dy8t, x, x8t, low, d_lora_A):
 
 
 # ---------------------------------------------------------------- adapters of linears that share an input
-# Their A's lie one below the other, (R, in), so that q, k and v read x once, and their part of its gradient
-# is written once. It is written first, and the large matmuls add to it: a pass over (T, in) less than adding
-# it to theirs.
+# Their A's are stacked, (R, in), so that q, k and v read x once, and their part of its gradient is written
+# once. It is written first, and the large matmuls add to it, which saves a pass over (T, in).
 
 
 def stack_lora_A(linears):

@@ -44,8 +44,7 @@ class _TokenLogps(torch.autograd.Function):
         g = grad_logps.masked_fill(ignored, 0.0)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # summed over chunks in float32; a weight that accumulates has its own dtype, and bf16 is rounded
-        # every chunk
+        # summed over chunks in float32; a weight that accumulates sums in its grad_dtype, which may be bf16
         grad_weight = None
         if wants_weight and not accumulates(weight):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)

@@ -13,12 +13,11 @@ import torch
 class Master(NamedTuple):
     """How a process keeps one parameter, or the rows of it that this process updates."""
 
-    # int16, in the shape of those rows: what bf16 cuts off their float32 values (reference.split_master).
-    # None: kept elsewhere.
+    # int16, in the shape of those rows: what bf16 cuts off (reference.split_master). None: kept elsewhere.
     low_bits: torch.Tensor | None
     # True: the kernels add the gradient to param.grad themselves, in param.grad_dtype, inside the matmul, and
-    # give autograd None. That saves a pass over all gradients a micro-batch. param.grad must then be a plain
-    # tensor of all rows.
+    # give autograd None: a pass over all gradients less in every micro-batch. param.grad is then a plain
+    # tensor of all rows, never a DTensor.
     accumulates: bool
 
 

@@ -58,6 +58,8 @@ def rotate(x, cos, sin):
 
     x (T, H, K); cos, sin (T, 1, K/2). The gradient is the rotation back, rotate(dy, cos, -sin).
     """
+    # Hugging Face's pairs, i with i + K/2. Meta's files pair 2i with 2i + 1, which is the same model with the
+    # rows of q_proj and k_proj in another order.
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -157,8 +159,7 @@ def weight_gradient(dy, x, dtype):
 
 
 # ---------------------------------------------------------------- log-probs
-# Targets are shifted already: row t predicts targets[t]. Everything that a loss sees of the model is these
-# numbers.
+# Targets are shifted already: row t predicts targets[t]. A loss sees nothing of the model but these numbers.
 
 
 def token_logps(hidden, weight, targets):
@@ -197,8 +198,8 @@ def segment_sums(values, offsets):
 
 
 # ---------------------------------------------------------------- AdamW on split masters
-# A float32 master weight is kept as the bf16 weight that the matmuls read and the 16 bits that rounding took
-# off: 4 bytes, not 6.
+# A float32 master weight is kept as the bf16 weight that matmuls read and the 16 bits that rounding took off:
+# 4 bytes. A master beside its bf16 copy would be 6.
 
 
 def split_master(master):

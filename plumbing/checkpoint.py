@@ -110,8 +110,7 @@ class Checkpointer:
     def _check_finished_run(self):
         config = read_json(self.run_dir / "config.json")
         manifest = read_json(self.run_dir / "manifest.json")
-        # config.json names weights and data by path; in the identity they are their content, as in the
-        # manifest
+        # config.json names weights and data by path, the identity by content, as the manifest does
         there = config | {key: manifest.get(key) for key in ("weights", "data", "held_out")}
         common = self.run_identity.keys() & there.keys()
         _refuse_other(self.run_dir / "final", there, {key: self.run_identity[key] for key in common})

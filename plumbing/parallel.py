@@ -234,8 +234,7 @@ def _yield_to_the_cause(error):
 
 
 # ---------------------------------------------------------------- sharding
-# FSDP2 takes a second of CPU time to import. --help and --plan shard nothing: it is imported where it is
-# used.
+# FSDP2 takes a second of CPU time to import, and --help and --plan shard nothing: it is imported where used.
 
 
 def is_sharded(part):
@@ -442,8 +441,7 @@ def require_finite(values, rows):
     for value, names in zip(values, rows, strict=True):
         if not math.isfinite(value):
             suspects += map(str, names)
-    # Every rank must take the same branch here: a rank that goes on alone waits in the next collective for
-    # ever.
+    # Every rank must take the same branch here: one that goes on alone deadlocks in the next collective.
     (count,) = sum_across_ranks([len(suspects)])
     if count:
         examples = suspects or "on another rank"
