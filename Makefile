@@ -12,10 +12,10 @@ test test-fast torture: export OMP_NUM_THREADS = 1
 test test-fast demo smol torture: export TOKENIZERS_PARALLELISM = false
 
 test: lint
-	.venv/bin/pytest -q -n 2 --dist loadfile
+	.venv/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
-	.venv/bin/pytest -q -n 2 --dist loadfile -m "not slow"
+	.venv/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(READY)
 	.venv/bin/ruff check

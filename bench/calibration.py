@@ -181,14 +181,14 @@ def toy_network(generator, dims):
     return forward
 
 
-def random_directions(kind, trials, others=19, texts=100, axioms=3, dims=32, length=6.0, draws=300, seed=0):
-    """As `simulate`, of one random direction of `kind` in a toy network.
+def random_directions(trials, others=19, texts=100, axioms=3, dims=32, length=6.0, draws=300, seed=0):
+    """{kind: as `simulate`, of one random direction of that kind in a toy network}.
 
     It stands against `others` of each kind; and how often it is not flat without the nulls. New texts,
     network and directions in every trial.
     """
     generator = torch.Generator().manual_seed(seed)
-    whole, axioms_alarmed, bare = Counter(), 0, 0
+    counts = {kind: [Counter(), 0, 0] for kind in ("isotropic", "sign-flipped")}
     for trial in range(trials):
         axiom, label, _ = texts_of(generator, texts, axioms)
         names = [str(a) for a in range(axioms)]
@@ -202,9 +202,10 @@ def random_directions(kind, trials, others=19, texts=100, axioms=3, dims=32, len
             "sign-flipped": sign_flipped_directions(differences, addition, others + 1, seed=2 * trial + 1)[0],
         }
         design = Design(axiom, label, names)
+        unsteered = network(x)
 
-        def states_along(direction, network=network, x=x):
-            return [network(x + strength * direction) for strength in (0.0, 0.5, 1.0)]
+        def states_along(direction, network=network, x=x, unsteered=unsteered):
+            return [unsteered, network(x + 0.5 * direction), network(x + direction)]
 
         def estimate(states, design=design):
             return torch.stack([separation(*cell_sums(design.centred(s), design))[0] for s in states])
@@ -213,12 +214,13 @@ def random_directions(kind, trials, others=19, texts=100, axioms=3, dims=32, len
         for name, chosen in directions.items():
             curves[name] = torch.stack([estimate(states_along(direction)) for direction in chosen[1:]])
         nulls = Nulls(curves, [0, 1, 2])
-        states = states_along(directions[kind][0])
-        curve = bootstrap(states, axiom, label, names, draws, seed=trial, levels=False)
-        whole[judge(curve, nulls=nulls)["verdict"]] += 1
-        bare += judge(curve)["verdict"] != "flat"
-        axioms_alarmed += any_axiom(curve, nulls)
-    return whole, axioms_alarmed, bare
+        for kind, found in counts.items():
+            states = states_along(directions[kind][0])
+            curve = bootstrap(states, axiom, label, names, draws, seed=trial, levels=False)
+            found[0][judge(curve, nulls=nulls)["verdict"]] += 1
+            found[1] += any_axiom(curve, nulls)
+            found[2] += judge(curve)["verdict"] != "flat"
+    return counts
 
 
 # ---------------------------------------------------------------- levels
@@ -301,7 +303,7 @@ def alarm_item(trials, item):
     name, settings = item
     if settings is None:
         label = f"a random direction of a toy network, {name}, 19 nulls of each kind"
-        return alarm_row(label, partial(random_directions, name), trials)
+        return alarm_row(label, lambda trials: random_directions(trials)[name], trials)
     return alarm_row(name, partial(simulate, settings), trials)
 
 

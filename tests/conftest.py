@@ -5,6 +5,14 @@ from world import make_world
 
 from plumbing import parallel
 
+LONGEST = ("test_commands", "test_runs", "test_parallel", "test_steer", "test_checkpoint", "test_train_dpo", "test_calibration")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: of two workers, one that begins a long file last keeps the other waiting."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):

@@ -272,6 +272,7 @@ CHECKS = [check for name, check in list(globals().items()) if name.startswith("c
 
 
 def run_checks(checks):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     ranks = parallel.init()
     for check in checks:
         check(ranks)

@@ -376,7 +376,7 @@ def test_names_agree_with_the_modules_that_own_them():
 # ---------------------------------------------------------------- the price of an answer
 
 # Each takes a third of a second to three seconds of CPU time, and none is needed before a run starts.
-LATE = {"datasets", "pandas", "sympy", "triton", "scipy", "matplotlib", "torch._dynamo", "torch.distributed.fsdp"}
+LATE = {"datasets", "pyarrow", "pandas", "sympy", "triton", "scipy", "matplotlib", "torch._dynamo", "torch.distributed.fsdp"}
 
 
 def cpu_seconds(*arguments):
@@ -390,15 +390,20 @@ def cpu_seconds(*arguments):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.returncode, imported
 
 
+@pytest.fixture(scope="module")
+def torch_seconds():
+    return cpu_seconds("-c", "import torch")[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments, code", [
     (["train_sft.py", "--help"], 0), (["train_dpo.py", "configs/tulu10.py", "--beat=1"], 1),
     (["train_dpo.py", "configs/tulu10.py", "--plan", "--gpu=h100", "--count=8"], 0),
 ])  # fmt: skip
-def test_an_answer_costs_what_torch_costs(arguments, code):
+def test_an_answer_costs_what_torch_costs(arguments, code, torch_seconds):
     """1.1 of 1.2 s of CPU time are torch's on an idle machine; the ratio holds on a busy one too."""
     seconds, returned, imported = cpu_seconds(*arguments)
     assert returned == code
     late = imported & LATE
     assert not late
-    assert seconds < 0.5 + 1.5 * cpu_seconds("-c", "import torch")[0]
+    assert seconds < 0.5 + 1.5 * torch_seconds

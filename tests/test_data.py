@@ -12,7 +12,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1153,13 +1152,6 @@ def test_scratch_folders_of_processes_that_ended_are_removed(tokenizer, config):
         (config.cache_dir / name).mkdir(parents=True)
     data.load_sft(config, tokenizer)
     assert {path.name for path in config.cache_dir.glob(".*")} == {names["alive"], names["elsewhere"]}
-
-
-def test_the_data_library_is_imported_where_it_is_needed():
-    """It takes a second, which --help and --plan would wait for."""
-    code = "import sys, train_dpo, planner.plan; assert not {'datasets', 'pyarrow', 'pandas'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):

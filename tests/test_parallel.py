@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from exchange_ranks import CHECKS as EXCHANGE_CHECKS
+from failing_ranks import FAILURES
 from parallel_ranks import CHECKS, run_checks
 from world import spawn
 
 from plumbing import parallel
-from plumbing.files import UserError
 from plumbing.weights import resolve
 
 ROOT = Path(__file__).parent.parent
@@ -75,26 +75,11 @@ def test_a_disk_that_refuses_is_one_line_with_its_path(capsys):
         assert caught.value is foreign
 
 
-refuse = fails(UserError("beta=-1: expected float > 0"))
-
-
-def rank_1_fails(world):
-    return refuse([]) if world.rank == 1 else parallel.barrier()
-
-
-# The ranks of test_torchrun_ends_with_the_message: each fails in its own way.
-FAILURES = {
-    "a key that every rank refuses": lambda world: refuse([]),
-    "rank 0 alone, the others wait for it": lambda world: parallel.main_first(world, lambda: refuse([])),
-    "rank 1 alone, rank 0 in a collective": rank_1_fails,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_torchrun_ends_with_the_message(failure):
     """One line on the screen, from one rank, and the same line as the last of torchrun's own summary."""
-    arguments = ["--standalone", "--nproc-per-node", "2", "tests/test_parallel.py", failure]
+    arguments = ["--standalone", "--nproc-per-node", "2", "tests/failing_ranks.py", failure]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -111,7 +96,3 @@ def test_torchrun_ends_with_the_message(failure):
 def test_processes(num_ranks, checks, tmp_path):
     done = spawn(partial(run_checks, checks), tmp_path / "logs", num_ranks).ok()
     assert done.out[0].count(f"holds on {num_ranks} rank(s)") == len(checks)
-
-
-if __name__ == "__main__":  # one rank of test_torchrun_ends_with_the_message
-    sys.exit(parallel.run(lambda argv: FAILURES[argv[0]](parallel.init()), sys.argv[1:]))

@@ -5,6 +5,7 @@ import argparse
 import ast
 import dataclasses
 import doctest
+import functools
 import importlib
 import inspect
 import re
@@ -185,12 +186,17 @@ def defined(tree):
     return names
 
 
+@functools.cache
+def names_in(path):
+    return defined(TREES[path] if path in TREES else ast.parse(path.read_text()))
+
+
 @per_file(PAGES)
 def test_names_in_documents_exist(path):
     """`module.name` and `plumbing.module.name` are in that file, `tests/file.py::test` is a test, `key=value` is a key with a value of it,
     `--flag ..` a flag of some script."""
     spans, _ = code_spans(path)
-    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): defined(TREES[file]) for file in HOUSE}
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): names_in(file) for file in HOUSE}
     modules["kernels"] = set(kernels.__all__)
     for span in spans:
         room = r"(?:kernels|analysis|families|plumbing|planner|reports)\.\w+"
@@ -198,7 +204,7 @@ def test_names_in_documents_exist(path):
             module, name = found.groups()
             assert name in ENDINGS | modules.get(module, set()), f"{span}: no such name"
         if found := re.fullmatch(r"(tests/\w+\.py)::(\w+)", span):
-            assert found[2] in defined(ast.parse((ROOT / found[1]).read_text())), f"{span}: no such test"
+            assert found[2] in names_in(ROOT / found[1]), f"{span}: no such test"
         found = re.fullmatch(r"(?:--)?([a-z]\w*)=(\"\w+\"|[\w.-]+)", span)
         if found and span != "--key=value":
             value, kinds = found[2].strip('"'), KEYS.get(found[1], [])

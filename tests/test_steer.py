@@ -929,6 +929,7 @@ def pairs(lab, monkeypatch, tmp_path):
     """PAIRS of the test's own in configs/pairs.py's place."""
     table = {name: dict(sft=f"{lab}/sft", dpo=f"{lab}/{dpo}", template=None) for name, dpo in (("near", "dpo"), ("far", "far"))}
     table |= {"odd": dict(not_representable="it is odd")}
+    monkeypatch.setattr(steer, "_plot", lambda *_: None)  # half of the time of a sweep here
     monkeypatch.setattr(steer.runpy, "run_path", lambda path: {"PAIRS": table, "GROUPS": {"both": ("near", "far")}})
     return [f"--texts={lab}/texts.jsonl", f"--prompts={lab}/prompts.csv", "--count=8", "--layers=2", f"--out_dir={tmp_path}/v", *SHORT]
 

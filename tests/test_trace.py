@@ -3,11 +3,14 @@
 import gzip
 import json
 import os
-import subprocess
+import runpy
 import sys
+from functools import partial
 
 import pytest
-from world import ROOT, write_config
+from world import ROOT, spawn, write_config
+
+from plumbing import parallel
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -23,15 +26,17 @@ def test_shares_by_hand():
     assert union([(0, 5), (1, 2), (3, 8), (9, 10)]) == 9
 
 
+def traced(argv):
+    """bench/trace.py as the work of world.spawn. By its path: the standard library has a module of this name."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return parallel.run(runpy.run_path(str(ROOT / "bench/trace.py"))["main"], argv)
+
+
 @pytest.mark.slow
 def test_a_step_of_two_processes(world, tmp_path):
-    config = write_config(tmp_path, world)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "bench/trace.py", str(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    lines = {name: float(line.split()[1]) for line in result.stdout.splitlines() for name in ("compute", "exchange", "exposed")
+    printed = spawn(partial(traced, [str(write_config(tmp_path, world))]), tmp_path / "logs", ranks=2).ok().out[0]
+    lines = {name: float(line.split()[1]) for line in printed.splitlines() for name in ("compute", "exchange", "exposed")
              if line.startswith(name)}  # fmt: skip
-    assert 0 < lines["compute"] and 0 <= lines["exposed"] <= lines["exchange"] and lines["exchange"] > 0, result.stdout
+    assert 0 < lines["compute"] and 0 <= lines["exposed"] <= lines["exchange"] and lines["exchange"] > 0, printed
     names = {event["name"] for event in json.loads(gzip.open(tmp_path / "sft/trace.json.gz").read())["traceEvents"]}
     assert any(name.startswith("gloo:") for name in names), names
