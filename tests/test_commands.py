@@ -36,6 +36,7 @@ NOT_RUN = {  # commands that begin so: why
     "python -m tools.push": "writes to the hub; tests/test_hub.py has a stand-in for it",
     "pip": "takes packages from the network",
     "torchrun --nnodes": "needs two machines; tests/test_repo.py parses it",
+    "python -m tools.diff_trl": "ten seconds of imports; tests/test_parity_trl.py runs its steps",
     "hf": "asks for a token of the hub",
     "lm_eval": "is not installed with the tests; tests/test_interop.py runs the task where it is",
 }

@@ -6,10 +6,12 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from world import assert_gradients_equal, stage_parts, whole_gradients, write_config
+from world import assert_gradients_equal, stage_parts, whole_gradients, write_config, write_rows
 
 import train_dpo
 from packing import local_batches
+from tools import diff_trl
+from tools.agreement import EQUAL, INTENDED
 from train_dpo import answer_logps, dpo_loss, simpo_loss
 
 pytestmark = pytest.mark.slow  # importing trl takes seconds
@@ -119,6 +121,21 @@ def test_sft_term(world, stage, trl):
     (preference + 0.3 * sft).backward()
     assert metrics["loss"] == pytest.approx((preference + 0.3 * sft).item(), rel=1e-5)
     assert_gradients_equal(whole_gradients(stage.model), {name: param.grad for name, param in model.named_parameters()}, 2e-5)
+
+
+def test_whole_steps_beside_trls_trainer(world, tmp_path, ranks):
+    """Three AdamW steps on chats of two answers: equal with a padding token of its own; with EOS as padding TRL's embedding of EOS, which
+    ends the first answer, gets no gradient, and ours without it agrees."""
+    turns = [{"role": "user", "content": "help me"}, {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "tell me"}]
+    rows = []
+    for i in range(8):
+        chosen, rejected = ({"role": "assistant", "content": f"{word} {'cat ' * i}runs"} for word in ("good", "bad"))
+        rows.append({"chosen": [*turns, chosen], "rejected": [*turns, rejected]})
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    shape = dict(train=3, rows=8, batch=4, lr=1e-5, template="tulu", max_seq_len=128, stage="dpo")
+    found = diff_trl.compare_steps(SimpleNamespace(model=str(world / "base"), data=str(tmp_path / "pairs.jsonl"), **shape))
+    assert [row.verdict for row in found[3:]] == [EQUAL] * 3
+    assert [row.verdict for row in found[1:3]] == [INTENDED] * 2
 
 
 def random_logps(count, seed=0):

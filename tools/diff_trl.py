@@ -1,18 +1,32 @@
 """Pair losses, log-probs and gradients of the installed TRL on the same rows and weights.
 
-They are what its DPOTrainer computes from a batch.
+They are what its DPOTrainer computes from a batch. As a command, whole optimizer steps of both:
+
+    python -m tools.diff_trl --model FOLDER --data FILE --train N
+
+N steps of ours and of TRL's trainer side by side, twice: padded with EOS and with an id that is not in the
+data. Exit code 0: equal, or different as intended.
 """
 
+import argparse
+import copy
 import importlib.metadata
+import sys
+import tempfile
 from types import SimpleNamespace
+from unittest import mock
 from unittest.mock import MagicMock
 
 import torch
 
+from kernels import fused_block
+from optim import adamw, apply_gradients
+from plumbing import parallel
 from plumbing.files import UserError
-from tools.agreement import NotCompared, call, numbers
+from tools.agreement import DIFFERS, EQUAL, INTENDED, NotCompared, Row, call, numbers, print_table
 from tools.quantities import TOLERANCE, gradient, gradients, our_pairs
-from train_dpo import LOSSES, answer_logps
+from tools.same_rows import Case
+from train_dpo import LOSSES, answer_logps, preference_loss
 
 LOSS_TYPES = {"dpo_norm": "sigmoid_norm", "dpo": "sigmoid"}
 
@@ -114,3 +128,168 @@ def _trainer(loss_type, beta):
     trainer.accelerator.device = "cpu"
     trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda tensor: tensor
     return trainer
+
+
+# ---------------------------------------------------------------- whole steps: --train
+
+# of losses and norms relative to the largest, of the weights the share of the update; 2.6e-6 and 1.3e-5 were
+# seen
+STEP_TOLERANCE, UPDATE_TOLERANCE = 2e-5, 1e-3
+EXCEPT_PADDING = "transformers gives the embedding of pad_token_id no gradient (docs/loss.md)"
+
+
+def batches(case, args):
+    """[rows of a step]: the rows in their order, again and again."""
+    size = min(args.batch, len(case.kept))
+    whole = len(case.kept) // size * size
+    return [[case.kept[(step * size + i) % whole] for i in range(size)] for step in range(args.train)]
+
+
+def our_steps(case, args, pad=None):
+    """(losses, gradient norms, final weights) of ours.
+
+    pad: leave the embedding of this id without gradient.
+    """
+    model, config = copy.deepcopy(case.model), SimpleNamespace(loss="dpo_norm", label_smoothing=0.0, beta=5.0)
+    optimizer = adamw(model, weight_decay=0.0)
+    losses, norms = [], []
+    with mock.patch.object(fused_block, "embed", embed_without(pad)):
+        for rows in batches(case, args):
+            batch, count = case.packed(rows), len(rows)
+            with torch.no_grad():
+                reference, _ = answer_logps(case.model, batch, count)
+            policy, counts = answer_logps(model, batch, count)
+            loss = preference_loss(config, policy, reference, counts)[0].mean()
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(apply_gradients(optimizer, args.lr, max_grad_norm=1.0))
+    return losses, norms, named_weights(model)
+
+
+def embed_without(pad, embed=fused_block.embed):
+    """fused_block.embed that gives the row `pad` no gradient."""
+
+    def without(weight, ids):
+        found = embed(weight, ids)
+        return found if pad is None else torch.where((ids == pad)[:, None], found.detach(), found)
+
+    return without
+
+
+def their_steps(case, args, pad):
+    """(losses, gradient norms, final weights) of TRL's DPOTrainer, on the same ids and masks."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers.utils import logging
+    from trl import DPOConfig, DPOTrainer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_args, **_options):
+            return dataset  # rows are tokenised already, several turns among them
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    models = []
+    for _ in ("policy", "reference"):
+        models.append(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, pad_token_id=pad))
+    steps = batches(case, args)
+    with tempfile.TemporaryDirectory() as folder:
+        options = dict(max_steps=args.train, per_device_train_batch_size=len(steps[0]), max_grad_norm=1.0)
+        options |= dict(learning_rate=args.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0)
+        options |= dict(loss_type="sigmoid_norm", beta=5.0, train_sampling_strategy="sequential")
+        options |= dict(bf16=False, use_cpu=True, gradient_checkpointing=False, logging_steps=1)
+        options |= dict(report_to="none", save_strategy="no", disable_tqdm=True, remove_unused_columns=False)
+        trainer = Trainer(
+            models[0],
+            models[1],
+            args=DPOConfig(folder, **options),
+            data_collator=lambda rows: padded_batch(case, [row["row"] for row in rows], pad),
+            train_dataset=Dataset.from_dict({"row": [row for rows in steps for row in rows]}),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    logged = [line for line in trainer.state.log_history if "grad_norm" in line]
+    return [line["loss"] for line in logged], [line["grad_norm"] for line in logged], named_weights(models[0])
+
+
+def padded_batch(case, rows, pad):
+    """What TRL's collator makes of these rows."""
+    picked = SimpleNamespace(their_documents=case.their_documents, sides=case.sides, kept=rows)
+    batch = padded(picked)
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad)
+    return batch
+
+
+def named_weights(model):
+    """{name: float32 copy}, a tied one once."""
+    return {name: param.detach().float().clone() for name, param in model.named_parameters()}
+
+
+def step_rows(case, args, label, pad):
+    """Rows for losses, gradient norms and final weights of N steps, padded with that id."""
+    ours, known = our_steps(case, args), our_steps(case, args, pad)
+    theirs = their_steps(case, args, pad)
+    print(f"{label}\n{'step':>6}{'loss: ours':>14}{'theirs':>12}{'norm: ours':>14}{'theirs':>12}")
+    for step, values in enumerate(zip(ours[0], theirs[0], ours[1], theirs[1], strict=True), 1):
+        print(f"{step:>6}{values[0]:>14.6f}{values[1]:>12.6f}{values[2]:>14.6f}{values[3]:>12.6f}")
+    print()
+    for i, quantity in enumerate(("losses", "gradient norms")):
+        name = f"{label}: {quantity}"
+        yield numbers(name, "step", ours[i], theirs[i], STEP_TOLERANCE, (known[i], EXCEPT_PADDING))
+    yield weights_row(f"{label}: final weights", named_weights(case.model), ours[2], known[2], theirs[2])
+
+
+def weights_row(name, start, ours, known, theirs):
+    """Row for |ours - theirs| / |ours - start| over all weights."""
+
+    def distance(a, b):
+        return sum((a[key] - b[key]).double().square().sum().item() for key in start) ** 0.5
+
+    share, rest = (
+        distance(ours, theirs) / distance(ours, start),
+        distance(known, theirs) / distance(known, start),
+    )
+    size, difference = f"{len(start)} tensors", f"{share:.1e} of the update"
+    if share <= UPDATE_TOLERANCE:
+        return Row(name, size, difference, EQUAL)
+    if rest <= UPDATE_TOLERANCE:
+        note = f"{EXCEPT_PADDING} (computed that way, ours differs by {rest:.1e})"
+        return Row(name, size, difference, INTENDED, note)
+    return Row(name, size, difference, DIFFERS, f"without the padding row's gradient {rest:.1e}")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m tools.diff_trl", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="Hugging Face folder; fp32 on the CPU, so a small one")
+    parser.add_argument("--data", required=True, help="pairs, as in a config's data")
+    parser.add_argument("--train", type=int, required=True, metavar="N", help="optimizer steps of both")
+    parser.add_argument("--rows", type=int, default=16, help="of the data (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-5, help="(default: %(default)s)")
+    parser.add_argument("--template", default="tulu", help="of both sides (default: %(default)s)")
+    parser.add_argument("--max-seq-len", type=int, default=512, help="tokens of each (default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.stage = "dpo"
+    print(f"TRL {version()}, {args.train} steps of {args.batch} pairs, dpo_norm, beta 5, lr {args.lr:g}\n")
+    parallel.init()
+    return print_table(compare_steps(args))
+
+
+def compare_steps(args):
+    """Rows for both paddings."""
+    case = Case(args, checkout=None)
+    used = set()
+    for ids, _ in case.their_documents:
+        used |= set(ids)
+    end = case.tokenizer.eos_id
+    unused = max(set(range(case.tokenizer.vocab_size)) - used)
+    rows = list(step_rows(case, args, f"pad = EOS ({end})", end))
+    return rows + list(step_rows(case, args, f"pad = {unused}, not in the data", unused))
+
+
+if __name__ == "__main__":
+    sys.exit(parallel.run(main, sys.argv[1:]))
