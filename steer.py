@@ -880,8 +880,9 @@ def parse(argv):
     usage = "steer.py COMMAND TARGET... [--key=value ...]; --help explains them"
     if name not in COMMANDS:
         near = difflib.get_close_matches(name or "", COMMANDS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"command {name!r}: expected one of {', '.join(COMMANDS)}{hint} Usage: {usage}")
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        found = f"command {name!r}" if name else "no command"
+        raise UserError(f"{found}: expected one of {', '.join(COMMANDS)}{hint} Usage: {usage}")
     if not targets:
         raise UserError(f"{name}: no TARGET; expected {usage}")
     command = COMMANDS[name]

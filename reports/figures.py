@@ -35,23 +35,14 @@ class Panel:
     noisy: bool = True
 
 
+CI = "95 % interval over pairs"
 PANELS = (
     Panel("Loss", None, {"loss": ""}),
     Panel("Held-out loss", None, {"eval/loss": ""}, noisy=False),
     Panel("Reward margin", "chosen - rejected", {"rewards/margins": ""}),
-    Panel(
-        "Held-out reward margin",
-        "chosen - rejected, 95 % interval over pairs",
-        {"eval/rewards/margins": ""},
-        noisy=False,
-    ),
+    Panel("Held-out reward margin", f"chosen - rejected, {CI}", {"eval/rewards/margins": ""}, noisy=False),
     Panel("Reward accuracy", "share of pairs with a positive margin", {"rewards/accuracies": ""}),
-    Panel(
-        "Held-out reward accuracy",
-        "share of pairs, 95 % interval over pairs",
-        {"eval/rewards/accuracies": ""},
-        noisy=False,
-    ),
+    Panel("Held-out reward accuracy", f"share of pairs, {CI}", {"eval/rewards/accuracies": ""}, noisy=False),
     Panel("Rewards", "beta x log-ratio", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
     Panel(
         "Log-ratio to the reference", None, {"logratios/chosen": "chosen", "logratios/rejected": "rejected"}

@@ -39,14 +39,11 @@ def test_a_machine_without_a_gpu_computes_on_its_cpu(machine):
     assert device.pick_device() == torch.device("cpu")
 
 
+CUDA_13 = {"driver": True, "node": True, "cuda": "13.0"}
+
+
 def test_a_gpu_is_taken(machine):
-    machine(
-        driver=True,
-        node=True,
-        cuda="13.0",
-        capability=(8, 6),
-        built_for=["sm_75", "sm_80", "sm_90", "compute_120"],
-    )
+    machine(**CUDA_13, capability=(8, 6), built_for=["sm_75", "sm_80", "sm_90", "compute_120"])
     assert device.pick_device(3) == torch.device("cuda", 3)
 
 
@@ -63,13 +60,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused(machine, monkeypatch, cuda, buil
 
 def test_a_gpu_older_than_torch_is_refused(machine):
     """A V100 under a torch for CUDA 13."""
-    machine(
-        driver=True,
-        node=True,
-        cuda="13.0",
-        capability=(7, 0),
-        built_for=["sm_75", "sm_80", "sm_100", "compute_120"],
-    )
+    machine(**CUDA_13, capability=(7, 0), built_for=["sm_75", "sm_80", "sm_100", "compute_120"])
     with pytest.raises(
         UserError, match=r"compute capability 7.0, torch .* needs 7.5: .* older CUDA than 13.0"
     ):

@@ -126,7 +126,7 @@ def test_no_step_on_a_gradient_that_is_not_finite(bad):
 
 @pytest.mark.parametrize("weights, least, most", [("fp32", 0.99, 1.0), ("bf16", 0.0, 0.05), ("split", 0.99, 1.0)])
 def test_a_step_at_5e_7_moves_the_weights(weights, least, most):
-    """CHECKS 17: over 99 % of fp32 weights, kept whole or split; of bf16 ones (8 bits: 0.02 is followed by 0.02006) under a twentieth."""
+    """CHECKS 17: over 99 % of fp32 weights, kept whole or split; of bf16 ones (8 bits: 0.0200 is followed by 0.0201) under a twentieth."""
     model = random_llama(tiny_config(), std=0.02).to(torch.float32 if weights == "fp32" else torch.bfloat16)
     if weights == "split":
         keep_masters(model, torch.float32)
