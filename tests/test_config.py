@@ -376,7 +376,7 @@ def test_names_agree_with_the_modules_that_own_them():
 # ---------------------------------------------------------------- the price of an answer
 
 # Each takes a third of a second to three seconds of CPU time, and none is needed before a run starts.
-LATE = {"datasets", "pyarrow", "pandas", "sympy", "triton", "scipy", "matplotlib", "torch._dynamo", "torch.distributed.fsdp"}
+LATE = {"datasets", "pyarrow", "pandas", "httpx", "sympy", "triton", "scipy", "matplotlib", "torch._dynamo", "torch.distributed.fsdp"}
 
 
 def cpu_seconds(*arguments):

@@ -437,6 +437,19 @@ def no_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, asked)
 
 
+def test_a_model_in_the_hubs_cache_is_found(monkeypatch, tmp_path):
+    """By its branch or its commit; a name that is not there costs no import of an HTTP client (test_config.py)."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "a" * 40
+    snapshot = tmp_path / "models--org--name/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--org--name/refs").mkdir()
+    (tmp_path / "models--org--name/refs/main").write_text(commit)
+    assert plan._folder("org/name") == plan._folder(f"org/name@{commit}") == snapshot
+    assert plan._folder("org/name@other") is None and plan._folder("org/other") is None and plan._folder("a b") is None
+
+
 def test_a_training_script_plans_without_gpu_process_group_or_run_folder(no_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     argv = [str(CONFIGS / "tulu10.py"), "--plan", "--gpu", "a100-80", "--count", "8", "--usd-per-hour", "16", "--recompute=full"]
