@@ -217,6 +217,7 @@ def trained_spans(messages: list[dict], spans: list[tuple], supervise: str) -> l
     """The spans of the answers that are trained on: "all" or the "last", none that says train=False."""
     if supervise not in ("all", "last"):
         raise UserError(f"supervise={supervise!r}: expected 'all' or 'last'")
+    # `render` gives one span an answer, in order, so the two lists are cut alike.
     answers = [message for message in messages if message["role"] == "assistant"]
     if supervise == "last":
         answers, spans = answers[-1:], spans[-1:]
@@ -331,6 +332,7 @@ class Documents:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of ids, mask and offsets: equal means the same tokens in the same order."""
+        # row_ids are left out: the same tokens from a file of another name are the same data.
         digest = hashlib.sha256()
         for column in (self.input_ids, self.loss_mask, self.offsets):
             digest.update(np.ascontiguousarray(column))
@@ -575,6 +577,7 @@ class _Kept:
 
     def columns(self, split: str) -> dict[str, np.ndarray]:
         """What the fields of Documents are, by "split.side.field"."""
+        # Joined once, at the end: an array that grows by a row is copied a million times.
         columns = {}
         for side, ids in self.ids.items():
             lengths = [0] + [len(document) for document in ids]

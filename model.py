@@ -257,6 +257,7 @@ def _config_from_hf(raw, source):
         raise UserError(f"{source}: {key}={raw.get(key)!r}: expected {expected}")
 
     kinds.check(source, raw, CONFIG_KINDS)
+    # First the architecture: another one gives keys of the same name another meaning.
     if raw.get("model_type") not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         refuse("model_type", f"one of {known}: this code represents no other architecture exactly")
@@ -324,6 +325,7 @@ def _olmo3_rope(raw, source):
     def refuse(key, expected):
         raise UserError(f"{source}: {key}={raw[key]!r}: expected {expected}")
 
+    # As released, its rope is stretched (yarn) in the layers without a window only.
     pattern = [_OLMO3_LAYERS[i % 4 == 3] for i in range(raw["num_hidden_layers"])]
     if raw.get("layer_types") not in (None, pattern):
         refuse("layer_types", "the window in three of four layers, the fourth without")
@@ -368,6 +370,7 @@ def _rope(raw, key, source):
 # between two tokens only. Llama 3.1 stretches 8,192 trained positions to 131,072: slow pairs turn slower.
 
 
+# Cached: every forward uses the same (K/2,) numbers, and a copy to a GPU makes the host wait.
 @functools.lru_cache(maxsize=8)
 def rope_frequencies(config, device):
     """Angle per position of each of the K/2 rotated pairs, (K/2,) float32 (Su et al. 2021, eq. 15)."""
@@ -709,6 +712,7 @@ class KVCache:
 
     def __init__(self, config, num_documents, slots, dtype, device):
         shape = (config.num_hidden_layers, num_documents, slots, config.num_key_value_heads, config.head_dim)
+        # zeros, not empty: an unfilled slot has weight 0, and 0 times a NaN that lay in memory would be NaN
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = slots
@@ -762,6 +766,7 @@ def generate(model, prompts, max_new_tokens, eos_id=None, temperature=0.0, seed=
     # new tokens of each document: its prompt, then one at a time
     counts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (N,)
     cache = KVCache(model.config, len(prompts), int(counts.max()) + max_new_tokens, dtype, device)
+    # on the model's device, because multinomial draws there: a GPU and a CPU sample other answers
     generator = torch.Generator(device).manual_seed(seed)
     input_ids = torch.tensor(list(itertools.chain(*prompts)), device=device)  # (T,)
     answers, done = [[] for _ in prompts], [False] * len(prompts)

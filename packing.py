@@ -51,6 +51,7 @@ class PackedBatch:
                 return SharedPrefix(*map(move, value))
             if not torch.is_tensor(value):
                 return value
+            # from memory that is not pinned, even a non_blocking copy makes the host wait
             value = value.pin_memory() if is_cuda else value
             return value.to(device, non_blocking=is_cuda)
 

@@ -225,15 +225,18 @@ class Config(Section):
         if Path(c.model_path).resolve() == (Path(c.out_dir) / "final").resolve():
             problem = "its final/ is model_path, which the end of the run would replace"
             yield ("model_path", "out_dir"), f"out_dir={c.out_dir!r}: {problem}; expected another folder"
+        # silently ignored, it would leave a run without the curve that was asked for
         if c.eval_every and c.data_eval is None:
             yield ("eval_every", "data_eval"), f"eval_every={c.eval_every}: needs data_eval"
         if c.warmup_ratio > 0 and c.warmup_steps is not None:
             both = f"warmup_ratio={c.warmup_ratio}, warmup_steps={c.warmup_steps}"
             yield ("warmup_ratio", "warmup_steps"), f"{both}: expected one of the two"
+        # no default for alpha: libraries differ (8, 16, rank, 2 rank), and it scales the learning rate
         if (c.lora_rank > 0) != (c.lora_alpha is not None):
             both = f"lora_rank={c.lora_rank}, lora_alpha={c.lora_alpha}"
             expected = "expected both (the scale is lora_alpha / lora_rank) or neither"
             yield ("lora_rank", "lora_alpha"), f"{both}: {expected}"
+        # They are of split masters (optim.keep_masters); LoRA's adapters and fp32 weights are not split.
         if "bf16" in (c.moments, c.gradients) and (c.precision == "fp32" or c.lora_rank > 0):
             both = f"moments={c.moments!r}, gradients={c.gradients!r}"
             needs = "bf16 needs precision='bf16' or 'fp8' and full fine-tuning (lora_rank=0)"
@@ -262,6 +265,7 @@ class Config(Section):
 def _is_installed(module):
     """Whether a module can be imported; its package may be missing, or of a version without it."""
     parent = module.rpartition(".")[0]
+    # parent first: find_spec of a.b imports a, and raises where a is missing
     return (not parent or _is_installed(parent)) and importlib.util.find_spec(module) is not None
 
 
@@ -321,6 +325,7 @@ def load_sections(path, stages, overrides, keys=None, required=()):
     resolved = {}
     for name in [name for name in sections if name != "common"]:
         cls = section(name)
+        # A section takes from `common` the keys that it has: not every command has all of them.
         values = _defaults(cls)
         for source in (checked["common"], checked[name], given if name in stages else {}):
             values |= {key: value for key, value in source.items() if key in _fields(cls)}
@@ -521,6 +526,7 @@ def _check_keys(fields, given):
 
 def _hint(name, fields):
     """What an unknown key may have meant: a key of another section, a peer's name of ours, a typo."""
+    # First the surest: a key of another section. A near spelling comes last, for it may be a coincidence.
     others = [stage for stage in SECTIONS if name in _fields(section(stage))]
     if others:
         return f" (a key of {' and '.join(others)})"
@@ -534,6 +540,7 @@ def _unfit(field, value):
     """What is wrong with the value by itself, or None."""
     expected = f"{field.name}={value!r}: expected {_describe(field)}"
     fits_type = _is_a(value, field.type)
+    # "None" in quotes is a string and would pass for a path or a name.
     is_none = isinstance(value, str) and value.lower() in ("none", "null")
     if is_none and (field.type is str or not fits_type):
         return f"{expected}, got a string (in the file None has no quotes, on the command line it is none)"
@@ -555,6 +562,7 @@ def _unfit(field, value):
 
 
 def _within(value, bounds):
+    # NaN is neither below nor above anything, so every comparison would let it pass.
     if not math.isfinite(value):
         return False
     if bounds["above"] is not None and value <= bounds["above"]:
@@ -566,6 +574,8 @@ def _within(value, bounds):
 
 def _conflicts(cls, values):
     """The messages of cls.conflicts, except those that name a missing or wrong key."""
+    # A rule counts where all keys that it names are right, whatever is wrong elsewhere: every problem is told
+    # at once. The others have stand-ins, because a rule may read them on its way.
     known = {name for name, value in values.items() if value is not INVALID}
     stand_ins = {field.name: _stand_in(field) for field in dataclasses.fields(cls) if field.name not in known}
     found = cls.conflicts(SimpleNamespace(**(values | stand_ins)))
