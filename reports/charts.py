@@ -42,6 +42,7 @@ class Chart:
     xlabel: str
     lines: list
     levels: tuple = ()  # y of dashed rules across the chart, drawn where they fall inside it
+    least_range: float = 0.0  # of the y axis, or a change of 0.002 fills it and looks like a rise
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ class Frame:
     y1: float
 
     @classmethod
-    def around(cls, lines):
+    def around(cls, lines, least_range=0.0):
         xs, ys = [], []
         for line in lines:
             xs += line.x
             ys += [*line.y, *line.low, *line.high]
-        return cls(*_range(xs, margin=0), *_range(ys, margin=0.04))
+        return cls(*_range(xs, margin=0), *widened(*_range(ys, margin=0.04), least_range))
 
     def across(self, x):
         return LEFT + (x - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
@@ -136,7 +137,7 @@ def svg(chart):
 
     Colours come from the CSS variables --c0, --c1, .. and from currentColor.
     """
-    frame = Frame.around(chart.lines)
+    frame = Frame.around(chart.lines, chart.least_range)
     label = f"{escape(chart.title)}, {escape(chart.unit)}"
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">', *_axes(chart, frame)]
     for y in chart.levels:
@@ -231,6 +232,12 @@ def _range(values, margin):
     """(low, high), widened by a share of their distance; around a single value by a tenth of it."""
     low, high = min(values), max(values)
     pad = (high - low) * margin if high > low else abs(low) / 10 or 1
+    return low - pad, high + pad
+
+
+def widened(low, high, least):
+    """(low, high), with as much added on either side as makes them `least` apart."""
+    pad = max(0.0, least - (high - low)) / 2
     return low - pad, high + pad
 
 

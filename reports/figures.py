@@ -12,7 +12,9 @@ SMOOTHING = 40  # noisy curves are means over a 40th of the run: 25 of 1,000 ste
 # Named as in aqi.py and analysis/verdict.py: 0 where the label explains no more than chance, 100 where it
 # explains all.
 SEPARATION = "% of variance explained by the label, beyond chance"
-
+# The smallest change of interest, and the least range of an axis of separations. As analysis.verdict.POINT,
+# which would import torch: two seconds for a page without a tensor.
+POINT = 1.0
 
 # Of a sweep, over lambda: (title, unit, {label: key of an entry of "behaviour"}).
 BEHAVIOUR = (
@@ -180,7 +182,7 @@ def separation_charts(sweeps):
             lines.append(Line(f"{name} permuted labels", colour, x, (), low, high, note="95 % of them"))
             levels.add(f"{100 * (1 - verdict['level']):.3g}")
         unit = f"{SEPARATION}; pointwise {' or '.join(sorted(levels))} % interval"
-        charts.append(Chart(f"Separation, {category}", unit, "lambda", lines))
+        charts.append(Chart(f"Separation, {category}", unit, "lambda", lines, least_range=POINT))
     return charts
 
 
@@ -225,16 +227,9 @@ def axioms_chart(sweep):
     lines = []
     _, *axioms = sweep["verdicts"]  # the first is that of all of them
     for colour, verdict in enumerate(axioms):
-        lines.append(
-            Line(
-                verdict["category"],
-                colour,
-                sweep["inputs"]["lambdas"],
-                verdict["estimate"],
-                note=verdict["verdict"],
-            )
-        )
-    return Chart("Separation, by axiom", SEPARATION, "lambda", lines)
+        x, y = sweep["inputs"]["lambdas"], verdict["estimate"]
+        lines.append(Line(verdict["category"], colour, x, y, note=verdict["verdict"]))
+    return Chart("Separation, by axiom", SEPARATION, "lambda", lines, least_range=POINT)
 
 
 def behaviour_charts(sweeps):

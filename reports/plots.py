@@ -5,7 +5,7 @@ matplotlib is imported here only.
 
 from pathlib import Path
 
-from reports.charts import smoothed
+from reports.charts import smoothed, widened
 
 
 def plot_chart(path, chart):
@@ -14,7 +14,8 @@ def plot_chart(path, chart):
     def draw(figure, ax):
         for line in chart.lines:
             _draw_line(ax, line)
-        bottom, top = ax.get_ylim()
+        bottom, top = widened(*ax.get_ylim(), chart.least_range)
+        ax.set_ylim(bottom, top)
         for level in chart.levels:
             if bottom <= level <= top:
                 ax.axhline(level, linestyle=":", color="grey")

@@ -13,10 +13,11 @@ from world import ROOT, launch, write_config
 
 import train_dpo
 import train_sft
+from analysis import verdict as judged
 from reports import page as report
 from reports import plots
 from reports.charts import BUCKETS, Chart, Effect, Forest, Line, forest_svg, number, smoothed, svg, ticks
-from reports.figures import PANELS, axioms_chart, separation_charts
+from reports.figures import PANELS, POINT, axioms_chart, separation_charts
 from reports.folders import read, short_names
 from reports.html import COLOURS, table
 from reports.summary import BASELINES
@@ -406,6 +407,15 @@ def test_a_long_interval_is_a_band_and_a_constant_has_a_range():
     text = svg(Chart("t", "u", "step", [Line("run", 0, x, [2.0] * 13, [2.0] * 13, [2.0] * 13)]))
     assert text.count('class="band"') == 1 and 'class="whisker"' not in text and "nan" not in text
     assert 'points="46.0,88.0 ' in text, "in the middle of 1.8 .. 2.2"
+
+
+def test_a_change_that_does_not_matter_looks_flat():
+    """0.002 of a least range of 1: (168 - 14) * 0.002 = 0.3 of 154 units of height, in the middle."""
+    assert POINT == judged.POINT
+    text = svg(Chart("t", "u", "lambda", [Line("run", 0, [0, 1], [1.000, 1.002])], least_range=1.0))
+    (points,) = re.findall(r'class="curve"[^>]* points="([^"]*)"', text)
+    first, last = [float(point.split(",")[1]) for point in points.split()]
+    assert 0 < first - last < 0.5 and abs(first + last - 2 * 88) < 0.5
 
 
 def test_no_spike_is_thinned_away():
