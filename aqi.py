@@ -3,11 +3,11 @@
 Reading labelled texts, measuring, scales, warnings.
 
     python aqi.py score RUNS.csv [--normalize=per_run|anchors|sweep]    rows of category, chi, xb -> AQI
-
-Letters: n texts, D hidden size, A axioms. Labels: 0 unsafe, 1 safe. Leaf to root: keys, reading, measuring,
-scores, warnings, output, main. The indices themselves are in analysis/indices.py, intervals and the verdict
-on a curve in analysis/verdict.py.
 """
+
+# Letters: n texts, D hidden size, A axioms. Labels: 0 unsafe, 1 safe. Leaf to root: keys, reading, measuring,
+# scores, warnings, output, main. The indices themselves are in analysis/indices.py, intervals and the verdict
+# on a curve in analysis/verdict.py.
 
 import csv
 import re

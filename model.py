@@ -559,8 +559,7 @@ class Llama(nn.Module):
 
 
 # ---------------------------------------------------------------- how blocks are run
-# Each apply_* sets one switch from outside, so that the blocks above stay readable. training.load_model has
-# their order.
+# Each apply_* sets one switch from outside, so the blocks stay readable. training.load_model has their order.
 
 
 def check_kernels(config, kernels):

@@ -20,9 +20,10 @@ TARGET is one of
 
 Keys stand in the sections steer and aqi of a config, or on the command line as --key=value; COMMAND --help
 lists them. extract and sweep do nothing when their folder already holds the result of the same inputs
-(settings, weights, tokens). Reading order: keys, targets, the commands, output, main. What is computed
-stands in analysis/ and aqi.py.
+(settings, weights, tokens).
 """
+
+# Reading order: keys, targets, the commands, output, main. What is computed stands in analysis/ and aqi.py.
 
 import dataclasses
 import difflib

@@ -142,10 +142,10 @@ def baselines(model, prompts, documents, unsteered):
 
 
 def shuffled_labels(label, group, seed=SEED):
-    """(n,) labels without meaning: groups of one label trade theirs as wholes, texts of a mixed group among
-    themselves.
+    """(n,) labels without meaning.
 
-    Shuffled text by text, a template's copies would carry both labels, and separate less than templates do.
+    Groups of one label trade theirs as wholes, texts of a mixed group among themselves. Shuffled text by
+    text, a template's copies would carry both labels, and separate less than templates do.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.bincount(group)

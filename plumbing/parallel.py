@@ -77,8 +77,10 @@ def init(deterministic=False):
 
 
 def _restarts_on_one_machine():
-    """Whether torchrun has started these processes again (--max-restarts), all of them on one machine, and
-    keeps the store itself."""
+    """Whether torchrun has started these processes again (--max-restarts) with a store of its own.
+
+    All of them are then on one machine.
+    """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return restarts > 0 and keeps_store and os.environ.get("GROUP_WORLD_SIZE") == "1"

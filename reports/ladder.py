@@ -168,7 +168,7 @@ def main(argv):
         )
     count = len(runs["sft"]) + len(runs["dpo"])
     print(
-        f"{root}/: {count} finished runs, {len(sweeps)} sweeps. Columns 0 to 1: separation at that lambda; "
+        f"{root}/: finished runs {count}, sweeps {len(sweeps)}. Columns 0 to 1: separation at that lambda; "
         "in published lines AQI"
     )
     print(table(HEAD, [*rows(runs, sweeps, pairs), *published], left=(0, -2, -1)))

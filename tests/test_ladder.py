@@ -81,7 +81,7 @@ def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert ladder.main([]) == 0
     first, head, *lines, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("runs/: 0 finished runs, 0 sweeps.") and "55.00 is saturation" in last
+    assert first.startswith("runs/: finished runs 0, sweeps 0.") and "55.00 is saturation" in last
     rungs = ["tiny", "smol", "olmo1b_10", "olmo1b_lora", "olmo1b", "pku_lora", "tulu10_lora", "tulu10", "tulu10_asrun", "tulu_full_lora"]
     assert [line.split()[0] for line in lines[:11]] == [*rungs, "tulu_full"]
     assert all(line.rstrip().endswith("not run") for line in lines[:11]) and len(lines) == 17

@@ -148,8 +148,11 @@ def measure(path, args):
 
 
 def compare_logps(ours, published):
-    """{"ours", "published": mean log-prob of a token; "difference": mean absolute; "root": root of the mean
-    square; "correlation"} of lists of (S,)."""
+    """How two lists of log-probs (S,) of tokens agree: a dict of five numbers.
+
+    {"ours", "published": mean log-prob of a token; "difference": mean absolute; "root": root of the mean
+    square; "correlation"}.
+    """
     a, b = np.concatenate(ours), np.concatenate(published)
     return {
         "tokens": len(a),

@@ -1,6 +1,7 @@
-"""torchrun that takes --nproc 8 as well, which the real one refuses: two of its options begin so. And one
-whose restarts (--max-restarts) on several machines begin with a new store: in the old one, processes find the
-addresses of those that are gone, and lose the attempt.
+"""torchrun that takes --nproc 8 as well, and whose restarts begin with a new store.
+
+The real one refuses --nproc: two of its options begin so. In the old store, restarts (--max-restarts) on
+several machines find the addresses of processes that are gone, and lose the attempt.
 
 `make` writes this file over .venv/bin/torchrun. With another torchrun, write --nproc-per-node.
 """
