@@ -47,17 +47,25 @@ def isotropic_directions(additions, count, seed=SEED):
 
 
 def sign_flipped_directions(differences, additions, count, seed=SEED):
-    """{layer: (M, D)}: sums of the texts' differences (n, D) with random signs.
+    """{layer: (M, D)}: sums of the texts' differences (n, D), half of them negated.
 
-    A text has one sign at all layers. differences {layer: (n, D)}: states of the DPO model less those of the
-    SFT model, whose mean is the vector. Flipping their signs keeps what DPO changes about single texts and
-    takes away what it changes about all. |direction| = |addition|.
+    A text has one sign at all layers; an odd one is left out. differences {layer: (n, D)}: states of the DPO
+    model less those of the SFT model, whose mean is the vector. As many signs of either kind cancel the mean:
+    what DPO changes about single texts stays, what it changes about all goes. Independent signs would leave
+    root n of the mean, and where all differences are alike that is the vector itself. |direction| =
+    |addition|.
     """
     rows = len(next(iter(differences.values())))
-    signs = torch.randint(2, (count, rows), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+    if rows < 2:
+        raise UserError(f"vector of {rows} pair: no sign-flipped directions; expected two pairs or more")
+    signs = torch.ones(rows)
+    signs[rows // 2 :] = -1
+    signs[2 * (rows // 2) :] = 0
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.stack([signs[torch.randperm(rows, generator=generator)] for _ in range(count)])
     found = {}
     for layer, addition in additions.items():
-        found[layer] = _with_length(signs @ differences[layer].float().cpu(), addition.norm())
+        found[layer] = _with_length(drawn @ differences[layer].float().cpu(), addition.norm())
     return found
 
 
