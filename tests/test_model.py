@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import gradients, nll_sum, random_documents, random_llama, stream, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import reference
 from model import (
@@ -237,6 +238,21 @@ def test_flops_by_hand():
     assert training_flops(model, 1000, tokens=3) == 3000
     apply_lora(model, rank=2, alpha=2.0, targets=("q_proj", "k_proj"))  # A 2x8 and B 8x2, A 2x8 and B 4x2: 56 weights
     assert training_flops(model, 1000, tokens=3) == 2000 + 6 * 56 * 3
+
+
+@pytest.mark.slow  # the counter imports a compiler
+def test_flops_are_those_that_torch_counts(monkeypatch):
+    """Forward, and forward with backward. Attention stands aside: torch counts it without the causal half, and not on CPUs."""
+    monkeypatch.setattr("model.attention", lambda q, k, v, *_, **__: q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1))
+    llama, length = random_llama(tiny_config()), 11
+    batch = stream([torch.arange(length)])
+    with FlopCounterMode(display=False) as forward:
+        logits = llama(*batch) @ llama.lm_head.weight.T
+    expected = llama.config.flops(length) - llama.config.attention_flops(length)
+    assert forward.get_total_flops() == expected
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    assert expected + backward.get_total_flops() == training_flops(llama, expected, tokens=length)
 
 
 # ---------------------------------------------------------------- recompute
