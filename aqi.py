@@ -565,7 +565,8 @@ _SCORE_KEYS = ("normalize", "gamma", "anchors", "report_dir")
 
 def parse(argv):
     """(path of the csv, AQIConfig) of `score RUNS.csv [--key=value ...]`; --help prints and exits.
-    UserError: all that is wrong."""
+    UserError: all that is wrong.
+    """
     if "--help" in argv or "-h" in argv:
         print(f"{__doc__}{describe_keys(['aqi'], _SCORE_KEYS)}")
         raise SystemExit(0)

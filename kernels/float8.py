@@ -1,5 +1,6 @@
 """Matmuls in float8 (e4m3), forward and backward. What a Float8 is, and why its scales lie where they do:
-reference.py."""
+reference.py.
+"""
 
 import functools
 

@@ -309,7 +309,8 @@ def _maxima_kernel(
 ):  # fmt: skip
     """Largest |dy * w_scale| of each row and |dy * x_scale| of each column, as integers.
 
-    float32 numbers from 0 up are in the order of their bits."""
+    float32 numbers from 0 up are in the order of their bits.
+    """
     dy, m, n = _tile(dy_ptr, M, N, ROWS, COLUMNS)
     dy = tl.abs(dy)
     row_top = tl.max(dy * tl.load(w_scale_ptr + n, n < N, other=0.0)[None, :], 1)

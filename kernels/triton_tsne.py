@@ -23,7 +23,8 @@ def _forces_kernel(
 ):
     """Sums over one span of columns j, for ROWS points i.
 
-    forces (spans, 6, n): of p w (y_i - y_j) and u w (y_i - y_j); z (spans, n): of u."""
+    forces (spans, 6, n): of p w (y_i - y_j) and u w (y_i - y_j); z (spans, n): of u.
+    """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = i < n
     a0, b0, c0 = tl.load(y_ptr + i, real), tl.load(y_ptr + n + i, real), tl.load(y_ptr + 2 * n + i, real)

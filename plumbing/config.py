@@ -63,7 +63,8 @@ Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def setting(group, unit, help, default=MISSING, above=None, minimum=None, below=None, affects_results=True):
     """A dataclass field; above < value, minimum <= value, value < below.
 
-    affects_results=False: the key may change when a run is resumed."""
+    affects_results=False: the key may change when a run is resumed.
+    """
     about = {"group": group, "unit": unit, "help": help, "affects_results": affects_results}
     bounds = {"above": above, "minimum": minimum, "below": below}
     return dataclasses.field(default=default, metadata=about | bounds)
@@ -73,7 +74,8 @@ def setting(group, unit, help, default=MISSING, above=None, minimum=None, below=
 class Section:
     """The keys of one section of a config: fields made by `setting`.
 
-    Every instance is checked, also one that a test or dataclasses.replace makes."""
+    Every instance is checked, also one that a test or dataclasses.replace makes.
+    """
 
     def __post_init__(self):
         values, problems = _check_keys(_fields(type(self)), vars(self))
@@ -283,7 +285,8 @@ INVALID = object()  # in place of a wrong value: the key is not missing, and no 
 def load(stage, argv):
     """`load("dpo", sys.argv[1:])` -> the checked DPOConfig of `CONFIG.py [--key=value ...]`.
 
-    `--help` prints the keys and exits. UserError: every problem of file and command line, one per line."""
+    `--help` prints the keys and exits. UserError: every problem of file and command line, one per line.
+    """
     if "--help" in argv or "-h" in argv:
         print(help_text(stage))
         raise SystemExit(0)
@@ -377,7 +380,8 @@ def config_dict(config):
 def resume_dict(config):
     """The keys that must be equal for a run to go on from a checkpoint.
 
-    All but those that only say where, how often or on what machine."""
+    All but those that only say where, how often or on what machine.
+    """
     values = config_dict(config)
     fields = dataclasses.fields(config)
     return {field.name: values[field.name] for field in fields if field.metadata["affects_results"]}
@@ -469,7 +473,8 @@ def _read_sections(path):
 def _read_overrides(classes, args):
     """`--key=value` by the key's type, `--key=none` where it may be None, `--key` for a true bool.
 
-    -> (values, problems)"""
+    -> (values, problems)
+    """
     fields = {}
     for cls in classes:
         fields |= _fields(cls)
@@ -508,7 +513,8 @@ def _parse(text, types):
 def _check_keys(fields, given):
     """-> (the known keys, floats as float, INVALID in place of a wrong value; problems).
 
-    fields: {name: dataclass field}."""
+    fields: {name: dataclass field}.
+    """
     values, problems = {}, []
     for name, value in given.items():
         if name not in fields:

@@ -267,7 +267,8 @@ def peak_memory_gib(device):
 
 def measured_matmul_peak(device):
     """FLOP/s of a bf16 8192^3 product of random numbers on this GPU, which mfu is a share of. None on a CPU:
-    no mfu is reported."""
+    no mfu is reported.
+    """
     if device.type != "cuda":
         return None
     size, repeats = 8192, 10

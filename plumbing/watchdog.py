@@ -146,7 +146,8 @@ def where():
 
 def write_error_file(message):
     """Tell torchrun, in torch.distributed.elastic's format, what its summary shows instead of `error_file:
-    <N/A>`."""
+    <N/A>`.
+    """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
