@@ -17,13 +17,13 @@ from world import write_rows
 from demo import axioms
 from optim import learning_rate
 
-REPLACED = {  # what a document leaves to its reader, or what needs eight GPUs: what is run instead
+REPLACED = {  # what a document leaves to its reader, what needs eight GPUs or takes long: what is run instead
     "make demo": "python -m demo.run",
     "--nproc-per-node 8 train_sft.py configs/tulu10.py": "--nproc-per-node 2 train_sft.py tulu10_small.py",
     "--nproc-per-node 8 train_dpo.py configs/tulu10.py": "--nproc-per-node 2 train_dpo.py tulu10_small.py",
     "RUN [RUN ...]": "runs/tulu10/sft runs/tulu10/dpo",
     "validate configs/tulu10.py --prompts=labelled.csv": "validate tulu10 --texts=pairs.jsonl --prompts=labelled.csv --layers=2",
-    "sweep configs/tiny.py --oracle": "sweep configs/tiny.py --oracle --nulls=3",
+    "sweep configs/tiny.py --oracle": "sweep configs/tiny.py --oracle --prompts=labelled.csv",
     "python bench/checkpoint.py 1": "python bench/checkpoint.py 0.1",
     "validate configs/smol.py": "validate tulu10 --texts=pairs.jsonl --layers=2",
     "MODEL": "base",
