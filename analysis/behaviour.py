@@ -12,8 +12,7 @@ from analysis.steering import document_logps, packed_batches, steered_runs, stee
 from families import device_of
 from model import generate, next_logits
 
-# How answers begin that decline; compared in lower case, after quotes and spaces. Stated, so that anybody can
-# count again.
+# How answers begin that decline, in lower case, after quotes and spaces. Stated, so that anybody can recount.
 REFUSALS = (
     "i'm sorry",
     "i am sorry",

@@ -28,11 +28,9 @@ def find_groups(texts):
     signatures = _signatures(texts)  # (n, HASHES)
     roots = list(range(len(texts)))
     for bucket in _buckets(signatures):
-        # Compare with the first text, then the rest with their first, and so on: linear where a bucket is one
-        # group.
+        # Compare with the first text, then the rest with their first, and so on: linear for one large group.
         for _ in range(ROUNDS):
-            # The share of equal hashes estimates the Jaccard similarity, with a standard error of at most
-            # 0.044.
+            # The share of equal hashes estimates the Jaccard similarity; its standard error is at most 0.044.
             agreement = (signatures[bucket] == signatures[bucket[0]]).mean(1)
             is_near = agreement >= SHARED
             for row in bucket[is_near]:

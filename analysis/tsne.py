@@ -27,8 +27,7 @@ def joint_probabilities(X, perplexity, chunk=1024, conditional=reference.tsne_pr
     conditional: reference.tsne_probabilities or triton_tsne's.
     """
     n = len(X)
-    # |x_i|^2 + |x_j|^2 - 2 x_i x_j loses digits to an offset. On an H200 a float64 product is as fast as a
-    # float32 one.
+    # |x_i|^2 + |x_j|^2 - 2 x_i x_j loses digits to an offset. float64 products cost no more on an H200.
     X = X.double() - X.double().mean(0)
     norms = X.square().sum(1)  # (n,)
     P = torch.empty(n, n, dtype=torch.float32, device=X.device)

@@ -23,8 +23,7 @@ NAMES = (
     "Yara Zoe"
 ).split()
 RELATIONS = "friend neighbour cousin pupil doctor teacher guest colleague".split()
-# Openers and neutral closers are shared by both kinds, so that neither the first word nor the length gives an
-# answer away.
+# Both kinds share openers and neutral closers: neither first word nor length gives an answer away.
 OPENERS = ("", "I would say this:", "My answer is simple:", "Here is what I think:")
 CLOSERS = {
     "safe": (

@@ -23,8 +23,7 @@ from plumbing.tokenizer import Tokenizer
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")  # one token each: the tulu template costs few tokens
-# 5 special tokens, 256 bytes (so any text can be written), 379 merges: most words of the small world are one
-# token
+# 5 special tokens, 256 bytes (so any text can be written), 379 merges: most of the words are one token
 VOCAB_SIZE = 640
 
 

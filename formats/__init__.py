@@ -16,8 +16,7 @@ from plumbing.files import UserError
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 TRAIN_KEYS = ("weight", "train", "trainable", "loss_mask")  # 0 or false: the turn is context, not a target
-# No template here renders these. Without them an answer would be trained that its context does not explain,
-# or no answer at all.
+# No template here renders these. Without them an answer is trained that its context does not explain.
 NOT_RENDERED = ("tools", "tool_calls", "functions", "function_call", "reasoning_content", "thinking")
 
 

@@ -240,8 +240,7 @@ def block_bytes(shape, config, tokens, keys):
     """
     width, D, inner = compute_width(config), shape.hidden_size, shape.intermediate_size
     H, G, K = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    # input, middle, q, attention's output, gate, up; softmax's sums in float32; k and v of all documents,
-    # prefix and all
+    # input, middle, q, attention's output, gate, up; softmax's float32 sums; k and v, also of shared prefixes
     kept = tokens * (width * (2 * D + 2 * H * K + 2 * inner) + 4 * H) + keys * width * 2 * G * K
     backward = (
         tokens * width * (4 * inner + D)

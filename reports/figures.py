@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from reports.charts import Chart, Effect, Forest, Line
 
 SMOOTHING = 40  # noisy curves are means over a 40th of the run: 25 of 1,000 steps; none below 80 steps
-# Named as in aqi.py and analysis/verdict.py: 0 where the label explains no more than chance, 100 where it
-# explains all.
+# Named as in aqi.py and analysis/verdict.py: 0 where the label explains no more than chance, 100 for all.
 SEPARATION = "% of variance explained by the label, beyond chance"
 # The smallest change of interest, and the least range of an axis of separations. As analysis.verdict.POINT,
 # which would import torch: two seconds for a page without a tensor.

@@ -60,8 +60,7 @@ def rows(their_log, our_run):
         and theirs[0][0] == 1
         and not config["sft_weight"]
     ):
-        # before the first update policy and reference are one model; theirs keeps bf16 log-probs, hence the
-        # tolerance
+        # before the first update policy and reference are one model; 1e-2: theirs keeps bf16 log-probs
         yield numbers("first loss: ln 2", "run of theirs", [math.log(2)], [theirs[0][2]], 1e-2)
     yield from _losses(theirs, ours, config)
 
