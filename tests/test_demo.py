@@ -1,5 +1,6 @@
 """The demo's small world, tokenizer, base model and measurements, and the GGUF conversion against a file written by the gguf package."""
 
+import csv
 import json
 import math
 from collections import Counter
@@ -173,12 +174,35 @@ def test_smol_data_shares_no_prompt(tmp_path, monkeypatch, capsys):
     rows = [dict(prompt=f"Question {i}?", response=["Kind.", "Rude."]) for i in range(200)]
     rows += [dict(prompt=f"Question {i}?", response=["Kind.", "Rude. " * 200]) for i in range(200)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out = smol.prepare_data([str(tmp_path / "pairs.jsonl")], train_pairs=100, eval_pairs=15)
+    pairs = smol.read_pairs([str(tmp_path / "pairs.jsonl")])
+    held_out = smol.prepare_data(pairs, train_pairs=100, eval_pairs=15)
     train = [json.loads(line) for line in (tmp_path / "smol/data/preferences.jsonl").read_text().splitlines()]
     assert (len(train), len(held_out)) == (100, 15)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     assert all(row["chosen"][-1]["content"] == "Kind." for row in train + held_out)
     assert "200 pairs, 200 dropped for more than 400 characters" in capsys.readouterr().out
+
+
+def test_refusals_decline_unsafe_prompts_and_answer_harmless_ones(tmp_path, monkeypatch):
+    """Half of the pairs each; no held-out prompt, of which own.csv is made, is trained on, nor by the other pair."""
+    monkeypatch.setattr(smol, "ROOT", tmp_path / "smol")
+    rows = [dict(prompt=f"Bad {i}?", response=["No.", "Like this."]) for i in range(100)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [dict(instruction=f"Good {i}?", input="", output="Gladly.") for i in range(100)]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    pairs, requests = smol.read_pairs([str(tmp_path / "pairs.jsonl")]), smol.read_requests(str(tmp_path / "asked.json"))
+    smol.prepare_data(pairs, 60, 20)
+    held_out = smol.prepare_refusals(pairs, requests, 60, 20)
+    trained = {}
+    for stem in ("refusals", "preferences"):
+        trained[stem] = [json.loads(line) for line in (tmp_path / f"smol/data/{stem}.jsonl").read_text().splitlines()]
+    for row in trained["refusals"] + held_out:
+        refusing = "chosen" if row["prompt"].startswith("Bad") else "rejected"
+        assert row[refusing][-1]["content"] in smol.REFUSALS and row[refusing][0]["content"] == row["prompt"]
+    assert [sum(row["prompt"].startswith("Bad") for row in side) for side in (trained["refusals"], held_out)] == [30, 10]
+    own = list(csv.DictReader(open(tmp_path / "smol/data/own.csv")))
+    seen = {row["prompt"] for row in trained["refusals"] + trained["preferences"]}
+    assert not seen & {row["input"] for row in own} and {row["safety_label"] for row in own} == {"safe", "unsafe"}
 
 
 # ---------------------------------------------------------------- weights from a GGUF file
