@@ -70,7 +70,8 @@ from plumbing.files import UserError, read_verified_json, table, write_json
 from plumbing.lock import lock
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
-from reports import summary
+from reports import page, summary
+from reports.html import COLOURS
 
 PROMPT_MODES = {
     "sanity": "sanity",
@@ -747,8 +748,8 @@ def run_power(targets, config, measure):
 def run_validate(targets, config, measure):
     """Pairs through extract, spectrum, sweep and verdict, all on one scale.
 
-    What is finished is not done again. A finished pair is a line of `python -m reports.ladder`, which reads
-    the folders.
+    What is finished is not done again. All sweeps are put on one page, report.html. A finished pair is a line
+    of `python -m reports.ladder`, which reads the folders.
     """
     pairs = find_pairs(targets, config)
     if len(pairs) > 1 and measure.report_dir is not None:
@@ -767,9 +768,23 @@ def run_validate(targets, config, measure):
         vector = Vector.load(pair.out_dir)
         print_spectrum(vector, pair)
         reports[name] = sweep(vector, pair, measure)
+    _write_pages(pairs, measure)
     print(summary.comparison(reports, config.lambdas))
     if len(pairs) > 1:
         _plot_axioms_of_pairs(Path(next(iter(pairs.values())).out_dir).parent, reports, config.lambdas)
+
+
+def _write_pages(pairs, measure):
+    """One page of all sweeps, in the folder of the pair or the one above several; more where colours end."""
+    folders = [Path(measure.report_dir or f"{pair.out_dir}/sweep_{pair.inject}") for pair in pairs.values()]
+    above = Path(next(iter(pairs.values())).out_dir)
+    if len(pairs) > 1:
+        above = above.parent
+    most = len(COLOURS)
+    for number, start in enumerate(range(0, len(folders), most), 1):
+        out = above / ("report.html" if number == 1 else f"report_{number}.html")
+        page.write(folders[start : start + most], out)
+        print(f"page: {out}")
 
 
 # ---------------------------------------------------------------- plots

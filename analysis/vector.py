@@ -182,7 +182,7 @@ def extract(config, name):
     layers, hidden_size = _shape(config.sft_path)
     shape = (len(POOLINGS), count + inputs["held_out"], layers, hidden_size)
     _check_room(folder, len(SIDES) * 4 * math.prod(shape))
-    model, _ = load_model(config.sft_path)
+    model, _ = load_model(config.sft_path, is_precise=True)
     for side in SIDES:
         states = np.lib.format.open_memmap(
             folder / f"differences_{side}.npy", "w+", dtype=np.float32, shape=shape
@@ -192,7 +192,7 @@ def extract(config, name):
         states.flush()
     del model
 
-    model, _ = load_model(config.dpo_path)
+    model, _ = load_model(config.dpo_path, is_precise=True)
     keep = np.arange(shape[1]) < count  # the rest is held out of the vector
     if config.keep == "preferred":
         keep &= preferred(model, documents)

@@ -60,20 +60,33 @@ def weights_hash(path):
     return f"{weights.fingerprint(folder)}+{hashlib.sha256(own).hexdigest()}"
 
 
-def load_model(path):
-    """(model, tokenizer), an adapter merged, in bf16 on a GPU and fp32 on a CPU."""
+def load_model(path, is_precise=False):
+    """(model, tokenizer), an adapter merged, in bf16 on a GPU and fp32 on a CPU.
+
+    is_precise: in fp32 on a GPU too, where that fits: bf16 loses small differences of two models' states.
+    """
     folder, adapter = locate(path)
     device = pick_device()
     dtype = torch.float32
     if device.type == "cuda":
         check_bf16(torch.cuda.get_device_capability(device))
-        dtype = torch.bfloat16
+        free, _ = torch.cuda.mem_get_info(device)
+        if not (is_precise and fits_in_fp32(model_config(folder), free)):
+            dtype = torch.bfloat16
     model, tokenizer = load_pretrained(folder, dtype, device)
     if adapter is not None:
         adapters.merge_adapter(model, adapter)
-    if isinstance(model, Llama) and model.config.fusable:  # the others have plain blocks only
+    has_kernels = device.type == "cpu" or dtype == torch.bfloat16
+    if isinstance(model, Llama) and model.config.fusable and has_kernels:  # the others have plain blocks only
         apply_fused(model)
     return model, tokenizer
+
+
+def fits_in_fp32(config, free):
+    """Whether a model's weights in fp32 take at most half of `free` bytes; the rest is for states."""
+    with torch.device("meta"):
+        model = _MODELS[type(config)](config)
+    return 8 * sum(param.numel() for param in model.parameters()) <= free
 
 
 def device_of(model):

@@ -350,11 +350,16 @@ def main(argv):
     parser.add_argument("run", nargs="+", type=Path, help="run folder or steering folder")
     parser.add_argument("--out", type=Path, help="the page; default: report.html in the first RUN")
     args = parser.parse_args(argv)
-    found = [read(folder) for folder in args.run]
     out = args.out or args.run[0] / "report.html"
-    out.write_text(page("Report", [str(folder) for folder in args.run], sections(found)))
+    write(args.run, out)
     print(f"wrote {out}")
     return 0
+
+
+def write(folders, out):
+    """The page of run and steering folders, as the file `out`."""
+    found = [read(folder) for folder in folders]
+    out.write_text(page("Report", [str(folder) for folder in folders], sections(found)))
 
 
 if __name__ == "__main__":

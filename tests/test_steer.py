@@ -135,6 +135,40 @@ def test_documents_are_the_transcripts_with_bos(lab):
     assert vectors.plain_document(text, tokenizer, 5)[0].tolist() == ids[:5].tolist()
 
 
+def test_a_vector_is_read_in_fp32_where_that_fits(lab, monkeypatch):
+    """4 bytes a weight, and as much again for states."""
+    config = families.model_config(lab / "sft")
+    count = sum(p.numel() for p in families.load_pretrained(lab / "sft")[0].parameters())
+    assert families.fits_in_fp32(config, 8 * count) and not families.fits_in_fp32(config, 8 * count - 1)
+    asked = []
+    monkeypatch.setattr(vectors, "load_model", lambda path, is_precise=False: asked.append(is_precise) or families.load_model(path))
+    extract(lab, "precise")
+    assert asked == [True, True]
+
+
+@pytest.mark.slow
+def test_weights_that_are_rounded_are_noted(lab):
+    """Two models of bf16 weights that differ by a step of theirs: the vector is of the size of their rounding, and the sweep says so."""
+    for name, size in (("sft16", 0.0), ("dpo16", 1e-3)):
+        shutil.copytree(lab / "sft", lab / name)
+        model, _ = families.load_pretrained(lab / "sft")
+        write_model(lab / name, changed(model, size).bfloat16().float() if size else model.bfloat16().float())
+    vector = extract(lab, "steer16", sft="sft16", dpo="dpo16")
+    assert vector.manifest["rounding_share"] > 0.1 and steer.Vector.load(lab / "steer").manifest["rounding_share"] is None
+    notes = sweep(lab, "swept16", "--lambdas=0,1", folder="steer16")["notes"]
+    assert any("both models are rounded to bf16" in note for note in notes)
+
+
+@pytest.mark.slow
+def test_published_ids_are_transformers(lab):
+    """The scripts' call, tokenizer(text), on the same folder: ids equal, none added and none left out."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(lab / "sft")
+    for text in ("\n\nHuman: help me please\n\nAssistant: yes, always", "bad cat", " two  spaces\tand a tab\n"):
+        ids, _ = vectors.published_document(text, Tokenizer.from_dir(lab / "sft"), 512)
+        assert ids.tolist() == theirs(text, truncation=True, max_length=512)["input_ids"]
+
+
 @pytest.mark.slow
 def test_published_ids_are_those_of_the_tokenizers_file(lab):
     """BOS where its post-processor adds it, else not; without compat always. Held-back texts are cut alike."""
@@ -954,6 +988,8 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
     assert (near.name, far.name) == ("near_sanity (cumulative)", "far_sanity (cumulative)")
     assert near.report["verdicts"] == found["verdicts"] and near.sft == far.sft and near.dpo != far.dpo
     assert (near.report["pair"], far.report["pair"]) == ("near", "far")
+    text = (tmp_path / "v/report.html").read_text()
+    assert f"page: {tmp_path}/v/report.html" in first and "near_sanity/sweep_cumulative" in text and "far_sanity/sweep_cumulative" in text
     pytest.importorskip("matplotlib")
     assert (tmp_path / "v/axioms.png").is_file()
 
