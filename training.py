@@ -40,7 +40,7 @@ from planner import budget
 from plumbing import hub, parallel, watchdog
 from plumbing.adapters import save_adapter
 from plumbing.checkpoint import Checkpointer
-from plumbing.config import Config, check_capability, check_world_size, resume_dict
+from plumbing.config import Config, check_capability, check_world_size, resume_dict, unused_flash4
 from plumbing.files import UserError, read_json, write_json
 from plumbing.lock import lock
 from plumbing.logbook import Logbook
@@ -201,6 +201,9 @@ def start(stage, config, load_data, facts):
         world, lambda: read_model_config(config, directory, tokenizer, world.device)
     )
     # Before anything is written: a second process on this folder ends here, naming the first.
+    if world.device.type == "cuda":
+        if hint := unused_flash4(config, torch.cuda.get_device_capability(world.device)):
+            world.say(hint)
     parallel.main_first(world, lambda: lock(config.out_dir) if world.main else None)
     data, held_out = parallel.main_first(world, lambda: load_data(config, tokenizer, world.say))
     watchdog.start(world, 0)

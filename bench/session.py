@@ -31,7 +31,8 @@ from bench.record import SKIP, measure
 from plumbing import logbook, parallel
 
 LORA = ["--lora_rank=64", "--lora_alpha=128", "--moments=fp32"]
-FIXED, MIX = "bench/llama8b.py", "bench/llama8b_mix.py"
+FIXED, MIX, TULU10 = "bench/llama8b.py", "bench/llama8b_mix.py", "bench/tulu10.py"
+ONE_B = ["--model_path=runs/bench/1b/base"]  # bench/world.py runs/bench/1b --preset llama-3.2-1b --no-weights
 RUNS = {  # name: (stage, config, examples a step and GPU, keys)
     "sft_full": ("sft", FIXED, 12, []),
     "sft_full_fp32_moments": ("sft", FIXED, 12, ["--moments=fp32"]),
@@ -42,6 +43,9 @@ RUNS = {  # name: (stage, config, examples a step and GPU, keys)
     "sft_lora_sharded": ("sft", FIXED, 12, [*LORA, "--lr=1e-4", "--sharding=full"]),
     "dpo_full_shared": ("dpo", FIXED, 32, []),
     "dpo_lora": ("dpo", FIXED, 32, [*LORA, "--lr=5e-6"]),
+    "sft_full_1b": ("sft", FIXED, 12, ONE_B),
+    "tulu10_sft": ("sft", TULU10, 16, []),
+    "tulu10_dpo": ("dpo", TULU10, 16, []),
 }
 
 
@@ -100,6 +104,14 @@ def draw_weights(model, directory):
     parallel.share_weights(model)
 
 
+# what training reads of a model's weights, and what stands in for it where there are none
+WITHOUT_WEIGHTS = {
+    "load_weights": draw_weights,
+    "check_sizes": lambda config, folder: None,
+    "fingerprint": lambda folder: "random",
+}
+
+
 def run(name, seconds, tag, keys_of_all, ranks):
     name, _, traced = name.partition(":")
     stage, config, batch, keys = RUNS[name]
@@ -142,8 +154,8 @@ def main():
     args, keys_of_all = parser.parse_known_args()
     ranks = parallel.init("--deterministic" in keys_of_all)
     parallel.init = lambda deterministic=False: ranks  # one process group for all measurements
-    training.load_weights, training.weight_files = draw_weights, lambda folder: []
-    training.fingerprint = lambda folder: "random"
+    for name, stand_in in WITHOUT_WEIGHTS.items():
+        setattr(training, name, stand_in)
     for name in args.names:
         try:
             run(name, args.seconds, args.tag, keys_of_all, ranks)

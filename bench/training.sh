@@ -8,10 +8,7 @@ shift
 lora=(--lora_rank=64 --lora_alpha=128 --moments=fp32)
 peers=(--world runs/bench --out runs/bench/peers.jsonl)
 
-tree() { # PID: it and its descendants; torchrun gives each worker a session, so no process group holds them all
-  echo "$1"
-  for child in $(pgrep -P "$1"); do tree "$child"; done
-}
+. bench/shell.sh
 
 ours() { # NAME SCRIPT [KEY..]: killed, because a run that ends would write 16 GB that nobody needs
   name=$1 script=$2 config=${config:-bench/llama8b.py}

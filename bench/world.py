@@ -2,15 +2,16 @@
 
     python bench/world.py DIR [--tokenizer FOLDER] [--preset NAME] [--no-weights]
 
-Writes DIR/base (a Hugging Face folder, bf16) and DIR/{sft,dpo}_{fixed,mix}.jsonl. Speed and memory do not
-depend on what the weights are. Words are common English ones that byte-level BPEs encode as one token each,
-so a row's length in tokens is its number of words. Without a tokenizer one is trained on these words and the
-template's: speed does not depend on which it is either.
+Writes DIR/base (a Hugging Face folder, bf16), DIR/{sft,dpo}_{fixed,mix}.jsonl and DIR/labelled.csv, the
+prompts of a sweep. Speed and memory do not depend on what the weights are. Words are common English ones that
+byte-level BPEs encode as one token each, so a row's length in tokens is its number of words. Without a
+tokenizer one is trained on these words and the template's: speed does not depend on which it is either.
 """
 
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ WORDS = (
     "what all were"
 ).split()
 SFT_ROWS, DPO_ROWS = 512, 1024
+AXIOMS, PROMPTS = 7, 100  # of each axiom and label
 
 
 def words(rng, n):
@@ -101,6 +103,7 @@ def main():
 
     rng = np.random.default_rng(0)
     args.folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(args.folder / "base", ignore_errors=True)  # its hashes would be those of the one before
     write_rows(
         args.folder / "sft_fixed.jsonl", [chat(rng, 1000, 3200) for _ in range(SFT_ROWS)]
     )  # truncated to max_seq_len = 4,096
@@ -118,6 +121,11 @@ def main():
         args.folder / "dpo_mix.jsonl",
         [pair(rng, *lengths) for lengths in zip(prompts, chosen, rejected, strict=True)],
     )
+
+    labelled = ["id,input,axiom,safety_label"]
+    for i, n in enumerate(tulu_like_lengths(rng, 2 * AXIOMS * PROMPTS, mean=60, sigma=0.6, longest=400)):
+        labelled.append(f"{i},{words(rng, n)},axiom {i % AXIOMS},{'safe' if i // AXIOMS % 2 else 'unsafe'}")
+    (args.folder / "labelled.csv").write_text("\n".join(labelled) + "\n")
 
     if args.tokenizer is None:
         args.tokenizer = args.folder / "tokenizer"

@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -41,6 +42,16 @@ class GPU:
     def pcie(self):
         """Whether cards exchange over PCIe, which is 5 to 20 times slower than NVLink."""
         return self.link_gb_s < 100
+
+    @property
+    def network_gb_s(self):
+        """To GPUs of other machines, GB/s a direction for each card: an assumption.
+
+        400 Gb/s a card beside Hopper and Blackwell, 200 beside Ampere; 100 Gb/s for eight cards on PCIe.
+        """
+        if self.pcie:
+            return 1.5
+        return 50 if self.capability >= (9, 0) else 25
 
 
 # The GeForce cards' TFLOP/s are of the whitepapers of GA102, AD102 and GB202: 71, 165.2 and 209.5 (half of
@@ -79,9 +90,14 @@ LINK = 0.60  # all-gather and reduce-scatter: 250 to 290 of 450 GB/s
 # a GPU and step, micro-batches of 12,288 (2026-11-28, 982dfe7): full 4.75 s a step beside 4.20 alone, LoRA
 # 3.67 beside 3.35. Other counts and links were not measured.
 SHARDED_FULL, SHARDED_LORA = 0.885, 0.91
-WHOLE = 0.985  # with sharding="optimizer", full and LoRA, on the same cards at the same sizes: 0.981 to 0.989
+# With sharding="optimizer" a step waits for its slowest GPU: this spread of their rates, times what the
+# largest of `count` normal numbers is on average. And its exchange, beside computing, takes a share
+# of its own time from that. Measured on H200s over NVLink, beside one of the same machine: 8B full on two
+# 0.987, LoRA 0.981 and 0.987; full on four 0.979, DPO (twice the exchange for its computing) 0.977. The wait
+# is extrapolated: 1.5 % on two, 3.6 % on eight, 8 % on 1,024.
+SPREAD, INTERFERENCE = 0.025, 0.2
+MACHINE = 8  # GPUs of one machine; more are taken to be several of them
 
-# Of the memory estimate: a plan that fits by less is called tight, and sharding="auto" shares more out.
 ERROR = 0.05
 
 HEAD_ROWS = inspect.signature(token_logps).parameters["chunk"].default
@@ -233,6 +249,11 @@ def state_bytes(config, sizes, count):
     }
 
 
+def checkpoint_bytes(config, sizes):
+    """Of a checkpoint, over all ranks: a float32 master and two moments for each trained parameter."""
+    return (4 + 2 * {"fp32": 4, "bf16": 2}[config.moments]) * sizes.trained
+
+
 def block_bytes(shape, config, tokens, keys):
     """Bytes of a block: (kept for its backward, kept when it recomputes, held by its backward).
 
@@ -340,15 +361,34 @@ def exchange_seconds(size, count, gpu):
 
     Every one of `count` GPUs sends and receives its part of them.
     """
-    return size * (count - 1) / count / (gpu.link_gb_s * 1e9 * LINK)
+    slowest_link = gpu.link_gb_s if count <= MACHINE else min(gpu.link_gb_s, gpu.network_gb_s)
+    return size * (count - 1) / count / (slowest_link * 1e9 * LINK)
 
 
-def sharded_seconds(compute, exchange, config, count):
-    """Seconds of a part in which a GPU computes and exchanges at once.
+def overlaps(gpu, count):
+    """Whether an exchange is taken to run beside computing: measured over NVLink in one machine only."""
+    return not gpu.pcie and count <= MACHINE
 
-    Each of `count` GPUs alone would compute for `compute`, and exchanges for `exchange` meanwhile.
+
+def slowest_of(count):
+    """Time of a step that ends with the slowest of `count` GPUs, beside that of a mean one."""
+    return 1 + SPREAD * NormalDist().inv_cdf((count - 0.375) / (count + 0.25))  # Blom's approximation
+
+
+def sharded_seconds(compute, exchange, config, count, gpu):
+    """Seconds of a part in which each of `count` GPUs computes and exchanges.
+
+    compute: what one GPU alone would take for its share. An exchange that was not measured to run beside
+    computing is added to it.
     """
     if count == 1:
         return compute
-    share = WHOLE if is_whole(config, count) else SHARDED_LORA if config.lora_rank else SHARDED_FULL
-    return max(compute / share, exchange)
+    busy = compute * slowest_of(count)
+    if not is_whole(config, count):  # measured on two, so their wait and their exchange are in the share
+        share = SHARDED_LORA if config.lora_rank else SHARDED_FULL
+        busy = busy / slowest_of(2) / share
+    if not overlaps(gpu, count):
+        return busy + exchange
+    if is_whole(config, count):
+        busy += INTERFERENCE * exchange
+    return max(busy, exchange)

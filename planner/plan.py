@@ -26,8 +26,10 @@ from packing import steps_per_epoch
 from planner.budget import (
     ERROR,
     GPUS,
+    MACHINE,
     Pass,
     Sizes,
+    checkpoint_bytes,
     choose_sharding,
     compute_width,
     exchange_seconds,
@@ -35,6 +37,7 @@ from planner.budget import (
     forward_seconds,
     is_whole,
     optimizer_seconds,
+    overlaps,
     peak_bytes,
     sharded_seconds,
     skeleton,
@@ -303,7 +306,7 @@ class Plan:
     def seconds(self):
         """{part: seconds}."""
         parts = {
-            "training": self.steps * sharded_seconds(*self.step, self.resolved, self.count),
+            "training": self.steps * sharded_seconds(*self.step, self.resolved, self.count, self.gpu),
             "optimizer": self.steps * optimizer_seconds(self.resolved, self.sizes, self.count, self.gpu),
         }
         if self.stage == "dpo" and self.config.needs_reference:
@@ -323,7 +326,7 @@ class Plan:
         passes = 0 if self.is_whole else work.examples / self.config.global_batch_size * self.turns
         exchange = passes * exchange_seconds(self.gathered, self.count, self.gpu)
         return sharded_seconds(
-            forward_seconds(work, self.gpu) / self.count, exchange, self.resolved, self.count
+            forward_seconds(work, self.gpu) / self.count, exchange, self.resolved, self.count, self.gpu
         )
 
     @property
@@ -418,7 +421,18 @@ def describe(plan, origin, counted):
         f"FLOPs    {flops / work.tokens / 1e9:.2f} G a token, {flops:.3g} in all (the model's; recompute "
         "is time, not work)",
     ]
-    return "\n".join([*lines, *_memory_lines(plan), *_time_lines(plan)])
+    return "\n".join([*lines, *_memory_lines(plan), *_disk_lines(plan), *_time_lines(plan)])
+
+
+def _disk_lines(plan):
+    """A checkpoint, and what the run folder holds at its largest: while one is written, and at the end."""
+    checkpoint, model = checkpoint_bytes(plan.config, plan.sizes), plan.gathered
+    saves = plan.config.save_every or plan.config.save_minutes
+    kept = plan.config.keep_last + 1 if saves else 1
+    width = checkpoint // plan.sizes.trained
+    each = f"a checkpoint {checkpoint / 1e9:.1f} GB, {width} bytes a trained parameter"
+    folder = f"the run folder up to {(kept * checkpoint + model) / 1e9:.0f} GB with final/"
+    return [f"disk     {each}; {folder}"]
 
 
 def _memory_lines(plan):
@@ -482,22 +496,33 @@ def _scaling_lines(plan):
     """How many GPUs compare with one, and what their link takes of a step."""
     compute, exchange = plan.step
     share = f"{plan.speedup:.2f} times one {plan.gpu_name}, {plan.speedup / plan.count:.0%} of {plan.count}"
-    fitted = "fitted to 2 x H200 over NVLink"
-    if (plan.gpu_name, plan.count) != ("h200", 2):
+    fitted = "fitted to 2 and 4 x H200 over NVLink"
+    if plan.gpu_name != "h200" or plan.count not in (2, 4):
         fitted += ", other cards and counts not measured"
     lines = [f"scaling  {share}, sharding={plan.resolved.sharding}; {fitted}"]
-    link = "PCIe" if plan.gpu.pcie else "NVLink"
-    hidden = "hidden behind it where it overlaps" if exchange < compute else "the GPUs wait for it"
-    times = f"exchange {exchange:.2f} s a step beside {compute:.2f} s of computing: {hidden}"
-    lines.append(f"         {link}, {plan.gpu.link_gb_s} GB/s by the datasheet: {times}")
-    if plan.gpu.pcie:
-        lines.append("         no run over PCIe has been measured: take these hours as a lower bound")
+    times = f"exchange {exchange:.2f} s a step beside {compute:.2f} s of computing"
+    if not overlaps(plan.gpu, plan.count):
+        times += ": the GPUs wait for it, as far as is known"
+    else:
+        times += ": hidden behind it" if exchange < compute else ": the GPUs wait for it"
+    lines.append(f"         {_link(plan)}: {times}")
+    if not overlaps(plan.gpu, plan.count):
+        where = "where that was measured, over NVLink in one machine"
+        lines.append(f"         assumed: an exchange overlaps only {where}")
     if plan.speedup < 1:
         lines.append(
             f"         SLOWER THAN ONE {plan.gpu_name}: larger steps or --lora_rank exchange less; NVLink "
             "cards exchange faster"
         )
     return lines
+
+
+def _link(plan):
+    """The slowest link between the plan's GPUs, with its rate."""
+    gpu = plan.gpu
+    if plan.count > MACHINE:
+        return f"machines of {MACHINE}, {gpu.network_gb_s} GB/s a card between them (assumed)"
+    return f"{'PCIe' if gpu.pcie else 'NVLink'}, {gpu.link_gb_s} GB/s by the datasheet"
 
 
 def _verdict(plan):

@@ -257,7 +257,7 @@ class Config(Section):
             needs = "flash kernels take 16 bits; expected precision='bf16' or 'fp8'"
             yield ("attention", "precision"), f"attention='flash4', precision='fp32': {needs}"
         if c.attention == "flash4" and not _is_installed("flash_attn.cute"):
-            needs = "expected the package flash-attn-4, not installed here (pip install --pre flash-attn-4)"
+            needs = "expected the package flash-attn-4, not installed here (pip install .[fast])"
             yield ("attention",), f"attention={c.attention!r}: {needs}"
         if c.tensorboard and not _is_installed("tensorboard"):
             needs = "expected the package, which is not installed (pip install tensorboard)"
@@ -370,6 +370,14 @@ def check_capability(config, capability, device="this GPU"):
         if getattr(config, key) == value and capability < needed:
             wanted = f"expected a GPU of compute capability {needed[0]}.{needed[1]} ({cards}) or newer"
             raise UserError(f"{key}={value!r} on {device}, {capability[0]}.{capability[1]}: {wanted}")
+
+
+def unused_flash4(config, capability):
+    """A line where flash-attn-4 is installed and could run, but is not asked for; else ""."""
+    could_run = capability >= (9, 0) and config.precision != "fp32" and not config.deterministic
+    if config.attention == "flash4" or not could_run or not _is_installed("flash_attn.cute"):
+        return ""
+    return "flash-attn-4 is there and fits this GPU: --attention=flash4 is 6 to 9 % faster on long documents"
 
 
 def config_dict(config):

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -836,15 +837,48 @@ def check_tsne_gradient():
     return assert_below(errors, 3e-5)
 
 
+def check_tsne_stages():
+    """The gradient at what a plain descent has reached after so many steps, against float64."""
+    from kernels import triton_tsne
+
+    X, errors = clusters(1400), {}
+    P = tsne.joint_probabilities(X, 30.0)
+    for steps in (1, 5, 20, 100, 250, 300, 400):
+        Y, _ = tsne.tsne(X, 30.0, steps=steps, path="plain")
+        exaggeration = tsne.EXAGGERATION if steps < tsne.EXAGGERATED_STEPS else 1.0
+        exact = reference.tsne_gradient(Y.double(), P.double(), exaggeration)
+        attraction = exact - reference.tsne_gradient(Y.double(), P.double(), 0.0)  # the two forces nearly cancel
+        difference = triton_tsne.gradient(Y, P, exaggeration) - exact
+        errors[f"{steps} steps"] = (difference.norm() / attraction.norm()).item()
+    return assert_below(errors, 3e-5)
+
+
 def check_tsne_descent():
-    """500 steps of either path from one start: chaos parts the positions, not the divergences. The recorded steps repeat bit for bit."""
-    X, differences = clusters(1400), {}
-    (Y, fused), (again, _), (_, plain) = (tsne.tsne(X, 30.0, path=path) for path in (None, "fused", "plain"))
-    differences["500 steps"] = abs(fused / plain - 1)
-    assert torch.equal(Y, again)
+    """The divergence after 500 steps, over eight starts that differ in the seventh digit, by either path.
+
+    A descent is chaotic: a gain changes by the sign of a product, so a last digit decides it. Plain code, on a CPU,
+    from such starts, with the points in another order, in float32 and in float64 (clusters(n) of a CPU's generator): KL
+    1.581 with a standard deviation of 0.9 % and extremes 3.3 % apart at n = 400 (26 runs), 1.938 with 0.7 % and 2.1 %
+    at n = 700 (10 runs). One run beside one run, at most 2 % apart, was no check of the kernels. So: the means of eight,
+    apart by no more than four standard errors.
+    """
+    X, divergences = clusters(1400), {"fused": [], "plain": []}
+    start = tsne._start(X, 3, None, None)
+    for seed in range(8):
+        begun = start * (1 + 1e-7 * randn(*start.shape, seed=seed, dtype=torch.float32))
+        for path, found in divergences.items():
+            found.append(tsne.tsne(X, 30.0, start=begun, path=path)[1])
+    means = {path: statistics.mean(found) for path, found in divergences.items()}
+    deviations = {path: statistics.stdev(found) for path, found in divergences.items()}
+    standard_error = math.hypot(*deviations.values()) / math.sqrt(8)
+    assert max(deviations.values()) < 0.02 * means["plain"], deviations  # several times what was measured: broken
+    result = assert_below({"standard errors apart": abs(means["fused"] - means["plain"]) / standard_error}, 4.0)
+
+    (Y, _), (again, _) = (tsne.tsne(X, 30.0, path="fused") for _ in range(2))
+    assert torch.equal(Y, again)  # the recorded steps repeat bit for bit
     Y, plainly = (tsne.tsne(X, 30.0, steps=20, path=path)[0] for path in ("fused", "plain"))
-    differences["20 steps, positions"] = error(Y, plainly)
-    return assert_below(differences, 2e-2) | {"KL": fused, "plain KL": plain}
+    positions = assert_below({"20 steps, positions": error(Y, plainly)}, 2e-2)
+    return result | positions | {"KL": means["fused"], "plain KL": means["plain"], "deviations": deviations}
 
 
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]

@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 
 from data import TEMPLATES
+from plumbing import config as config_module
 from plumbing.config import (
     THEIR_NAMES,
     Template,
@@ -21,6 +22,7 @@ from plumbing.config import (
     load,
     load_sections,
     resume_dict,
+    unused_flash4,
 )
 from train_dpo import LOSSES, DPOConfig
 from train_sft import SFTConfig
@@ -407,3 +409,15 @@ def test_an_answer_costs_what_torch_costs(arguments, code, torch_seconds):
     late = imported & LATE
     assert not late
     assert seconds < 0.5 + 1.5 * torch_seconds
+
+
+def test_flash4_is_named_where_it_could_run(monkeypatch):
+    """Installed, a Hopper or newer, 16 bits, not deterministic, and not asked for already."""
+    monkeypatch.setattr(config_module, "_is_installed", lambda module: module == "flash_attn.cute")
+    config = SFTConfig(**VALUES)
+    assert "--attention=flash4" in unused_flash4(config, (9, 0)) == unused_flash4(config, (12, 0))
+    assert not unused_flash4(config, (8, 9))
+    for keys in (dict(attention="flash4"), dict(precision="fp32"), dict(deterministic=True)):
+        assert not unused_flash4(dataclasses.replace(config, **keys), (9, 0))
+    monkeypatch.setattr(config_module, "_is_installed", lambda module: False)
+    assert not unused_flash4(config, (9, 0))

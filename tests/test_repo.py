@@ -294,7 +294,9 @@ def test_table_of_recipes_is_the_configs():
 
 def test_requirements_pin_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    extras = project["optional-dependencies"]
+    del extras["fast"]  # kernels for some GPUs, which `make` does not install
+    wanted = project["dependencies"] + [name for extra in extras.values() for name in extra]
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     lines = [line.split("; platform_")[0] for line in lines]  # Triton has no build for others than Linux on x86-64
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "exact versions only: no build suffix, no index"

@@ -4,13 +4,19 @@ import gzip
 import json
 import os
 import runpy
+import shutil
 import sys
 from functools import partial
 
 import pytest
+import torch
 from world import ROOT, spawn, write_config
 
+import training
+from bench import session
 from plumbing import parallel
+from plumbing.config import load
+from plumbing.tokenizer import Tokenizer
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -40,3 +46,16 @@ def test_a_step_of_two_processes(world, tmp_path):
     assert 0 < lines["compute"] and 0 <= lines["exposed"] <= lines["exchange"] and lines["exchange"] > 0, printed
     names = {event["name"] for event in json.loads(gzip.open(tmp_path / "sft/trace.json.gz").read())["traceEvents"]}
     assert any(name.startswith("gloo:") for name in names), names
+
+
+def test_a_session_needs_no_weights(world, tmp_path, monkeypatch):
+    """bench/session.py draws its weights: with its stand-ins, a folder without any is enough for all that a run reads of it."""
+    folder = tmp_path / "base"
+    shutil.copytree(world / "base", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, stand_in in session.WITHOUT_WEIGHTS.items():
+        assert hasattr(training, name)
+        monkeypatch.setattr(training, name, stand_in)
+    path = write_config(tmp_path, world, model_path=str(folder))
+    config, tokenizer = load("sft", [str(path)]), Tokenizer.from_dir(training.resolve(str(folder)))
+    model_config = training.read_model_config(config, folder, tokenizer, torch.device("cpu"))
+    assert training.fingerprint(folder) == "random" and model_config.vocab_size == tokenizer.vocab_size
