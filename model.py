@@ -273,6 +273,7 @@ def _config_from_hf(raw, source):
         raise UserError(f"{source}: {keys}: missing; expected in every {raw['model_type']} config")
     model_type = raw["model_type"]
     heads = raw["num_attention_heads"]
+    # configs of Llama 2's time have neither key: a key/value head for each query head, and D split evenly
     kv_heads = raw.get("num_key_value_heads") or heads
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     if heads % kv_heads or head_dim % 2:
@@ -462,6 +463,7 @@ class Block(nn.Module):
         self.fused, self.fp8, self.recompute = False, False, False  # see apply_fused and apply_recompute
 
     def forward(self, hidden, *stream):
+        # stream: cos, sin, cu_seqlens, max_seqlen, attend; the same for all blocks, so none is named here
         run = fused_block.block if self.fused else Block.plain
         if self.recompute and torch.is_grad_enabled():
             # only LoRA's dropout is random, and that is in the plain block only
