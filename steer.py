@@ -10,7 +10,8 @@ The vector, what it is made of, and what adding it does.
     sweep     separation of safe and unsafe --prompts over --lambdas, with a verdict
     power     before any training: which change these --prompts would show, in a model
     bake      a model, in --bake_dir, with --strength times the vector folded in
-    validate  extract, spectrum and sweep: a pair to its verdict, or several pairs on one scale
+    validate  extract, spectrum and sweep: a pair to its verdict, or several pairs on one scale; with
+              --check [--gpu NAME] only their names, configs, sizes, hours and cost
 
 TARGET is one of
     a config: its own pair, the model that its DPO run started from and the one that it ended with
@@ -25,8 +26,10 @@ lists them. extract and sweep do nothing when their folder already holds the res
 
 # Reading order: keys, targets, the commands, output, main. What is computed stands in analysis/ and aqi.py.
 
+import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -64,7 +67,8 @@ from analysis.verdict import judge, power
 from data import encode_chat
 from families import device_of, load_model, locate
 from model import generate
-from plumbing import parallel
+from planner import atlas
+from plumbing import hub, parallel
 from plumbing.config import Section, Template, config_dict, describe_keys, load_sections, setting
 from plumbing.files import UserError, read_verified_json, table, write_json
 from plumbing.lock import lock
@@ -178,6 +182,10 @@ class SteerConfig(Section):
         "steer_MODE beside a config's runs, runs/validate/NAME_MODE for a name", default=None,
     )  # fmt: skip
     bake_dir: str | None = setting("run", "path", "model folder that bake writes", default=None)
+    keep_weights: bool = setting(
+        "run", "flag", "validate: false deletes a pair's weights from the hub's cache once it is done",
+        default=True, affects_results=False,
+    )  # fmt: skip
 
     @staticmethod
     def resolve(values):
@@ -758,9 +766,10 @@ def run_validate(targets, config, measure):
         )
     # What is wrong with the prompts or missing of the models is found before the first pair is read.
     read_swept_prompts(config, measure, log=lambda line: None)
-    for pair in pairs.values():
-        locate(pair.sft_path)
-        locate(pair.dpo_path)
+    if config.keep_weights:  # otherwise they are not on disk together
+        for pair in pairs.values():
+            locate(pair.sft_path)
+            locate(pair.dpo_path)
     reports = {}
     for name, pair in pairs.items():
         print(f"\n=== {name}")
@@ -768,10 +777,25 @@ def run_validate(targets, config, measure):
         vector = Vector.load(pair.out_dir)
         print_spectrum(vector, pair)
         reports[name] = sweep(vector, pair, measure)
+        if not config.keep_weights:
+            _forget(pair, [*pairs.values()][len(reports) :])
     _write_pages(pairs, measure)
     print(summary.comparison(reports, config.lambdas))
     if len(pairs) > 1:
         _plot_axioms_of_pairs(Path(next(iter(pairs.values())).out_dir).parent, reports, config.lambdas)
+
+
+def _forget(pair, to_come):
+    """Delete the hub's weights of a finished pair, but for a model that a pair to come needs."""
+    needed = {path for other in to_come for path in (other.sft_path, other.dpo_path)}
+    for path in {pair.sft_path, pair.dpo_path} - needed:
+        if freed := hub.forget(path):
+            print(f"deleted the weights of {path} from the cache: {freed / 1e9:.2f} GB")
+
+
+def run_check(targets, config, measure, gpu=None):
+    """The pairs of `validate TARGET ... --check [--gpu NAME]`, by name, config and size."""
+    return atlas.check(find_pairs(targets, config), gpu, measure.nulls or _null_count(config))
 
 
 def _write_pages(pairs, measure):
@@ -867,7 +891,11 @@ COMMANDS = {
         ("sft_path", "mode", "max_text_tokens", "layers", "size", "prompts", "nulls"),
         required=("prompts",),
     ),
-    "validate": Command(run_validate, (*_PLACE, *_TEXTS, *_INJECTED, *_SWEPT), required=("texts", "prompts")),
+    "validate": Command(
+        run_validate,
+        (*_PLACE, *_TEXTS, *_INJECTED, *_SWEPT, "keep_weights"),
+        required=("texts", "prompts"),
+    ),
 }
 _SECTIONS = ("steer", "aqi")
 
@@ -888,6 +916,10 @@ def parse(argv):
     --help prints and exits. UserError: every problem of a config's sections and of the keys, one per line. No
     model is read.
     """
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--check", action="store_true")
+    flags.add_argument("--gpu")
+    asked, argv = flags.parse_known_args(argv)
     words = [arg for arg in argv if not arg.startswith("-")]
     name, targets = words[0] if words else None, words[1:]
     if "--help" in argv or "-h" in argv:
@@ -905,13 +937,16 @@ def parse(argv):
     path = targets[0] if len(targets) == 1 and targets[0].endswith(".py") else None
     options = [arg for arg in argv if arg.startswith("-")]
     sections = load_sections(path, _SECTIONS, options, command.keys, command.required)
+    if asked.check and name != "validate":
+        raise UserError(f"{name} --check: expected validate, the command that takes pairs")
+    if asked.check:
+        command = command._replace(run=functools.partial(run_check, gpu=asked.gpu))
     return command, targets, sections["steer"], sections["aqi"]
 
 
 def main(argv):
     command, *arguments = parse(argv)
-    command.run(*arguments)
-    return 0
+    return command.run(*arguments) or 0
 
 
 if __name__ == "__main__":

@@ -49,7 +49,11 @@ PAIRS = {
 # so; "not checked" marks names taken from a list, not from a card or a script. Template None: as they are.
 _SIMPO = "github.com/princeton-nlp/SimPO README, list of released models"
 _INSTRUCT = "github.com/allenai/open-instruct"
-_LOSSES = {"DPO": "DPO", "IPO": "IPO", "KTO": "KTO", "RDPO": "R-DPO", "SimPO": "SimPO"}
+_TULU3 = f"{_INSTRUCT} docs/tulu3.md"
+_LOSSES = {"DPO": "DPO", "IPO": "IPO", "KTO": "KTO", "CPO": "CPO", "RDPO": "R-DPO", "SimPO": "SimPO"}
+# the heads of their main branches, as eight public repositories name them; `--check` resolves them
+_1B_SFT = "allenai/OLMo-2-0425-1B-SFT@0d85a3d037876ce6ac7d4311d994400fc66ac27f"
+_1B_DPO = "allenai/OLMo-2-0425-1B-DPO@c4b0485961ab24c2433b090f3b922f0913a9290f"
 
 
 def _row(sft, dpo, made, source, template=None):
@@ -64,6 +68,18 @@ PAIRS |= {
     "Tulu2_13B": _row(
         "allenai/tulu-2-13b", "allenai/tulu-2-dpo-13b", "DPO on UltraFeedback, Zephyr's recipe",
         "card of tulu-2-dpo-70b; the name of the SFT model not checked", "tulu",
+    ),
+    "Tulu2_70B": _row(
+        "allenai/tulu-2-70b", "allenai/tulu-2-dpo-70b", "DPO on UltraFeedback, Zephyr's recipe",
+        "card of tulu-2-dpo-70b; the name of the SFT model not checked", "tulu",
+    ),
+    "Tulu3_70B": _row(
+        "allenai/Llama-3.1-Tulu-3-70B-SFT", "allenai/Llama-3.1-Tulu-3-70B-DPO", "dpo_norm, beta 5, lr 2e-7",
+        _TULU3, "tulu",
+    ),
+    "Tulu3_405B": _row(
+        "allenai/Llama-3.1-Tulu-3-405B-SFT", "allenai/Llama-3.1-Tulu-3-405B-DPO",
+        "dpo_norm, beta 5, lr 2e-7", _TULU3, "tulu",
     ),
     "ZephyrFull_7B": _row(
         "alignment-handbook/zephyr-7b-sft-full", "alignment-handbook/zephyr-7b-dpo-full",
@@ -81,7 +97,7 @@ PAIRS |= {
         "the published comparison's own 10 % pair", "names given with the comparison; not checked",
     ),
     "OLMo2_1B": _row(
-        "allenai/OLMo-2-0425-1B-SFT", "allenai/OLMo-2-0425-1B-DPO", "dpo_norm, beta 5, lr 2.5e-6, 1 epoch",
+        _1B_SFT, _1B_DPO, "dpo_norm, beta 5, lr 2.5e-6, 1 epoch",
         f"{_INSTRUCT} docs/olmo2.md", "tulu_bos",
     ),
     "OLMo2_7B": _row(
@@ -91,6 +107,24 @@ PAIRS |= {
     "OLMo2_13B": _row(
         "allenai/OLMo-2-1124-13B-SFT", "allenai/OLMo-2-1124-13B-DPO", "dpo_norm, beta 5, lr 8e-7, 1 epoch",
         f"{_INSTRUCT} scripts/train/olmo2/dpo_13b.sh", "tulu_bos",
+    ),
+    "OLMo2_32B": _row(
+        "allenai/OLMo-2-0325-32B-SFT", "allenai/OLMo-2-0325-32B-DPO", "DPO",
+        "card of OLMo-2-0325-32B-Instruct; the SFT model's name and the numbers not checked", "tulu_bos",
+    ),
+    "Llama3_ORPO": _row(
+        "princeton-nlp/Llama-3-Base-8B-SFT", "princeton-nlp/Llama-3-Base-8B-SFT-ORPO",
+        "ORPO on UltraFeedback", f"{_SIMPO}; that it starts from the SFT model not checked",
+    ),
+    # Controls, of models that are trained here (docs/your_own_pair.md): two seeds of one SFT are no
+    # preference; swapped labels are the opposite one. A model with itself has no vector, and extract says so.
+    "tiny_seeds": _row(
+        "runs/tiny/sft/final", "runs/tiny/sft_seed1/final", "SFT with another seed, no DPO", "made here",
+        "tulu",
+    ),
+    "tiny_swapped": _row(
+        "runs/tiny/sft/final", "runs/tiny/dpo_swapped/final", "dpo_norm, chosen and rejected exchanged",
+        "made here", "tulu",
     ),
 }  # fmt: skip
 for _loss, _made in _LOSSES.items():
@@ -106,8 +140,8 @@ for _loss, _made in _LOSSES.items():
         f"{_made} on UltraFeedback",
         _SIMPO,
     )
-for _kind in ("Instruct", "Think"):
-    PAIRS[f"OLMo3_7B_{_kind}"] = dict(
+for _kind in ("7B_Instruct", "7B_Think", "32B_Think"):
+    PAIRS[f"OLMo3_{_kind}"] = dict(
         not_representable="OLMo 3 stretches the rotation (yarn) of some layers only: model.py does not"
     )
 
@@ -120,9 +154,11 @@ GROUPS = {
         "Llama31_Tulu", "Mistral_7B", "Zephyr_7B", "Falcon_7B", "Llama3_8B", "Qwen2_7B", "Gemma2_9B",
     ),
     "own": ("Llama31_PKU_Custom", "Llama31_Tulu10pct"),
-    "tulu2": ("Tulu2_7B", "Tulu2_13B"),
+    "tulu2": ("Tulu2_7B", "Tulu2_13B", "Tulu2_70B"),
+    "tulu3": ("Llama31_Tulu", "Tulu3_70B", "Tulu3_405B"),
     "zephyr": ("Zephyr_7B", "ZephyrFull_7B"),
-    "olmo2": ("OLMo2_1B", "OLMo2_7B", "OLMo2_13B"),
-    "llama3_losses": tuple(f"Llama3_{loss}" for loss in _LOSSES),
+    "olmo2": ("OLMo2_1B", "OLMo2_7B", "OLMo2_13B", "OLMo2_32B"),
+    "controls": ("tiny", "tiny_seeds", "tiny_swapped"),
+    "llama3_losses": (*[f"Llama3_{loss}" for loss in _LOSSES], "Llama3_ORPO"),
     "mistral_losses": tuple(f"Mistral_{loss}" for loss in _LOSSES),
 }

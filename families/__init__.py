@@ -24,6 +24,12 @@ def model_config(directory):
     return _CONFIGS.get(str(model_type), LlamaConfig).from_hf(directory)
 
 
+def skeleton(config):
+    """The model of a config from model_config, without memory for its weights."""
+    with torch.device("meta"):
+        return _MODELS[type(config)](config)
+
+
 def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
     """(model, Tokenizer) of a model folder or hub name, unsharded.
 
@@ -33,8 +39,7 @@ def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
     config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
     check_vocabulary(config, tokenizer)
     check_sizes(config, directory)
-    with torch.device("meta"):
-        model = _MODELS[type(config)](config).to(dtype)
+    model = skeleton(config).to(dtype)
     parallel.materialize(model, device)
     load_weights(model, directory)
     return model, tokenizer
@@ -84,9 +89,7 @@ def load_model(path, is_precise=False):
 
 def fits_in_fp32(config, free):
     """Whether a model's weights in fp32 take at most half of `free` bytes; the rest is for states."""
-    with torch.device("meta"):
-        model = _MODELS[type(config)](config)
-    return 8 * sum(param.numel() for param in model.parameters()) <= free
+    return 8 * sum(param.numel() for param in skeleton(config).parameters()) <= free
 
 
 def device_of(model):

@@ -39,6 +39,18 @@ def repository(name):
     return parts[0] if parts else None
 
 
+def forget(name):
+    """Delete a model's snapshot from the cache, and say how many bytes that freed.
+
+    0 for a folder, and for a name that this process did not read.
+    """
+    if Path(name).is_dir() or name not in COMMITS:
+        return 0
+    deletion = huggingface_hub.scan_cache_dir().delete_revisions(COMMITS[name])
+    deletion.execute()
+    return deletion.expected_freed_size
+
+
 def dataset_commit(name):
     """The commit that a pinned data set name means; None without a pin.
 

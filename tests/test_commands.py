@@ -38,6 +38,7 @@ NOT_RUN = {  # commands that begin so: why
     "torchrun --nnodes": "needs two machines; tests/test_repo.py parses it",
     "python -m tools.diff_trl": "ten seconds of imports; tests/test_parity_trl.py runs its steps",
     "hf": "asks for a token of the hub",
+    "python steer.py validate olmo2": "asks the hub; tests/test_hub.py does, of a small one",
     "lm_eval": "is not installed with the tests; tests/test_interop.py runs the task where it is",
 }
 TULU10_SMALL = """

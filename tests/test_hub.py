@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -340,3 +341,66 @@ def test_only_a_finished_run_is_pushed(server, tmp_path):
     with pytest.raises(ValueError, match="run/final: no finished model"):
         push.main([f"{tmp_path}/run", "org/good"])
     assert not server.requests
+
+
+# ---------------------------------------------------------------- pairs before their weights
+
+
+def validate_on_hub(server, world, monkeypatch, tmp_path, **changes):
+    """The arguments of validate for two pairs of the hub that share their SFT model."""
+    table = dict(one=dict(sft="org/sft", dpo="org/dpo@v1", template="tulu"), two=dict(sft="org/sft", dpo="org/far", template="tulu"))
+    files = contents(world / "base")
+    server.commit("models/org/sft", files)
+    for name, factor in (("dpo", 1.05), ("far", 1.2)):
+        shutil.copytree(world / "base", tmp_path / name)
+        change_weights(tmp_path / name, lambda tensors, factor=factor: tensors["model.norm.weight"].mul_(factor))
+        server.commit(f"models/org/{name}", tmp_path / name, tag="v1")
+    monkeypatch.setattr(steer.runpy, "run_path", lambda path: dict(PAIRS=table, GROUPS={"both": ("one", "two")}))
+    return ["validate", "both", "--texts=texts.jsonl", "--prompts=prompts.csv", f"--out_dir={tmp_path}/out"]
+
+
+def test_check_reads_no_weights(server, world, monkeypatch, tmp_path, capsys):
+    """Names, commits, kinds, sizes, the plan with and without a card; then what a wrong name, a missing weight and a template say."""
+    argv = validate_on_hub(server, world, monkeypatch, tmp_path)
+    assert steer.main([*argv, "--check", "--gpu", "h100"]) == 0
+    out = capsys.readouterr().out
+    size, parameters = (world / "base/model.safetensors").stat().st_size, len(server.repositories)
+    assert parameters == 3 and not [name for name in server.downloads() if name.endswith(".safetensors")]
+    head, *lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["org/sft", "org/dpo@v1", "org/far"]
+    assert server.repositories["models/org/sft"].refs["main"][:10] in lines[0] and f"{size / 1e9:.2f}" in lines[0]
+    assert "one model at a time, the largest org/sft" in out and "h on one h100, $" in out and "2 pairs: no problem found" in out
+
+    server.commit("models/org/dpo", {n: c for n, c in contents(world / "base").items() if n != "model.safetensors"}, tag="v1")
+    del server.repositories["models/org/far"]
+    assert steer.main([*argv, "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "problem: model_path='org/dpo@v1': no .safetensors file" in out and "problem: model_path='org/far': 404" in out
+    table = dict(llama=dict(sft="org/sft", dpo="org/sft", template="llama3"))
+    monkeypatch.setattr(steer.runpy, "run_path", lambda path: dict(PAIRS=table, GROUPS={}))
+    assert steer.main([argv[0], "llama", *argv[2:], "--check"]) == 1
+    assert "problem: pair 'llama': template='llama3'" in capsys.readouterr().out
+
+
+def test_weights_of_a_finished_pair_are_deleted(server, world, monkeypatch, tmp_path, capsys):
+    """Not those that the next pair needs; of a pair that is there as a folder nothing."""
+    argv = validate_on_hub(server, world, monkeypatch, tmp_path)
+    cache = tmp_path / "cache/hub"
+    there = []
+
+    def read(pair, name):
+        for path in (pair.sft_path, pair.dpo_path):
+            steer.locate(path)
+        there.append({folder.name for folder in cache.glob("models--*") if list(folder.glob("snapshots/*/*.safetensors"))})
+
+    monkeypatch.setattr(steer, "read_swept_prompts", lambda *args, **options: None)
+    monkeypatch.setattr(steer, "extract", read)
+    monkeypatch.setattr(steer.Vector, "load", lambda folder: None)
+    for name in ("print_spectrum", "sweep", "_plot_axioms_of_pairs"):
+        monkeypatch.setattr(steer, name, lambda *args: None)
+    monkeypatch.setattr(steer.summary, "comparison", lambda *args: "")
+    monkeypatch.setattr(steer.page, "write", lambda *args: None)
+    assert steer.main([*argv, "--keep_weights=false"]) == 0
+    assert there == [{"models--org--sft", "models--org--dpo"}, {"models--org--sft", "models--org--far"}]
+    assert not list(cache.glob("models--*/snapshots/*/*.safetensors")) and "deleted the weights of org/sft" in capsys.readouterr().out
+    assert hub.forget(str(world / "base")) == 0 and (world / "base/model.safetensors").is_file()

@@ -83,9 +83,9 @@ def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
     first, head, *lines, last = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/: finished runs 0, sweeps 0.") and "55.00 is saturation" in last
     rungs = ["tiny", "smol", "olmo1b_10", "olmo1b_lora", "olmo1b", "pku_lora", "tulu10_lora", "tulu10", "tulu10_asrun", "tulu_full_lora"]
-    assert [line.split()[0] for line in lines[:11]] == [*rungs, "tulu_full"]
-    assert all(line.rstrip().endswith("not run") for line in lines[:11]) and len(lines) == 17
-    assert {line.index("published") for line in lines[11:]} == {head.index("verdict")}
+    assert [line.split()[0] for line in lines[:13]] == [*rungs, "tulu_full", "tiny_seeds", "tiny_swapped"]
+    assert all(line.rstrip().endswith("not run") for line in lines[:13]) and len(lines) == 19
+    assert {line.index("published") for line in lines[13:]} == {head.index("verdict")}
 
 
 def test_a_sweep_along_an_earlier_vector_is_named(tmp_path, capsys):

@@ -1,0 +1,169 @@
+"""The pairs of `steer.py validate` before the first weight is read.
+
+    python steer.py validate NAME ... --check [--gpu NAME] [--key=value ...]
+
+Every model's name is looked up, its config and tokenizer are read (KBs, from the hub where it is there), and
+what the hub says of the size of its weights; with a GPU, the hours and dollars of the whole.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+
+import families
+from data import end_of_turn, resolve_template
+from planner.budget import FORWARD, MATMUL, find_gpu
+from planner.plan import AXIOMS, CONTEXT_GIB, GIB, PROMPT_TOKENS, PROMPTS
+from plumbing import adapters, hub
+from plumbing.files import UserError, table
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import ADAPTER_CONFIG, check_vocabulary
+
+GB = 1e9
+TEXT_TOKENS = 250  # of a text of the vector: assumed, hh-rlhf's mean
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model whose weights are not here."""
+
+    path: str
+    commit: str  # the hub's; "" of a folder
+    config: object
+    tokenizer: Tokenizer
+    parameters: int
+    gb: float  # of its weights on disk
+    base: str | None  # of a LoRA adapter: the model that it adapts
+
+
+def look_up(path):
+    """The Model at a folder, hub name or LoRA adapter. UserError for what could not be loaded."""
+    folder, commit, sizes = _small_files(path)
+    weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
+    if not weights:
+        raise UserError(f"model_path={path!r}: no .safetensors file; pickles are never loaded")
+    base = None
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = str(adapters.base_of(folder))
+        known = look_up(base)
+        config, tokenizer, parameters = known.config, known.tokenizer, known.parameters
+    else:
+        config, tokenizer = families.model_config(folder), Tokenizer.from_dir(folder)
+        check_vocabulary(config, tokenizer)
+        parameters = sum(param.numel() for param in families.skeleton(config).parameters())
+    return Model(path, commit, config, tokenizer, parameters, sum(weights.values()) / GB, base)
+
+
+def _small_files(path):
+    """(folder that holds the configs, commit, {file of the top folder: bytes}) of a folder or hub name."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder, "", {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    if (name := hub.parse(path)) is None:
+        raise UserError(f"model_path={path!r}: no such folder, and not a hub name")
+    repository, revision = name
+    files = {"allow_patterns": ["*.json", "*.jinja"], "ignore_patterns": "*/*"}
+    try:
+        snapshot = Path(huggingface_hub.snapshot_download(repository, revision=revision, **files))
+        listed = huggingface_hub.HfApi().list_repo_tree(repository, revision=snapshot.name)
+        sizes = {entry.path: entry.size for entry in listed if hasattr(entry, "size")}
+    except hub.errors() as error:
+        raise UserError(f"model_path={path!r}: {str(error).splitlines()[0]}") from error
+    return snapshot, snapshot.name, sizes
+
+
+def problem_of(pair, sft, dpo):
+    """Why a pair (SteerConfig) of two Models cannot be validated, or None."""
+    shapes = [(model.config.num_hidden_layers, model.config.hidden_size) for model in (sft, dpo)]
+    if shapes[0] != shapes[1]:
+        return f"layers and hidden size {shapes[0]} and {shapes[1]}; expected the same"
+    try:
+        if pair.template is not None:
+            for model in (sft, dpo):
+                end_of_turn(resolve_template(pair.template, model.tokenizer), model.tokenizer)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check(pairs, gpu, nulls):
+    """Print every model and pair of {name: SteerConfig}, and the plan; returns 1 if one cannot be loaded.
+
+    gpu: name or None; nulls: random directions of each of two kinds that a sweep runs.
+    """
+    card = gpu and find_gpu(gpu)
+    models, problems, lines = {}, [], []
+    for path in dict.fromkeys(path for pair in pairs.values() for path in (pair.sft_path, pair.dpo_path)):
+        try:
+            model = models[path] = look_up(path)
+        except UserError as error:
+            problems.append(str(error))
+            lines.append([path, "", "", "", "", "see below"])
+            continue
+        kind = model.config.model_type + (f", LoRA on {model.base}" if model.base else "")
+        lines.append([path, model.commit[:10], kind, f"{model.parameters:,}", f"{model.gb:.2f}", "ok"])
+    print(table(["model", "commit", "kind", "parameters", "GB", ""], lines, left=(0, 1, 2, -1)))
+    whole = {}
+    for name, pair in pairs.items():
+        if pair.sft_path in models and pair.dpo_path in models:
+            sft, dpo = models[pair.sft_path], models[pair.dpo_path]
+            if problem := problem_of(pair, sft, dpo):
+                problems.append(f"pair {name!r}: {problem}")
+            whole[name] = pair, sft, dpo
+    if whole:
+        print("\n".join(_plan(whole, models, card, gpu, nulls)))
+    print("\n".join(f"problem: {problem}" for problem in problems) or f"{len(pairs)} pairs: no problem found")
+    return 1 if problems else 0
+
+
+def _plan(whole, models, card, gpu, nulls):
+    """Lines: disk, memory and, with a card, time and cost of {name: (SteerConfig, Model, Model)}."""
+    files = {model.base: look_up(model.base).gb for model in models.values() if model.base}
+    files |= {path: model.gb for path, model in models.items()}
+    pair_gb = {name: sft.gb + dpo.gb for name, (_, sft, dpo) in whole.items()}
+    largest = max(models.values(), key=lambda model: model.parameters)
+    states = [_state_bytes(pair, sft.config) for pair, sft, _ in whole.values()]
+    lines = [
+        f"disk     {sum(files.values()):.1f} GB of weights, or {max(pair_gb.values()):.1f} at a time with "
+        f"--keep_weights=false; {sum(states) / GB:.2f} GB of states",
+        f"memory   {2 * largest.parameters / GIB + CONTEXT_GIB:.1f} GiB of GPU and activations, in bf16: "
+        f"one model at a time, the largest {largest.path}",
+    ]
+    if card is None:
+        return [*lines, "time     --gpu NAME says hours and dollars"]
+    hours = {}
+    for name, (pair, sft, _) in whole.items():
+        hours[name] = _flops(pair, sft, nulls) / (card.tflops * 1e12 * MATMUL * FORWARD) / 3600
+        lines.append(f"         {hours[name]:7.3f} h  {name}")
+        if 2 * sft.parameters / GIB + CONTEXT_GIB > card.gib:
+            lines[-1] += f"; does not fit on one {gpu}"
+    total = sum(hours.values())
+    low, high = [total * price for price in card.usd_per_hour]
+    return [
+        *lines,
+        f"time     {total:.2f} h on one {gpu}, ${low:.2f}-{high:.2f} (prices assumed); not counted: "
+        "downloads, loading, answers",
+    ]
+
+
+def _texts(pair):
+    """Texts of each side that extract reads, those held out included."""
+    from analysis.vector import MODES  # here: it imports datasets
+
+    count = pair.count or MODES[pair.mode]
+    return count + max(1, count // 4)
+
+
+def _state_bytes(pair, config):
+    """Of both sides' differences, pooled in two ways, in float32."""
+    return 2 * 2 * 4 * _texts(pair) * config.num_hidden_layers * config.hidden_size
+
+
+def _flops(pair, model, nulls):
+    """Matmuls of extract (two models, two sides) and sweep (every lambda, two of every null direction)."""
+    extracted = 2 * 2 * _texts(pair) * min(TEXT_TOKENS, pair.max_text_tokens)
+    share = min(1, pair.layers / model.config.num_hidden_layers)  # of the blocks that run again
+    runs = 1 + share * (len(pair.lambdas) + 2 * 2 * nulls)
+    swept = 2 * AXIOMS * PROMPTS[pair.mode] * PROMPT_TOKENS * runs
+    return 2 * model.parameters * (extracted + swept)
