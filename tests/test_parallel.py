@@ -22,7 +22,15 @@ from plumbing.weights import resolve
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("check", CHECKS + EXCHANGE_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+LONG = ("check_gradients_and_clipping", "check_steps_are_those_of_one_process", "check_bf16_steps", "check_recompute")
+
+
+def one_process(check):
+    marks = [pytest.mark.slow] if check.__name__ in LONG else []
+    return pytest.param(check, id=check.__name__.removeprefix("check_"), marks=marks)
+
+
+@pytest.mark.parametrize("check", [one_process(check) for check in CHECKS + EXCHANGE_CHECKS])
 def test_one_process(check, ranks):
     assert ranks.size == 1 and ranks.main
     check(ranks)

@@ -133,12 +133,24 @@ KEYS = {}  # {key: the types that it has in some stage}
 for section in SECTIONS:
     for field in dataclasses.fields(config.section(section)):
         KEYS.setdefault(field.name, []).append(field.type)
-NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
-CONSTANTS = {node.value for node in NODES if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 ENDINGS = {"py", "csv", "diff", "html", "json", "jsonl", "md", "txt", "parquet", "safetensors"}  # of files
-FLAGS = {name for name in CONSTANTS if name.startswith("--")} | {f"--{key}" for key in KEYS} | {"--key", "--nproc-per-node"}
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"(python|torchrun|make|ls|rm|pip|hf|lm_eval) ")
+
+
+@functools.cache  # not at the top: both workers import this file, and so does test_commands.py
+def constants():
+    """All strings in the code."""
+    found = set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def flags():
+    return {name for name in constants() if name.startswith("--")} | {f"--{key}" for key in KEYS} | {"--key", "--nproc-per-node"}
 
 
 @per_file(sorted([*PAGES, *ROOT.glob("bench/**/*.md")]))
@@ -211,7 +223,7 @@ def test_names_in_documents_exist(path):
             choices = {choice for kind in kinds for choice in (get_args(kind) if get_origin(kind) is Literal else [value])}
             assert value in choices, f"{span}: no such key, or no value of it"
         if span.startswith("--"):
-            assert set(re.findall(r"--[\w-]+", span)) <= FLAGS, f"{span}: no such flag"
+            assert set(re.findall(r"--[\w-]+", span)) <= flags(), f"{span}: no such flag"
 
 
 class Parsed(Exception):
@@ -275,7 +287,7 @@ def test_messages_of_troubleshooting_are_the_codes():
     table = (ROOT / "docs/troubleshooting.md").read_text().split("## While training")[0]
     messages = re.findall(r"^\| `([^`]+)` \|", table, re.M)
     assert len(messages) > 20
-    assert not [message for message in messages if not any(message in text for text in CONSTANTS)]
+    assert not [message for message in messages if not any(message in text for text in constants())]
 
 
 def test_table_of_recipes_is_the_configs():

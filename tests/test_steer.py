@@ -188,6 +188,7 @@ def test_published_ids_are_those_of_the_tokenizers_file(lab):
         assert vectors.published_document(text, Tokenizer(files, "x"), 3)[0].tolist() == expected[:3]
 
 
+@pytest.mark.slow
 def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
     raw, hf = steer.Vector.load(lab / "steer"), extract(lab, "steer_hf", "--compat=hf")
     docs = {}
@@ -520,7 +521,7 @@ def test_sizes_are_whole_numbers(option, expected):
 
 @pytest.fixture(scope="module")
 def swept(lab):
-    return sweep(lab, "swept", plots=True)
+    return sweep(lab, "swept")
 
 
 @pytest.mark.slow
@@ -531,7 +532,8 @@ def test_a_sweep_writes_its_report_and_plots(lab, swept):
     assert len(rows) == len(swept["rows"]) == 5 * 3  # lambdas, two axioms and overall
     assert {row["nulls"] for row in rows} == {"19"} and swept["warnings"]
     pytest.importorskip("matplotlib")
-    assert {path.name for path in (lab / "swept").glob("*.png")} == {"curve.png", "axioms.png", "clusters_0.png", "clusters_1.png"}
+    sweep(lab, "plotted", "--lambdas=0,1", plots=True)
+    assert {path.name for path in (lab / "plotted").glob("*.png")} == {"curve.png", "axioms.png", "clusters_0.png", "clusters_1.png"}
 
 
 @pytest.mark.slow
@@ -776,6 +778,7 @@ def test_what_the_vector_does_not_show_is_another_sweep(lab, capsys):
     assert "made from other prompts: done again" in run()[2] and "finished" in run()[2]
 
 
+@pytest.mark.slow
 def test_lambdas_without_zero(lab, swept):
     """The shift is still measured from the unsteered model, and the profile still begins there."""
     report = sweep(lab, "no_zero", "--lambdas=0.5,1")
@@ -786,6 +789,7 @@ def test_lambdas_without_zero(lab, swept):
     assert {row["lambda"] for row in report["profile"]} == {0, 1}
 
 
+@pytest.mark.slow
 def test_the_profile_is_written_once_where_the_last_lambda_is_zero(lab):
     sweep(lab, "to_zero", "--lambdas=-1,0")
     lines = (lab / "to_zero/tables.txt").read_text().splitlines()
@@ -813,6 +817,7 @@ def test_spaces_that_cannot_be_are_refused_before_a_model_is_read(lab, monkeypat
         sweep(lab, "none", *options)
 
 
+@pytest.mark.slow
 def test_one_axiom(lab):
     write_prompts(lab / "one.csv", axioms=("calm",))
     report = sweep(lab, "one", f"--prompts={lab}/one.csv", "--lambdas=0,1")
@@ -864,6 +869,7 @@ def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
         vectors.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
 
 
+@pytest.mark.slow
 def test_per_run_warns_about_its_scales(lab):
     report = sweep(lab, "per_run", "--normalize=per_run", "--lambdas=0,1")
     out = (lab / "per_run/tables.txt").read_text()
@@ -994,6 +1000,7 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
     assert (tmp_path / "v/axioms.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_config_is_its_own_pair(lab, capsys, monkeypatch):
     """What its DPO run starts from and what it ends with, its own template, texts and prompts; a key on the command line wins."""
     shutil.copytree(lab / "dpo", lab / "own/dpo/final")

@@ -15,7 +15,6 @@ import ast
 import sys
 from types import SimpleNamespace
 
-import datasets
 import torch
 
 from data import mixture_rows
@@ -115,6 +114,8 @@ def picked_rows(checkout, _stage, n=1009):
 
     Their code is given a data set of these rows in place of a download.
     """
+    import datasets  # takes a second, which not every comparison needs
+
     rows = datasets.Dataset.from_dict({"row": list(range(n))})
     rule, pick = _their_rule(checkout, rows)
     for amount in ("0.1", "0.5", "1.0", "2.3", "100", "1500"):
