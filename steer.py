@@ -916,10 +916,13 @@ def parse(argv):
     --help prints and exits. UserError: every problem of a config's sections and of the keys, one per line. No
     model is read.
     """
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flags.add_argument("--check", action="store_true")
     flags.add_argument("--gpu")
-    asked, argv = flags.parse_known_args(argv)
+    try:
+        asked, argv = flags.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
     words = [arg for arg in argv if not arg.startswith("-")]
     name, targets = words[0] if words else None, words[1:]
     if "--help" in argv or "-h" in argv:
