@@ -3,7 +3,7 @@
 The published way is transformers, one full forward per lambda.
 
     python bench/world.py runs/bench --tokenizer FOLDER
-    python bench/sweep.py runs/bench/base [--prompts 7000] [--out FILE.jsonl]
+    python bench/sweep.py runs/bench/base [--prompts 7000] [--nulls 99] [--out FILE.jsonl]
 
 Both sides embed the same random-word prompts (mean 60 tokens) at the same five lambdas with the same
 additions at the last five layers: mean over tokens of the final hidden state, bf16. Ours adds the bootstrap
@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis.curves import bootstrap
+from analysis.nulls import isotropic_directions, null_curves
 from analysis.steering import additions, pool, steered_runs
 from analysis.vector import plain_document
 from analysis.verdict import judge
@@ -32,14 +33,42 @@ from model import apply_fused
 
 LAMBDAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 AXIOMS, BATCH = 7, 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of --nulls: the sweep itself needs CUDA
 
 
 def timed(work):
-    torch.cuda.synchronize()
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
     result = work()
-    torch.cuda.synchronize()
+    synchronize()
     return result, time.perf_counter() - start
+
+
+def nulls(model, documents, add, label, axiom, args):
+    """Time args.nulls random directions at lambda 1, beside as many forward passes over all prompts.
+
+    One such pass is measured: the rest of them tell nothing more.
+    """
+    directions = isotropic_directions(add, args.nulls)
+    axioms = [f"axiom {i}" for i in range(AXIOMS)]
+    clocks = Clocks()
+    if DEVICE == "cuda":
+        clocks.start()
+    curves, seconds = timed(
+        lambda: null_curves(model, documents, directions, [0.0, 1.0], axiom, label, axioms, DEVICE)
+    )
+    clocks.stop()
+    assert torch.isfinite(curves).all()
+    _, one_pass = timed(lambda: [run.index for run in steered_runs(model, documents, add, [0.0], DEVICE)])
+    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    peer = (f"{args.nulls} forward passes, one measured", args.nulls * one_pass)
+    print(f"{args.nulls} nulls of {args.prompts:,} prompts: {seconds:.1f} s; {peer[0]}: {peer[1]:.1f} s")
+    append(
+        f"aqi_nulls_{args.nulls}", seconds, "s", (*peer, peer[1] / seconds), hardware, 1, torch.__version__,
+        f"bench/sweep.py {args.folder} --prompts {args.prompts} --nulls {args.nulls}", clocks.median(),
+        path=args.out,
+    )  # fmt: skip
 
 
 def ours(model, documents, add, label, axiom):
@@ -105,21 +134,24 @@ def main():
     )
     parser.add_argument("folder", help="model, as bench/world.py makes one")
     parser.add_argument("--prompts", type=int, default=7000, help="number of them (default: %(default)s)")
+    parser.add_argument("--nulls", type=int, help="time so many null directions instead of the sweep")
     parser.add_argument("--out", type=Path, help="another jsonl file than bench/results.jsonl")
     args = parser.parse_args()
 
-    model, tokenizer = load_pretrained(args.folder, torch.bfloat16, "cuda")
+    model, tokenizer = load_pretrained(args.folder, torch.bfloat16, DEVICE)
     apply_fused(model)
     rng = np.random.default_rng(0)
     lengths = tulu_like_lengths(rng, args.prompts, mean=60, sigma=0.6, longest=400)
     documents = [plain_document(words(rng, n), tokenizer, 512) for n in lengths]
     layers, D = model.config.num_hidden_layers, model.config.hidden_size
     v = torch.randn(layers, D, generator=torch.Generator().manual_seed(0)) * 0.01
-    add = additions("cumulative", v, list(range(layers - 5, layers)))
+    add = additions("cumulative", v, list(range(max(0, layers - 5), layers)))
     label = torch.arange(args.prompts) % 2
     axiom = torch.arange(args.prompts) // 2 % AXIOMS
 
-    list(steered_runs(model, documents[:256], add, LAMBDAS, "cuda"))  # warm-up
+    list(steered_runs(model, documents[:256], add, LAMBDAS, DEVICE))  # warm-up
+    if args.nulls:
+        return nulls(model, documents, add, label, axiom, args)
     with Clocks() as our_clocks:
         mine, embed_s, verdict_s = ours(model, documents, add, label, axiom)
     tokens, peak = sum(len(ids) for ids, _ in documents), torch.cuda.max_memory_allocated() / 2**30

@@ -12,7 +12,7 @@ seconds=${SECONDS_EACH:-25}
 nvidia-smi topo -m 2> /dev/null | head -4
 [ -f runs/bench/base/config.json ] || python3 bench/world.py runs/bench --no-weights ${PRESET:+--preset $PRESET} > "$out/world.log" 2>&1 &
 world=$!
-case "$*$EXACT" in *_1b*) python3 bench/world.py runs/bench/1b --no-weights --preset llama-3.2-1b > "$out/world_1b.log" 2>&1 ;; esac
+case "$*$EXACT" in *_1b*) python3 bench/world.py runs/bench/1b --no-weights --preset "${PRESET:-llama-3.2-1b}" > "$out/world_1b.log" 2>&1 ;; esac
 if [ -n "$checks" ]; then
   timeout 240 python3 tests/gpu_checks.py $checks > "$out/checks.log" 2>&1
   grep " ok \|FAILED" "$out/checks.log" | cut -c1-1500
