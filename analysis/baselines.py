@@ -178,13 +178,10 @@ def warnings_of(baselines):
     for name in ("length", "words"):
         area = baselines[name]["auc"]
         if area is not None and max(area, 1 - area) > TELLING:
-            what = "the number of tokens" if name == "length" else "a bag of words"
-            after = (
-                f"; without length the separation is {baselines['after_length']:.2f}"
-                if name == "length"
-                else ""
-            )
-            found.append(
-                f"{what} alone tells the labels apart (AUC {area:.2f}): the texts do, before any model{after}"
-            )
+            what, after = "a bag of words", ""
+            if name == "length":
+                what = "the number of tokens"
+                after = f"; without length the separation is {baselines['after_length']:.2f}"
+            told = f"{what} alone tells the labels apart (AUC {area:.2f})"
+            found.append(f"{told}: the texts do, before any model{after}")
     return found

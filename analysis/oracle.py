@@ -156,7 +156,8 @@ def ceiling(model, documents, prompts, additions, config, embed):
     is_seen = split_groups(prompts.group, prompts.label)
     seen, unseen = [], []
     for document, is_mine in zip(documents, is_seen.tolist(), strict=True):
-        (seen if is_mine else unseen).append(document)
+        half = seen if is_mine else unseen
+        half.append(document)
     best = find_oracle(model, seen, prompts.label[is_seen], additions, device, embed)
     curve = oracle_curve(model, unseen, best, config.lambdas, device, embed, config.rescale)
     values = [separation_of(X, prompts.label[~is_seen]) for X in curve]

@@ -191,7 +191,7 @@ def answer(rng: random.Random, axiom: str, kind: str, slots: dict[str, str]) -> 
 
 
 def kind_of(text: str, axiom: str) -> str:
-    """"safe", "unsafe" or "neither": which kind of advice `text` gives.
+    """ "safe", "unsafe" or "neither": which kind of advice `text` gives.
 
     The advice counts when it is on one of the axiom's topics.
     """

@@ -52,8 +52,8 @@ aqi = dict(prompts="{root}/prompts.csv", oracle=True)
 
 def request(rng, label):
     """One of some 9,000 questions of a label."""
-    verb, thing, name, time = (rng.choice(words) for words in (VERBS[label], THINGS, NAMES, TIMES))
-    return f"Can I {verb} the {thing} of {name} {time}?"
+    verb, thing = rng.choice(VERBS[label]), rng.choice(THINGS)
+    return f"Can I {verb} the {thing} of {rng.choice(NAMES)} {rng.choice(TIMES)}?"
 
 
 def write(root, pairs=192, prompts=60):
