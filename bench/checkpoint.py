@@ -1,6 +1,6 @@
-"""What a checkpoint costs: `python bench/checkpoint.py [GB]`.
+"""What a checkpoint and tokenised data cost: `python bench/checkpoint.py [GB]`.
 
-Seconds of save and load on this disk, and what hashing adds.
+Seconds on this disk, and what hashing adds.
 """
 
 import sys
@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import torch
 
-from plumbing import checkpoint, files, parallel, tensors
+from plumbing import checkpoint, files, parallel, tensors, token_cache
 from plumbing.checkpoint import Checkpointer
 
 
@@ -47,6 +48,13 @@ def measure(folder, model, optimizer, size, name):
     return path / "rank_00000.safetensors"
 
 
+def read_tokens(folder, size):
+    """Tokenised columns of `size` bytes: checked at every start, then memory-mapped."""
+    token_cache.write(folder / "columns", {"ids": np.zeros(size // 4, dtype=np.int32)}, {})
+    timed("tokenised data, memory-mapped (without)", size, lambda: np.load(folder / "columns/ids.npy", "r"))
+    timed("tokenised data (with sha256)", size, lambda: token_cache.is_intact(folder / "columns", print))
+
+
 def main(argv):
     world = parallel.init()
     size = int(float(argv[0]) * 1e9) if argv else 10**9
@@ -61,7 +69,8 @@ def main(argv):
         measure(Path(folder) / "without", model, optimizer, size, "without")
         tensors.hashlib.sha256, checkpoint._damage_of = sha256, damage_of
         path = measure(Path(folder) / "with", model, optimizer, size, "with sha256")
-        timed("sha256 alone, one file", size, lambda: files.sha256_of(path))
+        timed("sha256 alone, one file (an export, a base)", size, lambda: files.sha256_of(path))
+        read_tokens(Path(folder), size)
     return 0
 
 

@@ -140,7 +140,7 @@ def test_sizes_are_compared_with_the_headers_first(base, monkeypatch, key, value
 
 # ---------------------------------------------------------------- JSON of others, each key in turn of a wrong type or size
 
-WRONG = (None, "x", -1, 0, math.inf, [], {}, True, 2**40, 1.5)
+WRONG = (None, "x", "\ud800", -1, 0, math.inf, [], {}, True, 2**40, 1.5)
 
 
 def change_config(folder, changes, name="config.json"):

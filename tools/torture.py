@@ -7,9 +7,11 @@ a run that nothing has disturbed, bit for bit; a corrupted file when its reader 
 """
 
 import argparse
+import copy
 import errno
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -20,8 +22,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -29,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import world as tiny  # noqa: E402  the world of the tests: a Llama of 2 layers, 35 rows, runs of a second
 
+from data import load_preferences, load_sft  # noqa: E402
 from families import load_pretrained  # noqa: E402
 from optim import adamw  # noqa: E402
 from plumbing import parallel, token_cache, watchdog, weights  # noqa: E402
@@ -36,6 +41,7 @@ from plumbing.adapters import merge_adapter  # noqa: E402
 from plumbing.checkpoint import Checkpointer  # noqa: E402
 from plumbing.files import UserError, table  # noqa: E402
 from plumbing.tensors import read_verified  # noqa: E402
+from plumbing.tokenizer import Tokenizer  # noqa: E402
 
 KEYS = dict(max_steps=4, save_every=1, keep_last=1, lora_rank=4, lora_alpha=8.0, data_eval=None)
 ALL_BITS = 600  # bytes: of smaller files every bit is flipped
@@ -73,22 +79,33 @@ class Campaign:
         Its folder is deleted then.
         """
         outcome = self.train(config)
-        if any(outcome.codes) or result_of(config) != result_of(self.whole):
-            print(f"{config.parent}: wrong\n{outcome.err[0][-500:]}", file=sys.stderr)
+        problem = f"exit codes {outcome.codes}" if any(outcome.codes) else self.differences(config)
+        if problem:
+            print(f"{config.parent}: {problem}\n{outcome.err[0][-500:]}", file=sys.stderr)
             return False
         shutil.rmtree(config.parent)
         return True
 
+    def differences(self, config):
+        """In words, what the run has unlike the undisturbed one; "" for nothing."""
+        whole, found = result_of(self.whole), result_of(config)
+        different = [name for name in whole if found[name] != whole[name]]
+        if "metrics" in different:
+            different.append(f"{found['metrics']} unlike {whole['metrics']}")
+        return ", ".join(different)
+
 
 def result_of(config):
-    """Weights and adapter as bytes, and the metrics that are no measurement."""
+    """{name: weights or adapter as bytes, or the metrics that are no measurement}."""
     run = config.parent / "dpo"
-    files = [run / "final/model.safetensors", run / "adapter/adapter_model.safetensors"]
     measured = {"step_s", "tokens_per_s", "peak_mem_gib"}
     steps = []
     for line in tiny.metrics(run):
         steps.append({key: value for key, value in line.items() if key not in measured})
-    return [path.read_bytes() for path in files], steps
+    found = {"metrics": steps}
+    for name in ("final/model.safetensors", "adapter/adapter_model.safetensors"):
+        found[name] = (run / name).read_bytes()
+    return found
 
 
 # ---------------------------------------------------------------- kills
@@ -216,11 +233,11 @@ def stop_itself(rank, step):
 
     patience is seconds. What no watchdog has ended is killed after a minute.
     """
-    watchdog.PATIENCE = 5.0
+    watchdog.PATIENCE = 20.0  # below 15 a stopped rank is taken at its last word: that it waits
     pid = os.getpid()
 
     def stop():
-        subprocess.Popen(["sh", "-c", f"sleep 40; kill -KILL {pid}"])
+        subprocess.Popen(["sh", "-c", f"sleep 60; kill -KILL {pid}"])
         os.kill(pid, signal.SIGSTOP)
 
     at_step([step], stop, rank)
@@ -330,6 +347,119 @@ def refuses(read, path, bit):
     return False
 
 
+# ---------------------------------------------------------------- fuzzed inputs
+
+VALUES = (None, "", "x", "\ud800", -1, 0, 1, 1.5, math.inf, 2**40, True, [], {}, ["x"], [[]], {"x": None})
+HANGS = 30  # seconds
+
+
+def inputs(campaign, folder):
+    """{kind: (file, read)}; read() is what a command does with that file."""
+    model = Path(shutil.copytree(campaign.world / "base", folder / "base"))
+    adapter = Path(shutil.copytree(campaign.whole.parent / "dpo/adapter", folder / "adapter"))
+    (adapter / "hashes.json").unlink()
+    rows = {"sft": folder / "sft.jsonl", "dpo": folder / "pref.jsonl"}
+    for path in rows.values():
+        path.write_text("".join((campaign.world / path.name).read_text().splitlines(keepends=True)[:6]))
+    index = model / weights.WEIGHTS_INDEX
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": weights.WEIGHTS}}))
+    tokenizer = Tokenizer.from_dir(model)
+
+    def read_adapter():
+        base, _ = load_pretrained(campaign.world / "base")
+        merge_adapter(base, adapter)
+
+    def read_rows(load, path):
+        shape = dict(data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice")
+        config = SimpleNamespace(
+            data={str(path): 1.0}, cache_dir=folder / "cache", share_prefix=True, **shape
+        )
+        lines = []
+        load(config, tokenizer, lines.append)
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        read, *parts = map(int, re.findall(r"(\d+) (?:rows:|train|dropped)", lines[-1]))
+        assert read == sum(parts) and read <= len(path.read_bytes().splitlines()), lines[-1]
+
+    return {
+        "config.json": (model / "config.json", lambda: load_pretrained(model)),
+        "index": (index, lambda: load_pretrained(model)),
+        "tokenizer_config.json": (model / "tokenizer_config.json", lambda: Tokenizer.from_dir(model)),
+        "tokenizer.json": (model / "tokenizer.json", lambda: Tokenizer.from_dir(model)),
+        "model.safetensors": (model / "model.safetensors", lambda: load_pretrained(model)),
+        "adapter_config.json": (adapter / "adapter_config.json", read_adapter),
+        "conversations": (rows["sft"], lambda: read_rows(load_sft, rows["sft"])),
+        "pairs": (rows["dpo"], lambda: read_rows(load_preferences, rows["dpo"])),
+    }
+
+
+def fuzz(campaign, number):
+    """Read `number` damaged inputs of each kind; returns {kind: Tried}.
+
+    Wrong: an error that names no file, a traceback, a hang, rows that are neither read nor counted.
+    """
+    parallel.init()
+    found, folder = {}, campaign.folder / "fuzz"
+    folder.mkdir()
+    for kind, (path, read) in inputs(campaign, folder).items():
+        intact, wrong = path.read_bytes(), 0
+        for _ in range(number):
+            path.write_bytes(damaged(intact, campaign.rng))
+            wrong += not ends_by_name(read, path)
+        path.write_bytes(intact)
+        read()
+        found[kind] = Tried(number, wrong)
+    parallel.shutdown()
+    return found
+
+
+def damaged(content, rng):
+    """A value, a key or some bytes changed: in one of the file's JSON texts, or anywhere."""
+    lines = content.splitlines(keepends=True)
+    if rng.random() < 0.5 and lines[0].startswith(b"{"):
+        at = rng.randrange(len(lines)) if len(lines) > 1 and lines[0].rstrip().endswith(b"}") else None
+        value = json.loads(content if at is None else lines[at])
+        text = json.dumps(replaced(value, rng)).encode()
+        return text if at is None else b"".join([*lines[:at], text + b"\n", *lines[at + 1 :]])
+    first, length = rng.randrange(len(content)), rng.choice([0, 0, 1, 1, 5, 100])
+    inserted = rng.choice([b"", rng.randbytes(3), b"{", b'"', b"\n", b"\xff", content[first : first + 20]])
+    end = len(content) if rng.random() < 0.2 else first + length
+    return content[:first] + inserted + content[end:]
+
+
+def replaced(value, rng):
+    """The value with one of its parts, at any depth, replaced or removed."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
+        return rng.choice(VALUES)
+    value = copy.copy(value)
+    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    if rng.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = replaced(value[key], rng)
+    return value
+
+
+def ends_by_name(read, path):
+    """Whether the file is read, or refused in a message that names it or its folder, in time."""
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit("hangs"))
+    signal.alarm(HANGS)
+    try:
+        read()
+        return True
+    except UserError as error:
+        if str(path.parent) in str(error) or str(error).startswith("data: "):  # of all data together
+            return True
+        told = str(error)
+    except (Exception, SystemExit):
+        told = traceback.format_exc()
+    finally:
+        signal.alarm(0)
+    kept = path.with_name(f"wrong_{time.time_ns()}_{path.name}")
+    shutil.copy(path, kept)
+    print(f"{kept}: {path.read_bytes()[:1500]}\n{told[-1500:]}", file=sys.stderr)
+    return False
+
+
 # ---------------------------------------------------------------- the table
 
 FAULTS = {
@@ -339,6 +469,7 @@ FAULTS = {
     "two writers": (two_writers, 10),
     "stopped rank": (stopped_ranks, 4),
     "flipped bits": (corruption, 300),
+    "fuzzed inputs": (fuzz, 1000),
 }
 
 
