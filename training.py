@@ -286,8 +286,8 @@ def read_model_config(config, directory, tokenizer, device):
         check_capability(config, torch.cuda.get_device_capability(device))
     # Everything below reads headers only, a few KB, however large the model.
     model_config = LlamaConfig.from_hf(directory)
-    check_vocabulary(model_config, tokenizer)
     check_sizes(model_config, Path(directory))
+    check_vocabulary(model_config, tokenizer)
     for key in ("sliding_window", "max_position_embeddings"):
         limit = getattr(model_config, key)
         if limit and config.max_seq_len > limit:

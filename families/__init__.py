@@ -37,8 +37,8 @@ def load_pretrained(path_or_repo, dtype=torch.float32, device="cpu"):
     """
     directory = resolve(path_or_repo)
     config, tokenizer = model_config(directory), Tokenizer.from_dir(directory)
-    check_vocabulary(config, tokenizer)
     check_sizes(config, directory)
+    check_vocabulary(config, tokenizer)
     model = skeleton(config).to(dtype)
     parallel.materialize(model, device)
     load_weights(model, directory)

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import runpy
 import traceback
 from dataclasses import MISSING, dataclass
@@ -534,6 +535,8 @@ def _check_keys(fields, given):
             value = INVALID
         elif type(value) is int and float in _scalars(fields[name].type):
             value = float(value)  # 5 and 5.0 are one config, so they have one hash
+        elif isinstance(value, str) and fields[name].metadata["unit"].startswith("path"):
+            value = os.path.expanduser(value)  # no shell expands --out_dir=~/runs: it would be ./~/runs
         values[name] = value
     return values, problems
 

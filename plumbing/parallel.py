@@ -167,8 +167,10 @@ def gather_texts(text, group=None):
 
 # ---------------------------------------------------------------- how a command ends
 
-# OSErrors whose cause is outside the program: no permission, read-only, full, over quota
+# OSErrors whose cause is outside the program: no permission, read-only, full, over quota, a file where a
+# folder is expected or the reverse
 DISK_REFUSES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+DISK_REFUSES |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 class OtherRankFailed(RuntimeError):

