@@ -159,7 +159,7 @@ def main():
     for name in args.names:
         try:
             run(name, args.seconds, args.tag, keys_of_all, ranks)
-        except Exception:  # the others are still worth having
+        except (Exception, SystemExit):  # the others are still worth having
             traceback.print_exc()
         gc.collect()
         if ranks.device.type == "cuda":
