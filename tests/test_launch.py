@@ -14,7 +14,7 @@ SBATCH = {"job-name": r"\w+", "nodes": r"\d+(-\d+)?", "ntasks-per-node": r"\d+",
           "time": r"(\d+-)?\d+:\d\d:\d\d", "signal": r"(R?B?:)?[A-Z]+@\d+", "requeue": None, "open-mode": "append|truncate",
           "output": r"[\w%./-]+"}  # fmt: skip
 # sky/utils/schemas.py of SkyPilot 0.14.1, get_task_schema and get_resources_schema: the keys that the task uses, and their types.
-# The package brings eighty others, so it is not installed with the tests; its own check accepted the file.
+# The package brings eighty others, so it is not installed with the tests; its own validator has not seen the file.
 TASK = {"name": str, "num_nodes": int, "workdir": str, "resources": dict, "volumes": dict, "envs": dict, "secrets": dict, "setup": str, "run": str}
 RESOURCES = {"accelerators": str, "use_spot": bool, "disk_size": int}
 
