@@ -360,7 +360,8 @@ def test_two_runs_in_one_folder(world, tmp_path):
     """The second one ends at once, --fresh too, and the first goes on undisturbed."""
     config = write_config(tmp_path, world, max_steps=3)
     first = []
-    thread = threading.Thread(target=lambda: first.append(launch("sft", config, prepare=slow_down)))
+    release = tmp_path / "release"
+    thread = threading.Thread(target=lambda: first.append(launch("sft", config, prepare=partial(wait_for, release))))
     thread.start()
     while thread.is_alive() and not (tmp_path / "sft/manifest.json").exists():
         time.sleep(0.1)
@@ -370,17 +371,21 @@ def test_two_runs_in_one_folder(world, tmp_path):
     for flag in ("--lr=0.5", "--fresh"):
         second = launch("sft", other / "config.py", flag)
         assert second.codes == [1] and re.search(r"error: .*/sft: in use by process \d+ on ", second.err[0])
+    assert thread.is_alive()
+    release.touch()
     thread.join()
     first[0].ok()
     assert [line["step"] for line in metrics(tmp_path / "sft")] == [1, 2, 3]
 
 
-def slow_down():
+def wait_for(release):
+    """Every step waits until the file is there."""
     original = logbook.Logbook.step
 
     def hooked(self, done, *args):
         original(self, done, *args)
-        time.sleep(5)
+        while not release.exists():
+            time.sleep(0.05)
 
     logbook.Logbook.step = hooked
 
