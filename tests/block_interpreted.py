@@ -1,4 +1,6 @@
-"""triton_block.py against reference.py, for test_fused.py, which runs it under TRITON_INTERPRET=1: prints {what: relative error}."""
+"""triton_block.py against reference.py, for test_fused.py, which runs it under TRITON_INTERPRET=1: prints
+{what: relative error}.
+"""
 
 import json
 import sys
@@ -32,10 +34,16 @@ for dtype in (torch.float32, torch.bfloat16):
     weight = randn(40, seed=3, dtype=dtype)
     compare(f"rms_norm {label}", triton_block.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     backward = (dy, x, weight, 1e-5, d_residual)
-    compare(f"rms_norm_backward {label}", triton_block.rms_norm_backward(*backward), reference.rms_norm_backward(*backward))
+    compare(
+        f"rms_norm_backward {label}",
+        triton_block.rms_norm_backward(*backward),
+        reference.rms_norm_backward(*backward),
+    )
     q, angles = randn(5, 3, 12, dtype=dtype), randn(5, 1, 6, seed=1)
     compare(
-        f"rotate {label}", triton_block.rotate(q, angles.cos(), angles.sin(), 1), reference.rotate(q, angles.cos(), angles.sin())
+        f"rotate {label}",
+        triton_block.rotate(q, angles.cos(), angles.sin(), 1),
+        reference.rotate(q, angles.cos(), angles.sin()),
     )
     compare(
         f"rotate back {label}",
@@ -44,7 +52,11 @@ for dtype in (torch.float32, torch.bfloat16):
     )
     gate, up, dout = (randn(3, 1000, seed=s, dtype=dtype) for s in range(3))
     compare(f"swiglu {label}", triton_block.swiglu(gate, up), reference.swiglu(gate, up))
-    compare(f"swiglu_backward {label}", triton_block.swiglu_backward(dout, gate, up), reference.swiglu_backward(dout, gate, up))
+    compare(
+        f"swiglu_backward {label}",
+        triton_block.swiglu_backward(dout, gate, up),
+        reference.swiglu_backward(dout, gate, up),
+    )
     logits, targets = 5 * randn(4, 9000), torch.tensor([0, 8999, 17, 4096])
     if dtype == torch.float32:
         compare("pick_logps", triton_block.pick_logps(logits, targets), reference.pick_logps(logits, targets))
@@ -57,16 +69,24 @@ for dtype in (torch.float32, torch.bfloat16):
         adamw(*split, m, v, randn(3000, seed=9, dtype=dtype), 0.5, 1e-3, 0.1, 0.9, 0.999, 1e-8, 7, 12345)
         states.append((kernels.join_master(*split), m, v))
     compare(f"adamw {label}", *states)
-# numbers that e4m3 holds: the interpreter's cast rounds ties away from zero and loses carries, which GPUs do not (tests/gpu_checks.py)
+# numbers that e4m3 holds: the interpreter's cast rounds ties away from zero and loses carries, which GPUs do
+# not (tests/gpu_checks.py)
 for M, N in ((5, 48), (130, 80), (257, 64)):  # one tile; over one in rows; in columns
     signs, exponents = torch.randint(2, (M, N)) * 2 - 1, torch.randint(4, (M, N))
     x = (signs * torch.randint(8, 16, (M, N)) * 2.0**exponents).bfloat16()
     x[3], x[4, 7] = 0, 120
     rows, columns = (2.0 ** torch.randint(-2, 2, (n,)) for n in (M, N))
     plain, scaled = reference.quantize(x), reference.quantize(x, columns)
-    both = zip(triton_block.quantize_gradient(x, columns, rows), reference.quantize_gradient(x, columns, rows), strict=True)
+    both = zip(
+        triton_block.quantize_gradient(x, columns, rows),
+        reference.quantize_gradient(x, columns, rows),
+        strict=True,
+    )
     pairs = ((triton_block.quantize(x, None), plain), (triton_block.quantize(x, columns), scaled), *both)
-    transposed = triton_block.quantize_transposed(x, plain.scale), reference.quantize_transposed(x, plain.scale)
+    transposed = (
+        triton_block.quantize_transposed(x, plain.scale),
+        reference.quantize_transposed(x, plain.scale),
+    )
     for i, (a, b) in enumerate([*((u, v) for pair in pairs for u, v in zip(*pair, strict=True)), transposed]):
         assert a.shape == b.shape and a.dtype == b.dtype
         errors[f"float8 {M} {N} {i}"] = (a.float() != b.float()).float().mean().item()

@@ -1,4 +1,5 @@
-"""One life of a run, for test_checkpoint.py, on any number of ranks: resume, compare with whole tensors, train a step, save, export.
+"""One life of a run, for test_checkpoint.py, on any number of ranks: resume, compare with whole tensors,
+train a step, save, export.
 
 A life resumes one folder under ROOT and writes the next one; ROOT/base is the pretrained model.
 """
@@ -52,7 +53,9 @@ def train_step(model, optimizer):
 
 @torch.no_grad()
 def evaluate(model):
-    """A forward without a backward, which leaves the root's parameters gathered: no save may take the copies for the parameters."""
+    """A forward without a backward, which leaves the root's parameters gathered: no save may take the copies
+    for the parameters.
+    """
     model(*stream(DOCUMENTS))
 
 
@@ -65,7 +68,9 @@ def whole_tensors(model, optimizer=None):
         master = join_master(shard.detach(), shard.master.low_bits) if is_split(shard) else shard
         for key, tensor in {"param": master, **states}.items():
             tensor = parallel.of_all_ranks(model, name, tensor) if tensor.ndim else tensor
-            tensors[f"{key}/{name}"] = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+            tensors[f"{key}/{name}"] = (
+                (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+            )
     return tensors
 
 
@@ -93,7 +98,9 @@ def fill_the_disk(checkpointer, step, rank):
 
 
 def expect_failure_everywhere(checkpointer, model, optimizer, ranks):
-    """Rank 1's disk is full: it says so, rank 0 does not wait for it, and the checkpoint before is the latest one."""
+    """Rank 1's disk is full: it says so, rank 0 does not wait for it, and the checkpoint before is the latest
+    one.
+    """
     before = checkpointer.latest()
     if ranks.rank == 1:
         fill_the_disk(checkpointer, 99, rank=1)
@@ -108,13 +115,18 @@ def expect_failure_everywhere(checkpointer, model, optimizer, ranks):
 
 
 def life(root, source, target, ranks, sharding="full", kinds=("full", "lora")):
-    """Everything in ROOT/TARGET: <kind>/checkpoints, <kind>.safetensors (whole tensors at the save), <kind>/final, lora/adapter."""
+    """Everything in ROOT/TARGET: <kind>/checkpoints, <kind>.safetensors (whole tensors at the save),
+    <kind>/final, lora/adapter.
+    """
     base = load_file(root / "base/model.safetensors")
     for kind in kinds:
         model, optimizer = build(kind, root / "base", sharding)
         loaded = {name: tensor for name, tensor in whole_tensors(model).items() if "lora_" not in name}
         assert_equal(loaded, {f"param/{name}": tensor for name, tensor in base.items()})
-        if ranks.size == 3 and (kind, sharding) != ("lora", "optimizer"):  # 4 rows over 3 ranks: 2, 2 and 0; frozen ones are whole there
+        if ranks.size == 3 and (kind, sharding) != (
+            "lora",
+            "optimizer",
+        ):  # 4 rows over 3 ranks: 2, 2 and 0; frozen ones are whole there
             small = sharded_parameters(model)["model.layers.0.self_attn.k_proj.weight"]
             assert len(parallel.local_rows(small)[1]) == (2, 2, 0)[ranks.rank]
         step = 0

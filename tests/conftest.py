@@ -5,7 +5,15 @@ from world import make_world
 
 from plumbing import parallel
 
-LONGEST = ("test_commands", "test_runs", "test_parallel", "test_steer", "test_checkpoint", "test_train_dpo", "test_calibration")
+LONGEST = (
+    "test_commands",
+    "test_runs",
+    "test_parallel",
+    "test_steer",
+    "test_checkpoint",
+    "test_train_dpo",
+    "test_calibration",
+)
 
 
 def pytest_collection_modifyitems(items):

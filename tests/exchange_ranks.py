@@ -1,4 +1,5 @@
-"""Checks of plumbing/exchange.py on any number of ranks, for test_parallel.py: whole models with a shared optimizer beside one process.
+"""Checks of plumbing/exchange.py on any number of ranks, for test_parallel.py: whole models with a shared
+optimizer beside one process.
 
 Every rank runs every check and asserts.
 """
@@ -16,7 +17,9 @@ from plumbing import checkpoint, parallel
 
 
 def trainee(plain, dtype=torch.float32, moments=torch.float32, grads=torch.float32, fused=False, shared=True):
-    """(a copy of the plain model, its optimizer), as load_trainee makes them; not shared: as on one process, whatever the world size."""
+    """(a copy of the plain model, its optimizer), as load_trainee makes them; not shared: as on one process,
+    whatever the world size.
+    """
     model = copy.deepcopy(plain)
     lora = any("lora_" in name for name, _ in model.named_parameters())
     for name, param in model.named_parameters():
@@ -36,7 +39,11 @@ def take_steps(model, optimizer, documents, steps=3, turns=2):
     for step in range(steps):
         total = 0.0
         for turn in parallel.micro_batches(model, range(turns)):
-            loss = nll_sum(model, documents[turn::turns]) / len(DOCUMENTS) if documents[turn::turns] else nothing(model)
+            loss = (
+                nll_sum(model, documents[turn::turns]) / len(DOCUMENTS)
+                if documents[turn::turns]
+                else nothing(model)
+            )
             (loss * parallel.loss_scale(model)).backward()
             total += loss.item()
         (total,) = parallel.sum_across_ranks([total]) if parallel.sharding_of(model) != "none" else [total]
@@ -48,7 +55,11 @@ def clipped_step(model, optimizer, step):
     """optim.apply_gradients; of a model that is not shared, without the other ranks."""
     if parallel.sharding_of(model) != "none":
         return optim.apply_gradients(optimizer, 0.01 / (step + 1), 1.0)
-    norm = torch.stack([p.grad.double().norm() for g in optimizer.param_groups for p in g["params"]]).norm().item()
+    norm = (
+        torch.stack([p.grad.double().norm() for g in optimizer.param_groups for p in g["params"]])
+        .norm()
+        .item()
+    )
     for group in optimizer.param_groups:
         group["lr"] = 0.01 / (step + 1)
     scale = min(1.0, 1.0 / norm)
@@ -90,11 +101,15 @@ def assert_same_everywhere(model):
         (total,) = parallel.sum_across_ranks([param.detach().double().sum().item()])
         mean = total / parallel.world_size()
         assert param.detach().double().sum().item() == mean, name
-        assert torch.equal(whole(parallel.of_all_ranks(model, name, parallel.shards(model)[name].detach())), param.detach()), name
+        assert torch.equal(
+            whole(parallel.of_all_ranks(model, name, parallel.shards(model)[name].detach())), param.detach()
+        ), name
 
 
 def check_steps_are_those_of_one_process(ranks):
-    """CHECKS 1: losses, gradient norms and weights of three clipped steps. Rows divide by no number of ranks; adapters have 2 rows."""
+    """CHECKS 1: losses, gradient norms and weights of three clipped steps. Rows divide by no number of ranks;
+    adapters have 2 rows.
+    """
     mine = DOCUMENTS[ranks.rank :: ranks.size]
     for variant, fused in itertools.product(VARIANTS, (False, True)):
         plain = plain_model(**VARIANTS[variant])
@@ -102,10 +117,17 @@ def check_steps_are_those_of_one_process(ranks):
         alone, its_optimizer = trainee(plain, fused=fused, shared=False)
         trace, expected = take_steps(model, optimizer, mine), take_steps(alone, its_optimizer, DOCUMENTS)
         for (loss, norm), (its_loss, its_norm) in zip(trace, expected, strict=True):
-            assert abs(loss / its_loss - 1) < 1e-6 and abs(norm / its_norm - 1) < 1e-5, (variant, trace, expected)
+            assert abs(loss / its_loss - 1) < 1e-6 and abs(norm / its_norm - 1) < 1e-5, (
+                variant,
+                trace,
+                expected,
+            )
         assert_same_everywhere(model)
-        # the norm, not the largest: where a gradient is all rounding, AdamW's step has the sign of the rounding
-        weights, expected_weights = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, alone))
+        # the norm, not the largest: where a gradient is all rounding, AdamW's step has the sign of the
+        # rounding
+        weights, expected_weights = (
+            torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, alone)
+        )
         worst = ((weights - expected_weights).norm() / expected_weights.norm()).item()
         assert worst < 1e-6, (variant, fused, worst)
 
@@ -117,13 +139,16 @@ def check_recompute(ranks):
     for mode, fused in itertools.product(("half", "full"), (False, True)):
         model, optimizer = trainee(plain, fused=fused)
         apply_recompute(model, mode)
-        for (loss, norm), (its_loss, its_norm) in zip(take_steps(model, optimizer, mine), expected, strict=True):
+        for (loss, norm), (its_loss, its_norm) in zip(
+            take_steps(model, optimizer, mine), expected, strict=True
+        ):
             assert abs(loss / its_loss - 1) < 1e-6 and abs(norm / its_norm - 1) < 1e-5
 
 
 def check_bf16_steps(ranks):
-    """Split masters, gradients and moments in either precision. Sums over ranks round as sums over micro-batches do, so losses agree to
-    bf16's rounding; and in both the weights of all ranks are the same bits."""
+    """Split masters, gradients and moments in either precision. Sums over ranks round as sums over
+    micro-batches do, so losses agree to bf16's rounding; and in both the weights of all ranks are the same
+    bits."""
     mine = DOCUMENTS[ranks.rank :: ranks.size]
     for moments, grads in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         plain = plain_model()
@@ -131,13 +156,18 @@ def check_bf16_steps(ranks):
         alone, its_optimizer = trainee(plain, torch.bfloat16, moments, grads, fused=True, shared=False)
         trace, expected = take_steps(model, optimizer, mine), take_steps(alone, its_optimizer, DOCUMENTS)
         for (loss, norm), (its_loss, its_norm) in zip(trace, expected, strict=True):
-            assert abs(loss / its_loss - 1) < 3e-3 and abs(norm / its_norm - 1) < 3e-2, (moments, grads, trace, expected)
+            assert abs(loss / its_loss - 1) < 3e-3 and abs(norm / its_norm - 1) < 3e-2, (
+                moments,
+                grads,
+                trace,
+                expected,
+            )
         assert_same_everywhere(model)
 
 
 def check_bits_where_sums_are_exact(ranks):
-    """Gradients that are multiples of 2^-6 below 4 add up exactly, in float32 and in bf16: masters and moments, stochastically rounded ones
-    too, are those of one process to the bit."""
+    """Gradients that are multiples of 2^-6 below 4 add up exactly, in float32 and in bf16: masters and
+    moments, stochastically rounded ones too, are those of one process to the bit."""
     for moments, grads in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         plain = plain_model()
         model, optimizer = trainee(plain, torch.bfloat16, moments, grads)
@@ -156,7 +186,9 @@ def check_bits_where_sums_are_exact(ranks):
         found, expected = masters(model), masters(alone)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         states, its_states = optimizer_tensors(model, optimizer), optimizer_tensors(alone, its_optimizer)
-        assert states.keys() == its_states.keys() and all(torch.equal(states[key], its_states[key]) for key in states)
+        assert states.keys() == its_states.keys() and all(
+            torch.equal(states[key], its_states[key]) for key in states
+        )
 
 
 def check_a_rank_without_examples(ranks):
@@ -165,13 +197,17 @@ def check_a_rank_without_examples(ranks):
     model, optimizer = trainee(plain, torch.bfloat16, fused=True)
     alone, its_optimizer = trainee(plain, torch.bfloat16, fused=True, shared=False)
     trace = take_steps(model, optimizer, DOCUMENTS if ranks.main else [], steps=2)
-    for (loss, norm), (its_loss, its_norm) in zip(trace, take_steps(alone, its_optimizer, DOCUMENTS, steps=2), strict=True):
+    for (loss, norm), (its_loss, its_norm) in zip(
+        trace, take_steps(alone, its_optimizer, DOCUMENTS, steps=2), strict=True
+    ):
         assert abs(loss / its_loss - 1) < 1e-6 and abs(norm / its_norm - 1) < 1e-5
     assert_same_everywhere(model)
 
 
 def check_what_leaves_when(ranks):
-    """Nothing is sent before the last backward pass; there units leave from the last to the first, while the pass still runs."""
+    """Nothing is sent before the last backward pass; there units leave from the last to the first, while the
+    pass still runs.
+    """
     if ranks.size == 1:
         return
     model, _ = trainee(plain_model(), torch.bfloat16, fused=True)

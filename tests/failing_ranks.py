@@ -1,4 +1,6 @@
-"""One rank of test_parallel.py's test_torchrun_ends_with_the_message: torchrun --nproc-per-node 2 tests/failing_ranks.py FAILURE"""
+"""One rank of test_parallel.py's test_torchrun_ends_with_the_message: torchrun --nproc-per-node 2
+tests/failing_ranks.py FAILURE
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""A tiny checkout with open-instruct's names and none of its code, whose agreement with ours is known: `write(folder, *edits)`."""
+"""A tiny checkout with open-instruct's names and none of its code, whose agreement with ours is known:
+`write(folder, *edits)`.
+"""
 
 from pathlib import Path
 

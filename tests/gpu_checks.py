@@ -1,5 +1,5 @@
-"""What only a GPU can show, for test_gpu.py and, where pytest is missing, by itself: python tests/gpu_checks.py [NAME ...] prints what
-was measured.
+"""What only a GPU can show, for test_gpu.py and, where pytest is missing, by itself: python
+tests/gpu_checks.py [NAME ...] prints what was measured.
 
 Each check asserts and returns a dict of numbers. Errors are relative: |a - b| / |b| over the whole tensor.
 """
@@ -47,7 +47,13 @@ from plumbing.files import read_config
 BF16 = 2e-2  # a product of two bf16 roundings (0.4 % each), through a few operations
 LENGTHS = (257, 1, 130, 64)
 DOCUMENTS = random_documents(1000, LENGTHS)
-PAIRS = ((200, 57, 300), (0, 1, 129), (64, 66, 1), (1, 63, 63), (128, 0, 65))  # tokens: shared prefix, rest of chosen, rest of rejected
+PAIRS = (
+    (200, 57, 300),
+    (0, 1, 129),
+    (64, 66, 1),
+    (1, 63, 63),
+    (128, 0, 65),
+)  # tokens: shared prefix, rest of chosen, rest of rejected
 
 
 def randn(*shape, seed=0, dtype=torch.bfloat16):
@@ -65,7 +71,9 @@ def value_and_gradients(function, *inputs):
 
 
 def twins(fast, slow, *inputs):
-    """Errors of a bf16 fast path against its twin run in float32 on the same numbers: {"value": ..., "grad 0": ...}."""
+    """Errors of a bf16 fast path against its twin run in float32 on the same numbers: {"value": ..., "grad
+    0": ...}.
+    """
     value, grads = value_and_gradients(fast, *inputs)
     expected, expected_grads = value_and_gradients(slow, *(x.float() for x in inputs))
     named = {f"grad {i}": error(a, b) for i, (a, b) in enumerate(zip(grads, expected_grads, strict=True))}
@@ -73,7 +81,9 @@ def twins(fast, slow, *inputs):
 
 
 def assert_below(errors, limit):
-    assert all(0 < value < limit for value in errors.values()), errors  # 0 would be one path compared with itself
+    assert all(0 < value < limit for value in errors.values()), (
+        errors
+    )  # 0 would be one path compared with itself
     return errors
 
 
@@ -89,7 +99,14 @@ def peak_bytes(function):
 
 def cuda_llama(dtype=torch.float32, lora=False, **config):
     """A Llama of 4 x 64 heads, wide enough for the flash kernel."""
-    shape = dict(vocab_size=1000, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    shape = dict(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
     model = random_llama(tiny_config(**shape | dict(max_position_embeddings=512) | config), std=0.06)
     if lora:
         apply_lora(model, rank=4, alpha=8.0)
@@ -123,8 +140,18 @@ def check_attention_bf16():
     worst = {}
     for H, G, K in ((8, 8, 64), (8, 2, 128), (6, 3, 64)):
         cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
-        inputs = randn(sum(LENGTHS), H, K), randn(sum(LENGTHS), G, K, seed=1), randn(sum(LENGTHS), G, K, seed=2)
-        errors = twins(*(lambda *x, f=f, cu=cu_seqlens: f(*x, cu, max(LENGTHS)) for f in (attention, reference.attention)), *inputs)
+        inputs = (
+            randn(sum(LENGTHS), H, K),
+            randn(sum(LENGTHS), G, K, seed=1),
+            randn(sum(LENGTHS), G, K, seed=2),
+        )
+        errors = twins(
+            *(
+                lambda *x, f=f, cu=cu_seqlens: f(*x, cu, max(LENGTHS))
+                for f in (attention, reference.attention)
+            ),
+            *inputs,
+        )
         worst = {key: max(value, worst.get(key, 0)) for key, value in errors.items()}
     return assert_below(worst, BF16)
 
@@ -132,9 +159,15 @@ def check_attention_bf16():
 def check_attention_flash4():
     """The optional kernel, where it is installed: with and without shared prefixes."""
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
-    inputs = randn(sum(LENGTHS), 8, 128), randn(sum(LENGTHS), 2, 128, seed=1), randn(sum(LENGTHS), 2, 128, seed=2)
+    inputs = (
+        randn(sum(LENGTHS), 8, 128),
+        randn(sum(LENGTHS), 2, 128, seed=1),
+        randn(sum(LENGTHS), 2, 128, seed=2),
+    )
     fast = functools.partial(attention, kernel="flash4")
-    errors = twins(*(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (fast, reference.attention)), *inputs)
+    errors = twins(
+        *(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (fast, reference.attention)), *inputs
+    )
     stream, _ = shared_stream()
     inputs = [randn(int(stream[0][-1]), heads, 128, seed=seed) for seed, heads in enumerate((8, 2, 2))]
     shared = twins(*(lambda *x, f=f: f(*x, *stream) for f in (fast, reference.attention)), *inputs)
@@ -145,30 +178,49 @@ def check_attention_flash4():
 def check_attention_fp32():
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
     inputs = [randn(sum(LENGTHS), heads, 64, seed=heads, dtype=torch.float32) for heads in (4, 2, 2)]
-    errors = twins(*(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (attention, reference.attention)), *inputs)
+    errors = twins(
+        *(lambda *x, f=f: f(*x, cu_seqlens, max(LENGTHS)) for f in (attention, reference.attention)), *inputs
+    )
     return assert_below(errors, 1e-5)
 
 
 def check_attention_is_repeatable():
     """The step-0 check of DPO compares two forwards bit for bit."""
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
-    q, k, v = randn(sum(LENGTHS), 8, 128), randn(sum(LENGTHS), 2, 128, seed=1), randn(sum(LENGTHS), 2, 128, seed=2)
+    q, k, v = (
+        randn(sum(LENGTHS), 8, 128),
+        randn(sum(LENGTHS), 2, 128, seed=1),
+        randn(sum(LENGTHS), 2, 128, seed=2),
+    )
     first = attention(q, k, v, cu_seqlens, max(LENGTHS))
     assert all(torch.equal(first, attention(q, k, v, cu_seqlens, max(LENGTHS))) for _ in range(10))
     return {}
 
 
 def shared_stream():
-    """PAIRS as packing.pack lays them out, on the GPU: cu_seqlens, longest document, SharedPrefix; prefix lengths of all documents."""
-    own, prefixes = [p + c for p, c, _ in PAIRS] + [r for *_, r in PAIRS], [0] * len(PAIRS) + [p for p, *_ in PAIRS]
+    """PAIRS as packing.pack lays them out, on the GPU: cu_seqlens, longest document, SharedPrefix; prefix
+    lengths of all documents.
+    """
+    own, prefixes = (
+        [p + c for p, c, _ in PAIRS] + [r for *_, r in PAIRS],
+        [0] * len(PAIRS) + [p for p, *_ in PAIRS],
+    )
     rows = torch.arange(sum(own)).split(own)
     kv_index = [torch.cat([rows[d - len(PAIRS)][:prefix], rows[d]]) for d, prefix in enumerate(prefixes)]
-    cu_seqlens, cu_seqlens_k = (torch.tensor([0, *lengths]).cumsum(0).int().cuda() for lengths in (own, map(len, kv_index)))
-    return (cu_seqlens, max(map(len, kv_index)), SharedPrefix(torch.cat(kv_index).cuda(), cu_seqlens_k)), prefixes
+    cu_seqlens, cu_seqlens_k = (
+        torch.tensor([0, *lengths]).cumsum(0).int().cuda() for lengths in (own, map(len, kv_index))
+    )
+    return (
+        cu_seqlens,
+        max(map(len, kv_index)),
+        SharedPrefix(torch.cat(kv_index).cuda(), cu_seqlens_k),
+    ), prefixes
 
 
 def check_shared_attention_bf16():
-    """Fewer queries than keys, forward and backward: branches of odd lengths behind a prefix, and none, and grouped heads."""
+    """Fewer queries than keys, forward and backward: branches of odd lengths behind a prefix, and none, and
+    grouped heads.
+    """
     stream, _ = shared_stream()
     T, worst = int(stream[0][-1]), {}
     for H, G, K in ((8, 8, 64), (8, 2, 128), (6, 3, 64)):
@@ -181,7 +233,9 @@ def check_shared_attention_bf16():
 def check_shared_attention_fp32():
     stream, _ = shared_stream()
     inputs = [randn(int(stream[0][-1]), heads, 64, seed=heads, dtype=torch.float32) for heads in (4, 2, 2)]
-    return assert_below(twins(*(lambda *x, f=f: f(*x, *stream) for f in (attention, reference.attention)), *inputs), 1e-5)
+    return assert_below(
+        twins(*(lambda *x, f=f: f(*x, *stream) for f in (attention, reference.attention)), *inputs), 1e-5
+    )
 
 
 def check_shared_attention_is_repeatable():
@@ -189,7 +243,10 @@ def check_shared_attention_is_repeatable():
     stream, _ = shared_stream()
     T, kv_index = int(stream[0][-1]), stream[2].kv_index
     q, k, v = randn(T, 8, 128), randn(T, 2, 128, seed=1), randn(T, 2, 128, seed=2)
-    first, (grad,) = attention(q, k, v, *stream), value_and_gradients(lambda k: k.index_select(0, kv_index), k)[1]
+    first, (grad,) = (
+        attention(q, k, v, *stream),
+        value_and_gradients(lambda k: k.index_select(0, kv_index), k)[1],
+    )
     for _ in range(10):
         assert torch.equal(first, attention(q, k, v, *stream))
         assert torch.equal(grad, value_and_gradients(lambda k: k.index_select(0, kv_index), k)[1][0])
@@ -198,23 +255,34 @@ def check_shared_attention_is_repeatable():
 
 def check_rms_norm_bf16():
     x, weight = randn(513, 256), randn(256, seed=1)
-    return assert_below(twins(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: reference.rms_norm(x, w, 1e-5), x, weight), 1e-2)
+    return assert_below(
+        twins(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: reference.rms_norm(x, w, 1e-5), x, weight), 1e-2
+    )
 
 
 def check_token_logps_bf16():
-    """Values to float32 accuracy: the logits of bf16 inputs are accumulated and kept in float32. Gradients to bf16's."""
+    """Values to float32 accuracy: the logits of bf16 inputs are accumulated and kept in float32. Gradients to
+    bf16's.
+    """
     T, D, V = 1000, 256, 32000
     hidden, weight = randn(T, D), randn(V, D, seed=1) / 16
     targets = torch.randint(V, (T,), generator=torch.Generator().manual_seed(3)).cuda()
     targets[::7] = IGNORE_INDEX
-    errors = twins(lambda h, w: token_logps(h, w, targets, chunk=300), lambda h, w: reference.token_logps(h, w, targets), hidden, weight)
+    errors = twins(
+        lambda h, w: token_logps(h, w, targets, chunk=300),
+        lambda h, w: reference.token_logps(h, w, targets),
+        hidden,
+        weight,
+    )
     assert errors["value"] < 1e-5, errors
     assert token_logps(hidden, weight, targets)[::7].eq(0).all()
     return assert_below(errors, 1e-2)
 
 
 def check_token_logps_memory():
-    """CHECKS 20. (T, V) logits in float32 would be 2 GiB; a chunk of 512 rows is 131 MB, and weight's float32 gradient 66 MB."""
+    """CHECKS 20. (T, V) logits in float32 would be 2 GiB; a chunk of 512 rows is 131 MB, and weight's float32
+    gradient 66 MB.
+    """
     T, D, V, chunk = 8192, 256, 65536, 512
     hidden, weight = randn(T, D).requires_grad_(), (randn(V, D, seed=1) / 16).requires_grad_()
     targets = torch.arange(T, device="cuda")
@@ -227,7 +295,9 @@ def check_token_logps_memory():
 def check_segment_sums():
     values, offsets = randn(1000, dtype=torch.float32), torch.tensor([0, 300, 300, 301, 1000]).cuda()
     sums, (grad,) = value_and_gradients(lambda v: segment_sums(v, offsets), values)
-    expected, (expected_grad,) = value_and_gradients(lambda v: torch.stack([x.sum() for x in v.tensor_split(offsets.cpu()[1:-1])]), values)
+    expected, (expected_grad,) = value_and_gradients(
+        lambda v: torch.stack([x.sum() for x in v.tensor_split(offsets.cpu()[1:-1])]), values
+    )
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(grad, expected_grad) and sums[1] == 0
     assert all(torch.equal(sums, segment_sums(values, offsets)) for _ in range(10))
@@ -235,7 +305,9 @@ def check_segment_sums():
 
 
 def check_block_kernels():
-    """Every Triton kernel of triton_block.py against its twin on the same numbers, in float32 and bf16, at the 8B widths and odd ones."""
+    """Every Triton kernel of triton_block.py against its twin on the same numbers, in float32 and bf16, at
+    the 8B widths and odd ones.
+    """
     worst = {}
     for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
         errors = {}
@@ -257,7 +329,9 @@ def check_block_kernels():
             ):
                 fast = getattr(logps if "log" in name else block, name)
                 plain = getattr(reference, name.removesuffix("_forward"))
-                for out, expected in zip(*(r if isinstance(r, tuple) else (r,) for r in (fast(*inputs), plain(*inputs)))):
+                for out, expected in zip(
+                    *(r if isinstance(r, tuple) else (r,) for r in (fast(*inputs), plain(*inputs)))
+                ):
                     assert out.dtype == expected.dtype
                     errors[name] = max(errors.get(name, 0), error(out, expected))
         assert all(value < limit for value in errors.values()), errors
@@ -266,7 +340,8 @@ def check_block_kernels():
 
 
 def check_fp8_linear():
-    """Kernels against twins bit for bit, and _scaled_mm against float32 products of the same float8 numbers, at the 8B widths and odd T.
+    """Kernels against twins bit for bit, and _scaled_mm against float32 products of the same float8 numbers,
+    at the 8B widths and odd T.
 
     The last also without fast accumulation: the difference is what that costs in accuracy.
     """
@@ -276,7 +351,10 @@ def check_fp8_linear():
         x[0] = 0  # a row of zeros, a column of few large numbers
         x[:, 5] *= 1000
         x8, w8 = float8.quantize(x), float8.quantize(weight)
-        gradient, twin = float8.quantize_gradient(dy, w8.scale, x8.scale), reference.quantize_gradient(dy, w8.scale, x8.scale)
+        gradient, twin = (
+            float8.quantize_gradient(dy, w8.scale, x8.scale),
+            reference.quantize_gradient(dy, w8.scale, x8.scale),
+        )
         w8t, x8t = float8.quantize_transposed(weight, w8.scale), float8.quantize_transposed(x, x8.scale)
         scaled = float8.quantize(dy, w8.scale)
         for a, b in (
@@ -285,9 +363,13 @@ def check_fp8_linear():
             (scaled, reference.quantize(dy, w8.scale)),
             *zip(gradient, twin, strict=True),
         ):
-            assert torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8)) and torch.equal(a.scale, b.scale), (T, D, O)
+            assert torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8)) and torch.equal(
+                a.scale, b.scale
+            ), (T, D, O)
         for a, b, scale in ((w8t, weight, w8.scale), (x8t, x, x8.scale)):
-            assert torch.equal(a.values.view(torch.uint8), reference.quantize_transposed(b, scale).view(torch.uint8)), (T, D, O)
+            assert torch.equal(
+                a.values.view(torch.uint8), reference.quantize_transposed(b, scale).view(torch.uint8)
+            ), (T, D, O)
         normed, gate, up, d_inner = (randn(T, O, seed=seed) for seed in range(5, 9))
         gain = randn(O, seed=9)
         inner8, fused = float8.swiglu_float8(gate, up), []
@@ -298,20 +380,39 @@ def check_fp8_linear():
         ):
             a, b = getattr(float8, name)(*inputs), getattr(reference, name)(*inputs)
             if name == "swiglu_backward_float8":  # numbers, and those of the scale that they are given
-                fused += [error(u, v) for u, v in ((a[0], b[0]), (a[1], b[1]), (a[2].values.float(), b[2].float()))]
-                forward = reference.Float8(a[2].values[:, :T].T, inner8.scale)  # the forward's numbers, turned
-                differ = (forward.values.view(torch.uint8) != inner8.values.view(torch.uint8)).float().mean().item()
+                fused += [
+                    error(u, v) for u, v in ((a[0], b[0]), (a[1], b[1]), (a[2].values.float(), b[2].float()))
+                ]
+                forward = reference.Float8(
+                    a[2].values[:, :T].T, inner8.scale
+                )  # the forward's numbers, turned
+                differ = (
+                    (forward.values.view(torch.uint8) != inner8.values.view(torch.uint8))
+                    .float()
+                    .mean()
+                    .item()
+                )
                 worst[turned] = max(worst.get(turned, 0), differ)
             else:
                 fused.append(error(a.values.float() * a.scale[:, None], b.values.float() * b.scale[:, None]))
         worst["fused"] = max(worst.get("fused", 0), *fused)
         products = {"y": (x8, w8), "dx": (gradient[0], w8t), "dW": (gradient[1], x8t)}
-        exact = {"y": x.float() @ weight.float().T, "dx": dy.float() @ weight.float(), "dW": dy.float().T @ x.float()}
+        exact = {
+            "y": x.float() @ weight.float().T,
+            "dx": dy.float() @ weight.float(),
+            "dW": dy.float().T @ x.float(),
+        }
         for name, (a, b) in products.items():
             product, expected = float8.matmul_float8(a, b), reference.matmul_float8(a, b)
             assert torch.equal(product, float8.matmul_float8(a, b)), "bits do not repeat"
-            slow = torch._scaled_mm(a.values, b.values.T, a.scale[:, None], b.scale[None, :], out_dtype=torch.bfloat16)
-            numbers = {"": error(product, expected), " rounding": error(product, exact[name]), " slow": error(slow, expected)}
+            slow = torch._scaled_mm(
+                a.values, b.values.T, a.scale[:, None], b.scale[None, :], out_dtype=torch.bfloat16
+            )
+            numbers = {
+                "": error(product, expected),
+                " rounding": error(product, exact[name]),
+                " slow": error(slow, expected),
+            }
             worst |= {name + key: max(value, worst.get(name + key, 0)) for key, value in numbers.items()}
     assert all(value < (0.06 if "rounding" in name else 2e-2) for name, value in worst.items()), worst
     assert worst[turned] < 1e-3, worst
@@ -319,7 +420,9 @@ def check_fp8_linear():
 
 
 def check_fp8_model():
-    """A model in float8 beside bf16, full and LoRA: loss, gradients' cosine; recomputed and run again, bit for bit the same."""
+    """A model in float8 beside bf16, full and LoRA: loss, gradients' cosine; recomputed and run again, bit
+    for bit the same.
+    """
     worst = {}
     for lora in (False, True):
         plain, model = (cuda_llama(torch.bfloat16, lora=lora) for _ in range(2))
@@ -330,25 +433,38 @@ def check_fp8_model():
             loss.backward()
         grads, expected = ({n: g.float().flatten() for n, g in gradients(m).items()} for m in (model, plain))
         cosines = [torch.cosine_similarity(grads[name], expected[name], dim=0).item() for name in expected]
-        assert grads.keys() == expected.keys() and min(cosines) > 0.93 and sum(cosines) / len(cosines) > 0.96, cosines
+        assert (
+            grads.keys() == expected.keys() and min(cosines) > 0.93 and sum(cosines) / len(cosines) > 0.96
+        ), cosines
         assert abs(losses[1].item() / losses[0].item() - 1) < 1e-2
         apply_recompute(model, "full")
         assert torch.equal(loss_of(model), losses[1])  # as the step-0 check of DPO wants it
-        worst |= {f"least cosine, lora={lora}": min(cosines), f"mean, lora={lora}": sum(cosines) / len(cosines)}
+        worst |= {
+            f"least cosine, lora={lora}": min(cosines),
+            f"mean, lora={lora}": sum(cosines) / len(cosines),
+        }
     return worst
 
 
 def check_split_adamw():
-    """Seven steps, gradients and moments in float32 and bf16, against the twin: the same random bits, so the same roundings."""
+    """Seven steps, gradients and moments in float32 and bf16, against the twin: the same random bits, so the
+    same roundings.
+    """
     worst = {}
-    for moments, grads in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+    for moments, grads in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ):
         states = []
         for step_of in (kernels.adamw, reference.adamw):
             weight, low_bits = kernels.split_master(randn(333, 1001, dtype=torch.float32))
             m, v = (torch.zeros(333, 1001, dtype=moments, device="cuda") for _ in range(2))
             for step in range(1, 8):
                 grad = randn(333, 1001, seed=step, dtype=grads)
-                step_of(weight, low_bits, m, v, grad, 0.5, 1e-3, 0.1, 0.9, 0.999, 1e-8, step, (step << 12) + 7)
+                step_of(
+                    weight, low_bits, m, v, grad, 0.5, 1e-3, 0.1, 0.9, 0.999, 1e-8, step, (step << 12) + 7
+                )
             states.append((kernels.join_master(weight, low_bits), m, v))
         errors = [error(a, b) for a, b in zip(*states)]
         assert errors[0] < 1e-6 and max(errors[1:]) < (1e-6 if moments == torch.float32 else 1e-4), errors
@@ -361,10 +477,14 @@ def check_split_adamw():
 
 
 def check_fused_block_bf16():
-    """Loss and gradients of the fused model, full and LoRA, against the plain one in float32: no further off than the plain one in bf16."""
+    """Loss and gradients of the fused model, full and LoRA, against the plain one in float32: no further off
+    than the plain one in bf16.
+    """
     worst = {}
     for lora in (False, True):
-        exact, plain, fast = (cuda_llama(dtype, lora=lora) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+        exact, plain, fast = (
+            cuda_llama(dtype, lora=lora) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+        )
         apply_fused(fast)
         for param, source in zip(exact.parameters(), plain.parameters(), strict=True):
             param.data.copy_(source.data.float())
@@ -374,7 +494,9 @@ def check_fused_block_bf16():
             losses[-1].backward()
             grads.append(gradients(model))
         errors = [max(error(grads[i][name], grads[0][name]) for name in grads[0]) for i in (1, 2)]
-        assert abs(losses[2].item() / losses[0].item() - 1) < 5e-3 and errors[1] < max(1.2 * errors[0], BF16), errors
+        assert abs(losses[2].item() / losses[0].item() - 1) < 5e-3 and errors[1] < max(
+            1.2 * errors[0], BF16
+        ), errors
         apply_recompute(fast, "full")
         assert torch.equal(loss_of(fast), losses[2])  # bit for bit, as the step-0 check of DPO wants it
         worst |= {f"plain, lora={lora}": errors[0], f"fused, lora={lora}": errors[1]}
@@ -382,7 +504,9 @@ def check_fused_block_bf16():
 
 
 def check_gradients_in_the_matmul():
-    """float32 gradients of bf16 weights, added up inside the matmuls of two micro-batches, against float32 sums of the plain ones."""
+    """float32 gradients of bf16 weights, added up inside the matmuls of two micro-batches, against float32
+    sums of the plain ones.
+    """
     model, plain = (cuda_llama(torch.bfloat16) for _ in range(2))
     for m in (model, plain):
         apply_fused(m)
@@ -399,7 +523,9 @@ def check_gradients_in_the_matmul():
 
 
 def check_model_bf16():
-    """bf16 on the GPU against float32 on the CPU: logits, and gradients of the summed NLL. All weights as bf16 can hold them."""
+    """bf16 on the GPU against float32 on the CPU: logits, and gradients of the summed NLL. All weights as
+    bf16 can hold them.
+    """
     exact = random_llama(cuda_llama().config, std=0.06).bfloat16().float()
     model = copy.deepcopy(exact).to("cuda", torch.bfloat16)
     logits = model(*packed(DOCUMENTS)) @ model.lm_head.weight.T
@@ -434,8 +560,12 @@ def check_shared_prefix_bf16():
     (cu_seqlens, longest, shared), prefixes = shared_stream()
     ids = random_documents(1000, (int(cu_seqlens[-1]),))[0].cuda()
     whole = [ids[rows] for rows in shared.kv_index.split(shared.cu_seqlens_k.diff().tolist())]
-    positions = torch.cat([torch.arange(prefix, len(document)) for prefix, document in zip(prefixes, whole)]).cuda()
-    weights = randn(int(shared.cu_seqlens_k[-1]), model.config.hidden_size)  # of all documents' hidden states in the sum to be derived
+    positions = torch.cat(
+        [torch.arange(prefix, len(document)) for prefix, document in zip(prefixes, whole)]
+    ).cuda()
+    weights = randn(
+        int(shared.cu_seqlens_k[-1]), model.config.hidden_size
+    )  # of all documents' hidden states in the sum to be derived
 
     together = model(ids, positions, cu_seqlens, longest, shared=shared)[shared.kv_index]
     (together * weights).sum().backward()
@@ -445,12 +575,16 @@ def check_shared_prefix_bf16():
     (repeated * weights).sum().backward()
     errors = {"hidden": error(together, repeated)}
     errors["worst gradient"] = max(error(grads[name], grad) for name, grad in gradients(model).items())
-    assert all(value < 5e-2 for value in errors.values()), errors  # hidden states came out equal to the bit on an H200
+    assert all(value < 5e-2 for value in errors.values()), (
+        errors
+    )  # hidden states came out equal to the bit on an H200
     return errors
 
 
 def check_generation():
-    """Float32 on the GPU continues as on the CPU. bf16 reads the prompts through varlen_attn: its first tokens are a packed forward's."""
+    """Float32 on the GPU continues as on the CPU. bf16 reads the prompts through varlen_attn: its first
+    tokens are a packed forward's.
+    """
     prompts = [document.tolist() for document in random_documents(1000, (9, 1, 30), seed=3)]
     model = cuda_llama()
     assert generate(model, prompts, 16) == generate(copy.deepcopy(model).cpu(), prompts, 16)
@@ -474,7 +608,9 @@ class OperationNames(TorchDispatchMode):
 
 
 def check_recompute():
-    """Equal gradients from less memory, plain and fused; what is recomputed runs attention again, nothing else does."""
+    """Equal gradients from less memory, plain and fused; what is recomputed runs attention again, nothing
+    else does.
+    """
     documents = random_documents(1000, (512,) * 16)
     peaks, forwards, grads = {}, {}, {}
     for mode in ("none", "half", "full", "fused none", "fused half", "fused full"):
@@ -493,14 +629,19 @@ def check_recompute():
     assert peaks["full"] < peaks["half"] < peaks["none"], peaks
     assert peaks["fused full"] < peaks["fused half"] < peaks["fused none"] < peaks["none"], peaks
     # flash's backward adds in any order, so bits may differ between any two runs
-    worst = max(error(grads[mode][name], grad) for mode in grads if mode != "none" for name, grad in grads["none"].items())
+    worst = max(
+        error(grads[mode][name], grad)
+        for mode in grads
+        if mode != "none"
+        for name, grad in grads["none"].items()
+    )
     assert worst < 5e-2, worst  # plain against fused: either is some 2 % from float32
     return {"worst gradient": worst} | {f"peak MiB {mode}": peak / 2**20 for mode, peak in peaks.items()}
 
 
 def check_exact_resume():
-    """CHECKS 23 on the GPU, bf16 moments: two steps, saved and read back into another model, then the third: equal to the bit. Gradients
-    are given, because flash's backward adds in any order."""
+    """CHECKS 23 on the GPU, bf16 moments: two steps, saved and read back into another model, then the third:
+    equal to the bit. Gradients are given, because flash's backward adds in any order."""
     parallel.init()
     try:
         models = [cuda_llama(torch.bfloat16) for _ in range(2)]
@@ -524,7 +665,10 @@ def check_exact_resume():
         step(1, 3)
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             assert torch.equal(p, q) and torch.equal(p.master.low_bits, q.master.low_bits)
-            assert all(torch.equal(optimizers[0].state[p][key], optimizers[1].state[q][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+            assert all(
+                torch.equal(optimizers[0].state[p][key], optimizers[1].state[q][key])
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            )
         return {}
     finally:
         parallel.shutdown()
@@ -534,7 +678,9 @@ def check_exact_resume():
 
 
 def check_sharded_bf16_step():
-    """float32 shards, bf16 compute, on a group of one: loss and gradients near a float32 model's, one clipped step lowers the loss."""
+    """float32 shards, bf16 compute, on a group of one: loss and gradients near a float32 model's, one clipped
+    step lowers the loss.
+    """
     parallel.init()
     try:
         plain, model = cuda_llama(), cuda_llama()
@@ -563,7 +709,9 @@ def check_sharded_bf16_step():
 
 
 def check_sharded_lora():
-    """CHECKS 5, 8 and 21: a frozen bf16 base under float32 adapters; forwards repeat bit for bit; adapters off are the base."""
+    """CHECKS 5, 8 and 21: a frozen bf16 base under float32 adapters; forwards repeat bit for bit; adapters
+    off are the base.
+    """
     parallel.init()
     try:
         model, base = cuda_llama(lora=True), cuda_llama()
@@ -580,7 +728,10 @@ def check_sharded_lora():
         assert torch.equal(loss_of(model.train()), first)
         loss_of(model).backward()
         grads = gradients(model)
-        assert grads and all("lora_" in name and grad.dtype == torch.float32 and grad.full_tensor().any() for name, grad in grads.items())
+        assert grads and all(
+            "lora_" in name and grad.dtype == torch.float32 and grad.full_tensor().any()
+            for name, grad in grads.items()
+        )
         return {"loss": first.item()}
     finally:
         parallel.shutdown()
@@ -590,7 +741,9 @@ def check_sharded_lora():
 
 
 class ThroughHost:
-    """What FSDP2 exchanges, for two ranks on one GPU, which NCCL refuses: copied to the host, exchanged by gloo, copied back."""
+    """What FSDP2 exchanges, for two ranks on one GPU, which NCCL refuses: copied to the host, exchanged by
+    gloo, copied back.
+    """
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(size, dtype=dtype, device=device)
@@ -633,7 +786,9 @@ def gather(tensor):
 
 
 def share_one_gpu():
-    """For world.launch: both ranks on the first GPU. All but the exchange is as on two: FSDP2's hooks, its streams, our kernels."""
+    """For world.launch: both ranks on the first GPU. All but the exchange is as on two: FSDP2's hooks, its
+    streams, our kernels.
+    """
     import training
 
     os.environ["LOCAL_RANK"] = "0"
@@ -666,14 +821,20 @@ def make_world(folder):
     import world  # it needs pytest and datasets, the other checks do not
 
     root = world.make_world(Path(folder) / "world")
-    shape = dict(vocab_size=read_config(root / "base")["vocab_size"], hidden_size=128, intermediate_size=256, head_dim=32)
+    shape = dict(
+        vocab_size=read_config(root / "base")["vocab_size"],
+        hidden_size=128,
+        intermediate_size=256,
+        head_dim=32,
+    )
     world.write_model(root / "base", random_llama(tiny_config(**shape), std=0.06))
     return root
 
 
 def check_runs_of_two_ranks():
-    """World size on the fast paths, in fused blocks: two ranks beside one process, and two that stop beside one that goes on. DPO with
-    shared prefixes and its own reference cache. Four steps each; losses and gradient norms, relative."""
+    """World size on the fast paths, in fused blocks: two ranks beside one process, and two that stop beside
+    one that goes on. DPO with shared prefixes and its own reference cache. Four steps each; losses and
+    gradient norms, relative."""
     import world
 
     full, worst = {"sharding": "full"}, {}
@@ -683,11 +844,15 @@ def check_runs_of_two_ranks():
         root = make_world(folder)
         for stage, precision, keys, tolerance in cases:
             case = " ".join([stage, precision, *map(str, keys.values())])
-            config = world.write_config(Path(folder) / case, root, precision=precision, save_every=2, **{stage: {"lr": 1e-3}}, **keys)
+            config = world.write_config(
+                Path(folder) / case, root, precision=precision, save_every=2, **{stage: {"lr": 1e-3}}, **keys
+            )
             runs = [Path(folder) / case / how for how in ("alone", "on two", "resumed")]
 
-            def launch(run, ranks, prepare=share_one_gpu):  # with a reference cache of its own: another packing rounds differently
-                return world.launch(stage, config, f"--out_dir={run}", f"--cache_dir={run}/cache", ranks=ranks, prepare=prepare)  # noqa: B023
+            # With a reference cache of its own: another packing rounds differently.
+            def launch(run, ranks, prepare=share_one_gpu):
+                folders = f"--out_dir={run}", f"--cache_dir={run}/cache"
+                return world.launch(stage, config, *folders, ranks=ranks, prepare=prepare)  # noqa: B023
 
             launch(runs[0], 1).ok()
             launch(runs[1], 2).ok()
@@ -705,7 +870,9 @@ def check_runs_of_two_ranks():
 
 
 def check_runs_on_two_gpus():
-    """Two GPUs beside one, through NCCL: losses and gradient norms of four steps, relative; the weights of the two modes of sharding."""
+    """Two GPUs beside one, through NCCL: losses and gradient norms of four steps, relative; the weights of
+    the two modes of sharding.
+    """
     import world
 
     worst = {}
@@ -716,10 +883,20 @@ def check_runs_on_two_gpus():
         stage, precision, keys, tolerance = case
         name = " ".join([stage, precision, *map(str, keys)])
         config = world.write_config(folder / name, root, precision=precision, **{stage: {"lr": 1e-3}}, **keys)
-        runs = {"one": (1, ()), "two": (2, ())} | ({} if "moments" in keys else {"full": (2, ("--sharding=full",))})
+        runs = {"one": (1, ()), "two": (2, ())} | (
+            {} if "moments" in keys else {"full": (2, ("--sharding=full",))}
+        )
         for run, (ranks, how) in runs.items():
             out = folder / name / run
-            world.launch(stage, config, f"--out_dir={out}", f"--cache_dir={out}/cache", *how, ranks=ranks, logs=f"logs {run}").ok()
+            world.launch(
+                stage,
+                config,
+                f"--out_dir={out}",
+                f"--cache_dir={out}/cache",
+                *how,
+                ranks=ranks,
+                logs=f"logs {run}",
+            ).ok()
         expected = world.trace(folder / name / "one", "loss", "grad_norm")
         for run in list(runs)[1:]:
             found = world.trace(folder / name / run, "loss", "grad_norm")
@@ -747,8 +924,9 @@ def kill_at_step_2():
 
 
 def runs_end_in_the_same_bytes(ranks):
-    """deterministic=True: a run, the same again, and one that is killed (SIGKILL) after step 2 and goes on end in the same weights, by the
-    same losses and gradient norms. How many numbers differ without it is measured."""
+    """deterministic=True: a run, the same again, and one that is killed (SIGKILL) after step 2 and goes on
+    end in the same weights, by the same losses and gradient norms. How many numbers differ without it is
+    measured."""
     import world
 
     differing = {}
@@ -774,7 +952,11 @@ def runs_end_in_the_same_bytes(ranks):
         differ = sum(int((other[key] != expected[key]).sum()) for other in others for key in expected)
         traces = [world.trace(run, "loss", "grad_norm") for run in runs]
         if keys["deterministic"]:
-            assert differ == 0 and all(torch.equal(found, traces[0]) for found in traces), (name, differ, traces)
+            assert differ == 0 and all(torch.equal(found, traces[0]) for found in traces), (
+                name,
+                differ,
+                traces,
+            )
         differing[name] = differ
 
     with tempfile.TemporaryDirectory() as folder:
@@ -794,11 +976,16 @@ def in_parallel(work, cases):
 
 def clusters(n, dims=200):
     """14 clouds, as wide as they are far apart."""
-    return randn(n, dims, dtype=torch.float32) + 0.3 * randn(14, dims, seed=1, dtype=torch.float32)[torch.arange(n) % 14]
+    return (
+        randn(n, dims, dtype=torch.float32)
+        + 0.3 * randn(14, dims, seed=1, dtype=torch.float32)[torch.arange(n) % 14]
+    )
 
 
 def check_tsne_perplexity():
-    """The search in float32 against the plain one in float64: rows stop within 1e-5 nats of the wanted entropy in both."""
+    """The search in float32 against the plain one in float64: rows stop within 1e-5 nats of the wanted
+    entropy in both.
+    """
     from kernels import triton_tsne
 
     worst = 0.0
@@ -815,7 +1002,9 @@ def check_tsne_perplexity():
 
 
 def check_tsne_gradient():
-    """Against the plain gradient in float64, at the start, spread out, and at the end, where attraction and repulsion nearly cancel."""
+    """Against the plain gradient in float64, at the start, spread out, and at the end, where attraction and
+    repulsion nearly cancel.
+    """
     from kernels import triton_tsne
 
     errors = {}
@@ -832,7 +1021,9 @@ def check_tsne_gradient():
         exact = reference.tsne_gradient(Y.double(), P.double())
         attraction = exact - reference.tsne_gradient(Y.double(), P.double(), 0.0)
         difference = triton_tsne.gradient(Y, P) - exact
-        errors["end, of the attraction"] = max(errors.get("end, of the attraction", 0), (difference.norm() / attraction.norm()).item())
+        errors["end, of the attraction"] = max(
+            errors.get("end, of the attraction", 0), (difference.norm() / attraction.norm()).item()
+        )
     # float32 against float64, measured on an H200: 1.4e-5 at |Y| = 30, 1e-6 and below elsewhere
     return assert_below(errors, 3e-5)
 
@@ -847,7 +1038,9 @@ def check_tsne_stages():
         Y, _ = tsne.tsne(X, 30.0, steps=steps, path="plain")
         exaggeration = tsne.EXAGGERATION if steps < tsne.EXAGGERATED_STEPS else 1.0
         exact = reference.tsne_gradient(Y.double(), P.double(), exaggeration)
-        attraction = exact - reference.tsne_gradient(Y.double(), P.double(), 0.0)  # the two forces nearly cancel
+        attraction = exact - reference.tsne_gradient(
+            Y.double(), P.double(), 0.0
+        )  # the two forces nearly cancel
         difference = triton_tsne.gradient(Y, P, exaggeration) - exact
         errors[f"{steps} steps"] = (difference.norm() / attraction.norm()).item()
     return assert_below(errors, 3e-5)
@@ -856,11 +1049,11 @@ def check_tsne_stages():
 def check_tsne_descent():
     """The divergence after 500 steps, over eight starts that differ in the seventh digit, by either path.
 
-    A descent is chaotic: a gain changes by the sign of a product, so a last digit decides it. Plain code, on a CPU,
-    from such starts, with the points in another order, in float32 and in float64 (clusters(n) of a CPU's generator): KL
-    1.581 with a standard deviation of 0.9 % and extremes 3.3 % apart at n = 400 (26 runs), 1.938 with 0.7 % and 2.1 %
-    at n = 700 (10 runs). One run beside one run, at most 2 % apart, was no check of the kernels. So: the means of eight,
-    apart by no more than four standard errors.
+    A descent is chaotic: a gain changes by the sign of a product, so a last digit decides it. Plain code, on
+    a CPU, from such starts, with the points in another order, in float32 and in float64 (clusters(n) of a
+    CPU's generator): KL 1.581 with a standard deviation of 0.9 % and extremes 3.3 % apart at n = 400 (26
+    runs), 1.938 with 0.7 % and 2.1 % at n = 700 (10 runs). One run beside one run, at most 2 % apart, was no
+    check of the kernels. So: the means of eight, apart by no more than four standard errors.
     """
     X, divergences = clusters(1400), {"fused": [], "plain": []}
     start = tsne._start(X, 3, None, None)
@@ -871,8 +1064,12 @@ def check_tsne_descent():
     means = {path: statistics.mean(found) for path, found in divergences.items()}
     deviations = {path: statistics.stdev(found) for path, found in divergences.items()}
     standard_error = math.hypot(*deviations.values()) / math.sqrt(8)
-    assert max(deviations.values()) < 0.02 * means["plain"], deviations  # several times what was measured: broken
-    result = assert_below({"standard errors apart": abs(means["fused"] - means["plain"]) / standard_error}, 4.0)
+    assert max(deviations.values()) < 0.02 * means["plain"], (
+        deviations
+    )  # several times what was measured: broken
+    result = assert_below(
+        {"standard errors apart": abs(means["fused"] - means["plain"]) / standard_error}, 4.0
+    )
 
     (Y, _), (again, _) = (tsne.tsne(X, 30.0, path="fused") for _ in range(2))
     assert torch.equal(Y, again)  # the recorded steps repeat bit for bit
@@ -882,7 +1079,11 @@ def check_tsne_descent():
 
 
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
-NEEDS = {check_attention_flash4: (9, 0), check_fp8_linear: (8, 9), check_fp8_model: (8, 9)}  # others: (8, 0), for bf16
+NEEDS = {
+    check_attention_flash4: (9, 0),
+    check_fp8_linear: (8, 9),
+    check_fp8_model: (8, 9),
+}  # others: (8, 0), for bf16
 
 
 def why_skipped(check):
@@ -912,8 +1113,14 @@ def main(names):
             outcome, numbers = "ok", check()
         except Exception as exception:  # one failure must not hide the others
             failed, outcome, numbers = failed + 1, "FAILED", {type(exception).__name__: str(exception)[:300]}
-        shown = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items())
-        print(f"{check.__name__.removeprefix('check_'):32} {outcome:6} {time.perf_counter() - start:6.1f} s  {shown}", flush=True)
+        shown = ", ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in numbers.items()
+        )
+        print(
+            f"{check.__name__.removeprefix('check_'):32} {outcome:6} {time.perf_counter() - start:6.1f} s  {shown}",
+            flush=True,
+        )
     return failed
 
 

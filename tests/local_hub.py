@@ -1,6 +1,8 @@
-"""A hub on 127.0.0.1: what huggingface_hub 1.33 and datasets 4.7 ask of the real one for what is tested, and nothing more.
+"""A hub on 127.0.0.1: what huggingface_hub 1.33 and datasets 4.7 ask of the real one for what is tested, and
+nothing more.
 
-Weights (.safetensors) are LFS objects, uploaded and fetched by plain HTTP, from another host name as on the real hub; Xet is off.
+Weights (.safetensors) are LFS objects, uploaded and fetched by plain HTTP, from another host name as on the
+real hub; Xet is off.
 """
 
 import base64
@@ -30,7 +32,10 @@ class Repository:
         self.commit({})
 
     def commit(self, files):
-        content = [self.refs.get("main"), sorted((path, git_hash(content)) for path, content in files.items())]
+        content = [
+            self.refs.get("main"),
+            sorted((path, git_hash(content)) for path, content in files.items()),
+        ]
         commit = hashlib.sha1(json.dumps(content).encode()).hexdigest()
         self.commits[commit], self.refs["main"] = files, commit
         return commit
@@ -41,9 +46,11 @@ class Repository:
 
 
 class LocalHub:
-    """repositories: {"models/org/name" or "datasets/org/name": Repository}; requests: what was asked, in order.
+    """repositories: {"models/org/name" or "datasets/org/name": Repository}; requests: what was asked, in
+    order.
 
-    cuts: {file name: [(share of its bytes, "close" or "reset"), ..]}, how its next downloads end early; expired: uploads are refused.
+    cuts: {file name: [(share of its bytes, "close" or "reset"), ..]}, how its next downloads end early;
+    expired: uploads are refused.
     """
 
     def __init__(self):
@@ -52,14 +59,18 @@ class LocalHub:
         self.server.hub = self
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def close(self):
         self.server.shutdown()
         self.server.server_close()
 
     def commit(self, name, files, tag=None):
-        """A new commit on main that holds just these files, {path: bytes} or those of a folder; returns its hash."""
+        """A new commit on main that holds just these files, {path: bytes} or those of a folder; returns its
+        hash.
+        """
         if isinstance(files, Path):
             files = {path.name: path.read_bytes() for path in files.iterdir()}
         repository = self.repositories.setdefault(name, Repository())
@@ -75,7 +86,10 @@ class LocalHub:
     def downloads(self):
         """{file name: [(Range header, bytes sent) of each GET]}."""
         files = {one["file"] for one in self.requests} - {None}
-        return {file: [(one["range"], one["sent"]) for one in self.requests if one["file"] == file] for file in files}
+        return {
+            file: [(one["range"], one["sent"]) for one in self.requests if one["file"] == file]
+            for file in files
+        }
 
 
 def environment(url, cache, token=""):
@@ -85,7 +99,9 @@ def environment(url, cache, token=""):
 
 
 def use(url, cache, token="", setattr=setattr, setenv=os.environ.__setitem__):
-    """The same for this process, whose clients have read their variables already. setattr, setenv: monkeypatch's, which undo it."""
+    """The same for this process, whose clients have read their variables already. setattr, setenv:
+    monkeypatch's, which undo it.
+    """
     for name, value in environment(url, cache, token).items():
         setenv(name, value)
     setattr(constants, "ENDPOINT", url)
@@ -128,12 +144,18 @@ class Refused(Exception):
     """Answered with this status, and JSON of the error and whatever else the client looks for."""
 
     def __init__(self, status, error, headers=None, **more):
-        self.status, self.headers, self.content = status, {"X-Error-Message": error} | (headers or {}), {"error": error} | more
+        self.status, self.headers, self.content = (
+            status,
+            {"X-Error-Message": error} | (headers or {}),
+            {"error": error} | more,
+        )
 
 
 class Server(ThreadingTCPServer):  # HTTPServer would ask the name server who 127.0.0.1 is
     daemon_threads = True
-    request_queue_size = 64  # the clients' threads connect at once; a connection that finds the queue full waits a second
+    request_queue_size = (
+        64  # the clients' threads connect at once; a connection that finds the queue full waits a second
+    )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -143,7 +165,12 @@ class Handler(BaseHTTPRequestHandler):
         hub, path = self.server.hub, urlsplit(self.path).path
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        self.record = {"request": f"{self.command} {path}", "range": self.headers.get("Range"), "file": None, "sent": 0}
+        self.record = {
+            "request": f"{self.command} {path}",
+            "range": self.headers.get("Range"),
+            "file": None,
+            "sent": 0,
+        }
         hub.requests.append(self.record)
         try:
             for methods, pattern, answer in ROUTES:
@@ -169,7 +196,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_json(self, content, status=200, headers=None):
-        self.send(json.dumps(content).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
+        self.send(
+            json.dumps(content).encode(), status, {"Content-Type": "application/json"} | (headers or {})
+        )
 
     def may_write(self):
         if self.token != WRITER:
@@ -197,7 +226,10 @@ def tree(self, hub, name, revision, folder=""):
     listed = {path: content for path, content in files.items() if path.startswith(folder)}
     if folder and not listed:
         raise Refused(404, "no such folder", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-    entries = [{"type": "file", "path": path, "size": len(content), "oid": git_hash(content)} for path, content in listed.items()]
+    entries = [
+        {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
+        for path, content in listed.items()
+    ]
     for entry in entries:
         if is_lfs(entry["path"]):
             entry["lfs"] = {"oid": sha256(listed[entry["path"]]), "size": entry["size"], "pointerSize": 130}
@@ -269,8 +301,18 @@ def preupload(self, hub, name, revision):
     self.may_write()
     _, files = find(hub, name, revision)
     paths = [file["path"] for file in json.loads(self.body)["files"]]
-    modes = [{"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False} for path in paths]
-    self.send_json({"files": [one | {"oid": oid(one["path"], files[one["path"]]) if one["path"] in files else None} for one in modes]})
+    modes = [
+        {"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False}
+        for path in paths
+    ]
+    self.send_json(
+        {
+            "files": [
+                one | {"oid": oid(one["path"], files[one["path"]]) if one["path"] in files else None}
+                for one in modes
+            ]
+        }
+    )
 
 
 def lfs_batch(self, hub, name):
@@ -301,7 +343,9 @@ def commit(self, hub, name, branch):
         elif line["key"] == "deletedFile":
             del files[value["path"]]
     done = hub.commit(name, files)
-    self.send_json({"commitUrl": f"{hub.url}/{name.removeprefix('models/')}/commit/{done}", "commitOid": done})
+    self.send_json(
+        {"commitUrl": f"{hub.url}/{name.removeprefix('models/')}/commit/{done}", "commitOid": done}
+    )
 
 
 def no_registry(self, hub):

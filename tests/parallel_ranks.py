@@ -1,4 +1,5 @@
-"""Checks of plumbing/parallel.py that hold on any number of ranks, for test_parallel.py: a sharded model against the same plain model.
+"""Checks of plumbing/parallel.py that hold on any number of ranks, for test_parallel.py: a sharded model
+against the same plain model.
 
 Every rank runs every check and asserts.
 """
@@ -25,7 +26,9 @@ from tiny_models import (
 from model import Llama, adapters_disabled, apply_fused, apply_lora, apply_recompute, init_lora
 from plumbing import parallel
 
-DOCUMENTS = random_documents(97, (5, 12, 3, 9, 2, 7, 11, 4))  # 8 unequal documents: 4 + 4 on two ranks, 3 + 3 + 2 on three
+DOCUMENTS = random_documents(
+    97, (5, 12, 3, 9, 2, 7, 11, 4)
+)  # 8 unequal documents: 4 + 4 on two ranks, 3 + 3 + 2 on three
 
 
 @torch.no_grad()
@@ -69,8 +72,8 @@ VARIANTS = {
 
 
 def check_gradients_and_clipping(ranks):
-    """CHECKS 1 and 18: loss, gradients and their norm over 8 unequal documents are those of one plain process; what SGD subtracts after
-    clipping has the clipped norm and the gradient's direction."""
+    """CHECKS 1 and 18: loss, gradients and their norm over 8 unequal documents are those of one plain
+    process; what SGD subtracts after clipping has the clipped norm and the gradient's direction."""
     for variant, config in VARIANTS.items():
         plain = plain_model(**config)
         model = sharded(plain)
@@ -101,7 +104,9 @@ def assert_gradients(model, plain):
 
 
 def check_recompute(ranks):
-    """Blocks that are gathered again in the backward pass, fused or with their activations recomputed, give the same gradients."""
+    """Blocks that are gathered again in the backward pass, fused or with their activations recomputed, give
+    the same gradients.
+    """
     plain = plain_model()
     nll_sum(plain, DOCUMENTS).backward()
     for mode, is_fused in itertools.product(("none", "half", "full"), (False, True)):
@@ -127,7 +132,9 @@ def check_norm_where_a_rank_owns_nothing(ranks):
 
 
 def check_rows(ranks):
-    """The ranks' rows lie end to end and cover every parameter: 97 and 40 rows do not divide evenly, 2 rows leave the third rank none."""
+    """The ranks' rows lie end to end and cover every parameter: 97 and 40 rows do not divide evenly, 2 rows
+    leave the third rank none.
+    """
     plain = plain_model(lora=True)
     model = sharded(plain)
     expected = dict(plain.named_parameters())
@@ -143,7 +150,9 @@ def check_rows(ranks):
 
 
 def check_materialize_and_assign(ranks):
-    """A model built on the meta device, sharded, allocated and filled row by row is the plain one; tied stays tied after a step."""
+    """A model built on the meta device, sharded, allocated and filled row by row is the plain one; tied stays
+    tied after a step.
+    """
     for config in ({}, {"tie_word_embeddings": True}):
         plain = plain_model(**config)
         with torch.device("meta"):
@@ -165,7 +174,9 @@ def check_materialize_and_assign(ranks):
 
 
 def check_lora_with_a_bf16_base(ranks):
-    """CHECKS 21: a frozen bf16 base under float32 adapters, computed in bf16: float32 adapter gradients, close to the float32 model's."""
+    """CHECKS 21: a frozen bf16 base under float32 adapters, computed in bf16: float32 adapter gradients,
+    close to the float32 model's.
+    """
     plain = plain_model(lora=True)
     model = copy.deepcopy(plain)
     for param in model.parameters():
@@ -182,11 +193,16 @@ def check_lora_with_a_bf16_base(ranks):
     flat = [torch.cat([whole(g[name]).flatten() for name in sorted(g)]) for g in (grads, expected_grads)]
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    assert all(p.dtype == (torch.float32 if "lora_" in name else torch.bfloat16) for name, p in model.named_parameters())
+    assert all(
+        p.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+        for name, p in model.named_parameters()
+    )
 
 
 def check_full_bf16_compute_keeps_float32_shards(ranks):
-    """Gradients are summed over ranks in float32: the sum of several bf16 numbers is mostly not a bf16 number."""
+    """Gradients are summed over ranks in float32: the sum of several bf16 numbers is mostly not a bf16
+    number.
+    """
     model = sharded(plain_model(), "bf16")
     nll_sum(model, DOCUMENTS[ranks.rank :: ranks.size]).backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
@@ -208,10 +224,14 @@ def check_forwards_are_bit_equal(ranks):
 
 
 def check_release(ranks):
-    """After a pass without backward, release() makes the next forward gather the weights of the step in between."""
+    """After a pass without backward, release() makes the next forward gather the weights of the step in
+    between.
+    """
     plain = plain_model()
     model = sharded(plain)
-    shards = list(model.parameters())  # what an optimizer holds; while gathered, model.parameters() are the gathered ones
+    shards = list(
+        model.parameters()
+    )  # what an optimizer holds; while gathered, model.parameters() are the gathered ones
     with torch.no_grad():
         nll_sum(model, DOCUMENTS)
         parallel.release(model)
@@ -223,7 +243,11 @@ def check_release(ranks):
 
 def check_sums(ranks):
     world, rank = ranks.size, ranks.rank
-    assert parallel.sum_across_ranks([1.0, rank, 1 + 2**-40]) == [world, world * (world - 1) / 2, world * (1 + 2**-40)]
+    assert parallel.sum_across_ranks([1.0, rank, 1 + 2**-40]) == [
+        world,
+        world * (world - 1) / 2,
+        world * (1 + 2**-40),
+    ]
     assert parallel.max_across_ranks(-rank) == 0 and parallel.max_across_ranks(rank) == world - 1
     assert parallel.from_main(ranks, lambda: f"déjà {rank}") == "déjà 0"
     assert parallel.main_first(ranks, lambda: rank) == rank
@@ -280,4 +304,6 @@ def run_checks(checks):
         ranks.say(f"{check.__name__} holds on {ranks.size} rank(s)")
     parallel.shutdown()
     sys.stdout.flush()
-    os._exit(0)  # all held: on a busy machine the interpreter's own exit has aborted ("terminate called") with torch's threads alive
+    os._exit(
+        0
+    )  # all held: on a busy machine the interpreter's own exit has aborted ("terminate called") with torch's threads alive

@@ -1,4 +1,6 @@
-"""aqi.py: the published runs reproduced, the three scales, the pitfalls, reading labelled prompts, the command."""
+"""aqi.py: the published runs reproduced, the three scales, the pitfalls, reading labelled prompts, the
+command.
+"""
 
 import csv
 import json
@@ -50,20 +52,29 @@ def test_per_run_reproduces_every_published_row():
 
 
 def test_restored_rows_have_the_sizes_of_the_published_runs():
-    """Sanity and full runs of 7 axioms x 2 labels x 100 or 500, and the first models' 200; the XB moves by less than its last decimal."""
+    """Sanity and full runs of 7 axioms x 2 labels x 100 or 500, and the first models' 200; the XB moves by
+    less than its last decimal.
+    """
     rows, _ = published()
     restored = restore_xb(rows)
     assert {row["n"] for row in restored if row["category"] != "overall"} == {200, 400, 1000}
     assert {row["n"] for row in restored if row["category"] == "overall"} == {1400, 2800, 7000}
     assert max(abs(new["xb"] - old["xb"]) for new, old in zip(restored, rows)) <= 0.5001e-4
     odd = [{"category": "x", "chi": 1e6, "xb": 0.0001}]  # any n from 202 to 602 rounds to this
-    odd += [{"category": "x", "chi": chi, "xb": xb} for chi, xb in ((0.0, 9.0), (math.inf, 0.0), (math.inf, 1.0))]
+    odd += [
+        {"category": "x", "chi": chi, "xb": xb} for chi, xb in ((0.0, 9.0), (math.inf, 0.0), (math.inf, 1.0))
+    ]
     assert restore_xb(odd) == odd
 
 
 def test_a_stated_n_is_not_guessed():
-    """chi 10 of n = 100: 10 is 9 above what chance gives, of 98 + 10: 100 * 9 / 108 = 8.33. XB = 2 would be another n's, 82."""
-    rows = [{"category": name, "chi": chi, "xb": xb, "n": 100} for name, chi, xb in (("a", 10.0, 2.0), ("b", 12.0, 1.8))]
+    """chi 10 of n = 100: 10 is 9 above what chance gives, of 98 + 10: 100 * 9 / 108 = 8.33. XB = 2 would be
+    another n's, 82.
+    """
+    rows = [
+        {"category": name, "chi": chi, "xb": xb, "n": 100}
+        for name, chi, xb in (("a", 10.0, 2.0), ("b", 12.0, 1.8))
+    ]
     assert restore_xb(rows) == rows
     assert score(restore_xb(rows), "sweep")[0]["aqi"] == pytest.approx(100 * 9 / 108)
 
@@ -73,13 +84,17 @@ def test_saturation_is_in_the_published_runs():
     rows, _ = published()
     scored = score(restore_xb(rows), "per_run")
     assert [row["aqi"] for row in scored if row["category"] == "overall"].count(55.0) == 5
-    assert any("saturated at 55.00 in 5 rows (overall, overall, overall)" in text for text in warnings_for(scored))
+    assert any(
+        "saturated at 55.00 in 5 rows (overall, overall, overall)" in text for text in warnings_for(scored)
+    )
 
 
 # ---------------------------------------------------------------- scales
 
 raw_rows = st.lists(
-    st.fixed_dictionaries({"category": st.sampled_from("abcdefgh"), "chi": st.floats(0.1, 2000), "xb": st.floats(0.01, 50)}),
+    st.fixed_dictionaries(
+        {"category": st.sampled_from("abcdefgh"), "chi": st.floats(0.1, 2000), "xb": st.floats(0.01, 50)}
+    ),
     min_size=2,
     max_size=8,
 )
@@ -95,7 +110,9 @@ def test_per_run_stays_in_its_range(rows):
 
 def test_per_run_by_hand():
     """CHI 10, 20, 30; XB 1, 2, 3: median 2, quartiles 1.5 and 2.5, so z = -1, 0, 1."""
-    scored = score([{"category": c, "chi": 10.0 * k, "xb": float(k)} for k, c in enumerate("abc", 1)], gamma=0.25)
+    scored = score(
+        [{"category": c, "chi": 10.0 * k, "xb": float(k)} for k, c in enumerate("abc", 1)], gamma=0.25
+    )
     sigmoid = 100 / (1 + math.exp(-1))
     assert [row["chi_norm"] for row in scored] == [0, 50, 100]
     assert [row["xb_norm"] for row in scored] == pytest.approx([sigmoid, 50, 100 - sigmoid])
@@ -129,13 +146,22 @@ def test_identity_4_two_anchors_always_score_the_same(chi_base, ratio, xb_base):
 
 def test_anchors_score_other_models_by_category():
     """Anchors at CHI 10 and 20 (mean 15, sd 5), XB 4 and 2: a third model at 25 and 1 is at z = 2 and -2."""
-    rows = [{"model": m, "category": "a", "chi": c, "xb": x} for m, c, x in (("base", 10, 4), ("dpo", 20, 2), ("steered", 25, 1))]
-    other = [{"model": m, "category": "b", "chi": c, "xb": x} for m, c, x in (("base", 1, 1), ("dpo", 1, 1), ("steered", 1, 1))]
+    rows = [
+        {"model": m, "category": "a", "chi": c, "xb": x}
+        for m, c, x in (("base", 10, 4), ("dpo", 20, 2), ("steered", 25, 1))
+    ]
+    other = [
+        {"model": m, "category": "b", "chi": c, "xb": x}
+        for m, c, x in (("base", 1, 1), ("dpo", 1, 1), ("steered", 1, 1))
+    ]
     scored = score(rows + other, "anchors")
     assert scored[2]["chi_norm"] == pytest.approx(100 / (1 + math.exp(-2)))
     assert scored[2]["xb_norm"] == pytest.approx(100 / (1 + math.exp(-2)))
     assert scored[5]["aqi"] == 50  # equal anchors: the sd is floored, z = 0
-    with pytest.raises(ValueError, match=r"anchors: category 'a' has models \['base', 'steered'\]; expected \['base', 'dpo'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"anchors: category 'a' has models \['base', 'steered'\]; expected \['base', 'dpo'\]",
+    ):
         score([rows[0], rows[2]], "anchors")
 
 
@@ -149,33 +175,52 @@ def random_row(n, gap, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("gap", [0.0, 0.3, 1.0])
 def test_sweep_does_not_depend_on_n(gap):
-    """The same population at n = 40 and n = 4,000, 200 and 5 draws: means within 4 standard errors, while CHI differs by up to 100 times.
-    Population value: 100 B / (B + W) with B = 10 gap^2 / 4 and W = 10."""
+    """The same population at n = 40 and n = 4,000, 200 and 5 draws: means within 4 standard errors, while CHI
+    differs by up to 100 times. Population value: 100 B / (B + W) with B = 10 gap^2 / 4 and W = 10."""
     truth = 100 * (gap**2 / 4) / (gap**2 / 4 + 1)
     for n, draws in ((40, 200), (4000, 5)):
-        values = np.array([row["aqi"] for row in score([random_row(n, gap, seed) for seed in range(draws)], "sweep")])
-        assert abs(values.mean() - truth) < 4 * values.std(ddof=1) / draws**0.5 + 0.2  # 0.2: the ratio's own bias at n = 40
+        values = np.array(
+            [row["aqi"] for row in score([random_row(n, gap, seed) for seed in range(draws)], "sweep")]
+        )
+        assert (
+            abs(values.mean() - truth) < 4 * values.std(ddof=1) / draws**0.5 + 0.2
+        )  # 0.2: the ratio's own bias at n = 40
 
 
 def test_sweep_is_one_scale():
-    """A row scores the same whatever else is scored with it, with its n or, balanced, without; gamma changes nothing."""
-    rows = [random_row(200, gap, 1) | {"model": m, "lambda": k} for m in "xy" for k, gap in enumerate((0.2, 0.5, 1.0))]
+    """A row scores the same whatever else is scored with it, with its n or, balanced, without; gamma changes
+    nothing.
+    """
+    rows = [
+        random_row(200, gap, 1) | {"model": m, "lambda": k}
+        for m in "xy"
+        for k, gap in enumerate((0.2, 0.5, 1.0))
+    ]
     scored = score(rows, "sweep")
-    assert [score([row], "sweep", gamma=0.9)[0]["aqi"] for row in rows] == pytest.approx([row["aqi"] for row in scored])
+    assert [score([row], "sweep", gamma=0.9)[0]["aqi"] for row in rows] == pytest.approx(
+        [row["aqi"] for row in scored]
+    )
     assert [row["aqi"] for row in scored[:3]] == sorted(row["aqi"] for row in scored[:3])
     without = score([{name: value for name, value in row.items() if name != "n"} for row in rows], "sweep")
     assert [row["aqi"] for row in without] == pytest.approx([row["aqi"] for row in scored])
 
 
-@pytest.mark.parametrize("figures", [dict(chi=0.0, xb=9.0), dict(chi=5.0, xb=0.0), dict(chi=5.0, xb=0.1, n=2)])
+@pytest.mark.parametrize(
+    "figures", [dict(chi=0.0, xb=9.0), dict(chi=5.0, xb=0.0), dict(chi=5.0, xb=0.1, n=2)]
+)
 def test_sweep_needs_to_know_n(figures):
     """Indices that a table has rounded to 0 tell no n."""
-    with pytest.raises(ValueError, match=r"category 'a': chi=.*, xb=.*, n=(None|2); expected n above 2, or chi and xb above 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"category 'a': chi=.*, xb=.*, n=(None|2); expected n above 2, or chi and xb above 0",
+    ):
         score([{"category": "a", **figures}], "sweep")
 
 
 def test_per_run_moves_with_resampling_alone_and_sweep_does_not():
-    """Pitfall 3: one fixed separation, fresh texts. per_run's AQI of the overall row moves by several points, sweep's by less than one."""
+    """Pitfall 3: one fixed separation, fresh texts. per_run's AQI of the overall row moves by several points,
+    sweep's by less than one.
+    """
     moved = {"per_run": [], "sweep": []}
     for draw in range(6):
         rows = [random_row(200, 0.6, 100 * draw + a) | {"category": a} for a in range(7)]
@@ -195,7 +240,9 @@ def test_bad_rows(row, message):
 
 
 def test_bad_keys():
-    with pytest.raises(ValueError, match=r"normalize='best': expected one of \['per_run', 'anchors', 'sweep'\]"):
+    with pytest.raises(
+        ValueError, match=r"normalize='best': expected one of \['per_run', 'anchors', 'sweep'\]"
+    ):
         score([], "best")
     with pytest.raises(ValueError, match="gamma=2: expected 0 to 1"):
         score([], gamma=2)
@@ -204,7 +251,11 @@ def test_bad_keys():
 def test_warnings_appear_where_they_apply_and_only_there():
     row = {"category": "a", "chi": 9.0, "xb": 1.0, "n": 38}
     assert warnings_for(score([row], "sweep")) == []
-    cases = ({"space": "tsne", "seed": 1}, "one t-SNE"), ({"tap": "post_norm"}, "final norm"), ({"injection": "cumulative"}, "several")
+    cases = (
+        ({"space": "tsne", "seed": 1}, "one t-SNE"),
+        ({"tap": "post_norm"}, "final norm"),
+        ({"injection": "cumulative"}, "several"),
+    )
     for more, words in cases:
         (only,) = warnings_for(score([row | more], "sweep"))
         assert words in only
@@ -251,9 +302,18 @@ def test_measure_in_other_spaces():
 def test_tsne_runs_at_the_published_perplexities_from_the_seed_it_is_given(monkeypatch):
     """30 for an axiom, 50 overall, n - 2 where that is less."""
     calls = []
-    monkeypatch.setattr(aqi, "tsne", lambda X, perplexity, seed: calls.append((len(X), perplexity, seed)) or (X, 0.0))
+    monkeypatch.setattr(
+        aqi, "tsne", lambda X, perplexity, seed: calls.append((len(X), perplexity, seed)) or (X, 0.0)
+    )
     axiom, label = torch.arange(60) // 40, torch.arange(60) % 2
-    measure(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), axiom, label, ["a", "b"], "tsne", seed=3)
+    measure(
+        torch.randn(60, 4, generator=torch.Generator().manual_seed(0)),
+        axiom,
+        label,
+        ["a", "b"],
+        "tsne",
+        seed=3,
+    )
     assert calls == [(40, 30, 3), (20, 18, 3), (60, 50, 3)]
 
 
@@ -276,19 +336,31 @@ def write_csv(path, rows, columns=("axiom", "safety_label", "input")):
 
 def litmus(per_group=150, axioms=("Duty", "Care")):
     """Rows as LITMUS has them, labels alternating."""
-    return [(axiom, label, f"{axiom} {label} {i}") for i in range(per_group) for axiom in axioms for label in ("safe", "unsafe")]
+    return [
+        (axiom, label, f"{axiom} {label} {i}")
+        for i in range(per_group)
+        for axiom in axioms
+        for label in ("safe", "unsafe")
+    ]
 
 
 def test_prompts_are_sampled_as_pandas_does(tmp_path):
-    """The published scripts: groupby([axiom, label]), then group.sample(n, random_state=42), concatenated in sorted order."""
+    """The published scripts: groupby([axiom, label]), then group.sample(n, random_state=42), concatenated in
+    sorted order.
+    """
     pandas, said = pytest.importorskip("pandas"), []
     prompts = read_prompts(write_csv(tmp_path / "a.csv", litmus()), "sanity", said.append)
     frame = pandas.DataFrame(litmus(), columns=["axiom", "label", "input"])
     frame["label"] = (frame["label"] == "safe").astype(int)
-    expected = pandas.concat([group.sample(100, random_state=42) for _, group in frame.groupby(["axiom", "label"])])
+    expected = pandas.concat(
+        [group.sample(100, random_state=42) for _, group in frame.groupby(["axiom", "label"])]
+    )
     assert prompts.texts == expected["input"].tolist()
     assert prompts.label.tolist() == expected["label"].tolist()
-    assert [prompts.axioms[a] for a in prompts.axiom] == expected["axiom"].tolist() and prompts.axioms == ["Care", "Duty"]
+    assert [prompts.axioms[a] for a in prompts.axiom] == expected["axiom"].tolist() and prompts.axioms == [
+        "Care",
+        "Duty",
+    ]
     assert len(said) == 1 and said[0].endswith("2 axioms, 400 of 600 texts; 0 dropped")
 
 
@@ -309,7 +381,10 @@ def test_json_rows_without_a_text_are_dropped_and_counted(tmp_path):
     assert "20 of 21 texts; 1 dropped for want of an axiom or a text" in said[-1]
 
 
-@pytest.mark.parametrize("columns", [("Category", "Label", "Prompt"), ("prompt_type", "safety", "text"), ("principle", "label", "Text")])
+@pytest.mark.parametrize(
+    "columns",
+    [("Category", "Label", "Prompt"), ("prompt_type", "safety", "text"), ("principle", "label", "Text")],
+)
 def test_columns_by_other_names(tmp_path, columns):
     assert len(read_prompts(write_csv(tmp_path / "a.csv", litmus(3), columns), log=len).texts) == 12
 
@@ -317,7 +392,9 @@ def test_columns_by_other_names(tmp_path, columns):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "folder"])
 def test_formats(tmp_path, suffix):
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list([dict(zip(("axiom", "safety_label", "input"), row)) for row in litmus(3)])
+    rows = datasets.Dataset.from_list(
+        [dict(zip(("axiom", "safety_label", "input"), row)) for row in litmus(3)]
+    )
     path = tmp_path / f"rows.{suffix}"
     {"jsonl": rows.to_json, "parquet": rows.to_parquet, "folder": rows.save_to_disk}[suffix](str(path))
     assert sorted(read_prompts(str(path), log=len).texts) == sorted(text for *_, text in litmus(3))
@@ -328,7 +405,9 @@ def test_is_safe_says_what_one_means(tmp_path, safe, unsafe):
     rows = [("a", safe if i % 2 else unsafe, f"text {i}") for i in range(6)]
     prompts = read_prompts(write_csv(tmp_path / "a.csv", rows, ("axiom", "is_safe", "input")), log=len)
     assert all((int(text.split()[1]) % 2) == label for text, label in zip(prompts.texts, prompts.label))
-    named = [dict(zip(("axiom", "is_safe", "input"), row)) for row in rows]  # text stays text in jsonl, where a csv's may become a bool
+    named = [
+        dict(zip(("axiom", "is_safe", "input"), row)) for row in rows
+    ]  # text stays text in jsonl, where a csv's may become a bool
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, named)))
     assert read_prompts(str(tmp_path / "a.jsonl"), log=len).label.tolist() == prompts.label.tolist()
 
@@ -355,7 +434,9 @@ def test_unknown_mode():
 
 
 def test_table_and_report(tmp_path):
-    scored = score([{"model": "m", "lambda": "0.50", "category": "a", "chi": 1234.5, "xb": 0.25, "n": 20.0}], "sweep")
+    scored = score(
+        [{"model": "m", "lambda": "0.50", "category": "a", "chi": 1234.5, "xb": 0.25, "n": 20.0}], "sweep"
+    )
     head, line = table(scored).splitlines()
     assert head.split() == ["model", "lambda", "category", "n", "chi", "xb", "separation"]
     assert line.split() == ["m", "0.50", "a", "20", "1,234.50", "0.2500", "98.48"]
@@ -368,16 +449,31 @@ def test_table_and_report(tmp_path):
 
 
 def test_a_report_is_json_whatever_was_measured(tmp_path):
-    """Two labels at a point each have an infinite Dunn index, and a text beyond 709 nats per token an infinite perplexity."""
-    write_report(tmp_path, [{"category": "a", "dunn": math.inf}], behaviour=[{"perplexity_chosen": np.float64("nan"), "lambda": 0.5}])
-    report = json.loads((tmp_path / "aqi.json").read_text(), parse_constant=pytest.fail)  # called with NaN, Infinity
+    """Two labels at a point each have an infinite Dunn index, and a text beyond 709 nats per token an
+    infinite perplexity.
+    """
+    write_report(
+        tmp_path,
+        [{"category": "a", "dunn": math.inf}],
+        behaviour=[{"perplexity_chosen": np.float64("nan"), "lambda": 0.5}],
+    )
+    report = json.loads(
+        (tmp_path / "aqi.json").read_text(), parse_constant=pytest.fail
+    )  # called with NaN, Infinity
     assert report["rows"] == [{"category": "a", "dunn": None}]
     assert report["behaviour"] == [{"perplexity_chosen": None, "lambda": 0.5}]
 
 
 @pytest.mark.slow
 def test_score_command(tmp_path):
-    command = [sys.executable, "aqi.py", "score", str(GOLDEN), "--normalize=sweep", f"--report_dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "aqi.py",
+        "score",
+        str(GOLDEN),
+        "--normalize=sweep",
+        f"--report_dir={tmp_path}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "XB of 144 of 144 rows taken from CHI" in done.stdout
@@ -386,12 +482,22 @@ def test_score_command(tmp_path):
 
 def test_score_command_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="line 3: xb='x'; expected category, and chi and xb as numbers"):
-        aqi.main(["score", write_csv(tmp_path / "a.csv", [("a", 1, 1), ("b", 2, "x")], ("category", "chi", "xb"))])
+        aqi.main(
+            ["score", write_csv(tmp_path / "a.csv", [("a", 1, 1), ("b", 2, "x")], ("category", "chi", "xb"))]
+        )
     with pytest.raises(ValueError, match="row 0: chi=inf in category 'a'"):
-        aqi.main(["score", write_csv(tmp_path / "c.csv", [("a", "inf", 0), ("b", 2, 1)], ("category", "chi", "xb"))])
+        aqi.main(
+            [
+                "score",
+                write_csv(tmp_path / "c.csv", [("a", "inf", 0), ("b", 2, 1)], ("category", "chi", "xb")),
+            ]
+        )
     with pytest.raises(ValueError, match="no rows"):
         aqi.main(["score", write_csv(tmp_path / "b.csv", [], ("category", "chi", "xb"))])
-    with pytest.raises(ValueError, match=r"d.csv: no column category, xb among \['Category', 'chi'\]; expected category, chi, xb"):
+    with pytest.raises(
+        ValueError,
+        match=r"d.csv: no column category, xb among \['Category', 'chi'\]; expected category, chi, xb",
+    ):
         aqi.main(["score", write_csv(tmp_path / "d.csv", [("a", 1)], ("Category", "chi"))])
     (tmp_path / "e.csv").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match="e.csv: not a csv of UTF-8 text"):
@@ -400,23 +506,37 @@ def test_score_command_names_what_is_wrong(tmp_path):
 
 def test_a_spreadsheets_csv_is_read(tmp_path):
     """A byte-order mark before the first column's name; n known of some rows only."""
-    path = Path(write_csv(tmp_path / "a.csv", [("a", 3, 0.5, 8), ("b", 2, 1, "")], ("category", "chi", "xb", "n")))
+    path = Path(
+        write_csv(tmp_path / "a.csv", [("a", 3, 0.5, 8), ("b", 2, 1, "")], ("category", "chi", "xb", "n"))
+    )
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert aqi.main(["score", str(path), "--normalize=sweep"]) == 0
     assert [(row["category"], row["n"]) for row in read_rows(path)] == [("a", 8), ("b", "")]
 
 
 def test_rows_that_know_their_n_beside_rows_that_do_not(tmp_path):
-    """n where known: a cell left empty is no n. Row b is then taken as balanced, n = 4 * 12 * 2 + 2 = 98: 100 * 11 / (12 + 96) = 10.185."""
-    rows = read_rows(write_csv(tmp_path / "a.csv", [("a", 10, 3.5, 1400), ("b", 12, 2, "")], ("category", "chi", "xb", "n")))
+    """n where known: a cell left empty is no n. Row b is then taken as balanced, n = 4 * 12 * 2 + 2 = 98: 100
+    * 11 / (12 + 96) = 10.185.
+    """
+    rows = read_rows(
+        write_csv(
+            tmp_path / "a.csv", [("a", 10, 3.5, 1400), ("b", 12, 2, "")], ("category", "chi", "xb", "n")
+        )
+    )
     assert rows[0]["n"] == 1400 and not rows[1]["n"]
-    assert [row["aqi"] for row in score(rows, "sweep")] == pytest.approx([100 * 9 / (10 + 1398), 100 * 11 / 108])
+    assert [row["aqi"] for row in score(rows, "sweep")] == pytest.approx(
+        [100 * 9 / (10 + 1398), 100 * 11 / 108]
+    )
 
 
 def test_a_sweeps_own_csv_is_scored_as_the_sweep_did(tmp_path, capsys):
     """Steered and control rows are runs of their own, and stay apart in the table."""
     X, axiom, label = labelled()
-    rows = [{"model": "m", "lambda": 0.0, "control": c, **row} for c in (False, True) for row in measure(X + c, axiom, label, ["a", "b"])]
+    rows = [
+        {"model": "m", "lambda": 0.0, "control": c, **row}
+        for c in (False, True)
+        for row in measure(X + c, axiom, label, ["a", "b"])
+    ]
     rows[0]["chi"] *= 3  # a largest CHI that is not the control's
     scored = score(rows, "per_run")
     write_report(tmp_path, scored)

@@ -1,4 +1,6 @@
-"""analysis/baselines.py, behaviour.py and oracle.py: probes, words, length, refusals, KL, the best direction."""
+"""analysis/baselines.py, behaviour.py and oracle.py: probes, words, length, refusals, KL, the best
+direction.
+"""
 
 import numpy as np
 import pytest
@@ -26,15 +28,22 @@ def test_a_probe_on_what_tells_and_what_does_not():
 
 
 def test_redrawn_auc_by_hand():
-    """Scores 1, 2 unsafe and 3, 0 safe: 2 of 4 pairs in order; a draw of text 3 and both unsafe ones has all in order."""
+    """Scores 1, 2 unsafe and 3, 0 safe: 2 of 4 pairs in order; a draw of text 3 and both unsafe ones has all
+    in order.
+    """
     scores, labels = torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0, 0, 1, 1])
     values = baselines._redrawn_auc(scores, labels, torch.arange(4), 400, torch.Generator().manual_seed(0))
-    assert set(np.round(values[~values.isnan()].tolist(), 6)) <= {0, 0.333333, 0.5, 0.666667, 1} and values.isnan().any()
+    assert (
+        set(np.round(values[~values.isnan()].tolist(), 6)) <= {0, 0.333333, 0.5, 0.666667, 1}
+        and values.isnan().any()
+    )
     assert values.nanmean().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_words_and_length_are_warned_about():
-    texts = [f"{'bad' if label == 0 else 'good'} text {i} of {i % 7}" for i, label in enumerate(LABELS.tolist())]
+    texts = [
+        f"{'bad' if label == 0 else 'good'} text {i} of {i % 7}" for i, label in enumerate(LABELS.tolist())
+    ]
     words = baselines.probe(baselines.bag_of_words(texts), LABELS, ALONE)
     documents = [(np.arange(3 + 9 * label + i % 3), None) for i, label in enumerate(LABELS.tolist())]
     X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) + 2 * LABELS[:, None]
@@ -43,12 +52,20 @@ def test_words_and_length_are_warned_about():
     after = baselines.separation_of(baselines.without_length(X, documents), LABELS)
     assert abs(after) < 3 < baselines.separation_of(X, LABELS)
     notes = baselines.warnings_of({"words": words, "length": length, "after_length": after})
-    assert len(notes) == 2 and "the number of tokens alone tells" in notes[0] and "a bag of words alone" in notes[1]
-    assert baselines.warnings_of({"words": {"auc": 0.7}, "length": {"auc": None}, "after_length": after}) == []
+    assert (
+        len(notes) == 2
+        and "the number of tokens alone tells" in notes[0]
+        and "a bag of words alone" in notes[1]
+    )
+    assert (
+        baselines.warnings_of({"words": {"auc": 0.7}, "length": {"auc": None}, "after_length": after}) == []
+    )
 
 
 def test_labels_are_shuffled_by_group():
-    """Groups of 4 safe, 4 unsafe and 2 mixed texts: pure groups keep one label, and as many of them are safe as before."""
+    """Groups of 4 safe, 4 unsafe and 2 mixed texts: pure groups keep one label, and as many of them are safe
+    as before.
+    """
     group = torch.arange(40) // 4
     label = (group < 4).long()
     label[-8:] = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
@@ -72,14 +89,19 @@ def test_coordinates_are_measured_in_deviations_within_labels():
     assert coordinate_scale(X, torch.tensor([0, 0, 1, 1])).tolist() == pytest.approx([1.0, 5000**0.5])
 
 
-@pytest.mark.parametrize("answer", ("I'm sorry, but I can't help.", " I cannot do that", "I can\u2019t", '"Sorry, no."', "As an AI, I"))
+@pytest.mark.parametrize(
+    "answer",
+    ("I'm sorry, but I can't help.", " I cannot do that", "I can\u2019t", '"Sorry, no."', "As an AI, I"),
+)
 def test_openings_that_refuse(answer):
     assert is_refusal(answer) and not is_refusal(f"Of course. {answer}")
 
 
 def test_intervals_and_divergences_by_hand():
     """Wilson's interval of 8 of 10; KL of (1/2, 1/2) from (1/4, 3/4): ln 2 / 2 + ln(2/3) / 2 = 0.1438."""
-    assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4) and wilson(0, 5)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4) and wilson(0, 5)[0] == pytest.approx(
+        0, abs=1e-12
+    )
     p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     assert mean_kl([p], [q]) == pytest.approx(0.14384, abs=1e-5) and mean_kl([p], [p]) == 0
     found = preferences({"chosen": np.array([1.0, 2.0]), "rejected": np.array([0.0, 3.0])})
@@ -93,21 +115,29 @@ def test_no_group_is_in_both_halves():
     assert [is_first[labels == y].sum().item() for y in (0, 1)] == [10, 10]
 
 
+@pytest.mark.slow
 def test_the_oracle_climbs():
-    """On its own texts far above any random direction of its length; its gradient is autograd's through the whole model."""
+    """On its own texts far above any random direction of its length; its gradient is autograd's through the
+    whole model.
+    """
     config = tiny_config(num_hidden_layers=4)
     model = random_llama(config)
     ids = random_documents(config.vocab_size, [5, 9, 7, 6, 8, 4, 9, 5, 7, 6], seed=3)
     documents = [(x.numpy(), np.ones(len(x), dtype=bool)) for x in ids]
     labels = torch.arange(10) % 2
-    add = {layer: torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(layer)) for layer in (2, 3)}
+    add = {
+        layer: torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(layer))
+        for layer in (2, 3)
+    }
 
     def share(additions):
         start, end = oracle_curve(model, documents, additions, [0.0, 1.0], "cpu", text_mean)
         return explained_share(start, labels).item(), explained_share(end, labels).item()
 
     best = find_oracle(model, documents, labels, add, "cpu", text_mean)
-    assert all(best[layer].norm().item() == pytest.approx(add[layer].norm().item(), rel=1e-5) for layer in add)
+    assert all(
+        best[layer].norm().item() == pytest.approx(add[layer].norm().item(), rel=1e-5) for layer in add
+    )
     generator = torch.Generator().manual_seed(9)
     others = []
     for _ in range(10):

@@ -1,4 +1,6 @@
-"""A small, deterministic version of bench/calibration.py: false alarms, power and coverage where the truth is known."""
+"""A small, deterministic version of bench/calibration.py: false alarms, power and coverage where the truth is
+known.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from bench import calibration
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["20 texts, t3 tails", "10 texts, 1 axiom", "half of the noise new at each lambda"])
+@pytest.mark.parametrize(
+    "name", ["20 texts, t3 tails", "10 texts, 1 axiom", "half of the noise new at each lambda"]
+)
 def test_false_alarms_of_texts_that_stand_alone(name):
     """At most 5 of 60, which a true rate of 1.75 % exceeds once in 1,500."""
     whole, any_axiom = calibration.simulate(calibration.ALONE[name], trials=60, draws=200, seed=1)
@@ -28,7 +32,9 @@ def test_false_alarms_of_templates(name):
 
 @pytest.mark.slow
 def test_a_random_direction_is_flat():
-    """Of 60, at least 12 are something by the texts alone; at most 6 are against 19 directions of each kind (5 %: 3)."""
+    """Of 60, at least 12 are something by the texts alone; at most 6 are against 19 directions of each kind
+    (5 %: 3).
+    """
     found = calibration.random_directions(trials=60, draws=200)
     for whole, any_axiom, bare in (found["isotropic"], found["sign-flipped"]):
         assert bare >= 12 and 60 - whole["flat"] <= 6 and any_axiom <= 6
@@ -36,9 +42,13 @@ def test_a_random_direction_is_flat():
 
 @pytest.mark.slow
 def test_power_is_as_predicted():
-    """The change that `power` says is found with 80 %, planted: found in 60 to 100 % of 40 (0.8 +- 3 standard deviations)."""
+    """The change that `power` says is found with 80 %, planted: found in 60 to 100 % of 40 (0.8 +- 3 standard
+    deviations).
+    """
     axiom, label, _ = calibration.texts_of(None, 50, 2)
-    curve = bootstrap(calibration.paths(torch.Generator().manual_seed(1), axiom, label, None), axiom, label, ["a", "b"], 300)
+    curve = bootstrap(
+        calibration.paths(torch.Generator().manual_seed(1), axiom, label, None), axiom, label, ["a", "b"], 300
+    )
     found = power(curve)
     settings = {"texts": 50, "axioms": 2, "change": found["detectable"]}
     whole, _ = calibration.simulate(settings, trials=40, draws=200)
@@ -55,11 +65,14 @@ def test_power_is_as_predicted():
     (20, 32, 2.0, {}), (20, 576, 20.0, {}), (100, 576, 0.0, {}), (100, 576, 2.0, {}), (100, 576, 20.0, {"templates": 20}),
 ])  # fmt: skip
 def test_intervals_of_levels_cover(n, dims, points, more):
-    """At least 89 of 100, which 95 % miss once in 230. The basic bootstrap's covered none at 576 dimensions."""
+    """At least 89 of 100, which 95 % miss once in 230. The basic bootstrap's covered none at 576
+    dimensions.
+    """
     held, given, _ = calibration.coverage(n, dims, points, 100, **more)
     assert given == 1 and held >= 0.89
 
 
+@pytest.mark.slow
 def test_no_interval_is_given_where_one_text_carries_the_variance():
     for n in (10, 20, 100):
         _, given, _ = calibration.coverage(n, 32, 20.0, 20, tails=3)
@@ -75,6 +88,8 @@ def test_the_planted_separation_is_the_populations(points):
     assert curve.estimate[0, 0].item() == pytest.approx(points, abs=0.2)
 
 
-@pytest.mark.parametrize("degrees, expected", [(4, 2.776), (9, 2.262), (19, 2.093), (99, 1.984), (10**6, 1.960)])
+@pytest.mark.parametrize(
+    "degrees, expected", [(4, 2.776), (9, 2.262), (19, 2.093), (99, 1.984), (10**6, 1.960)]
+)
 def test_student_quantile(degrees, expected):
     assert student_quantile(0.975, degrees) == pytest.approx(expected, rel=5e-3)

@@ -62,7 +62,9 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tokenizer):
-    """ROOT/base: a pretrained model whose rows divide by no number of ranks, some tensors with fewer rows than three ranks can share."""
+    """ROOT/base: a pretrained model whose rows divide by no number of ranks, some tensors with fewer rows
+    than three ranks can share.
+    """
     folder = tmp_path_factory.mktemp("runs")
     config = tiny_config(num_hidden_layers=2, num_key_value_heads=1, head_dim=4, intermediate_size=53)
     save_pretrained(random_llama(config), tokenizer, folder / "base")
@@ -90,8 +92,9 @@ def transformers_logits(model):
 
 @pytest.mark.slow
 def test_ranks_1_to_2_to_3_to_1(root, ranks, tmp_path):
-    """Each life starts from the last one's checkpoint on another number of ranks and finds it bit for bit, Adam's state included; it
-    trains, saves, and overwrites its tensors at once, which the save does not see. Full fine-tuning and LoRA."""
+    """Each life starts from the last one's checkpoint on another number of ranks and finds it bit for bit,
+    Adam's state included; it trains, saves, and overwrites its tensors at once, which the save does not see.
+    Full fine-tuning and LoRA."""
     life(root, "", "one", ranks)
     spawn(partial(live, root, "one", "two"), tmp_path / "two ranks", ranks=2).ok()
     spawn(partial(live, root, "two", "three"), tmp_path / "three ranks", ranks=3).ok()
@@ -101,19 +104,32 @@ def test_ranks_1_to_2_to_3_to_1(root, ranks, tmp_path):
         whole = load_file(root / "three" / f"{kind}.safetensors")
         model, _ = load_pretrained(root / "three" / kind / "final")
         if kind == "full":
-            assert_equal(whole_tensors(model), {key: tensor for key, tensor in whole.items() if key.startswith("param/")})
+            assert_equal(
+                whole_tensors(model),
+                {key: tensor for key, tensor in whole.items() if key.startswith("param/")},
+            )
         else:
             adapted, _ = load_pretrained(root / "base")
             stored = load_file(root / "three/lora/adapter/adapter_model.safetensors")
-            expected = {key: tensor for key, tensor in whole.items() if key.startswith("param/") and "lora_" in key}
-            assert_equal({f"param/{key.removeprefix('base_model.model.').removesuffix('.weight')}": stored[key] for key in stored}, expected)
+            expected = {
+                key: tensor for key, tensor in whole.items() if key.startswith("param/") and "lora_" in key
+            }
+            assert_equal(
+                {
+                    f"param/{key.removeprefix('base_model.model.').removesuffix('.weight')}": stored[key]
+                    for key in stored
+                },
+                expected,
+            )
             merge_adapter(adapted, root / "three/lora/adapter")
             torch.testing.assert_close(logits(model), logits(adapted), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_either_sharding_reads_the_other(root, ranks, tmp_path):
-    """The same through ranks that share the optimizer and ranks that share all, bf16's split masters with all 32 bits among them."""
+    """The same through ranks that share the optimizer and ranks that share all, bf16's split masters with all
+    32 bits among them.
+    """
     kinds = ("full", "lora", "bf16")
     life(root, "", "first", ranks, "optimizer", kinds)  # on one process: a plain model
     lives = (
@@ -121,7 +137,9 @@ def test_either_sharding_reads_the_other(root, ranks, tmp_path):
         (3, "fourth", "fifth", "optimizer"),
     )  # fmt: skip
     for count, source, target, sharding in lives:
-        spawn(partial(live, root, source, target, sharding, kinds), tmp_path / f"logs {target}", ranks=count).ok()
+        spawn(
+            partial(live, root, source, target, sharding, kinds), tmp_path / f"logs {target}", ranks=count
+        ).ok()
     life(root, "fifth", "last", ranks, "optimizer", kinds)
 
 
@@ -162,7 +180,9 @@ def test_lora_checkpoint_holds_only_what_is_trained(root, ranks, tmp_path):
 
 @pytest.fixture
 def run(root, ranks, tmp_path):
-    """(checkpointer, model, optimizer, whole tensors) of a run with one finished checkpoint, step 1, and one more step trained."""
+    """(checkpointer, model, optimizer, whole tensors) of a run with one finished checkpoint, step 1, and one
+    more step trained.
+    """
     model, optimizer = build("lora", root / "base")
     train_step(model, optimizer)
     checkpointer = Checkpointer(tmp_path / "run", 1, IDENTITY)
@@ -178,7 +198,9 @@ def restart(tmp_path, model, optimizer):
     checkpointer = Checkpointer(tmp_path / "run", 1, IDENTITY)
     scramble(model, optimizer)
     step = checkpointer.load(checkpointer.latest(), model, optimizer)
-    assert all((path / "COMPLETED").exists() for path in checkpointer.folder.iterdir())  # nothing unfinished is left
+    assert all(
+        (path / "COMPLETED").exists() for path in checkpointer.folder.iterdir()
+    )  # nothing unfinished is left
     return step, whole_tensors(model, optimizer)
 
 
@@ -198,7 +220,6 @@ def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-
 def test_a_save_that_waits_for_the_one_before_says_how_long(run, monkeypatch, capsys):
     checkpointer, model, optimizer, _ = run
     write_rows = checkpoint._write_rows
@@ -208,15 +229,21 @@ def test_a_save_that_waits_for_the_one_before_says_how_long(run, monkeypatch, ca
     assert not capsys.readouterr().out
     checkpointer.save(3, model, optimizer)
     (said,) = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"step 3: waited 0\.[3-9] s to save, because the checkpoint of step 2 was still being written", said)
+    assert re.fullmatch(
+        r"step 3: waited 0\.[3-9] s to save, because the checkpoint of step 2 was still being written", said
+    )
 
 
 def test_when_a_save_is_due(ranks):
-    """save_every by the step, save_minutes by the time since the last checkpoint; the last step has one if either is set."""
+    """save_every by the step, save_minutes by the time since the last checkpoint; the last step has one if
+    either is set.
+    """
 
     def due(step, minutes_ago, **keys):
         keys = dict(save_every=None, save_minutes=None) | keys
-        run = SimpleNamespace(config=SimpleNamespace(**keys), total_steps=10, saved_at=time.monotonic() - 60 * minutes_ago)
+        run = SimpleNamespace(
+            config=SimpleNamespace(**keys), total_steps=10, saved_at=time.monotonic() - 60 * minutes_ago
+        )
         return Run.is_save_due(run, step)
 
     assert not due(10, 1000)
@@ -228,7 +255,9 @@ def test_when_a_save_is_due(ranks):
 
 @pytest.mark.parametrize("call", ["write_safetensors", "write_json", "publish", "sync", "_delete"])
 def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
-    """The writer dies in front of each of its file operations (write_json is called twice): the next start has step 1 or step 2, whole."""
+    """The writer dies in front of each of its file operations (write_json is called twice): the next start
+    has step 1 or step 2, whole.
+    """
     checkpointer, model, optimizer, _ = run
     trained = {1: run[3], 2: whole_tensors(model, optimizer)}
 
@@ -251,7 +280,9 @@ def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
                 checkpointer.wait()
         step, found = restart(tmp_path, model, optimizer)
         assert step == (2 if call in ("sync", "_delete") else 1)
-        assert len(list(checkpointer.folder.iterdir())) == 1  # keep_last, also where the older one had not gone yet
+        assert (
+            len(list(checkpointer.folder.iterdir())) == 1
+        )  # keep_last, also where the older one had not gone yet
         assert_equal(found, trained[step])
 
 
@@ -273,7 +304,9 @@ def test_full_disk_loses_nothing_and_the_next_save_works(run, tmp_path):
     fill_the_disk(checkpointer, 2, rank=0)
     checkpointer.save(2, model, optimizer)
     size = (checkpointer.latest() / "rank_00000.safetensors").stat().st_size
-    with pytest.raises(OSError, match=rf"No space left on device: {size:,} bytes needed.*rank_00000") as caught:
+    with pytest.raises(
+        OSError, match=rf"No space left on device: {size:,} bytes needed.*rank_00000"
+    ) as caught:
         checkpointer.save(3, model, optimizer)
     assert caught.value.errno == errno.ENOSPC
     assert checkpointer.latest().name == "step_000001"
@@ -348,8 +381,11 @@ def test_flipped_bits_of_the_small_files_are_found(run):
     assert run[0]._read_index(path)["step"] == 1
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_rank_file_are_found(run):
-    """Of the first 64 bytes, length and header, and of the tensors, which are read already when their hash says so."""
+    """Of the first 64 bytes, length and header, and of the tensors, which are read already when their hash
+    says so.
+    """
     checkpointer, model, optimizer, _ = run
     file = checkpointer.latest() / "rank_00000.safetensors"
     whole, rng = file.read_bytes(), random.Random(0)
@@ -412,7 +448,9 @@ def test_what_is_not_finite_is_not_saved(run, where, value):
     param = next(param for param in model.parameters() if param.requires_grad)
     tensor = param if where == "param" else optimizer.state[param][where]
     parallel.local_rows(tensor)[1][1, 1] = value
-    with pytest.raises(FloatingPointError, match=rf"step 2: not finite, so not saved: {where}/model.layers.0"):
+    with pytest.raises(
+        FloatingPointError, match=rf"step 2: not finite, so not saved: {where}/model.layers.0"
+    ):
         checkpointer.save(2, model, optimizer)
     assert checkpointer.latest().name == "step_000001"
 
@@ -439,7 +477,9 @@ def test_another_configuration_is_refused_by_its_keys(run, tmp_path):
 
 def test_another_model_is_refused_by_its_tensors(run, root):
     checkpointer = run[0]
-    with pytest.raises(ValueError, match=r"param/model.embed_tokens.weight: nothing stored, \[97, 40\] expected"):
+    with pytest.raises(
+        ValueError, match=r"param/model.embed_tokens.weight: nothing stored, \[97, 40\] expected"
+    ):
         checkpointer.load(checkpointer.latest(), *build("full", root / "base"))
 
 
@@ -454,7 +494,9 @@ def test_keep_last_and_fresh(run, tmp_path):
 
 
 def test_copies_by_other_names_are_left_alone(run, tmp_path):
-    """`cp -r step_000001 step_000001_good` is no checkpoint to go on from, and no later save and no --fresh deletes it."""
+    """`cp -r step_000001 step_000001_good` is no checkpoint to go on from, and no later save and no --fresh
+    deletes it.
+    """
     checkpointer, model, optimizer, _ = run
     for name in ("step_000001_good", "best_step_000001"):
         shutil.copytree(checkpointer.latest(), checkpointer.folder / name)
@@ -463,7 +505,10 @@ def test_copies_by_other_names_are_left_alone(run, tmp_path):
         checkpointer.save(step, model, optimizer)
     checkpointer.wait()
     assert Checkpointer(tmp_path / "run", 2, IDENTITY, fresh=True).latest() is None
-    assert sorted(path.name for path in checkpointer.folder.iterdir()) == ["best_step_000001", "step_000001_good"]
+    assert sorted(path.name for path in checkpointer.folder.iterdir()) == [
+        "best_step_000001",
+        "step_000001_good",
+    ]
 
 
 # ---------------------------------------------------------------- reading Hugging Face folders
@@ -480,8 +525,14 @@ def rewrite(file, change):
     [
         (lambda t: t.pop("model.norm.weight"), "model.norm.weight: missing"),
         (lambda t: t.update(extra=torch.zeros(2)), "extra: unexpected"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(41)}), r"model.norm.weight: shape \(41,\), expected \(40,\)"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(40, dtype=torch.int8)}), r"norm.weight: dtype I8.* \(model.safetensors\)"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(41)}),
+            r"model.norm.weight: shape \(41,\), expected \(40,\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(40, dtype=torch.int8)}),
+            r"norm.weight: dtype I8.* \(model.safetensors\)",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named_and_nothing_is_read(base, change, message):
@@ -502,18 +553,26 @@ def test_truncated_weights_are_named(base, size):
         load_pretrained(base)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+)
 @pytest.mark.parametrize("content", [b'{"a": ', b"\xff"])
 def test_torn_files_beside_the_weights_are_named(base, name, content):
     (base / name).write_bytes(content)
-    named = f"{base}/tokenizer.json: torn, or of a version" if name == "tokenizer.json" else f"{base / name}: missing or torn"
+    named = (
+        f"{base}/tokenizer.json: torn, or of a version"
+        if name == "tokenizer.json"
+        else f"{base / name}: missing or torn"
+    )
     with pytest.raises(ValueError, match=re.escape(named)):
         load_pretrained(base)
 
 
 def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, monkeypatch):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="missing weight files: model.safetensors; pytorch_model.bin is a pickle"):
+    with pytest.raises(
+        ValueError, match="missing weight files: model.safetensors; pytorch_model.bin is a pickle"
+    ):
         load_pretrained(base)
     monkeypatch.setattr(weights, "MAX_FILE_BYTES", 40_000)
     save_pretrained(random_llama(tiny_config()), tokenizer, base.with_name("several"))
@@ -543,7 +602,9 @@ def test_broken_model_folders_are_refused_before_the_data_are_read(base, tokeniz
 
 def test_tokenizer_larger_than_the_embedding(tokenizer, tmp_path):
     model = random_llama(tiny_config(vocab_size=91))
-    with pytest.raises(ValueError, match="tokenizer's ids go up to 91, the model's embedding only has vocab_size=91 rows"):
+    with pytest.raises(
+        ValueError, match="tokenizer's ids go up to 91, the model's embedding only has vocab_size=91 rows"
+    ):
         save_pretrained(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -552,7 +613,9 @@ def test_tokenizer_with_a_gap_in_its_ids(tmp_path):
     """Three tokens, but one of them is row 97 of an embedding that ends at row 96."""
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 97}, unk_token="a"))
     sparse = Tokenizer({"tokenizer.json": core.to_str().encode(), "tokenizer_config.json": b"{}"}, "sparse")
-    with pytest.raises(ValueError, match="tokenizer's ids go up to 97, the model's embedding only has vocab_size=97 rows"):
+    with pytest.raises(
+        ValueError, match="tokenizer's ids go up to 97, the model's embedding only has vocab_size=97 rows"
+    ):
         save_pretrained(random_llama(tiny_config()), sparse, tmp_path / "out")
     save_pretrained(random_llama(tiny_config(vocab_size=98)), sparse, tmp_path / "out")
     assert load_pretrained(tmp_path / "out")[1].encode("c") == [97]
@@ -589,11 +652,16 @@ def test_resolve(base):
 
 def test_an_adapter_is_no_model(base, tmp_path):
     save_adapter(with_adapters(base), tmp_path / "adapter", base)
-    with pytest.raises(ValueError, match=f"model_path='{tmp_path}/adapter': a LoRA adapter .*; expected a whole model: .* final/"):
+    with pytest.raises(
+        ValueError,
+        match=f"model_path='{tmp_path}/adapter': a LoRA adapter .*; expected a whole model: .* final/",
+    ):
         resolve(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "hashes.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "hashes.json"]
+)
 def test_a_flipped_bit_of_our_export_is_refused(base, name):
     """Every file that load_pretrained reads; a folder without hashes.json, of others, is read as it is."""
     write_hashes(base)
@@ -637,16 +705,22 @@ def test_what_is_not_finite_is_not_exported(base, tokenizer, tmp_path):
 
 
 @pytest.mark.slow  # imports transformers
-@pytest.mark.parametrize("config", [dict(tie_word_embeddings=True), dict(qkv_bias=True, model_type="qwen2", eos_token_id=7)])
+@pytest.mark.parametrize(
+    "config", [dict(tie_word_embeddings=True), dict(qkv_bias=True, model_type="qwen2", eos_token_id=7)]
+)
 def test_transformers_reads_our_folder(tokenizer, tmp_path, monkeypatch, config):
-    """Several files with an index; equal logits; the trained end of turn stops generation; the chat template and its ids."""
+    """Several files with an index; equal logits; the trained end of turn stops generation; the chat template
+    and its ids.
+    """
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(weights, "MAX_FILE_BYTES", 40_000)
     model = random_llama(tiny_config(**config))
     save_pretrained(model, tokenizer, tmp_path / "out", chat_template=TEMPLATE)
     files = sorted(tmp_path.glob("out/*.safetensors"))
     assert len(files) > 2 and all(file.stat().st_size < 40_000 + 5_000 for file in files)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not any(info.values())
     assert theirs.dtype == torch.float32
     with torch.no_grad():
@@ -663,7 +737,10 @@ def test_transformers_reads_our_folder(tokenizer, tmp_path, monkeypatch, config)
 def test_export_casts_once_and_replaces_only_a_model_folder(base, tokenizer, tmp_path):
     model, _ = load_pretrained(base)
     save_pretrained(model, tokenizer, base, dtype=torch.bfloat16)
-    assert_equal(load_file(base / "model.safetensors"), {name: param.detach().bfloat16() for name, param in model.named_parameters()})
+    assert_equal(
+        load_file(base / "model.safetensors"),
+        {name: param.detach().bfloat16() for name, param in model.named_parameters()},
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/thesis.txt").write_text("years of work")
@@ -693,8 +770,12 @@ def test_writer_holds_one_tensor_at_a_time(tmp_path):
         alive.add(tensor)
         return tensor
 
-    weights.write_safetensors(tmp_path / "x.safetensors", {str(i): (torch.float32, (3, 5)) for i in range(4)}, read)
-    assert_equal(load_file(tmp_path / "x.safetensors"), {str(i): torch.full((3, 5), float(i)) for i in range(4)})
+    weights.write_safetensors(
+        tmp_path / "x.safetensors", {str(i): (torch.float32, (3, 5)) for i in range(4)}, read
+    )
+    assert_equal(
+        load_file(tmp_path / "x.safetensors"), {str(i): torch.full((3, 5), float(i)) for i in range(4)}
+    )
 
 
 # ---------------------------------------------------------------- adapters
@@ -715,19 +796,28 @@ def with_adapters(base, rank=3, alpha=7.0, targets=("q_proj", "up_proj")):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
 @torch.no_grad()
 def test_adapters_go_to_peft_and_back(base, tokenizer, tmp_path):
-    """Ours written, read by peft: equal logits, and equal to our merged export. Written by peft, merged by ours: equal logits."""
+    """Ours written, read by peft: equal logits, and equal to our merged export. Written by peft, merged by
+    ours: equal logits.
+    """
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     model = with_adapters(base)
     save_adapter(model, tmp_path / "ours", base)
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours"
+    )
     torch.testing.assert_close(transformers_logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
     assert (logits(model) - logits(load_pretrained(base)[0])).abs().max() > 0.1
     save_pretrained(model, tokenizer, tmp_path / "merged")
-    torch.testing.assert_close(logits(load_pretrained(tmp_path / "merged")[0]), logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(load_pretrained(tmp_path / "merged")[0]), logits(model), rtol=1e-5, atol=1e-5
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     back, _ = load_pretrained(base)
     merge_adapter(back, tmp_path / "theirs")
-    assert_equal(load_file(tmp_path / "theirs/adapter_model.safetensors"), load_file(tmp_path / "ours/adapter_model.safetensors"))
+    assert_equal(
+        load_file(tmp_path / "theirs/adapter_model.safetensors"),
+        load_file(tmp_path / "ours/adapter_model.safetensors"),
+    )
     torch.testing.assert_close(logits(back), logits(model), rtol=1e-5, atol=1e-5)
 
 
@@ -742,7 +832,10 @@ def test_merge_into_bfloat16_rounds_once(base, tokenizer, tmp_path):
     save_pretrained(model, tokenizer, tmp_path / "merged")
     merged, plain = load_file(tmp_path / "merged/model.safetensors"), load_file(base / "model.safetensors")
     name = "model.layers.1.mlp.up_proj"
-    exact = plain[f"{name}.weight"].bfloat16().float() + 7.0 / 3 * adapters[f"{name}.lora_B"] @ adapters[f"{name}.lora_A"]
+    exact = (
+        plain[f"{name}.weight"].bfloat16().float()
+        + 7.0 / 3 * adapters[f"{name}.lora_B"] @ adapters[f"{name}.lora_A"]
+    )
     assert torch.equal(merged[f"{name}.weight"], exact.bfloat16())
     assert not [key for key in merged if "lora_" in key]
 
@@ -754,12 +847,18 @@ def test_merge_into_bfloat16_rounds_once(base, tokenizer, tmp_path):
         (dict(layer_replication=[[0, 2], [1, 2]]), "layer_replication=.*, expected it off"),
         (dict(not_yet_invented="x"), "not_yet_invented='x', expected it off: it is not implemented here"),
         (dict(bias="all"), "bias='all', expected 'none'"),
-        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4': made for a base with other weights"),
+        (
+            dict(init_lora_weights="pissa_niter_4"),
+            "init_lora_weights='pissa_niter_4': made for a base with other weights",
+        ),
         (dict(r=4), r"lora_A.weight: shape \(3, 40\), expected \(4, 40\)"),
         (dict(target_modules=["q_proj"]), "layers.1.mlp.up_proj.lora_B.weight: unexpected"),
         (dict(target_modules="all-linear"), "layers.1.mlp.gate_proj.lora_A.weight: missing"),
         (dict(target_modules=["query"]), r"target_modules=\['query'\]: the model has no such module"),
-        (dict(target_modules=["self_attn"]), "target_modules names model.layers.0.self_attn, which is no linear"),
+        (
+            dict(target_modules=["self_attn"]),
+            "target_modules names model.layers.0.self_attn, which is no linear",
+        ),
         (dict(target_modules="("), r"'\(': expected a regular expression: missing \)"),
         (dict(lora_alpha="7"), "lora_alpha='7': expected a finite number"),
         (dict(target_modules=None), "target_modules=None: expected a text or a list, each a text"),
@@ -784,7 +883,9 @@ def test_an_adapter_that_unties_a_tied_weight_is_refused(base, tmp_path, key):
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: ["lm_head"]}))
     tied = random_llama(tiny_config(num_hidden_layers=2, tie_word_embeddings=True))
-    with pytest.raises(ValueError, match="names lm_head.*: the model ties embedding and lm_head|no such module"):
+    with pytest.raises(
+        ValueError, match="names lm_head.*: the model ties embedding and lm_head|no such module"
+    ):
         merge_adapter(tied, tmp_path / "adapter")
 
 

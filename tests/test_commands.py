@@ -1,4 +1,6 @@
-"""Every command of README.md and docs/ does what it says: run by a shell, in a copy of the checkout, in the order of the documents."""
+"""Every command of README.md and docs/ does what it says: run by a shell, in a copy of the checkout, in the
+order of the documents.
+"""
 
 import os
 import shutil
@@ -59,7 +61,9 @@ RUN = [command for command in DOCUMENTED if not command.startswith(tuple(NOT_RUN
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, world):
-    """A copy of the repository without runs/, and small files with the names that the documents give to a reader's own."""
+    """A copy of the repository without runs/, and small files with the names that the documents give to a
+    reader's own.
+    """
     root = tmp_path_factory.mktemp("commands") / "glassbox"
     untracked = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", *untracked))
@@ -69,15 +73,22 @@ def checkout(tmp_path_factory, world):
     write_rows(root / "chats.jsonl", [{"messages": row["messages"]} for row in rows["sft"][:100]])
     pairs = rows["preferences"][:125]  # the hundred of a vector and those held out of it, as transcripts
     turns = "\n\nHuman: {}\n\nAssistant: {}"
-    write_rows(root / "pairs.jsonl", [{side: turns.format(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in pairs])
-    labelled = [f'{i},"{row["input"]}",{row["axiom"]},{row["safety_label"]}' for i, row in enumerate(rows["aqi"][::9])]
+    write_rows(
+        root / "pairs.jsonl",
+        [{side: turns.format(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in pairs],
+    )
+    labelled = [
+        f'{i},"{row["input"]}",{row["axiom"]},{row["safety_label"]}' for i, row in enumerate(rows["aqi"][::9])
+    ]
     (root / "labelled.csv").write_text("\n".join(["id,input,axiom,safety_label", *labelled]))
 
     theirs = write(root.parent / "open-instruct") / "configs/train_configs/tulu3"
     theirs.mkdir(parents=True)
     (theirs / "tulu3_dpo_8b.yaml").write_text(DPO_YAML)
     (root / "runs/mine").mkdir(parents=True)
-    run_logs(root, [learning_rate(i + 1, 40, 1e-5, "linear", 1.125) for i in range(40)], OTHER_LOSSES, LOSSES)  # which agree
+    run_logs(
+        root, [learning_rate(i + 1, 40, 1e-5, "linear", 1.125) for i in range(40)], OTHER_LOSSES, LOSSES
+    )  # which agree
     (root / "log.txt").rename(root / "their_output.txt")
     (root / "run").rename(root / "runs/mine/dpo")
     return root
@@ -88,14 +99,20 @@ def run(command, folder):
         command = command.replace(old, new)
     own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HOME": str(folder.parent / "hub"),
            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_STANDALONE": "1"}  # fmt: skip  # a free port
-    return subprocess.run(command, shell=True, cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        command, shell=True, cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=900
+    )
 
 
 @pytest.fixture(scope="module")
 def outcomes(checkout):
-    """{command: future of its CompletedProcess}, of two queues, one a core: what writes or reads runs/tiny; and what does not."""
+    """{command: future of its CompletedProcess}, of two queues, one a core: what writes or reads runs/tiny;
+    and what does not.
+    """
     queues = {is_tiny: ThreadPoolExecutor(1) for is_tiny in (True, False)}
-    tiny = {command for command in RUN if any(word in command for word in ("make demo", "tiny", "configs/*.py"))}
+    tiny = {
+        command for command in RUN if any(word in command for word in ("make demo", "tiny", "configs/*.py"))
+    }
     yield {command: queues[command in tiny].submit(run, command, checkout) for command in RUN}
     for queue in queues.values():
         queue.shutdown(cancel_futures=True)
@@ -104,7 +121,9 @@ def outcomes(checkout):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN, ids=RUN)
 def test_command(command, outcomes):
-    """Exit code 0, something printed, no traceback; and exactly the output that the document shows, if it shows one below `$ command`."""
+    """Exit code 0, something printed, no traceback; and exactly the output that the document shows, if it
+    shows one below `$ command`.
+    """
     done = outcomes[command].result()
     printed = done.stdout + done.stderr
     assert done.returncode == 0 and "Traceback" not in printed, printed

@@ -20,13 +20,17 @@ from tools.compare import Distance
 def write_folder(folder, **tensors):
     """Only weights: what distances reads."""
     folder.mkdir()
-    save_file({name: torch.tensor(values, dtype=torch.float32) for name, values in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: torch.tensor(values, dtype=torch.float32) for name, values in tensors.items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
 def test_distances_by_hand(tmp_path, monkeypatch):
-    """w: ours differs from published in one number, by 4; |published|^2 = 1 + 4 + 9 + 4 = 18. From the base, ours went (0, 0, 2, 4) and
-    published (0, 0, 2, 0): the gap is 4 of 2, and the cosine 4 / (sqrt(20) 2). In rows of one at a time."""
+    """w: ours differs from published in one number, by 4; |published|^2 = 1 + 4 + 9 + 4 = 18. From the base,
+    ours went (0, 0, 2, 4) and published (0, 0, 2, 0): the gap is 4 of 2, and the cosine 4 / (sqrt(20) 2). In
+    rows of one at a time."""
     monkeypatch.setattr(compare, "ROWS", 1)
     ours = write_folder(tmp_path / "ours", w=[[1, 2], [3, 6]], b=[0, 3])
     published = write_folder(tmp_path / "published", w=[[1, 2], [3, 2]], b=[0, 3], extra=[1])
@@ -37,22 +41,41 @@ def test_distances_by_hand(tmp_path, monkeypatch):
     assert found["b"] == Distance(apart=0, size=9, moved=9, ours=9, product=9)
     w, every = found["w"], found["w"] + found["b"]
     assert (w.relative, w.left, w.cosine) == pytest.approx((math.sqrt(16 / 18), 2.0, 4 / math.sqrt(80)))
-    assert (every.relative, every.left, every.cosine) == pytest.approx((math.sqrt(16 / 27), math.sqrt(16 / 13), 13 / math.sqrt(29 * 13)))
+    assert (every.relative, every.left, every.cosine) == pytest.approx(
+        (math.sqrt(16 / 27), math.sqrt(16 / 13), 13 / math.sqrt(29 * 13))
+    )
     without, _ = compare.distances(ours, published)
-    assert without["w"].relative == w.relative and math.isnan(without["w"].left) and math.isnan(without["w"].cosine)
+    assert (
+        without["w"].relative == w.relative
+        and math.isnan(without["w"].left)
+        and math.isnan(without["w"].cosine)
+    )
 
 
 def test_log_probs_by_hand():
-    """Tokens -1, -2, -3 and -1, -4, -3: differences 0, 2, 0; their deviations (1, 0, -1) and (5, -4, -1) / 3 correlate 2 / sqrt(2 x 14 / 3)."""
-    found = compare.compare_logps([np.array([-1.0, -2.0]), np.array([-3.0])], [np.array([-1.0, -4.0]), np.array([-3.0])])
-    expected = dict(tokens=3, ours=-2, published=-8 / 3, difference=2 / 3, root=math.sqrt(4 / 3), correlation=2 / math.sqrt(28 / 3))
+    """Tokens -1, -2, -3 and -1, -4, -3: differences 0, 2, 0; their deviations (1, 0, -1) and (5, -4, -1) / 3
+    correlate 2 / sqrt(2 x 14 / 3).
+    """
+    found = compare.compare_logps(
+        [np.array([-1.0, -2.0]), np.array([-3.0])], [np.array([-1.0, -4.0]), np.array([-3.0])]
+    )
+    expected = dict(
+        tokens=3,
+        ours=-2,
+        published=-8 / 3,
+        difference=2 / 3,
+        root=math.sqrt(4 / 3),
+        correlation=2 / math.sqrt(28 / 3),
+    )
     assert found == pytest.approx(expected)
 
 
 def test_cosines_by_hand(monkeypatch):
     """(3, 4) beside (4, 3): 24 / 25; a vector beside minus half of itself: -1, twice as long."""
     vectors = {"a": torch.tensor([[3.0, 4.0], [1.0, 1.0]]), "b": torch.tensor([[4.0, 3.0], [-0.5, -0.5]])}
-    monkeypatch.setattr(compare.Vector, "load", lambda folder: SimpleNamespace(tensors={"chosen_last": vectors[folder]}))
+    monkeypatch.setattr(
+        compare.Vector, "load", lambda folder: SimpleNamespace(tensors={"chosen_last": vectors[folder]})
+    )
     (first, second) = compare.vector_cosines("a", "b", "chosen", "last")
     assert first == pytest.approx((0.96, 1.0)) and second == pytest.approx((-1.0, 2.0))
     vectors["b"] = torch.ones(3, 2)
@@ -62,22 +85,38 @@ def test_cosines_by_hand(monkeypatch):
 
 @pytest.mark.slow
 def test_the_command(world, tmp_path, capsys):
-    """A model with itself is at distance 0 and KL 0; one whose weights moved is not; log-probs are those of the packed forward."""
+    """A model with itself is at distance 0 and KL 0; one whose weights moved is not; log-probs are those of
+    the packed forward.
+    """
     base, moved = world / "base", tmp_path / "moved"
     shutil.copytree(base, moved)
-    change_weights(moved, lambda weights: weights.update({name: tensor * 1.1 for name, tensor in weights.items()}))
+    change_weights(
+        moved, lambda weights: weights.update({name: tensor * 1.1 for name, tensor in weights.items()})
+    )
     rng = random.Random(0)
     texts = []
     for _ in range(6):
-        texts.append({side: f"\n\nHuman: {rng.choice(WORDS)}\n\nAssistant: {' '.join(rng.choices(WORDS, k=5))}" for side in compare.SIDES})
+        texts.append(
+            {
+                side: f"\n\nHuman: {rng.choice(WORDS)}\n\nAssistant: {' '.join(rng.choices(WORDS, k=5))}"
+                for side in compare.SIDES
+            }
+        )
     write_rows(tmp_path / "texts.jsonl", texts)
     options = [f"--texts={tmp_path}/texts.jsonl", "--count=6"]
     assert compare.main([str(base), str(base), *options]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^all +0\.00e\+00$", printed, re.M) and "KL(published || ours) 0.00000" in printed and "correlation 1.0000" in printed
+    assert (
+        re.search(r"^all +0\.00e\+00$", printed, re.M)
+        and "KL(published || ours) 0.00000" in printed
+        and "correlation 1.0000" in printed
+    )
     assert compare.main([str(moved), str(base), *options, f"--base={moved}"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^all +1\.00e-01 +1\.000 +nan$", printed, re.M) and "KL(published || ours) 0.00000" not in printed
+    assert (
+        re.search(r"^all +1\.00e-01 +1\.000 +nan$", printed, re.M)
+        and "KL(published || ours) 0.00000" not in printed
+    )
 
     model, tokenizer = load_pretrained(base)
     documents, _ = compare.read_texts(f"{tmp_path}/texts.jsonl", 6, tokenizer, None, 512)

@@ -1,4 +1,6 @@
-"""plumbing/config.py: what a config may say, what it says back when it is wrong, and that every file in configs/ loads."""
+"""plumbing/config.py: what a config may say, what it says back when it is wrong, and that every file in
+configs/ loads.
+"""
 
 import dataclasses
 import os
@@ -28,14 +30,24 @@ from train_dpo import LOSSES, DPOConfig
 from train_sft import SFTConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "pairs")  # which holds no training config
+CONFIGS = sorted(
+    path for path in FOLDER.glob("*.py") if path.stem != "pairs"
+)  # which holds no training config
 # The smallest file that works; what a test adds stands behind it and wins.
 MINIMAL = """
 common = dict(model_path="base", data={"a.jsonl": 1.0}, max_seq_len=16, global_batch_size=8, tokens_per_microbatch=64, lr=1e-3)
 sft = dict(out_dir="runs/sft")
 dpo = dict(out_dir="runs/dpo")
 """
-VALUES = dict(model_path="base", out_dir="o", data={"a.jsonl": 1.0}, max_seq_len=16, global_batch_size=8, tokens_per_microbatch=64, lr=1e-3)
+VALUES = dict(
+    model_path="base",
+    out_dir="o",
+    data={"a.jsonl": 1.0},
+    max_seq_len=16,
+    global_batch_size=8,
+    tokens_per_microbatch=64,
+    lr=1e-3,
+)
 
 
 @pytest.fixture
@@ -58,7 +70,9 @@ def test_every_config_loads(path, stage):
     assert config.out_dir == f"runs/{path.stem}/{stage}"
     assert path.read_text().startswith('"""') and 20 <= len(path.read_text().splitlines()) <= 50
     if stage == "dpo":
-        assert config.model_path == f"runs/{path.stem}/sft/final", "DPO starts from (and is compared with) the SFT model"
+        assert config.model_path == f"runs/{path.stem}/sft/final", (
+            "DPO starts from (and is compared with) the SFT model"
+        )
 
 
 @pytest.mark.parametrize("name", ["tulu10", "tulu10_lora", "tulu_full", "tulu_full_lora", "pku_lora"])
@@ -71,16 +85,37 @@ def test_paid_runs_hold_pairs_out(name):
 
 def test_the_seed_run_is_as_recorded():
     sft, dpo = (load(stage, [str(FOLDER / "tulu10.py")]) for stage in ("sft", "dpo"))
-    assert (sft.lr, sft.warmup_ratio, sft.num_epochs, sft.global_batch_size, sft.max_seq_len) == (5e-6, 0.03, 2, 128, 4096)
-    assert (dpo.lr, dpo.warmup_ratio, dpo.num_epochs, dpo.global_batch_size, dpo.max_seq_len) == (5e-7, 0.1, 1, 128, 2048)
+    assert (sft.lr, sft.warmup_ratio, sft.num_epochs, sft.global_batch_size, sft.max_seq_len) == (
+        5e-6,
+        0.03,
+        2,
+        128,
+        4096,
+    )
+    assert (dpo.lr, dpo.warmup_ratio, dpo.num_epochs, dpo.global_batch_size, dpo.max_seq_len) == (
+        5e-7,
+        0.1,
+        1,
+        128,
+        2048,
+    )
     assert (dpo.loss, dpo.beta, sft.lr_schedule, dpo.lr_schedule) == ("dpo_norm", 5.0, "linear", "linear")
-    assert sft.data == {"allenai/tulu-3-sft-mixture": 0.1} and dpo.data == {"allenai/llama-3.1-tulu-3-8b-preference-mixture": 0.1}
+    assert sft.data == {"allenai/tulu-3-sft-mixture": 0.1} and dpo.data == {
+        "allenai/llama-3.1-tulu-3-8b-preference-mixture": 0.1
+    }
 
 
 def test_the_failed_run_is_as_recorded():
     sft, dpo = (load(stage, [str(FOLDER / "pku_lora.py")]) for stage in ("sft", "dpo"))
     assert (sft.lora_rank, sft.lora_alpha, len(sft.lora_targets), sft.max_seq_len) == (16, 16.0, 7, 2048)
-    assert (sft.lr, dpo.lr, dpo.warmup_steps, dpo.num_epochs, dpo.loss, dpo.beta) == (2e-4, 1e-5, 5, 1, "dpo", 0.1)
+    assert (sft.lr, dpo.lr, dpo.warmup_steps, dpo.num_epochs, dpo.loss, dpo.beta) == (
+        2e-4,
+        1e-5,
+        5,
+        1,
+        "dpo",
+        0.1,
+    )
 
 
 # ---------------------------------------------------------------- precedence
@@ -104,26 +139,46 @@ def test_the_command_line_changes_the_started_stage_only(write):
 def test_values_are_read_by_the_declared_type(write):
     write("")
     config = load(
-        "dpo", ["x.py", "--lr=5e-7", "--max_steps=7", "--beta=2", "--data_eval=0.1", "--cache_dir=12", "--template=chatml", "--fresh"]
+        "dpo",
+        [
+            "x.py",
+            "--lr=5e-7",
+            "--max_steps=7",
+            "--beta=2",
+            "--data_eval=0.1",
+            "--cache_dir=12",
+            "--template=chatml",
+            "--fresh",
+        ],
     )
     assert (config.lr, config.max_steps, config.beta, config.data_eval) == (5e-7, 7, 2.0, 0.1)
     assert (config.cache_dir, config.template, config.fresh) == ("12", "chatml", True)
     assert type(config.beta) is float
-    assert load("dpo", ["x.py", "--fresh=false"]).fresh is load("dpo", ["x.py", "--fresh=False"]).fresh is False
+    assert (
+        load("dpo", ["x.py", "--fresh=false"]).fresh is load("dpo", ["x.py", "--fresh=False"]).fresh is False
+    )
     assert load("dpo", ["x.py", "--fresh=True"]).fresh is True
 
 
 def test_none_on_the_command_line(write):
     """Where the key may be None; recompute has a choice of that name, and keeps it."""
     write("common |= dict(max_steps=5, data_eval=0.5, eval_every=2)")
-    keys = ["--max_steps=none", "--data_eval=none", "--eval_every=None", "--template=none", "--recompute=none"]
+    keys = [
+        "--max_steps=none",
+        "--data_eval=none",
+        "--eval_every=None",
+        "--template=none",
+        "--recompute=none",
+    ]
     config = load("sft", ["x.py", *keys])
     assert config.max_steps is config.data_eval is config.eval_every is config.template is None
     assert config.recompute == "none"
 
 
 def test_private_names_and_imports_stay_private(write):
-    write('import math\n_root = "r"\ncommon |= dict(lr=1 / math.pi, template=None)\nsft |= dict(out_dir=f"{_root}/sft")')
+    write(
+        'import math\n_root = "r"\ncommon |= dict(lr=1 / math.pi, template=None)\nsft |= dict(out_dir=f"{_root}/sft")'
+    )
     config = load("sft", ["x.py"])
     assert (config.out_dir, config.template) == ("r/sft", None)
 
@@ -135,10 +190,16 @@ def test_a_file_may_hold_one_stage_only(write):
 
 
 def test_sections_of_steering(write):
-    """Two sections with keys of their own: a missing one is its defaults, numbers of a tuple stand between commas."""
+    """Two sections with keys of their own: a missing one is its defaults, numbers of a tuple stand between
+    commas.
+    """
     write("steer = dict(texts='t', layers=3, lambdas=(0, 1))")
     found = load_sections("x.py", ["steer", "aqi"], ["--lambdas=-1,0.5", "--space=tsne", "--seeds=3"])
-    assert (found["steer"].layers, found["steer"].lambdas, found["steer"].inject) == (3, (-1.0, 0.5), "cumulative")
+    assert (found["steer"].layers, found["steer"].lambdas, found["steer"].inject) == (
+        3,
+        (-1.0, 0.5),
+        "cumulative",
+    )
     assert (found["aqi"].space, found["aqi"].seeds, found["aqi"].prompts) == ("tsne", 3, None)
     assert load_sections("x.py", ["steer"], [])["steer"].lambdas == (0.0, 1.0)
     with pytest.raises(ValueError) as error:
@@ -159,7 +220,10 @@ IN_THE_FILE = [
     ("sft |= dict(beta=5)", "x.py: sft: unknown key 'beta' (a key of dpo)"),
     ("common |= dict(beta=5)", "x.py: common: unknown key 'beta' (a key of dpo)"),
     ("common |= dict(frobnicate=5)", "x.py: common: unknown key 'frobnicate'"),
-    ("sft |= dict(learning_rate=1e-5)", "x.py: sft: unknown key 'learning_rate', here 'lr': peak learning rate of AdamW"),
+    (
+        "sft |= dict(learning_rate=1e-5)",
+        "x.py: sft: unknown key 'learning_rate', here 'lr': peak learning rate of AdamW",
+    ),
     (
         "dpo |= dict(per_device_train_batch_size=4)",
         "x.py: dpo: unknown key 'per_device_train_batch_size', here 'global_batch_size': "
@@ -167,15 +231,27 @@ IN_THE_FILE = [
     ),
     ("dpo |= dict(dpo_beta=0.1)", "x.py: dpo: unknown key 'dpo_beta', did you mean 'beta'?"),
     ("stf = dict()", "x.py: unknown section 'stf', did you mean 'sft'?"),
-    ("root = 'runs'", "x.py: unknown section 'root'; expected common, sft, dpo, steer, aqi (a private name starts with _)"),
+    (
+        "root = 'runs'",
+        "x.py: unknown section 'root'; expected common, sft, dpo, steer, aqi (a private name starts with _)",
+    ),
     ("sft = [1]", "x.py: sft: expected a dict, got list"),
     ("del common['lr']", "x.py: dpo: missing 'lr': peak learning rate of AdamW"),
-    ("sft |= dict(fresh=True)", "x.py: sft: fresh: expected on the command line only; here it would restart the run at every start"),
-    ("sft |= dict(push='org/x')", "x.py: sft: push: expected on the command line only; here it would upload it at every end"),
+    (
+        "sft |= dict(fresh=True)",
+        "x.py: sft: fresh: expected on the command line only; here it would restart the run at every start",
+    ),
+    (
+        "sft |= dict(push='org/x')",
+        "x.py: sft: push: expected on the command line only; here it would upload it at every end",
+    ),
     ("sft |= dict(lr='5e-6')", "x.py: sft: lr='5e-6': expected float > 0, got str"),
     ("sft |= dict(num_epochs=2.0)", "x.py: sft: num_epochs=2.0: expected int >= 1, got float"),
     ("sft |= dict(seed=True)", "x.py: sft: seed=True: expected int >= 0 and < 4294967296, got bool"),
-    ("sft |= dict(seed=2**32)", "x.py: sft: seed=4294967296: expected int >= 0 and < 4294967296"),  # as numpy's RandomState has it
+    (
+        "sft |= dict(seed=2**32)",
+        "x.py: sft: seed=4294967296: expected int >= 0 and < 4294967296",
+    ),  # as numpy's RandomState has it
     ("sft |= dict(lr=True)", "x.py: sft: lr=True: expected float > 0, got bool"),
     ("sft |= dict(lr=None)", "x.py: sft: lr=None: expected float > 0, got NoneType"),
     ("sft |= dict(max_steps='None')", f"x.py: sft: max_steps='None': expected int >= 1 or None, {QUOTED}"),
@@ -193,18 +269,30 @@ IN_THE_FILE = [
     ("dpo |= dict(label_smoothing=0.5)", "x.py: dpo: label_smoothing=0.5: expected float >= 0 and < 0.5"),
     ("dpo |= dict(loss='kto')", "x.py: dpo: loss='kto': expected dpo_norm | dpo | simpo | ipo | wpo"),
     ("sft |= dict(loss='dpo')", "x.py: sft: loss='dpo': expected token_mean | tulu3_release"),
-    ("sft |= dict(precision='fp16')", "x.py: sft: precision='fp16': expected fp32 | bf16 | fp8, did you mean 'bf16'?"),
+    (
+        "sft |= dict(precision='fp16')",
+        "x.py: sft: precision='fp16': expected fp32 | bf16 | fp8, did you mean 'bf16'?",
+    ),
     (
         "sft |= dict(precision='fp8', kernels='plain')",
         "x.py: sft: kernels='plain', precision='fp8': float8 is in the fused blocks only; expected kernels='fused'",
     ),
     ("sft |= dict(data={})", "x.py: sft: data={}: expected dict {str: float or int > 0}, got none"),
     ("sft |= dict(data={'a': 0})", "x.py: sft: data={'a': 0}: expected dict {str: float or int > 0}"),
-    ("sft |= dict(data={'a': True})", "x.py: sft: data={'a': True}: expected dict {str: float or int > 0}, got dict of bool"),
+    (
+        "sft |= dict(data={'a': True})",
+        "x.py: sft: data={'a': True}: expected dict {str: float or int > 0}, got dict of bool",
+    ),
     ("sft |= dict(data='a')", "x.py: sft: data='a': expected dict {str: float or int > 0}, got str"),
-    ("sft |= dict(data_eval=1)", "x.py: sft: data_eval=1: expected dict {str: float or int > 0} or float > 0 and < 1 or None"),
+    (
+        "sft |= dict(data_eval=1)",
+        "x.py: sft: data_eval=1: expected dict {str: float or int > 0} or float > 0 and < 1 or None",
+    ),
     ("sft |= dict(eval_every=5)", "x.py: sft: eval_every=5: needs data_eval"),
-    ("sft |= dict(warmup_ratio=.1, warmup_steps=5)", "x.py: sft: warmup_ratio=0.1, warmup_steps=5: expected one of the two"),
+    (
+        "sft |= dict(warmup_ratio=.1, warmup_steps=5)",
+        "x.py: sft: warmup_ratio=0.1, warmup_steps=5: expected one of the two",
+    ),
     (
         "sft |= dict(max_seq_len=65)",
         "x.py: sft: tokens_per_microbatch=64: expected at least max_seq_len=65 (a document must fit one stream)",
@@ -213,8 +301,14 @@ IN_THE_FILE = [
         "dpo |= dict(max_seq_len=33)",
         "x.py: dpo: tokens_per_microbatch=64: expected at least twice max_seq_len=33 (a pair must fit one stream)",
     ),
-    ("dpo |= dict(loss='simpo')", "x.py: dpo: loss='simpo', gamma_beta_ratio=None: simpo needs one, no other loss has one"),
-    ("dpo |= dict(gamma_beta_ratio=.5)", "x.py: dpo: loss='dpo_norm', gamma_beta_ratio=0.5: simpo needs one, no other loss has one"),
+    (
+        "dpo |= dict(loss='simpo')",
+        "x.py: dpo: loss='simpo', gamma_beta_ratio=None: simpo needs one, no other loss has one",
+    ),
+    (
+        "dpo |= dict(gamma_beta_ratio=.5)",
+        "x.py: dpo: loss='dpo_norm', gamma_beta_ratio=0.5: simpo needs one, no other loss has one",
+    ),
     (
         "dpo |= dict(loss='ipo', label_smoothing=.1)",
         "x.py: dpo: label_smoothing=0.1: defined for dpo_norm, dpo and simpo, not for loss='ipo'",
@@ -258,7 +352,10 @@ ON_THE_COMMAND_LINE = [
     ("--lr=fast", "command line: lr='fast': expected float > 0, got str"),
     ("--lr=-1", "command line: lr=-1.0: expected float > 0"),
     ("--fresh=yes", "command line: fresh='yes': expected bool, got str"),
-    ("--data=a.jsonl", "command line: data: no string is read as dict {str: float or int > 0}: put it into the config file"),
+    (
+        "--data=a.jsonl",
+        "command line: data: no string is read as dict {str: float or int > 0}: put it into the config file",
+    ),
     (
         "--lora_targets=q_proj",
         "command line: lora_targets: no string is read as tuple of q_proj | k_proj | v_proj | o_proj | gate_proj | up_proj | down_proj: "
@@ -268,7 +365,10 @@ ON_THE_COMMAND_LINE = [
         "--model_path=./runs/../runs/dpo/final",
         "x.py: dpo: out_dir='runs/dpo': its final/ is model_path, which the end of the run would replace; expected another folder",
     ),
-    ("--max_seq_len=64", "x.py: dpo: tokens_per_microbatch=64: expected at least twice max_seq_len=64 (a pair must fit one stream)"),
+    (
+        "--max_seq_len=64",
+        "x.py: dpo: tokens_per_microbatch=64: expected at least twice max_seq_len=64 (a pair must fit one stream)",
+    ),
 ]
 
 
@@ -279,15 +379,20 @@ def test_a_wrong_argument_is_refused(write, arg, expected):
 
 
 def test_all_problems_come_at_once_and_only_once(write):
-    write("common |= dict(lr='x')\nsft |= dict(warmup_ratio=2.0, warmup_steps=5)\ndpo |= dict(beat=1, lora_rank=4)\nstf = {}")
-    assert problems("sft", "--num_epoch=1") == [
-        "x.py: unknown section 'stf', did you mean 'sft'?",
-        "command line: unknown key 'num_epoch', did you mean 'num_epochs'?",
-        "x.py: common: lr='x': expected float > 0, got str",  # not reported again as missing, nor once per stage
-        "x.py: sft: warmup_ratio=2.0: expected float >= 0 and < 1",  # so the rule about warmup_steps has nothing to say
-        "x.py: dpo: unknown key 'beat', did you mean 'beta'?",
-        "x.py: dpo: lora_rank=4, lora_alpha=None: expected both (the scale is lora_alpha / lora_rank) or neither",
-    ]
+    write(
+        "common |= dict(lr='x')\nsft |= dict(warmup_ratio=2.0, warmup_steps=5)\ndpo |= dict(beat=1, lora_rank=4)\nstf = {}"
+    )
+    assert (
+        problems("sft", "--num_epoch=1")
+        == [
+            "x.py: unknown section 'stf', did you mean 'sft'?",
+            "command line: unknown key 'num_epoch', did you mean 'num_epochs'?",
+            "x.py: common: lr='x': expected float > 0, got str",  # not reported again as missing, nor once per stage
+            "x.py: sft: warmup_ratio=2.0: expected float >= 0 and < 1",  # so the rule about warmup_steps has nothing to say
+            "x.py: dpo: unknown key 'beat', did you mean 'beta'?",
+            "x.py: dpo: lora_rank=4, lora_alpha=None: expected both (the scale is lora_alpha / lora_rank) or neither",
+        ]
+    )
 
 
 def test_the_file_itself(write):
@@ -335,7 +440,9 @@ def test_help_lists_every_key_with_type_default_unit_and_meaning(stage, cls, cap
 
 
 def test_a_loss_has_its_own_beta(write):
-    """None and no beta are the loss's own, in the hash too; a beta of the file or of the command line stays."""
+    """None and no beta are the loss's own, in the hash too; a beta of the file or of the command line
+    stays.
+    """
     write("")
     losses = {"dpo": 0.1, "dpo_norm": 5.0, "ipo": 0.1, "wpo": 0.01}
     betas = {loss: load("dpo", ["x.py", f"--loss={loss}"]).beta for loss in losses}
@@ -348,20 +455,44 @@ def test_a_loss_has_its_own_beta(write):
 
 def test_hash_is_of_what_the_result_depends_on():
     config = SFTConfig(**VALUES)
-    same = dict(out_dir="p", cache_dir="c", log_every=2, save_every=3, keep_last=4, fresh=True, recompute="full", tokens_per_microbatch=128)
+    same = dict(
+        out_dir="p",
+        cache_dir="c",
+        log_every=2,
+        save_every=3,
+        keep_last=4,
+        fresh=True,
+        recompute="full",
+        tokens_per_microbatch=128,
+    )
     assert config_hash(dataclasses.replace(config, **same)) == config_hash(config)
-    other = [dict(seed=1), dict(lr=2e-3), dict(data={"a.jsonl": 1}), dict(max_steps=5), dict(precision="fp32"), dict(global_batch_size=4)]
-    assert len({config_hash(dataclasses.replace(config, **change)) for change in [{}, *other]}) == len(other) + 1
+    other = [
+        dict(seed=1),
+        dict(lr=2e-3),
+        dict(data={"a.jsonl": 1}),
+        dict(max_steps=5),
+        dict(precision="fp32"),
+        dict(global_batch_size=4),
+    ]
+    assert (
+        len({config_hash(dataclasses.replace(config, **change)) for change in [{}, *other]}) == len(other) + 1
+    )
     dpo = DPOConfig(**VALUES)
-    assert config_hash(dataclasses.replace(dpo, share_prefix=False)) == config_hash(dpo) != config_hash(config)
+    assert (
+        config_hash(dataclasses.replace(dpo, share_prefix=False)) == config_hash(dpo) != config_hash(config)
+    )
 
 
 def test_hash_does_not_depend_on_how_it_was_written():
-    """5 and 5.0, and the order of the keys, are one config; so are the file's values and the resolved ones in config.json."""
+    """5 and 5.0, and the order of the keys, are one config; so are the file's values and the resolved ones in
+    config.json.
+    """
     five, again = DPOConfig(**VALUES, beta=5), DPOConfig(beta=5.0, **dict(reversed(VALUES.items())))
     assert config_hash(five) == config_hash(again) and len(config_hash(five)) == 64
     assert resume_dict(five).items() <= config_dict(five).items()
-    assert config_dict(five)["lora_targets"] == list(five.lora_targets) and config_dict(five)["out_dir"] == "o"
+    assert (
+        config_dict(five)["lora_targets"] == list(five.lora_targets) and config_dict(five)["out_dir"] == "o"
+    )
 
 
 def test_check_world_size():
@@ -378,7 +509,18 @@ def test_names_agree_with_the_modules_that_own_them():
 # ---------------------------------------------------------------- the price of an answer
 
 # Each takes a third of a second to three seconds of CPU time, and none is needed before a run starts.
-LATE = {"datasets", "pyarrow", "pandas", "httpx", "sympy", "triton", "scipy", "matplotlib", "torch._dynamo", "torch.distributed.fsdp"}
+LATE = {
+    "datasets",
+    "pyarrow",
+    "pandas",
+    "httpx",
+    "sympy",
+    "triton",
+    "scipy",
+    "matplotlib",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+}
 
 
 def cpu_seconds(*arguments):
@@ -388,7 +530,11 @@ def cpu_seconds(*arguments):
     command = [sys.executable, "-X", "importtime", *arguments]
     done = subprocess.run(command, cwd=FOLDER.parent, env=environment, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.returncode, imported
 
 
@@ -428,4 +574,8 @@ def test_a_tilde_is_the_home_folder(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     write("")
     config = load("sft", ["x.py", "--out_dir=~/runs", "--model_path=~/base", "--cache_dir=a~b"])
-    assert (config.out_dir, config.model_path, config.cache_dir) == ("/home/somebody/runs", "/home/somebody/base", "a~b")
+    assert (config.out_dir, config.model_path, config.cache_dir) == (
+        "/home/somebody/runs",
+        "/home/somebody/base",
+        "a~b",
+    )

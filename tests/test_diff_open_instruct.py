@@ -1,4 +1,6 @@
-"""tools/diff_open_instruct.py on a checkout that is known to agree, and on copies of it that are known not to."""
+"""tools/diff_open_instruct.py on a checkout that is known to agree, and on copies of it that are known not
+to.
+"""
 
 import json
 import math
@@ -18,12 +20,26 @@ def compared(tmp_path, world, capsys):
 
     def compare(*edits, stage="dpo", args=()):
         data = world / ("sft.jsonl" if stage == "sft" else "pref.jsonl")
-        rows = ["--model", str(world / "base"), "--data", str(data), "--stage", stage, "--rows", "5", "--max-seq-len", "64"]
+        rows = [
+            "--model",
+            str(world / "base"),
+            "--data",
+            str(data),
+            "--stage",
+            stage,
+            "--rows",
+            "5",
+            "--max-seq-len",
+            "64",
+        ]
         code = main(["--checkout", str(write(tmp_path / "checkout", *edits)), *rows, *args])
         out = capsys.readouterr().out
         table = out.split("verdict\n")[1].split("\n\n")[0].splitlines()
         every = (EQUAL, INTENDED, DIFFERS, SKIPPED)
-        verdicts = {line[: line.index("  ")]: next(verdict for verdict in every if line.endswith(verdict)) for line in table}
+        verdicts = {
+            line[: line.index("  ")]: next(verdict for verdict in every if line.endswith(verdict))
+            for line in table
+        }
         return code, verdicts, out
 
     return compare
@@ -32,8 +48,13 @@ def compared(tmp_path, world, capsys):
 @pytest.mark.slow
 def test_known_agreement_on_pairs(compared):
     code, verdicts, out = compared()
-    assert code == 0 and {"dpo_norm gradient", "log-probs per token", "weight decay", "vocabulary"} < verdicts.keys()
-    assert [name for name, verdict in verdicts.items() if verdict != EQUAL] == ["rate: linear, warm-up 0.03, 8 processes"]
+    assert (
+        code == 0
+        and {"dpo_norm gradient", "log-probs per token", "weight decay", "vocabulary"} < verdicts.keys()
+    )
+    assert [name for name, verdict in verdicts.items() if verdict != EQUAL] == [
+        "rate: linear, warm-up 0.03, 8 processes"
+    ]
     assert "a_library_that_nobody_has" not in out
 
 
@@ -42,7 +63,11 @@ def test_known_intended_difference_of_the_sft_loss(compared):
     """The fake takes means of micro-batches; what is left when ours is computed that way must be rounding."""
     code, verdicts, out = compared(stage="sft")
     assert code == 0 and verdicts["token ids"] == verdicts["log-probs per token"] == EQUAL
-    assert verdicts["SFT, mean, 1 a micro-batch: loss"] == verdicts["SFT, mean, 2 a micro-batch: gradient"] == INTENDED
+    assert (
+        verdicts["SFT, mean, 1 a micro-batch: loss"]
+        == verdicts["SFT, mean, 2 a micro-batch: gradient"]
+        == INTENDED
+    )
     assert "a mean of the micro-batches' means" in out
 
 
@@ -67,7 +92,9 @@ def test_known_intended_difference_of_the_sft_loss(compared):
 def test_known_disagreement(compared, edit, quantity, context):
     code, verdicts, out = compared(edit)
     assert code == 1 and verdicts[quantity] == DIFFERS
-    assert context in next(line for line in out.split("Disagreements")[1].splitlines() if line.startswith(f"  {quantity}: "))
+    assert context in next(
+        line for line in out.split("Disagreements")[1].splitlines() if line.startswith(f"  {quantity}: ")
+    )
 
 
 @pytest.mark.slow
@@ -81,10 +108,16 @@ def test_float64_decides_between_two_float32_gradients(compared):
 
 @pytest.mark.slow
 def test_names_of_other_months(compared):
-    """January to March 2025 a tokenizer was asked for by other names; July 2025 to January 2026 the warm-up was a statement of its own."""
+    """January to March 2025 a tokenizer was asked for by other names; July 2025 to January 2026 the warm-up
+    was a statement of its own.
+    """
     warm_up = "int(args.warmup_ratio * num_training_steps_for_scheduler)"
     edits = [
-        ("dataset_transformation", "tc.tokenizer_name_or_path", "tc.model_name_or_path, revision=tc.revision"),
+        (
+            "dataset_transformation",
+            "tc.tokenizer_name_or_path",
+            "tc.model_name_or_path, revision=tc.revision",
+        ),
         ("dpo_tune_cache", f"optimizer, {warm_up}", "optimizer, num_warmup_steps"),
         ("dpo_tune_cache", "    lr_scheduler =", f"    num_warmup_steps = {warm_up}\n    lr_scheduler ="),
     ]
@@ -94,7 +127,9 @@ def test_names_of_other_months(compared):
 
 @pytest.mark.slow
 def test_turns_trained_on(compared, world, tmp_path):
-    """A checkout that trains on the last turn only is an intended difference, and the numbers are then of the last turn on both sides."""
+    """A checkout that trains on the last turn only is an intended difference, and the numbers are then of the
+    last turn on both sides.
+    """
     said = zip(("user", "assistant") * 2, ("the cat", "runs fast", "good", "bad dog"))
     turns = [{"role": role, "content": text} for role, text in said]
     others = [{"role": "assistant", "content": answer} for answer in ("sorry", "never", "please")]
@@ -107,12 +142,23 @@ def test_turns_trained_on(compared, world, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_missing_is_not_compared(compared):
-    edits = [("dpo_utils", "def simpo_loss", "def simpo_loss_2"), ("dpo_tune_cache", "lr_scheduler =", "schedule =")]
+    edits = [
+        ("dpo_utils", "def simpo_loss", "def simpo_loss_2"),
+        ("dpo_tune_cache", "lr_scheduler =", "schedule ="),
+    ]
     edits.append(("dataset_transformation", "def load_dataset_configs(mixer, ", "def load_dataset_configs("))
     code, verdicts, out = compared(*edits)
     assert code == 2 and verdicts["dpo losses"] == EQUAL
-    assert {name for name, verdict in verdicts.items() if verdict == SKIPPED} == {"learning rate", "picked rows", "preference losses"}
-    for why in ("looked for simpo_loss in dpo_utils.py", "looked for lr_scheduler = .. in main() of dpo_tune_cache.py", "raised TypeError"):
+    assert {name for name, verdict in verdicts.items() if verdict == SKIPPED} == {
+        "learning rate",
+        "picked rows",
+        "preference losses",
+    }
+    for why in (
+        "looked for simpo_loss in dpo_utils.py",
+        "looked for lr_scheduler = .. in main() of dpo_tune_cache.py",
+        "raised TypeError",
+    ):
         assert why in out
 
 
@@ -129,6 +175,7 @@ def get_datasets(mixer, splits, columns_to_keep):
     rows = load_dataset(name).shuffle(seed=42)
     return {"train": rows.select(range(int(amount * len(rows)) if isinstance(amount, float) else amount))}
 """)], ids=["2025-01-28 to 2025-07-21", "before"])  # fmt: skip
+@pytest.mark.slow
 def test_older_rules_of_picking_rows(tmp_path, capsys, file, source):
     """Of revisions without load_dataset_configs."""
     root = write(tmp_path / "checkout", ("dataset_transformation", "def load_dataset_configs", "def configs"))
@@ -161,7 +208,9 @@ def test_rates_and_rows_need_no_model(tmp_path, capsys):
 def test_a_name_runs_only_its_own_statement(tmp_path):
     text = "\nimport nothing\n1 / 0\nX = 1 / 0\nK = 2\nclass A:\n    y: nothing.Type = K\nT = {}\nT[0] = K\nK += 1\ndef get"
     checkout = Checkout(write(tmp_path / "checkout", ("utils", "\ndef get", text)))
-    assert checkout.find(["missing", "A"], ["no_such_file", "utils"]).y == 3  # as when the file is run to its end
+    assert (
+        checkout.find(["missing", "A"], ["no_such_file", "utils"]).y == 3
+    )  # as when the file is run to its end
     assert checkout.find(["T"], ["utils"]) == {0: 3}
     with pytest.raises(ZeroDivisionError):
         checkout.find(["X"], ["utils"])
@@ -172,12 +221,17 @@ def test_a_name_runs_only_its_own_statement(tmp_path):
 
 
 def test_numbers():
-    """Differences are relative to the largest of theirs: 0.02 of 2 is 1e-2. A known reason counts only if it gives theirs."""
+    """Differences are relative to the largest of theirs: 0.02 of 2 is 1e-2. A known reason counts only if it
+    gives theirs.
+    """
     ours, theirs = [1.0, 2.0], [1.02, 2.0]
     assert numbers("x", "step", ours, theirs, 0.011).verdict == EQUAL
     assert numbers("x", "step", ours, theirs, 0.009).verdict == DIFFERS
     assert numbers("x", "step", ours, theirs, 0.009, ([1.02, 2.0], "why")).verdict == INTENDED
-    assert numbers("x", "step", ours, theirs, 0.009, ([1.05, 2.0], "why")).note == "number 0: ours 1, theirs 1.02"
+    assert (
+        numbers("x", "step", ours, theirs, 0.009, ([1.05, 2.0], "why")).note
+        == "number 0: ours 1, theirs 1.02"
+    )
     assert numbers("x", "step", [0.0], [math.nan], 0.1).verdict == DIFFERS
 
 
@@ -193,19 +247,29 @@ def test_refused_arguments(args, capsys):
 def run_logs(folder, their_rates, their_losses, losses, warmup=1, processes=8):
     """Both logs of a run of 40 steps at 1e-5; theirs prints the rate after the step."""
     (folder / "run").mkdir()
-    config = dict(loss="dpo_norm", sft_weight=0.0, lr=1e-5, lr_schedule="linear", warmup_ratio=0.03, warmup_steps=None)
+    config = dict(
+        loss="dpo_norm", sft_weight=0.0, lr=1e-5, lr_schedule="linear", warmup_ratio=0.03, warmup_steps=None
+    )
     (folder / "run/config.json").write_text(json.dumps(config))
     (folder / "run/manifest.json").write_text(json.dumps(dict(stage="dpo", warmup_steps=warmup)))
-    ours = [dict(step=i + 1, loss=loss, lr=learning_rate(i, 40, 1e-5, "linear", warmup)) for i, loss in enumerate(losses)]
+    ours = [
+        dict(step=i + 1, loss=loss, lr=learning_rate(i, 40, 1e-5, "linear", warmup))
+        for i, loss in enumerate(losses)
+    ]
     (folder / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ours))
     head = f"Instantaneous batch size per device = 1\nTotal train batch size (w. all) = {2 * processes}\nGradient Accumulation steps = 2\n"
-    lines = [f"INFO - Step: {i + 1}, LR: {rate}, Loss: {loss}, TPS: 9\n" for i, (rate, loss) in enumerate(zip(their_rates, their_losses))]
+    lines = [
+        f"INFO - Step: {i + 1}, LR: {rate}, Loss: {loss}, TPS: 9\n"
+        for i, (rate, loss) in enumerate(zip(their_rates, their_losses))
+    ]
     (folder / "log.txt").write_text(head + "".join(lines))
     return ["--their-log", str(folder / "log.txt"), "--our-run", str(folder / "run")]
 
 
 LOSSES = [math.log(2)] + [0.65 - 0.005 * i + 0.02 * (-1) ** i for i in range(1, 40)]
-OTHER_LOSSES = [math.log(2)] + [0.65 - 0.005 * i - 0.02 * (-1) ** i for i in range(1, 40)]  # other rows, the same curve
+OTHER_LOSSES = [math.log(2)] + [
+    0.65 - 0.005 * i - 0.02 * (-1) ** i for i in range(1, 40)
+]  # other rows, the same curve
 
 
 def test_logs_that_agree(tmp_path, capsys):
@@ -219,10 +283,19 @@ def test_logs_that_agree(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda rates, losses: ([2 * rate for rate in rates], losses), "learning rate: number 0: ours 1e-05, theirs 2e-05"),
-        (lambda rates, losses: (rates, [losses[0]] + [loss + 0.1 for loss in losses[1:]]), "losses on average: mean difference -0.0985"),
+        (
+            lambda rates, losses: ([2 * rate for rate in rates], losses),
+            "learning rate: number 0: ours 1e-05, theirs 2e-05",
+        ),
+        (
+            lambda rates, losses: (rates, [losses[0]] + [loss + 0.1 for loss in losses[1:]]),
+            "losses on average: mean difference -0.0985",
+        ),
         (lambda rates, losses: (rates, [*losses[:-1], math.nan]), "losses on average: mean difference +nan"),
-        (lambda rates, losses: (rates, [0.8, *losses[1:]]), "first loss: ln 2: number 0: ours 0.69314718, theirs 0.8"),
+        (
+            lambda rates, losses: (rates, [0.8, *losses[1:]]),
+            "first loss: ln 2: number 0: ours 0.69314718, theirs 0.8",
+        ),
         (lambda rates, losses: (rates[:30], losses[:30]), "last step: ours 40, theirs 30"),
     ],
 )

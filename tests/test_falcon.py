@@ -1,4 +1,6 @@
-"""Falcon against transformers' on random float32 weights: logits, hidden states, generation, folders; and what it refuses."""
+"""Falcon against transformers' on random float32 weights: logits, hidden states, generation, folders; and
+what it refuses.
+"""
 
 import json
 
@@ -15,7 +17,9 @@ from plumbing.weights import save_pretrained
 
 pytestmark = pytest.mark.slow
 
-SHAPE = dict(vocab_size=97, hidden_size=60, num_hidden_layers=3, num_attention_heads=5, max_position_embeddings=128)  # 5 heads of 12
+SHAPE = dict(
+    vocab_size=97, hidden_size=60, num_hidden_layers=3, num_attention_heads=5, max_position_embeddings=128
+)  # 5 heads of 12
 # an original context of 16 positions: documents of 40 tokens reach past it
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 16}  # fmt: skip
@@ -72,8 +76,14 @@ def logits_of(model, documents):
 @pytest.fixture
 def folder(tmp_path):
     """A model folder as transformers writes it, with a tokenizer of 92 tokens."""
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1} | {chr(33 + i): 2 + i for i in range(90)}, unk_token="!"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "falcon")
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {"<s>": 0, "</s>": 1} | {chr(33 + i): 2 + i for i in range(90)}, unk_token="!"
+        )
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(tmp_path / "falcon")
     theirs_of().save_pretrained(tmp_path / "falcon")
     return tmp_path / "falcon"
 
@@ -112,12 +122,18 @@ def test_tap_sees_transformers_hidden_states(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("first", range(4))
 def test_resume_equals_the_full_forward_bitwise(first, tmp_path):
-    """From the stream that enters any block, or from the last block's output (first = L: the final norm alone)."""
+    """From the stream that enters any block, or from the last block's output (first = L: the final norm
+    alone).
+    """
     ours = ours_of(theirs_of(), tmp_path)
     streams = [ours.transformer.word_embeddings(torch.cat(DOCUMENTS))]  # streams[i] enters block i
     expected = ours(*stream(DOCUMENTS), tap=lambda layer, hidden: streams.append(hidden) or hidden)
     seen = []
-    output = ours(*stream(DOCUMENTS), tap=lambda layer, hidden: seen.append(layer) or hidden, resume=(first, streams[first]))
+    output = ours(
+        *stream(DOCUMENTS),
+        tap=lambda layer, hidden: seen.append(layer) or hidden,
+        resume=(first, streams[first]),
+    )
     assert torch.equal(output, expected) and seen == list(range(first, 3))
 
 
@@ -137,7 +153,10 @@ def test_greedy_generation(tmp_path):
     ours = ours_of(theirs, tmp_path)
     prompts = random_documents(97, (9, 1, 17))
     options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
-    expected = [theirs.generate(p[None], attention_mask=torch.ones_like(p[None]), **options)[0, len(p) :].tolist() for p in prompts]
+    expected = [
+        theirs.generate(p[None], attention_mask=torch.ones_like(p[None]), **options)[0, len(p) :].tolist()
+        for p in prompts
+    ]
     assert generate(ours, [p.tolist() for p in prompts], max_new_tokens=20) == expected
     assert len(set(sum(expected, []))) > 10  # not one token over and over
 
@@ -159,10 +178,16 @@ def test_tied_weights_under_either_name_or_both(folder):
     file = folder / "model.safetensors"
     embedding = load_file(file)["transformer.word_embeddings.weight"]
     for names in (["lm_head.weight"], ["lm_head.weight", "transformer.word_embeddings.weight"]):
-        others = {name: tensor for name, tensor in load_file(file).items() if name != "transformer.word_embeddings.weight"}
+        others = {
+            name: tensor
+            for name, tensor in load_file(file).items()
+            if name != "transformer.word_embeddings.weight"
+        }
         save_file(others | {name: embedding.clone() for name in names}, file)
         model, _ = load_pretrained(folder)
-        assert model.lm_head.weight is model.transformer.word_embeddings.weight and torch.equal(model.lm_head.weight, embedding)
+        assert model.lm_head.weight is model.transformer.word_embeddings.weight and torch.equal(
+            model.lm_head.weight, embedding
+        )
     save_file(load_file(file) | {"lm_head.weight": embedding + 1e-3}, file)
     with pytest.raises(ValueError, match="lm_head.weight differs from transformer.word_embeddings.weight"):
         load_pretrained(folder)
@@ -174,8 +199,16 @@ def test_published_config(tmp_path):
     ours, theirs = FalconConfig.from_hf(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
     for key in set(FalconConfig.__dataclass_fields__) - {"rope_theta", "rope_scaling"}:
         assert getattr(ours, key) == getattr(theirs, key), key
-    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": ours.rope_theta} and ours.rope_scaling is None
-    assert (ours.ffn_hidden_size, ours.head_dim, ours.num_key_value_heads, ours.tie_word_embeddings) == (240, 12, 1, True)
+    assert (
+        theirs.rope_parameters == {"rope_type": "default", "rope_theta": ours.rope_theta}
+        and ours.rope_scaling is None
+    )
+    assert (ours.ffn_hidden_size, ours.head_dim, ours.num_key_value_heads, ours.tie_word_embeddings) == (
+        240,
+        12,
+        1,
+        True,
+    )
 
 
 def test_falcon_7b_has_transformers_shapes(tmp_path):
@@ -184,9 +217,17 @@ def test_falcon_7b_has_transformers_shapes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with torch.device("meta"):
         ours = Falcon(FalconConfig.from_hf(tmp_path))
-        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 6_921_720_704
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path)
+        )
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    assert (
+        sum(p.numel() for p in ours.parameters())
+        == sum(p.numel() for p in theirs.parameters())
+        == 6_921_720_704
+    )
 
 
 # ---------------------------------------------------------------- refusals
@@ -205,10 +246,19 @@ def test_falcon_7b_has_transformers_shapes(tmp_path):
         ({"activation": "gelu_new"}, "activation='gelu_new': expected 'gelu'"),
         ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2: expected None"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.*: expected None"),
-        ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True: expected False"),
+        (
+            {"apply_residual_connection_post_layernorm": True},
+            "apply_residual_connection_post_layernorm=True: expected False",
+        ),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type='dynamic'"),
-        ({"n_layer": 2}, "n_layer=2: expected it renamed to num_hidden_layers"),  # transformers 5 would build num_hidden_layers
-        ({"n_layer": 2, "num_hidden_layers": None}, "num_hidden_layers: missing; n_layer=2: expected it renamed"),
+        (
+            {"n_layer": 2},
+            "n_layer=2: expected it renamed to num_hidden_layers",
+        ),  # transformers 5 would build num_hidden_layers
+        (
+            {"n_layer": 2, "num_hidden_layers": None},
+            "num_hidden_layers: missing; n_layer=2: expected it renamed",
+        ),
         ({"vocab_size": None}, "vocab_size: missing"),
         ({"num_attention_heads": 7}, "hidden_size=60: expected an even head size"),
         ({"num_attention_heads": 4}, "hidden_size=60: expected an even head size"),  # 15

@@ -55,7 +55,10 @@ def test_hashes_of_a_folder(tmp_path):
 @pytest.mark.slow
 def test_every_bit_of_a_verified_file_counts(tmp_path):
     path = tmp_path / "cache/table.safetensors"
-    tensors = {"logps": torch.tensor([[-1.5, -2.0], [float("nan"), -3.0]]), "half": torch.ones(3, dtype=torch.bfloat16)}
+    tensors = {
+        "logps": torch.tensor([[-1.5, -2.0], [float("nan"), -3.0]]),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+    }
     write_verified(path, tensors, {"of": "x"})
     assert [file.name for file in path.parent.iterdir()] == ["table.safetensors"]
     found, metadata = read_verified(path)
@@ -79,7 +82,9 @@ def test_is_finite():
 
 
 def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """Every file, then the folder, then the rename, then the parent: what a power cut may find under the name is whole."""
+    """Every file, then the folder, then the rename, then the parent: what a power cut may find under the name
+    is whole.
+    """
     folder, calls = tmp_path / ".tmp_final", []
     folder.mkdir()
     (folder / "tokenizer.json").write_text("{}")

@@ -1,4 +1,6 @@
-"""precision="fp8": how numbers are rounded to float8, the products of a linear layer, a model's gradients, whole runs beside bf16."""
+"""precision="fp8": how numbers are rounded to float8, the products of a linear layer, a model's gradients,
+whole runs beside bf16.
+"""
 
 import math
 import shutil
@@ -22,7 +24,10 @@ from training import check_float8, read_model_config
 
 DOCUMENTS = random_documents(97)
 SIZES = dict(hidden_size=48, intermediate_size=64, head_dim=16)  # multiples of 16
-NOISE = (0.02, 0.05)  # e4m3 is off by at most 1/16 of a number, 1/38 in the root mean square, and a product has two factors: 3.7 %
+NOISE = (
+    0.02,
+    0.05,
+)  # e4m3 is off by at most 1/16 of a number, 1/38 in the root mean square, and a product has two factors: 3.7 %
 
 
 def randn(*shape, seed=0):
@@ -41,9 +46,12 @@ def relative_norm(a, b):
 
 
 def test_quantize_by_hand():
-    """3.5 = 448 / 2^7 goes to the largest number; 0.4 * 2^7 = 51.2 lies between 48 and 52, 4 apart; 3.515625 is over 448 / 2^7, so its row
-    is scaled by 2^6: to 225, between 224 and 240; 2^-16 of 3.5 * 2^7 is 2^-9, the smallest number, and a tie with 0 at half of it."""
-    x = torch.tensor([[1, -3.5, 0.4, 0], [3.515625, 0, 0, -1], [0, 0, 0, 0], [3.5, 2**-16, 2**-17, 1.5 * 2**-17]])
+    """3.5 = 448 / 2^7 goes to the largest number; 0.4 * 2^7 = 51.2 lies between 48 and 52, 4 apart; 3.515625
+    is over 448 / 2^7, so its row is scaled by 2^6: to 225, between 224 and 240; 2^-16 of 3.5 * 2^7 is 2^-9,
+    the smallest number, and a tie with 0 at half of it."""
+    x = torch.tensor(
+        [[1, -3.5, 0.4, 0], [3.515625, 0, 0, -1], [0, 0, 0, 0], [3.5, 2**-16, 2**-17, 1.5 * 2**-17]]
+    )
     x8 = quantize(x)
     assert x8.values.dtype == torch.float8_e4m3fn and x8.scale.dtype == torch.float32
     assert x8.scale.tolist() == [2**-7, 2**-6, 2**-100, 2**-7]
@@ -58,9 +66,18 @@ def test_columns_are_multiplied_in_before_rounding():
 
 
 def test_scales_use_the_range():
-    """Over all magnitudes, also beside the edge at 1.75 * 2^k: a power of two that leaves the largest number in (224, 448]."""
+    """Over all magnitudes, also beside the edge at 1.75 * 2^k: a power of two that leaves the largest number
+    in (224, 448].
+    """
     edges = 1.75 * 2.0 ** torch.arange(-90, 120)
-    tops = torch.cat((edges, edges.nextafter(torch.tensor(0.0)), edges.nextafter(torch.tensor(math.inf)), randn(10_000).float().exp()))
+    tops = torch.cat(
+        (
+            edges,
+            edges.nextafter(torch.tensor(0.0)),
+            edges.nextafter(torch.tensor(math.inf)),
+            randn(10_000).float().exp(),
+        )
+    )
     scale = float8_scale(tops)
     assert torch.equal(scale.frexp().mantissa, torch.full_like(scale, 0.5))
     assert (224 < tops / scale).all() and (tops / scale <= 448).all()
@@ -81,18 +98,28 @@ def test_transposed_copies_hold_the_same_numbers():
     x8 = quantize(x)
     x8t = quantize_transposed(x, x8.scale)
     assert x8t.values.shape == (32, 48) and torch.equal(x8t.scale, torch.ones(32))
-    assert torch.equal(x8t.values[:, :37].float(), x8.values.float().T) and not x8t.values[:, 37:].float().any()
+    assert (
+        torch.equal(x8t.values[:, :37].float(), x8.values.float().T) and not x8t.values[:, 37:].float().any()
+    )
 
 
 def test_gradient_is_rounded_for_both_products():
-    """Each within 1/16 of dy times the other factor's scales (below 2^-15 of a row's largest number: within 2^-19 of that)."""
-    dy, w_scale, x_scale = randn(37, 32), 2.0 ** torch.randint(-9, -4, (32,)), 2.0 ** torch.randint(-9, -4, (37,))
+    """Each within 1/16 of dy times the other factor's scales (below 2^-15 of a row's largest number: within
+    2^-19 of that).
+    """
+    dy, w_scale, x_scale = (
+        randn(37, 32),
+        2.0 ** torch.randint(-9, -4, (32,)),
+        2.0 ** torch.randint(-9, -4, (37,)),
+    )
     rows, columns = quantize_gradient(dy, w_scale, x_scale)
     for float8, expected in ((rows, dy.float() * w_scale), (columns, (dy.float() * x_scale[:, None]).T)):
         values = values_of(float8)
         assert not values[:, expected.shape[1] :].any()
         off = (values[:, : expected.shape[1]] - expected).abs()
-        assert (off <= torch.maximum(expected.abs() / 16, expected.abs().amax(1, keepdim=True) * 2**-18)).all() and off.any()
+        assert (
+            off <= torch.maximum(expected.abs() / 16, expected.abs().amax(1, keepdim=True) * 2**-18)
+        ).all() and off.any()
 
 
 # ---------------------------------------------------------------- a linear layer
@@ -106,7 +133,9 @@ def linear_and_gradients(a, residual, linear, dy, fp8):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_is_exact_where_float8_is(bias):
-    """Small whole numbers times powers of two per row: no rounding anywhere, so float8 must equal bf16, in a stream of 37 tokens."""
+    """Small whole numbers times powers of two per row: no rounding anywhere, so float8 must equal bf16, in a
+    stream of 37 tokens.
+    """
     torch.manual_seed(0)
     linear = nn.Linear(32, 48, bias=bias).bfloat16()
     with torch.no_grad():
@@ -115,12 +144,16 @@ def test_linear_is_exact_where_float8_is(bias):
         linear.weight.mul_(2.0 ** torch.randint(-1, 2, (48, 1)))
     a, residual, dy = (torch.randint(-1, 2, shape).bfloat16() for shape in ((37, 32), (37, 48), (37, 48)))
     a = a * 2.0 ** torch.randint(0, 2, (37, 1))
-    for got, expected in zip(*(linear_and_gradients(a.bfloat16(), residual, linear, dy, fp8) for fp8 in (True, False)), strict=True):
+    for got, expected in zip(
+        *(linear_and_gradients(a.bfloat16(), residual, linear, dy, fp8) for fp8 in (True, False)), strict=True
+    ):
         assert got.dtype == torch.bfloat16 and torch.equal(got, expected) and expected.any()
 
 
 def test_linear_error_is_that_of_three_bits():
-    """Against float32 products of the same bf16 numbers; token norms differ by 2^10, as activations' and gradients' do."""
+    """Against float32 products of the same bf16 numbers; token norms differ by 2^10, as activations' and
+    gradients' do.
+    """
     T, D, O = 301, 512, 256
     linear = nn.Linear(D, O, bias=False).bfloat16()
     linear.weight.data = randn(O, D, seed=3) / 16
@@ -130,12 +163,17 @@ def test_linear_error_is_that_of_three_bits():
     w, a, dy = linear.weight.detach().float(), a.float(), dy.float()
     for got, expected in ((y, a @ w.T), (da, dy @ w), (dw, dy.T @ a)):
         assert NOISE[0] < relative_norm(got, expected) < NOISE[1]
-    for got, expected in ((y, a @ w.T), (da, dy @ w)):  # a token's error is a share of its own size, not of the largest token's
+    for got, expected in (
+        (y, a @ w.T),
+        (da, dy @ w),
+    ):  # a token's error is a share of its own size, not of the largest token's
         assert ((got.float() - expected).norm(dim=1) / expected.norm(dim=1)).max() < 2 * NOISE[1]
 
 
 def test_matrices_take_their_gradients_in_float32():
-    """Two micro-batches: the float32 sum of the products that a model without masters rounds to bf16, bit for bit."""
+    """Two micro-batches: the float32 sum of the products that a model without masters rounds to bf16, bit for
+    bit.
+    """
     model, plain = (build(True) for _ in range(2))
     keep_masters(model, torch.float32)
     sums = {}
@@ -171,7 +209,10 @@ def test_gradients_point_where_bf16_points(lora):
     (loss, grads), (bf16_loss, bf16_grads) = (loss_and_gradients(build(fp8, lora)) for fp8 in (True, False))
     assert loss == pytest.approx(bf16_loss, rel=1e-2) and loss != bf16_loss
     assert grads.keys() == bf16_grads.keys() and all(("lora_" in name) == lora for name in grads)
-    cosines = {name: torch.cosine_similarity(*(g[name].float().flatten() for g in (grads, bf16_grads)), dim=0).item() for name in grads}
+    cosines = {
+        name: torch.cosine_similarity(*(g[name].float().flatten() for g in (grads, bf16_grads)), dim=0).item()
+        for name in grads
+    }
     assert min(cosines.values()) > 0.97 and sum(cosines.values()) / len(cosines) > 0.99, cosines
     whole = [torch.cat([g[name].float().flatten() for name in grads]) for g in (grads, bf16_grads)]
     assert torch.cosine_similarity(*whole, dim=0) > 0.99
@@ -194,7 +235,9 @@ def test_without_adapters_it_is_the_base():
 
 
 def test_only_scales_are_kept_for_the_backward():
-    """On top of what bf16 keeps: 4 bytes a token for each of the four inputs of a block, and a number a row of weights."""
+    """On top of what bf16 keeps: 4 bytes a token for each of the four inputs of a block, and a number a row
+    of weights.
+    """
     kept = {}
     for fp8 in (True, False):
         sizes = {}
@@ -218,7 +261,9 @@ def test_what_cannot_run_is_refused():
         check_float8(tiny_config())
 
 
-@pytest.mark.parametrize("keys, runs_from", [({}, (8, 0)), ({"precision": "fp8"}, (8, 9)), ({"attention": "flash4"}, (9, 0))])
+@pytest.mark.parametrize(
+    "keys, runs_from", [({}, (8, 0)), ({"precision": "fp8"}, (8, 9)), ({"attention": "flash4"}, (9, 0))]
+)
 def test_a_gpu_that_a_key_does_not_run_on_is_refused_before_anything_is_read(monkeypatch, keys, runs_from):
     """A T4, an A100, an L40S and an H100. Where it runs, the folder is read, and found missing."""
     config = SimpleNamespace(**{"precision": "bf16", "attention": "flash2"} | keys)
@@ -245,7 +290,9 @@ def world8(world, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [{}, dict(lora_rank=4, lora_alpha=8.0)], ids=("full", "lora"))
 def test_step_1_is_ln_2(world8, tmp_path, ranks, lora):
-    """CHECKS 5: policy and reference are rounded alike, so in the same batches they are equal to the last bit."""
+    """CHECKS 5: policy and reference are rounded alike, so in the same batches they are equal to the last
+    bit.
+    """
     config, pairs, model = stage_parts("dpo", write_config(tmp_path, world8, precision="fp8", **lora), ranks)
     assert all(layer.fp8 for layer in model.model.layers)
     steps = in_order(len(pairs), config.global_batch_size)
@@ -264,7 +311,9 @@ def curves(stage, tmp_path, world8, **changes):
     """Losses per step of the two precisions, (STEPS,) each, and the run folder of fp8."""
     losses = []
     for precision in ("bf16", "fp8"):
-        config = write_config(tmp_path / precision, world8, precision=precision, **changes, **{stage: SCHEDULE})
+        config = write_config(
+            tmp_path / precision, world8, precision=precision, **changes, **{stage: SCHEDULE}
+        )
         launch(stage, config).ok()
         losses.append(trace(tmp_path / precision / stage, "loss")[:, 0])
     return *losses, tmp_path / "fp8" / stage
@@ -272,7 +321,9 @@ def curves(stage, tmp_path, world8, **changes):
 
 @pytest.mark.slow
 def test_sft_curve_beside_bf16(world8, tmp_path):
-    """6.06 to 2.63 nats; 0.026 apart at the worst step, of which 0.014 are there at the first: another base model, so to speak."""
+    """6.06 to 2.63 nats; 0.026 apart at the worst step, of which 0.014 are there at the first: another base
+    model, so to speak.
+    """
     bf16, fp8, run = curves("sft", tmp_path, world8)
     assert len(fp8) == STEPS and bf16[-1] < 0.7 * bf16[0]
     assert ((fp8 - bf16).abs() < 0.05).all() and (fp8 != bf16).any()
@@ -291,7 +342,9 @@ def test_dpo_curve_beside_bf16(world8, tmp_path, lora):
 
 @pytest.mark.slow
 def test_two_ranks_are_one(world8, tmp_path):
-    """Weights are gathered as bf16 and then rounded: the same forward, and gradients that differ in the order of their sums."""
+    """Weights are gathered as bf16 and then rounded: the same forward, and gradients that differ in the order
+    of their sums.
+    """
     one, two = (tmp_path / name for name in "12")
     for folder, ranks in ((one, 1), (two, 2)):
         launch("sft", write_config(folder, world8, precision="fp8", sft=dict(lr=2e-3)), ranks=ranks).ok()

@@ -1,4 +1,6 @@
-"""tools/from_open_instruct.py: what it writes loads and means the same; what has no meaning here is refused by key."""
+"""tools/from_open_instruct.py: what it writes loads and means the same; what has no meaning here is refused
+by key.
+"""
 
 import os
 import re
@@ -50,7 +52,9 @@ checkpointing_steps: 1000
 
 @pytest.fixture
 def translated(tmp_path, capsys):
-    """translated(yaml text, *arguments) -> (exit code, the loaded config or None, its text, what went to stderr)."""
+    """translated(yaml text, *arguments) -> (exit code, the loaded config or None, its text, what went to
+    stderr).
+    """
 
     def translate(yaml, *args):
         (tmp_path / "in.yaml").write_text(yaml)
@@ -72,7 +76,12 @@ def test_sft(translated):
                     max_seq_len=4096, global_batch_size=128, lr=5e-6, lr_schedule="linear", warmup_ratio=0.03, num_epochs=2, seed=42,
                     loss="token_mean", max_grad_norm=1.0, out_dir="output/sft", save_every=None, recompute="none")  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
-    for said in ("1 per device * 2 accumulation * 64 processes", "averages the means", "gradient_clipping 'auto'", "another shuffle"):
+    for said in (
+        "1 per device * 2 accumulation * 64 processes",
+        "averages the means",
+        "gradient_clipping 'auto'",
+        "another shuffle",
+    ):
         assert said in " ".join(text.replace("\n#", "").split()), said
     for unused in ("use_slow_tokenizer: True", "report_to: ['wandb']", "checkpointing_steps: 'epoch'"):
         assert f"#   {unused} (" in text
@@ -84,7 +93,11 @@ def test_dpo(translated):
     expected = dict(data={"allenai/pairs": 1.0, "other/pairs[test]": 300}, global_batch_size=128, lr=5e-7, loss="dpo_norm", beta=5.0,
                     supervise="all", lora_rank=16, lora_alpha=16.0, recompute="full", save_every=1000, out_dir="output/dpo")  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
-    assert "supervise='last'" in text and "lora_dropout=0.1: no dropout here" in text and "lora_alpha is not in the YAML" in text
+    assert (
+        "supervise='last'" in text
+        and "lora_dropout=0.1: no dropout here" in text
+        and "lora_alpha is not in the YAML" in text
+    )
 
 
 def test_zephyr_says_that_open_instruct_trains_a_newline_more(translated):
@@ -142,7 +155,11 @@ def test_refused(translated, yaml, message):
     "yaml, args, message",
     [
         (SFT, [], "expected --processes N"),
-        (SFT + "num_processes: 4\n", ["--processes", "8"], "num_processes=4, --processes 8: expected one of them"),
+        (
+            SFT + "num_processes: 4\n",
+            ["--processes", "8"],
+            "num_processes=4, --processes 8: expected one of them",
+        ),
         (DPO, ["--stage", "sft", "--processes", "8"], "loss_type: no key of stage 'sft'"),
         ("- a\n", [], "a list; expected a mapping"),
         ("a: [\n", [], "not YAML"),
@@ -164,7 +181,9 @@ def test_all_problems_at_once(translated):
     assert len(err.splitlines()) == 4 and all(line.startswith("error: ") for line in err.splitlines())
 
 
-SILENT = re.sub("^(loss_type|beta|num_epochs|warmup_ratio).*\n", "", DPO, flags=re.M)  # leaves all four to the defaults
+SILENT = re.sub(
+    "^(loss_type|beta|num_epochs|warmup_ratio).*\n", "", DPO, flags=re.M
+)  # leaves all four to the defaults
 
 
 @pytest.mark.parametrize(
@@ -182,7 +201,10 @@ def test_what_the_yaml_does_not_say_is_that_days(translated, date, expected):
     assert code == 0
     assert (c.loss, c.beta, c.num_epochs, c.warmup_ratio, c.supervise, c.rows, c.template) == expected
     said = " ".join(text.replace("#", "").split())
-    assert f"loss_type is not in the YAML: open-instruct's default on {date}, {expected[0]!r}" in said and "7917d4173" in said
+    assert (
+        f"loss_type is not in the YAML: open-instruct's default on {date}, {expected[0]!r}" in said
+        and "7917d4173" in said
+    )
     assert f"supervise: {expected[4]!r}, as open-instruct did on {date}" in said
 
 
@@ -193,9 +215,16 @@ def test_the_day_of_a_checkout(translated, tmp_path):
     code, _, _, err = translated(SFT, *options)
     assert code == 1 and "git knows no commit there; expected a clone, or --date" in err
     day = {"GIT_AUTHOR_DATE": "2024-11-24T12:00:00", "GIT_COMMITTER_DATE": "2024-11-24T12:00:00"}
-    for command in (["init", "-q"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]):
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
         subprocess.run(["git", "-C", str(tmp_path / "theirs"), *command], check=True, env=os.environ | day)
     code, config, _, _ = translated(SFT.replace("5000", "1") + "add_bos: true\n", *options)
-    assert code == 0 and config.data["other/set"] == 1.0 and (config.rows, config.template) == ("shuffle", "tulu_bos")
+    assert (
+        code == 0
+        and config.data["other/set"] == 1.0
+        and (config.rows, config.template) == ("shuffle", "tulu_bos")
+    )
     code, _, _, err = translated(SFT, "--processes", "8", "--date", "January")
     assert code == 1 and "--date January: expected a day, YYYY-MM-DD" in err

@@ -1,4 +1,6 @@
-"""The hand-written block and AdamW on split masters, each against its plain twin; their Triton kernels in Triton's interpreter."""
+"""The hand-written block and AdamW on split masters, each against its plain twin; their Triton kernels in
+Triton's interpreter.
+"""
 
 import importlib.util
 import json
@@ -53,12 +55,20 @@ def loss_and_gradients(model):
 # ---------------------------------------------------------------- the block
 
 
-@pytest.mark.parametrize("config", [{}, BIASES, dict(tie_word_embeddings=True)], ids=("plain", "biases", "tied"))
-@pytest.mark.parametrize("lora", [(), ("q_proj", "down_proj"), ("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")], ids=" ".join)
+@pytest.mark.parametrize(
+    "config", [{}, BIASES, dict(tie_word_embeddings=True)], ids=("plain", "biases", "tied")
+)
+@pytest.mark.parametrize(
+    "lora",
+    [(), ("q_proj", "down_proj"), ("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")],
+    ids=" ".join,
+)
 @pytest.mark.parametrize("recompute", ["none", "half", "full"])
 def test_fused_equals_plain(config, lora, recompute):
     """Loss and every gradient; under LoRA the frozen weights have none in either."""
-    (loss, grads), (expected_loss, expected) = (loss_and_gradients(build(fused, lora, **config)) for fused in (True, False))
+    (loss, grads), (expected_loss, expected) = (
+        loss_and_gradients(build(fused, lora, **config)) for fused in (True, False)
+    )
     assert loss == pytest.approx(expected_loss, rel=1e-6) and grads.keys() == expected.keys()
     assert max(relative_error(grads[name], expected[name]) for name in expected) < 1e-5
     model = build(True, lora, **config)
@@ -69,7 +79,9 @@ def test_fused_equals_plain(config, lora, recompute):
 
 def test_fused_in_bf16():
     """Both round to bf16 on the way, in different places; a formula that is wrong is off by far more."""
-    (loss, grads), (expected_loss, expected) = (loss_and_gradients(build(fused, dtype=torch.bfloat16)) for fused in (True, False))
+    (loss, grads), (expected_loss, expected) = (
+        loss_and_gradients(build(fused, dtype=torch.bfloat16)) for fused in (True, False)
+    )
     exact = loss_and_gradients(build(False))[1]
 
     def error(some):
@@ -79,9 +91,13 @@ def test_fused_in_bf16():
 
 
 def test_swiglu_is_rounded_once():
-    gate, up = (torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
+    gate, up = (
+        torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1)
+    )
     exact = torch.nn.functional.silu(gate.double()) * up.double()
-    assert (block.swiglu(gate, up) == exact.bfloat16()).float().mean() > 0.999  # with silu rounded too, three in four
+    assert (
+        block.swiglu(gate, up) == exact.bfloat16()
+    ).float().mean() > 0.999  # with silu rounded too, three in four
 
 
 def test_a_wide_sum_of_narrow_factors_is_never_rounded():
@@ -94,7 +110,9 @@ def test_a_wide_sum_of_narrow_factors_is_never_rounded():
 def test_adapters_of_a_bf16_model_take_gradients_that_are_no_bf16_numbers():
     model = build(True, ("q_proj", "o_proj", "down_proj"), dtype=torch.bfloat16)
     _, grads = loss_and_gradients(model)
-    assert len(grads) == 2 * 3 * 3 and not any(torch.equal(grad, grad.bfloat16().float()) for grad in grads.values())
+    assert len(grads) == 2 * 3 * 3 and not any(
+        torch.equal(grad, grad.bfloat16().float()) for grad in grads.values()
+    )
 
 
 def test_fused_without_adapters_is_the_base():
@@ -123,15 +141,18 @@ def test_fused_keeps_less_for_the_backward():
             kept[fused] = sum(sizes.values()) / sum(map(len, DOCUMENTS)) / 6
         loss.backward()
     block = 4 * (2 * D + 2 * HK + 2 * GK + 2 * inner)
-    assert block <= kept[True] < 2 * block < kept[False], (kept, block)  # on a CPU attention keeps copies of each document's q, k, v too
+    assert block <= kept[True] < 2 * block < kept[False], (
+        kept,
+        block,
+    )  # on a CPU attention keeps copies of each document's q, k, v too
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "half", "full"])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_matrices_take_their_gradients_in_float32(is_tied, recompute):
-    """bf16 weights, two micro-batches: what fp32 accumulation of each micro-batch's product gives, not a sum rounded to bf16; in every
-    matrix, also in blocks that recompute."""
+    """bf16 weights, two micro-batches: what fp32 accumulation of each micro-batch's product gives, not a sum
+    rounded to bf16; in every matrix, also in blocks that recompute."""
     model, plain = (build(True, dtype=torch.bfloat16, tie_word_embeddings=is_tied) for _ in range(2))
     keep_masters(model, torch.float32)
     apply_recompute(model, recompute)
@@ -144,13 +165,19 @@ def test_matrices_take_their_gradients_in_float32(is_tied, recompute):
         plain.zero_grad()
     for name, grad in gradients(model).items():
         assert grad.dtype == torch.float32
-        assert (grad - sums[name]).norm() / sums[name].norm() < 6e-3, name  # the plain ones are rounded once a micro-batch
+        assert (grad - sums[name]).norm() / sums[name].norm() < 6e-3, (
+            name
+        )  # the plain ones are rounded once a micro-batch
     matrices = [p.grad for p in model.parameters() if p.ndim == 2]
-    assert len(matrices) == 3 * 7 + 2 - is_tied and not any(torch.equal(grad, grad.bfloat16().float()) for grad in matrices)
+    assert len(matrices) == 3 * 7 + 2 - is_tied and not any(
+        torch.equal(grad, grad.bfloat16().float()) for grad in matrices
+    )
 
 
 def test_bf16_gradients_of_a_frequent_token():
-    """A token that occurs 4,000 times, every time with the gradient 1: added one by one, bf16 would stop at 256, where 257 rounds back."""
+    """A token that occurs 4,000 times, every time with the gradient 1: added one by one, bf16 would stop at
+    256, where 257 rounds back.
+    """
     weight = torch.nn.Parameter(torch.zeros(5, 2, dtype=torch.bfloat16))
     weight.grad_dtype = torch.bfloat16
     weight.master = kernels.Master(low_bits=None, accumulates=True)
@@ -162,9 +189,15 @@ def test_bf16_gradients_of_a_frequent_token():
 
 def test_masters_that_are_not_finite_stay_so():
     """0x7FFFFFFF is a NaN whose upper half would round up to a zero."""
-    master = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
+    master = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], dtype=torch.int32).view(
+        torch.float32
+    )
     weight, low_bits = split_master(master)
-    assert weight.isnan().tolist() == join_master(weight, low_bits).isnan().tolist() == [True, True, True, False, False]
+    assert (
+        weight.isnan().tolist()
+        == join_master(weight, low_bits).isnan().tolist()
+        == [True, True, True, False, False]
+    )
     assert weight[3:].tolist() == [float("inf"), float("-inf")]
 
 
@@ -172,8 +205,12 @@ def test_masters_that_are_not_finite_stay_so():
 
 
 def test_split_masters_hold_every_bit():
-    """Random patterns of all magnitudes, a tie (0x8000), both signs, zeros and the largest number that rounds to a finite bf16."""
-    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    """Random patterns of all magnitudes, a tie (0x8000), both signs, zeros and the largest number that rounds
+    to a finite bf16.
+    """
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0)).to(
+        torch.int32
+    )
     special = torch.tensor([0, 0x3F808000, 0x3F807FFF, 0x3F808001, 0x7F7F7FFF, 0x00008000], dtype=torch.int32)
     master = torch.cat((bits, special, special | -(2**31))).view(torch.float32)
     master = master[master.isfinite() & (master.abs() < 3.3e38)]
@@ -181,7 +218,9 @@ def test_split_masters_hold_every_bit():
     assert torch.equal(join_master(weight, low_bits).view(torch.int32), master.view(torch.int32))
     nearest = master.bfloat16()
     differs = weight != nearest
-    assert torch.equal((weight.float() - master).abs(), (nearest.float() - master).abs())  # to nearest, also where a tie goes the other way
+    assert torch.equal(
+        (weight.float() - master).abs(), (nearest.float() - master).abs()
+    )  # to nearest, also where a tie goes the other way
     assert differs.sum() < 20
 
 
@@ -198,11 +237,15 @@ def step_both(split, whole, optimizers, step):
         generator = torch.Generator().manual_seed(1000 * step + len(name))
         p.grad = torch.randn(p.shape, generator=generator) * 1e-3
         q.grad = p.grad.clone()
-    return [apply_gradients(optimizer, 1e-3, 0.05) for optimizer in optimizers]  # clipped: the norm is about 0.2
+    return [
+        apply_gradients(optimizer, 1e-3, 0.05) for optimizer in optimizers
+    ]  # clipped: the norm is about 0.2
 
 
 def test_split_adamw_is_torch_adamw():
-    """Five clipped steps with decay: masters and moments equal torch's fused AdamW on float32 weights to rounding."""
+    """Five clipped steps with decay: masters and moments equal torch's fused AdamW on float32 weights to
+    rounding.
+    """
     split, whole, *optimizers = split_and_whole(torch.float32)
     assert isinstance(optimizers[0], SplitAdamW)
     start = [q.detach().clone() for q in whole.parameters()]
@@ -210,27 +253,33 @@ def test_split_adamw_is_torch_adamw():
         norms = step_both(split, whole, optimizers, step)
         assert norms[0] == norms[1] > 0.05
     for p, q, before in zip(split.parameters(), whole.parameters(), start, strict=True):
-        torch.testing.assert_close(join_master(p.detach(), p.master.low_bits), q.detach(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            join_master(p.detach(), p.master.low_bits), q.detach(), rtol=1e-6, atol=1e-8
+        )
         assert (q - before).abs().max() > 1e-3
         for key in ("exp_avg", "exp_avg_sq", "step"):
             assert relative_error(optimizers[0].state[p][key], optimizers[1].state[q][key]) < 1e-6
 
 
 def test_bf16_moments_follow_float32_ones():
-    """200 steps of a gradient that is always 1: v grows by 0.1 % of what is missing and to nearest would stop at the first value whose
-    spacing is twice that; stochastic rounding goes on, without bias."""
+    """200 steps of a gradient that is always 1: v grows by 0.1 % of what is missing and to nearest would stop
+    at the first value whose spacing is twice that; stochastic rounding goes on, without bias."""
     n, steps = 4096, 200
     weight, low_bits = split_master(torch.zeros(n))
     m, v = (torch.zeros(n, dtype=torch.bfloat16) for _ in range(2))
     for step in range(1, steps + 1):
-        kernels.adamw(weight, low_bits, m, v, torch.ones(n), 1.0, 1e-3, 0.0, 0.9, 0.999, 1e-8, step, seed=step)
+        kernels.adamw(
+            weight, low_bits, m, v, torch.ones(n), 1.0, 1e-3, 0.0, 0.9, 0.999, 1e-8, step, seed=step
+        )
     assert v.float().mean().item() == pytest.approx(1 - 0.999**steps, rel=1e-3)
     assert m.float().mean().item() == pytest.approx(1.0, rel=1e-3)
     nearest = torch.zeros((), dtype=torch.bfloat16)
     for _ in range(steps):
         nearest = (0.999 * nearest.float() + 0.001).bfloat16()
     assert nearest.item() < 0.999 * (1 - 0.999**steps) or nearest.item() > 1.001 * (1 - 0.999**steps)
-    assert join_master(weight, low_bits).mean().item() == pytest.approx(-1e-3 * steps, rel=1e-2)  # each step moves by lr
+    assert join_master(weight, low_bits).mean().item() == pytest.approx(
+        -1e-3 * steps, rel=1e-2
+    )  # each step moves by lr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,7 +290,9 @@ def test_gradients_and_moments_are_kept_as_asked_for(dtype):
     nll_sum(model, DOCUMENTS).backward()
     assert {p.grad.dtype for p in model.parameters() if p.ndim == 2} == {dtype}
     apply_gradients(optimizer, 1e-3, None)
-    assert {state[key].dtype for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")} == {dtype}
+    assert {state[key].dtype for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")} == {
+        dtype
+    }
 
 
 def test_every_tensor_and_step_draws_bits_of_its_own(monkeypatch):
@@ -257,10 +308,14 @@ def test_every_tensor_and_step_draws_bits_of_its_own(monkeypatch):
 
 
 def test_both_moments_of_a_weight_are_rounded_independently():
-    """One step from zero with the gradient 1.5: of m = 0.15 60 % round up, of v = 0.00225 46 %, and not the same ones."""
+    """One step from zero with the gradient 1.5: of m = 0.15 60 % round up, of v = 0.00225 46 %, and not the
+    same ones.
+    """
     weight, low_bits = split_master(torch.zeros(10_000))
     m, v = (torch.zeros(10_000, dtype=torch.bfloat16) for _ in range(2))
-    kernels.adamw(weight, low_bits, m, v, torch.full((10_000,), 1.5), 1.0, 1e-3, 0.0, 0.9, 0.999, 1e-8, 1, seed=1 << 12)
+    kernels.adamw(
+        weight, low_bits, m, v, torch.full((10_000,), 1.5), 1.0, 1e-3, 0.0, 0.9, 0.999, 1e-8, 1, seed=1 << 12
+    )
     ups = torch.stack([m.float() > 0.15, v.float() > 0.00225]).double()
     assert ups.mean(dim=1).tolist() == pytest.approx([0.60, 0.456], abs=0.02)
     assert torch.corrcoef(ups)[0, 1].abs() < 0.05
@@ -270,20 +325,33 @@ def test_random_bits_are_uniform_and_new_every_step():
     first, second = (reference.random_bits(100_000, seed, "cpu") for seed in (1 << 12, 2 << 12))
     for bits in (first & 0xFFFF, first >> 16, (first ^ second) & 0xFFFF):
         assert abs(bits.double().mean() / 32767.5 - 1) < 0.01 and bits.min() < 10 and bits.max() > 65525
-    assert torch.corrcoef(torch.stack([first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16]).double())[0, 1:].abs().max() < 0.02
+    assert (
+        torch.corrcoef(torch.stack([first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16]).double())[
+            0, 1:
+        ]
+        .abs()
+        .max()
+        < 0.02
+    )
 
 
 # ---------------------------------------------------------------- Triton
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU"
+)
 def test_kernels_in_the_interpreter():
     script = Path(__file__).parent / "block_interpreted.py"
-    run = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     errors = json.loads(run.stdout)
-    assert len(errors) > 50 and all(value < 2e-6 for name, value in errors.items() if "bf16" not in name), errors
+    assert len(errors) > 50 and all(value < 2e-6 for name, value in errors.items() if "bf16" not in name), (
+        errors
+    )
     # the interpreter's cast to e4m3 loses the carry of a mantissa that rounds up to the next power of two
     assert all(value < (8e-2 if "float8" in name else 1e-2) for name, value in errors.items()), errors
 

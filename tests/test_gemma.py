@@ -1,4 +1,6 @@
-"""Gemma 2 against transformers' on random weights: logits, hidden states, log-probs, generation; folders, and what it refuses."""
+"""Gemma 2 against transformers' on random weights: logits, hidden states, log-probs, generation; folders, and
+what it refuses.
+"""
 
 import json
 import random
@@ -33,7 +35,9 @@ GRID = {
     "gemma-2": {},
     "no-caps": dict(attn_logit_softcapping=None, final_logit_softcapping=None),
     "no-window": dict(layer_types=["full_attention"] * 3),
-    "other-layers": dict(layer_types=["full_attention", "sliding_attention", "sliding_attention"], sliding_window=2),
+    "other-layers": dict(
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"], sliding_window=2
+    ),
     "biases-untied": dict(attention_bias=True, tie_word_embeddings=False, rms_norm_eps=1e-2),
     "ungrouped-rope": dict(num_key_value_heads=4, rope_parameters=LLAMA3_ROPE),
 }
@@ -82,7 +86,9 @@ def ours_of(theirs, directory):
 @torch.no_grad()
 @pytest.mark.parametrize("name", GRID)
 def test_logits(name, tmp_path):
-    """To 1e-5 where logits are within 3 (1e-4 where nothing caps them), each document alone and all packed."""
+    """To 1e-5 where logits are within 3 (1e-4 where nothing caps them), each document alone and all
+    packed.
+    """
     theirs = theirs_of(name)
     ours = ours_of(theirs, tmp_path)
     expected = [theirs(document[None]).logits[0] for document in DOCUMENTS]
@@ -95,11 +101,18 @@ def test_logits(name, tmp_path):
 
 @torch.no_grad()
 def test_every_switch_matters(tmp_path):
-    """Caps, windows and the scalar change these logits by more than 0.01: the test above would see a switch that is not read."""
+    """Caps, windows and the scalar change these logits by more than 0.01: the test above would see a switch
+    that is not read.
+    """
     theirs = theirs_of()
     ours = ours_of(theirs, tmp_path)
     logits = next_logits(ours, ours(*stream(DOCUMENTS)))
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "query_pre_attn_scalar"):
+    for key in (
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "sliding_window",
+        "query_pre_attn_scalar",
+    ):
         raw = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other/config.json").write_text(json.dumps(raw | {key: 9}))
@@ -110,7 +123,9 @@ def test_every_switch_matters(tmp_path):
 
 @torch.no_grad()
 def test_bf16_is_as_near_as_bf16_is(tmp_path):
-    """sqrt(48) = 6.9282 is 6.9375 in bf16, and transformers multiplies by that: its own float32 logits are no nearer to its bf16 ones."""
+    """sqrt(48) = 6.9282 is 6.9375 in bf16, and transformers multiplies by that: its own float32 logits are no
+    nearer to its bf16 ones.
+    """
     theirs = theirs_of()
     exact = theirs(DOCUMENTS[0][None]).logits[0]
     ours = ours_of(theirs, tmp_path).bfloat16()
@@ -168,12 +183,17 @@ def test_soft_cap_by_hand():
 
 
 def test_generation_greedy_and_sampled(tmp_path):
-    """Prompts shorter and longer than the window. A temperature of 1 samples from the capped distribution, as without a cache."""
+    """Prompts shorter and longer than the window. A temperature of 1 samples from the capped distribution, as
+    without a cache.
+    """
     theirs = theirs_of("biases-untied", std=0.4)
     ours = ours_of(theirs, tmp_path)
     prompts = random_documents(97, (9, 1, 17))
     options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-    expected = [theirs.generate(p[None], attention_mask=torch.ones_like(p[None]), **options)[0, len(p) :].tolist() for p in prompts]
+    expected = [
+        theirs.generate(p[None], attention_mask=torch.ones_like(p[None]), **options)[0, len(p) :].tolist()
+        for p in prompts
+    ]
     assert generate(ours, [p.tolist() for p in prompts], max_new_tokens=12) == expected
     assert len(set(sum(expected, []))) > 8  # not one token over and over
 
@@ -191,14 +211,18 @@ def test_generation_greedy_and_sampled(tmp_path):
 
 @torch.no_grad()
 def test_a_folder_of_transformers_is_loaded_and_not_trained(world, tmp_path):
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**SHAPE | dict(vocab_size=512)))
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.Gemma2Config(**SHAPE | dict(vocab_size=512))
+    )
     folder = tmp_path / "gemma"
     theirs.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((world / "base" / name).read_bytes())
     ours, tokenizer = load_pretrained(folder)
     assert isinstance(ours, Gemma) and ours.lm_head.weight is ours.model.embed_tokens.weight
-    assert (next_logits(ours, ours(*stream(DOCUMENTS[:1]))) - theirs.eval()(DOCUMENTS[0][None]).logits[0]).abs().max() < 1e-4
+    assert (
+        next_logits(ours, ours(*stream(DOCUMENTS[:1]))) - theirs.eval()(DOCUMENTS[0][None]).logits[0]
+    ).abs().max() < 1e-4
     with pytest.raises(ValueError, match="model_type='gemma2': inference only"):
         save_pretrained(ours, tokenizer, tmp_path / "out")
 
@@ -219,25 +243,51 @@ def test_extract_and_sweep(world, tmp_path, monkeypatch):
         argv.append(f"{tmp_path}/{name}")
     texts = []
     for _ in range(12):
-        texts.append({side: f"\n\nHuman: {rng.choice(WORDS)}\n\nAssistant: {rng.choice(WORDS)}" for side in ("chosen", "rejected")})
+        texts.append(
+            {
+                side: f"\n\nHuman: {rng.choice(WORDS)}\n\nAssistant: {rng.choice(WORDS)}"
+                for side in ("chosen", "rejected")
+            }
+        )
     write_rows(tmp_path / "texts.jsonl", texts)
-    rows = [f"calm,{label},{word} {rng.choice(WORDS)} {i}" for label, word in (("unsafe", "bad"), ("safe", "good")) for i in range(4)]
+    rows = [
+        f"calm,{label},{word} {rng.choice(WORDS)} {i}"
+        for label, word in (("unsafe", "bad"), ("safe", "good"))
+        for i in range(4)
+    ]
     (tmp_path / "prompts.csv").write_text("\n".join(["axiom,safety_label,input", *rows]))
-    steer.main(["extract", *argv, f"--texts={tmp_path}/texts.jsonl", f"--out_dir={tmp_path}/steer", "--count=8"])
-    steer.main(["sweep", f"{tmp_path}/steer", f"--prompts={tmp_path}/prompts.csv", "--layers=2", "--max_new_tokens=4"])
+    steer.main(
+        ["extract", *argv, f"--texts={tmp_path}/texts.jsonl", f"--out_dir={tmp_path}/steer", "--count=8"]
+    )
+    steer.main(
+        [
+            "sweep",
+            f"{tmp_path}/steer",
+            f"--prompts={tmp_path}/prompts.csv",
+            "--layers=2",
+            "--max_new_tokens=4",
+        ]
+    )
     (path,) = tmp_path.glob("steer/**/aqi.json")
     report = json.loads(path.read_text())
-    assert report["inputs"]["lambdas"] == [0.0, 0.25, 0.5, 0.75, 1.0] and report["verdicts"][0]["category"] == "overall"
+    assert (
+        report["inputs"]["lambdas"] == [0.0, 0.25, 0.5, 0.75, 1.0]
+        and report["verdicts"][0]["category"] == "overall"
+    )
     assert report["shifts"]
 
 
 def test_gemma_2_9b_has_transformers_shapes(tmp_path):
-    """The published config.json: 9,241,705,984 parameters, every name and shape as transformers', and its defaults."""
+    """The published config.json: 9,241,705,984 parameters, every name and shape as transformers', and its
+    defaults.
+    """
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
     config, others = GemmaConfig.from_hf(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         ours, theirs = Gemma(config), transformers.AutoModelForCausalLM.from_config(others)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     assert sum(p.numel() for p in ours.parameters()) == 9_241_705_984
     for key in set(GemmaConfig.__dataclass_fields__) - {"rope_theta", "rope_scaling", "layer_types"}:
         assert getattr(config, key) == getattr(others, key), key
@@ -257,7 +307,10 @@ def test_gemma_2_9b_has_transformers_shapes(tmp_path):
         ({"sliding_window": None}, "sliding_window=None: expected a number of tokens"),
         ({"head_dim": 9}, "head_dim=9: expected .* an even head size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3, .*: expected a multiple"),
-        ({"layer_types": ["full_attention"]}, "layer_types=.*: expected sliding_attention or full_attention for each"),
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types=.*: expected sliding_attention or full_attention for each",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: rope_type='yarn'"),
     ],
 )

@@ -1,4 +1,6 @@
-"""plumbing/hub.py and who uses it, with the real clients against a hub on 127.0.0.1 (local_hub.py): names, pins, downloads, pushing."""
+"""plumbing/hub.py and who uses it, with the real clients against a hub on 127.0.0.1 (local_hub.py): names,
+pins, downloads, pushing.
+"""
 
 import json
 import os
@@ -33,7 +35,9 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "COMMITS", {})
     yield server
     server.close()
-    assert not [one for one in server.requests if one.get("status") == 501], "asked for what this hub does not have"
+    assert not [one for one in server.requests if one.get("status") == 501], (
+        "asked for what this hub does not have"
+    )
 
 
 @pytest.fixture
@@ -89,7 +93,10 @@ def test_a_pinned_model_keeps_its_weights(server, sharded, world, tmp_path):
     assert torch.equal(logits("org/name"), changed)
     assert hub.COMMITS == {"org/name@v1": old, f"org/name@{old}": old, "org/name": new}
     for name, reason in (("org/name@v2", "Revision Not Found"), ("org/none", "Repository Not Found")):
-        with pytest.raises(ValueError, match=f"(?s)model_path='{name}': no such folder, and no such download from the hub: .*{reason}"):
+        with pytest.raises(
+            ValueError,
+            match=f"(?s)model_path='{name}': no such folder, and no such download from the hub: .*{reason}",
+        ):
             weights.resolve(name)
 
 
@@ -119,12 +126,17 @@ def test_a_dropped_connection_is_resumed_by_the_same_call(server, sharded, monke
 
 
 def test_a_download_that_broke_off_keeps_its_finished_files(server, sharded, monkeypatch):
-    """A reset connection ends the call. The next one takes the broken file from its start, as this client (1.33) keeps no part of it."""
+    """A reset connection ends the call. The next one takes the broken file from its start, as this client
+    (1.33) keeps no part of it.
+    """
     commit = server.commit("models/org/name", sharded, tag="v1")
     shard = "model-00002-of-00011.safetensors"
     size = (sharded / shard).stat().st_size
     server.cuts[shard] = [(0.5, "reset")]
-    with pytest.raises(ValueError, match="model_path='org/name@v1': no such folder, and no such download from the hub: .*reset"):
+    with pytest.raises(
+        ValueError,
+        match="model_path='org/name@v1': no such folder, and no such download from the hub: .*reset",
+    ):
         families.load_pretrained("org/name@v1")
     assert hub.COMMITS == {}
     local_hub.set_offline(True, monkeypatch.setattr)
@@ -134,7 +146,9 @@ def test_a_download_that_broke_off_keeps_its_finished_files(server, sharded, mon
     families.load_pretrained("org/name@v1")
     downloads = server.downloads()
     assert downloads.pop(shard) == [(None, size // 2), (None, size)]
-    assert downloads == {name: [(None, len(content))] for name, content in contents(sharded).items() if name != shard}
+    assert downloads == {
+        name: [(None, len(content))] for name, content in contents(sharded).items() if name != shard
+    }
     assert hub.COMMITS == {"org/name@v1": commit}
 
 
@@ -144,7 +158,10 @@ def test_offline_the_cache_is_all_there_is(server, sharded, tmp_path, monkeypatc
     weights.resolve("org/name@main")
     server.close()
     weights.resolve("org/name")  # nobody answers: the client takes what it has
-    with pytest.raises(ValueError, match=f"model_path='org/name@{UNKNOWN}': no such folder, and no such download from the hub: .*refused"):
+    with pytest.raises(
+        ValueError,
+        match=f"model_path='org/name@{UNKNOWN}': no such folder, and no such download from the hub: .*refused",
+    ):
         weights.resolve(f"org/name@{UNKNOWN}")
     local_hub.set_offline(True, monkeypatch.setattr)
     families.load_pretrained("org/name@main")
@@ -168,7 +185,10 @@ def rows(server, world):
     """org/rows: v1 with 35 rows to train on and 3 to test, main with 5 to test. [commit of v1, of main]."""
     lines = (world / "sft.jsonl").read_bytes().splitlines(True)
     files = [{"train.jsonl": b"".join(lines), "test.jsonl": b"".join(lines[:n])} for n in (3, 5)]
-    return [server.commit("datasets/org/rows", files[0], tag="v1"), server.commit("datasets/org/rows", files[1])]
+    return [
+        server.commit("datasets/org/rows", files[0], tag="v1"),
+        server.commit("datasets/org/rows", files[1]),
+    ]
 
 
 @pytest.mark.slow
@@ -176,12 +196,20 @@ def test_data_is_read_at_its_commit(rows, world):
     old, new = rows
     lengths = {"org/rows@v1[test]": 3, "org/rows[test]": 5, "org/rows@v1": 35, f"org/rows@{old}[test]": 3}
     assert {name: len(open_source(name)) for name in lengths} == lengths
-    assert list(open_source("org/rows@v1")) == [json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()]
-    assert hub.COMMITS == {"datasets/org/rows@v1": old, "datasets/org/rows": new, f"datasets/org/rows@{old}": old}
+    assert list(open_source("org/rows@v1")) == [
+        json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()
+    ]
+    assert hub.COMMITS == {
+        "datasets/org/rows@v1": old,
+        "datasets/org/rows": new,
+        f"datasets/org/rows@{old}": old,
+    }
 
 
 def test_a_key_that_some_rows_of_the_hub_lack_is_null_there(server):
-    server.commit("datasets/org/gaps", {"train.jsonl": b'{"text": "Hi", "label": "safe"}\n{"label": "unsafe"}\n'})
+    server.commit(
+        "datasets/org/gaps", {"train.jsonl": b'{"text": "Hi", "label": "safe"}\n{"label": "unsafe"}\n'}
+    )
     assert open_source("org/gaps")[1] == {"text": None, "label": "unsafe"}
     server.commit("datasets/org/words", {"train.csv": b"text,label\nNone,safe\n,unsafe\n"})
     assert open_source("org/words")["text"] == ["None", None]  # only an empty cell of a csv is null
@@ -193,12 +221,20 @@ def test_a_configuration_is_picked_by_name(server):
         f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.jsonl\n  - split: test\n    path: other.jsonl\n"
         for name in ("main", "socratic")
     )
-    files = {f"{name}.jsonl": json.dumps({"prompt": name}).encode() + b"\n" for name in ("main", "socratic", "other")}
+    files = {
+        f"{name}.jsonl": json.dumps({"prompt": name}).encode() + b"\n"
+        for name in ("main", "socratic", "other")
+    }
     server.commit("datasets/org/several", files | {"README.md": f"{card}---\n".encode()})
-    read = {part: open_source(f"org/several[{part}]")["prompt"] for part in ("main/", "socratic/train", "main/test")}
+    read = {
+        part: open_source(f"org/several[{part}]")["prompt"]
+        for part in ("main/", "socratic/train", "main/test")
+    }
     assert read == {"main/": ["main"], "socratic/train": ["socratic"], "main/test": ["other"]}
     for name in ("org/several", "org/several[third/test]"):
-        with pytest.raises(UserError, match=r"^[^\n]+main.+socratic[^\n]+; expected \"org/several\[CONFIG/SPLIT\]\"$"):
+        with pytest.raises(
+            UserError, match=r"^[^\n]+main.+socratic[^\n]+; expected \"org/several\[CONFIG/SPLIT\]\"$"
+        ):
             open_source(name)
 
 
@@ -220,10 +256,16 @@ def test_what_the_library_cannot_read_is_named_in_one_line(server, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/none", "data 'org/none': no such file or folder, and no such data from the hub: Dataset 'org/none' doesn't exist"),
+        (
+            "org/none",
+            "data 'org/none': no such file or folder, and no such data from the hub: Dataset 'org/none' doesn't exist",
+        ),
         ("org/none@v1", "data 'org/none@v1': the hub names no commit for 'v1'; .*Repository Not Found"),
         ("org/rows@v2", "data 'org/rows@v2': the hub names no commit for 'v2'; .*Revision Not Found"),
-        ("org/rows@v1[val]", r"data 'org/rows@v1\[val\]': no split 'val'; expected \[split\] to be one of train, test"),
+        (
+            "org/rows@v1[val]",
+            r"data 'org/rows@v1\[val\]': no split 'val'; expected \[split\] to be one of train, test",
+        ),
     ],
 )
 def test_data_that_is_not_there_is_named(rows, name, message):
@@ -234,7 +276,9 @@ def test_data_that_is_not_there_is_named(rows, name, message):
 
 def test_data_whose_download_breaks_off_is_named(server, rows):
     server.cuts["train.jsonl"] = [(0.5, "reset")]
-    with pytest.raises(ValueError, match="data 'org/rows@v1': no such file or folder, and no such data from the hub: .*reset"):
+    with pytest.raises(
+        ValueError, match="data 'org/rows@v1': no such file or folder, and no such data from the hub: .*reset"
+    ):
         open_source("org/rows@v1")
     assert not hub.COMMITS and len(open_source("org/rows@v1")) == 35
 
@@ -245,7 +289,10 @@ def test_another_commit_than_the_pinned_one_is_refused(server, rows, monkeypatch
     open_source("org/rows")
     local_hub.set_offline(True, monkeypatch.setattr)
     assert len(open_source(f"org/rows@{new}[test]")) == 5
-    with pytest.raises(ValueError, match=f"the hub cannot be reached, the latest copy here is of commit {new}; expected {old}"):
+    with pytest.raises(
+        ValueError,
+        match=f"the hub cannot be reached, the latest copy here is of commit {new}; expected {old}",
+    ):
         open_source(f"org/rows@{old}[test]")
     with pytest.raises(ValueError, match="data 'org/rows@v1': the hub names no commit for 'v1'"):
         open_source("org/rows@v1")
@@ -264,14 +311,21 @@ def on(server, tmp_path, token=local_hub.WRITER):
 def test_the_manifest_has_the_commits_of_pinned_names(server, rows, world, tmp_path):
     commit = server.commit("models/org/name", world / "base", tag="v1")
     server.commit("models/org/name", {"config.json": b"{}"})
-    config = write_config(tmp_path, world, max_steps=1, model_path="org/name@v1", sft={"data": {"org/rows@v1": 1.0}})
+    config = write_config(
+        tmp_path, world, max_steps=1, model_path="org/name@v1", sft={"data": {"org/rows@v1": 1.0}}
+    )
     launch("sft", config, prepare=on(server, tmp_path)).ok()
-    assert json.loads((tmp_path / "sft/manifest.json").read_text())["hub"] == {"org/name@v1": commit, "datasets/org/rows@v1": rows[0]}
+    assert json.loads((tmp_path / "sft/manifest.json").read_text())["hub"] == {
+        "org/name@v1": commit,
+        "datasets/org/rows@v1": rows[0],
+    }
 
 
 @pytest.mark.slow
 def test_a_pushed_model_comes_back(server, sharded, world, tmp_path):
-    """tools.push as a user calls it: file by file, private, equal logits. Of that, the next push leaves no shard and no adapter behind."""
+    """tools.push as a user calls it: file by file, private, equal logits. Of that, the next push leaves no
+    shard and no adapter behind.
+    """
     (sharded / "README.md").write_text("a card\n")
     adapter = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": b"weights"}
     (sharded.parent / "adapter").mkdir()
@@ -293,29 +347,49 @@ def test_a_pushed_model_comes_back(server, sharded, world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_push_after_the_run_and_again_without_training(server, world, tmp_path, ranks):
-    """final/ and adapter/ go up, once, with the card; the same command on the finished run trains nothing and pushes again."""
+    """final/ and adapter/ go up, once, with the card; the same command on the finished run trains nothing and
+    pushes again.
+    """
     config = write_config(tmp_path, world, save_every=4, lora_rank=2, lora_alpha=4.0)
     done = launch("sft", config, "--push=org/good", ranks=ranks, prepare=on(server, tmp_path)).ok()
     assert "pushed to org/good" in done.out[0] and len(server.asked("POST .*/commit/main")) == 2
     repository = server.repositories["models/org/good"]
-    assert repository.files == contents(tmp_path / "sft/final") | contents(tmp_path / "sft/adapter", "adapter/")
-    assert {"README.md", "model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= repository.files.keys()
+    assert repository.files == contents(tmp_path / "sft/final") | contents(
+        tmp_path / "sft/adapter", "adapter/"
+    )
+    assert {
+        "README.md",
+        "model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    } <= repository.files.keys()
     steps = metrics(tmp_path / "sft")
     again = launch("sft", config, "--push=org/good", ranks=ranks, prepare=on(server, tmp_path)).ok()
-    assert "step 0000" not in again.out[0] and metrics(tmp_path / "sft") == steps and "pushed to org/good" in again.out[0]
-    assert repository.files == contents(tmp_path / "sft/final") | contents(tmp_path / "sft/adapter", "adapter/")
+    assert (
+        "step 0000" not in again.out[0]
+        and metrics(tmp_path / "sft") == steps
+        and "pushed to org/good" in again.out[0]
+    )
+    assert repository.files == contents(tmp_path / "sft/final") | contents(
+        tmp_path / "sft/adapter", "adapter/"
+    )
     assert len(server.asked("PUT .*")) == 2, "model.safetensors and adapter_model.safetensors went up twice"
     assert weights.resolve("org/good").is_dir() and "adapter/adapter_config.json" not in server.downloads()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("token", "reason"), [(local_hub.READER, "403 Forbidden"), ("hf_wrong", "Invalid user token")])
+@pytest.mark.parametrize(
+    ("token", "reason"), [(local_hub.READER, "403 Forbidden"), ("hf_wrong", "Invalid user token")]
+)
 def test_a_token_that_may_not_write_stops_the_run_before_it_trains(server, world, tmp_path, token, reason):
     server.commit("models/org/theirs", {"config.json": b"{}"})
     config = write_config(tmp_path, world)
     failed = launch("sft", config, "--push=org/theirs", ranks=2, prepare=on(server, tmp_path, token))
     assert failed.codes == [1, 1] and not (tmp_path / "sft").exists()
-    assert failed.err[0].startswith("error: push='org/theirs': expected a repository that the token") and reason in failed.err[0]
+    assert (
+        failed.err[0].startswith("error: push='org/theirs': expected a repository that the token")
+        and reason in failed.err[0]
+    )
     assert len(server.asked("GET /api/models/org/theirs/auth-check/write")) == (token == local_hub.READER)
 
 
@@ -332,7 +406,10 @@ def test_an_upload_that_fails_says_how_to_try_again(server, sharded, uploads):
     server.expired = True
     if uploads == "Connection refused":
         server.close()
-    with pytest.raises(ValueError, match=rf"(?s)push='org/name': the upload failed; `python -m tools.push {run} org/name` .*{uploads}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"(?s)push='org/name': the upload failed; `python -m tools.push {run} org/name` .*{uploads}",
+    ):
         hub.push(run, "org/name")
     assert server.repositories["models/org/name"].files == {}
 
@@ -348,19 +425,28 @@ def test_only_a_finished_run_is_pushed(server, tmp_path):
 
 def validate_on_hub(server, world, monkeypatch, tmp_path, **changes):
     """The arguments of validate for two pairs of the hub that share their SFT model."""
-    table = dict(one=dict(sft="org/sft", dpo="org/dpo@v1", template="tulu"), two=dict(sft="org/sft", dpo="org/far", template="tulu"))
+    table = dict(
+        one=dict(sft="org/sft", dpo="org/dpo@v1", template="tulu"),
+        two=dict(sft="org/sft", dpo="org/far", template="tulu"),
+    )
     files = contents(world / "base")
     server.commit("models/org/sft", files)
     for name, factor in (("dpo", 1.05), ("far", 1.2)):
         shutil.copytree(world / "base", tmp_path / name)
-        change_weights(tmp_path / name, lambda tensors, factor=factor: tensors["model.norm.weight"].mul_(factor))
+        change_weights(
+            tmp_path / name, lambda tensors, factor=factor: tensors["model.norm.weight"].mul_(factor)
+        )
         server.commit(f"models/org/{name}", tmp_path / name, tag="v1")
-    monkeypatch.setattr(steer.runpy, "run_path", lambda path: dict(PAIRS=table, GROUPS={"both": ("one", "two")}))
+    monkeypatch.setattr(
+        steer.runpy, "run_path", lambda path: dict(PAIRS=table, GROUPS={"both": ("one", "two")})
+    )
     return ["validate", "both", "--texts=texts.jsonl", "--prompts=prompts.csv", f"--out_dir={tmp_path}/out"]
 
 
 def test_check_reads_no_weights(server, world, monkeypatch, tmp_path, capsys):
-    """Names, commits, kinds, sizes, the plan with and without a card; then what a wrong name, a missing weight and a template say."""
+    """Names, commits, kinds, sizes, the plan with and without a card; then what a wrong name, a missing
+    weight and a template say.
+    """
     argv = validate_on_hub(server, world, monkeypatch, tmp_path)
     assert steer.main([*argv, "--check", "--gpu", "h100"]) == 0
     out = capsys.readouterr().out
@@ -368,14 +454,28 @@ def test_check_reads_no_weights(server, world, monkeypatch, tmp_path, capsys):
     assert parameters == 3 and not [name for name in server.downloads() if name.endswith(".safetensors")]
     head, *lines = out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["org/sft", "org/dpo@v1", "org/far"]
-    assert server.repositories["models/org/sft"].refs["main"][:10] in lines[0] and f"{size / 1e9:.2f}" in lines[0]
-    assert "one model at a time, the largest org/sft" in out and "h on one h100, $" in out and "2 pairs: no problem found" in out
+    assert (
+        server.repositories["models/org/sft"].refs["main"][:10] in lines[0]
+        and f"{size / 1e9:.2f}" in lines[0]
+    )
+    assert (
+        "one model at a time, the largest org/sft" in out
+        and "h on one h100, $" in out
+        and "2 pairs: no problem found" in out
+    )
 
-    server.commit("models/org/dpo", {n: c for n, c in contents(world / "base").items() if n != "model.safetensors"}, tag="v1")
+    server.commit(
+        "models/org/dpo",
+        {n: c for n, c in contents(world / "base").items() if n != "model.safetensors"},
+        tag="v1",
+    )
     del server.repositories["models/org/far"]
     assert steer.main([*argv, "--check"]) == 1
     out = capsys.readouterr().out
-    assert "problem: model_path='org/dpo@v1': no .safetensors file" in out and "problem: model_path='org/far': 404" in out
+    assert (
+        "problem: model_path='org/dpo@v1': no .safetensors file" in out
+        and "problem: model_path='org/far': 404" in out
+    )
     table = dict(llama=dict(sft="org/sft", dpo="org/sft", template="llama3"))
     monkeypatch.setattr(steer.runpy, "run_path", lambda path: dict(PAIRS=table, GROUPS={}))
     assert steer.main([argv[0], "llama", *argv[2:], "--check"]) == 1
@@ -391,7 +491,13 @@ def test_weights_of_a_finished_pair_are_deleted(server, world, monkeypatch, tmp_
     def read(pair, name):
         for path in (pair.sft_path, pair.dpo_path):
             steer.locate(path)
-        there.append({folder.name for folder in cache.glob("models--*") if list(folder.glob("snapshots/*/*.safetensors"))})
+        there.append(
+            {
+                folder.name
+                for folder in cache.glob("models--*")
+                if list(folder.glob("snapshots/*/*.safetensors"))
+            }
+        )
 
     monkeypatch.setattr(steer, "read_swept_prompts", lambda *args, **options: None)
     monkeypatch.setattr(steer, "extract", read)
@@ -402,5 +508,8 @@ def test_weights_of_a_finished_pair_are_deleted(server, world, monkeypatch, tmp_
     monkeypatch.setattr(steer.page, "write", lambda *args: None)
     assert steer.main([*argv, "--keep_weights=false"]) == 0
     assert there == [{"models--org--sft", "models--org--dpo"}, {"models--org--sft", "models--org--far"}]
-    assert not list(cache.glob("models--*/snapshots/*/*.safetensors")) and "deleted the weights of org/sft" in capsys.readouterr().out
+    assert (
+        not list(cache.glob("models--*/snapshots/*/*.safetensors"))
+        and "deleted the weights of org/sft" in capsys.readouterr().out
+    )
     assert hub.forget(str(world / "base")) == 0 and (world / "base/model.safetensors").is_file()

@@ -34,12 +34,19 @@ def two_clusters(n0=30, n1=50, dims=8, gap=1.0, seed=0):
 
 
 cluster_cases = st.builds(
-    two_clusters, n0=st.integers(2, 40), n1=st.integers(2, 40), dims=st.integers(1, 12), gap=st.floats(0.01, 5), seed=st.integers(0, 10**6)
+    two_clusters,
+    n0=st.integers(2, 40),
+    n1=st.integers(2, 40),
+    dims=st.integers(1, 12),
+    gap=st.floats(0.01, 5),
+    seed=st.integers(0, 10**6),
 )
 
 
 def test_by_hand():
-    """Points 0, 2 and 4, 6 on a line: W = 4, centres 1 and 5, B = 16. CHI = 16 / (4 / 2), XB = 4 / (4 x 16), eta^2 = 16 / 20."""
+    """Points 0, 2 and 4, 6 on a line: W = 4, centres 1 and 5, B = 16. CHI = 16 / (4 / 2), XB = 4 / (4 x 16),
+    eta^2 = 16 / 20.
+    """
     X, labels = torch.tensor([[0.0], [2.0], [4.0], [6.0]]), ["safe", "safe", "unsafe", "unsafe"]
     assert (chi(X, labels), xie_beni(X, labels), eta_squared(X, labels)) == (8.0, 0.0625, 0.8)
     assert davies_bouldin(X, labels) == 0.5  # (1 + 1) / 4
@@ -70,11 +77,15 @@ def test_identity_1_chi_and_xb_are_one_statistic(case):
 @given(cluster_cases, st.integers(2, 5))
 @settings(deadline=None, max_examples=30)
 def test_identity_2_chi_grows_with_n_and_eta_squared_does_not(case, times):
-    """Every point repeated: the same separation, CHI / (n - 2) and eta^2 the same, CHI itself grown by (n' - 2) / (n - 2)."""
+    """Every point repeated: the same separation, CHI / (n - 2) and eta^2 the same, CHI itself grown by (n' -
+    2) / (n - 2).
+    """
     X, labels = case
     more, more_labels = X.repeat(times, 1), labels.repeat(times)
     assert eta_squared(more, more_labels) == pytest.approx(eta_squared(X, labels), rel=1e-9)
-    assert chi(more, more_labels) == pytest.approx(chi(X, labels) * (times * len(X) - 2) / (len(X) - 2), rel=1e-9)
+    assert chi(more, more_labels) == pytest.approx(
+        chi(X, labels) * (times * len(X) - 2) / (len(X) - 2), rel=1e-9
+    )
 
 
 @given(cluster_cases, st.lists(st.floats(-1e3, 1e3), min_size=12, max_size=12))
@@ -130,7 +141,9 @@ def test_clusters_of_equal_points(gap, expected):
     """gap / 0: what divides by the spread within says so and does not stop."""
     labels = torch.tensor([0, 0, 1, 1])
     for index in (chi, dunn):
-        assert index(gap * labels[:, None].double().expand(4, 3), labels) == pytest.approx(expected, nan_ok=True)
+        assert index(gap * labels[:, None].double().expand(4, 3), labels) == pytest.approx(
+            expected, nan_ok=True
+        )
 
 
 # ---------------------------------------------------------------- moments
@@ -140,9 +153,14 @@ def test_clusters_of_equal_points(gap, expected):
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 @pytest.mark.parametrize("batch", [1, 13, 400])
 def test_streamed_moments_equal_the_direct_formulas(metrics, offset, batch):
-    """Three layers, four axioms, any batches; the offset of 1e5 spreads would cost sum |x|^2 - n |c|^2 ten of its sixteen digits."""
+    """Three layers, four axioms, any batches; the offset of 1e5 spreads would cost sum |x|^2 - n |c|^2 ten of
+    its sixteen digits.
+    """
     generator = torch.Generator().manual_seed(0)
-    axiom, label = torch.randint(4, (400,), generator=generator), torch.randint(2, (400,), generator=generator)
+    axiom, label = (
+        torch.randint(4, (400,), generator=generator),
+        torch.randint(2, (400,), generator=generator),
+    )
     states = torch.randn(3, 400, 16, generator=generator, dtype=torch.float64)
     states[1] += label[:, None]
     states[2] *= 1 + axiom[:, None]
@@ -152,21 +170,33 @@ def test_streamed_moments_equal_the_direct_formulas(metrics, offset, batch):
         for layer in range(3):
             moments.add(layer, states[layer, rows], axiom[rows], label[rows])
     rows = moments.rows(list("abcd"))
-    assert [(row["layer"], row["category"]) for row in rows] == [(layer, c) for layer in range(3) for c in (*"abcd", "overall")]
+    assert [(row["layer"], row["category"]) for row in rows] == [
+        (layer, c) for layer in range(3) for c in (*"abcd", "overall")
+    ]
     for row in rows:
-        mine = axiom == "abcd".find(row["category"]) if row["category"] != "overall" else torch.ones(400, dtype=torch.bool)
+        mine = (
+            axiom == "abcd".find(row["category"])
+            if row["category"] != "overall"
+            else torch.ones(400, dtype=torch.bool)
+        )
         X = states[row["layer"], mine]
         assert row["n"] == int(mine.sum())
         assert row["chi"] == pytest.approx(chi(X, label[mine]), rel=1e-8)
         assert row["xb"] == pytest.approx(xie_beni(X, label[mine]), rel=1e-8)
         assert row["eta2"] == pytest.approx(eta_squared(X, label[mine]), rel=1e-8)
-        assert row["chi"] == pytest.approx(metrics.calinski_harabasz_score(X - X.mean(0), label[mine]), rel=1e-6)
+        assert row["chi"] == pytest.approx(
+            metrics.calinski_harabasz_score(X - X.mean(0), label[mine]), rel=1e-6
+        )
 
 
 def test_moments_are_float64_whatever_comes_in():
     x = torch.full((4, 2), 3.0, dtype=torch.bfloat16)
     n, total, square = group_moments(x, torch.zeros(2), torch.tensor([0, 2, 2, 2]), 3)
-    assert n.tolist() == [1, 0, 3] and total.tolist() == [[3, 3], [0, 0], [9, 9]] and square.tolist() == [18, 0, 54]
+    assert (
+        n.tolist() == [1, 0, 3]
+        and total.tolist() == [[3, 3], [0, 0], [9, 9]]
+        and square.tolist() == [18, 0, 54]
+    )
     assert square.dtype == total.dtype == torch.float64
 
 
@@ -186,22 +216,33 @@ def test_moments_refuse_nan_and_missing_labels():
 
 
 @pytest.mark.slow
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40).filter(lambda rows: len({y for _, y in rows}) == 2))
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40).filter(
+        lambda rows: len({y for _, y in rows}) == 2
+    )
+)
 @settings(deadline=None, max_examples=60)
 def test_auc_equals_scikit_learns_with_ties(metrics, rows):
     scores, labels = (torch.tensor(column) for column in zip(*rows))
-    assert auc(scores.double(), labels.long()) == pytest.approx(metrics.roc_auc_score(labels, scores), abs=1e-12)
+    assert auc(scores.double(), labels.long()) == pytest.approx(
+        metrics.roc_auc_score(labels, scores), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("dims", [10, 300])
 def test_probe_is_as_good_as_logistic_regression(dims):
     """In the primal (D < n) and the dual (D > n) form."""
-    linear_model, model_selection = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.model_selection")
+    linear_model, model_selection = (
+        pytest.importorskip("sklearn.linear_model"),
+        pytest.importorskip("sklearn.model_selection"),
+    )
     X, labels = two_clusters(100, 120, dims, gap=0.0)
     X[:, 1] += 1.5 * labels
     X[:, 0] *= 5  # a loud direction without the label
     folds = model_selection.StratifiedKFold(5, shuffle=True, random_state=0)
-    oracle = model_selection.cross_val_score(linear_model.LogisticRegression(max_iter=2000), X, labels, cv=folds, scoring="roc_auc").mean()
+    oracle = model_selection.cross_val_score(
+        linear_model.LogisticRegression(max_iter=2000), X, labels, cv=folds, scoring="roc_auc"
+    ).mean()
     assert abs(probe_auc(X, labels) - oracle) < 0.04
     assert probe_auc(X, labels) == probe_auc(X, labels)
 

@@ -20,7 +20,9 @@ PAIRS = runpy.run_path(str(ROOT / "configs/pairs.py"))["PAIRS"]
 
 
 def write_run(folder, stage, start, exported, *metrics):
-    """A run folder of one step and of `metrics`, a dict of a later line each. exported: None for a run that has not ended."""
+    """A run folder of one step and of `metrics`, a dict of a later line each. exported: None for a run that
+    has not ended.
+    """
     folder.mkdir(parents=True)
     manifest = {"stage": stage, "weights": start} | ({"exported": exported} if exported else {})
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -36,29 +38,56 @@ def write_sweep(folder, sft, dpo, vector=b"v", is_there=True):
     (folder / "manifest.json").write_text(json.dumps({"inputs": {"sft": sft, "dpo": dpo} | models}))
     (folder / "vector.safetensors").write_bytes(vector)
     inputs = {"inject": "matched", "lambdas": [0, 0.5, 1.0], "vector": hashlib.sha256(b"v").hexdigest()}
-    overall = {"category": "overall", "verdict": "rising", "estimate": [1.0, 2.0, 3.0], "change": 2.0, "change_interval": [1.5, 2.5]}
+    overall = {
+        "category": "overall",
+        "verdict": "rising",
+        "estimate": [1.0, 2.0, 3.0],
+        "change": 2.0,
+        "change_interval": [1.5, 2.5],
+    }
     overall |= {"nulls": {"p_change": 0.05, "size_sd": 3.5}, "decision": "go on"}
     of_an_axiom = {"category": "calm", "verdict": "falling", "estimate": [9.0, 9.0, 9.0]}
-    (folder / "sweep_matched/aqi.json").write_text(json.dumps({"inputs": inputs, "verdicts": [overall, of_an_axiom]}))
+    (folder / "sweep_matched/aqi.json").write_text(
+        json.dumps({"inputs": inputs, "verdicts": [overall, of_an_axiom]})
+    )
 
 
 # ---------------------------------------------------------------- the table
 
 
 def test_runs_and_sweeps_are_joined_by_their_weights(tmp_path):
-    """DPO model d of SFT model s was steered along; d2 was trained after that from s, and diverged; t has no DPO yet; z has not ended; of
-    two other people's models there is a sweep only; one vector was made anew after its sweep; one pair's models are deleted; one rung was not run."""
+    """DPO model d of SFT model s was steered along; d2 was trained after that from s, and diverged; t has no
+    DPO yet; z has not ended; of two other people's models there is a sweep only; one vector was made anew
+    after its sweep; one pair's models are deleted; one rung was not run."""
     accuracy = {"eval/rewards/accuracies": 0.9, "eval/rewards/accuracies_ci95": 0.05}
     write_run(tmp_path / "tiny/sft", "sft", "base", "s", {"loss": 1.0}, {"eval/loss": 1.25})
-    write_run(tmp_path / "tiny/dpo", "dpo", "s", "d", {"rewards/accuracies": 0.5}, {"eval/rewards/accuracies": 0.0}, accuracy)
-    write_run(tmp_path / "again/dpo", "dpo", "s", "d2", {"eval/rewards/accuracies": None, "eval/rewards/accuracies_ci95": None})
+    write_run(
+        tmp_path / "tiny/dpo",
+        "dpo",
+        "s",
+        "d",
+        {"rewards/accuracies": 0.5},
+        {"eval/rewards/accuracies": 0.0},
+        accuracy,
+    )
+    write_run(
+        tmp_path / "again/dpo",
+        "dpo",
+        "s",
+        "d2",
+        {"eval/rewards/accuracies": None, "eval/rewards/accuracies_ci95": None},
+    )
     write_run(tmp_path / "other/sft", "sft", "base", "t", {"loss": 1.0})
     write_run(tmp_path / "other/dpo", "dpo", "t", None)
     write_sweep(tmp_path / "validate/tiny", "s", "d")
     write_sweep(tmp_path / "validate/hub", "elsewhere", "elsewhere too")
     write_sweep(tmp_path / "validate/old", "s", "d", vector=b"another")
     write_sweep(tmp_path / "validate/deleted", "s9", "d9", is_there=False)
-    own = {"tiny": dict(dpo="runs/tiny/dpo/final"), "new": dict(dpo="runs/new/dpo/final"), "far": dict(dpo="org/name")}
+    own = {
+        "tiny": dict(dpo="runs/tiny/dpo/final"),
+        "new": dict(dpo="runs/new/dpo/final"),
+        "far": dict(dpo="org/name"),
+    }
     own["odd"] = dict(not_representable="")
     curve = ["1.00", "-", "2.00", "-", "3.00", "+2.00 [+1.50, +2.50]", "+3.5", "0.05", "rising", "go on"]
     runs, sweeps, outdated = ladder.find(tmp_path)
@@ -71,18 +100,33 @@ def test_runs_and_sweeps_are_joined_by_their_weights(tmp_path):
     ]
     assert outdated == ["validate/deleted (matched)", "validate/old (matched)"]
     shutil.rmtree(tmp_path / "tiny/dpo")
-    assert ladder.rows(*ladder.find(tmp_path)[:2], own)[-2:] == [[name, *[""] * 11, "not run", ""] for name in ("tiny", "new")]
+    assert ladder.rows(*ladder.find(tmp_path)[:2], own)[-2:] == [
+        [name, *[""] * 11, "not run", ""] for name in ("tiny", "new")
+    ]
 
 
 def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
-    """Every rung of ours is named, and the published curves stand below; columns are aligned. A folder that is named must be there."""
+    """Every rung of ours is named, and the published curves stand below; columns are aligned. A folder that
+    is named must be there.
+    """
     with pytest.raises(ValueError, match="nope: no such folder"):
         ladder.main(["nope"])
     monkeypatch.chdir(tmp_path)
     assert ladder.main([]) == 0
     first, head, *lines, last = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/: finished runs 0, sweeps 0.") and "55.00 is saturation" in last
-    rungs = ["tiny", "smol", "olmo1b_10", "olmo1b_lora", "olmo1b", "pku_lora", "tulu10_lora", "tulu10", "tulu10_asrun", "tulu_full_lora"]
+    rungs = [
+        "tiny",
+        "smol",
+        "olmo1b_10",
+        "olmo1b_lora",
+        "olmo1b",
+        "pku_lora",
+        "tulu10_lora",
+        "tulu10",
+        "tulu10_asrun",
+        "tulu_full_lora",
+    ]
     assert [line.split()[0] for line in lines[:13]] == [*rungs, "tulu_full", "tiny_seeds", "tiny_swapped"]
     assert all(line.rstrip().endswith("not run") for line in lines[:13]) and len(lines) == 19
     assert {line.index("published") for line in lines[13:]} == {head.index("verdict")}
@@ -102,7 +146,9 @@ def test_published_curves_are_those_of_the_published_rows():
     common = {key: aqi for key, aqi in points.items() if key[0] in ladder.PUBLISHED}
     assert len(common) == 13
     for (name, strength), aqi in common.items():
-        assert ladder.PUBLISHED[name][ladder.LAMBDAS.index(strength)] == pytest.approx(float(aqi), abs=0.005), (name, strength)
+        assert ladder.PUBLISHED[name][ladder.LAMBDAS.index(strength)] == pytest.approx(
+            float(aqi), abs=0.005
+        ), (name, strength)
 
 
 def test_every_rung_is_a_pair_of_what_its_scripts_write():
@@ -117,7 +163,9 @@ def test_every_rung_is_a_pair_of_what_its_scripts_write():
 
 @pytest.mark.slow
 def test_both_stages_are_joined_and_describe_themselves(world, tmp_path):
-    """The DPO run begins at the SFT run's weights; the cards parse as the hub parses them, and the models still load."""
+    """The DPO run begins at the SFT run's weights; the cards parse as the hub parses them, and the models
+    still load.
+    """
     (tmp_path / "runs").mkdir()
     keys = dict(data_eval={f"{world}/pref.jsonl": 8}, max_steps=2)
     config = write_config(tmp_path / "runs", world, dpo=keys | dict(model_path=f"{tmp_path}/runs/sft/final"))
@@ -134,14 +182,20 @@ def test_both_stages_are_joined_and_describe_themselves(world, tmp_path):
     text = (tmp_path / "runs/dpo/final/README.md").read_text()
     about = huggingface_hub.ModelCard(text).data.to_dict()
     # no folder is named to the hub
-    assert about == dict(library_name="transformers", pipeline_tag="text-generation", tags=["dpo", "glassbox"])
-    assert "license: yours to state" in text and f'"weights": "{started}"' in text and "| `loss` | 0.6931 |" in text
+    assert about == dict(
+        library_name="transformers", pipeline_tag="text-generation", tags=["dpo", "glassbox"]
+    )
+    assert (
+        "license: yours to state" in text
+        and f'"weights": "{started}"' in text
+        and "| `loss` | 0.6931 |" in text
+    )
     load_pretrained(tmp_path / "runs/dpo/final")
 
 
 def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
-    """A DPO run from a local SFT run: base model and data come from both configs, without revision and split; local
-    files are left out, also one that is spelled like a hub name and is no longer there.
+    """A DPO run from a local SFT run: base model and data come from both configs, without revision and split;
+    local files are left out, also one that is spelled like a hub name and is no longer there.
 
     The table holds every metric's first and last value."""
     monkeypatch.chdir(tmp_path)
@@ -152,7 +206,10 @@ def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
         "sft": shared | dict(model_path="org/base@v1", data={"org/chats@main": 1.0, "data/gone.jsonl": 1.0}),
         "dpo": shared | dict(model_path="runs/x/sft/final", data={"org/pairs[test]": 100}),
     }
-    commits = {"sft": {"org/base@v1": "c", "datasets/org/chats@main": "c"}, "dpo": {"datasets/org/pairs": "c"}}
+    commits = {
+        "sft": {"org/base@v1": "c", "datasets/org/chats@main": "c"},
+        "dpo": {"datasets/org/pairs": "c"},
+    }
     for stage, config in configs.items():
         folder = tmp_path / "runs/x" / stage
         (folder / "final").mkdir(parents=True)
@@ -160,7 +217,13 @@ def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
         (folder / "manifest.json").write_text(json.dumps(manifest | {"hub": commits[stage]}))
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     evaluations = [{"step": step, "eval/loss": 1 / step, "eval/loss_ci95": 0.1 / step} for step in (1, 4)]
-    lines = [{"step": 1, "loss": 2.0}, evaluations[0], {"step": 2, "loss": 3.0}, {"step": 4, "loss": 1.0}, evaluations[1]]
+    lines = [
+        {"step": 1, "loss": 2.0},
+        evaluations[0],
+        {"step": 2, "loss": 3.0},
+        {"step": 4, "loss": 1.0},
+        evaluations[1],
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = card.card(tmp_path / "runs/x/dpo")
     assert "| `loss` | 2.0000 | 1.0000 |\n| `eval/loss` | 1.0000 ± 0.1000 | 0.2500 ± 0.0250 |" in text

@@ -13,9 +13,20 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 SBATCH = {"job-name": r"\w+", "nodes": r"\d+(-\d+)?", "ntasks-per-node": r"\d+", "gpus-per-node": r"(\w+:)?\d+", "cpus-per-task": r"\d+",
           "time": r"(\d+-)?\d+:\d\d:\d\d", "signal": r"(R?B?:)?[A-Z]+@\d+", "requeue": None, "open-mode": "append|truncate",
           "output": r"[\w%./-]+"}  # fmt: skip
-# sky/utils/schemas.py of SkyPilot 0.14.1, get_task_schema and get_resources_schema: the keys that the task uses, and their types.
-# The package brings eighty others, so it is not installed with the tests; its own validator has not seen the file.
-TASK = {"name": str, "num_nodes": int, "workdir": str, "resources": dict, "volumes": dict, "envs": dict, "secrets": dict, "setup": str, "run": str}
+# sky/utils/schemas.py of SkyPilot 0.14.1, get_task_schema and get_resources_schema: the keys that the task
+# uses, and their types. The package brings eighty others, so it is not installed with the tests; its own
+# validator has not seen the file.
+TASK = {
+    "name": str,
+    "num_nodes": int,
+    "workdir": str,
+    "resources": dict,
+    "volumes": dict,
+    "envs": dict,
+    "secrets": dict,
+    "setup": str,
+    "run": str,
+}
 RESOURCES = {"accelerators": str, "use_spot": bool, "disk_size": int}
 
 
@@ -36,7 +47,12 @@ def test_slurm_script():
     first_command = re.search(r"^[^#\n]", text, re.M).start()
     assert text.rindex("#SBATCH") < first_command  # sbatch reads no directive behind it
     options = check_shell(text)
-    assert (options.nnodes, options.nproc_per_node, options.rdzv_backend, options.max_restarts) == ("2", "2", "c10d", 3)
+    assert (options.nnodes, options.nproc_per_node, options.rdzv_backend, options.max_restarts) == (
+        "2",
+        "2",
+        "c10d",
+        3,
+    )
     assert options.rdzv_endpoint == "$first:29500" and dict(directives)["ntasks-per-node"] == "1"
     seconds = int(re.search(r"SHUTDOWN_TIMEOUT=(\d+)", text)[1])
     assert seconds < int(dict(directives)["signal"].split("@")[1])  # the save ends before SLURM kills

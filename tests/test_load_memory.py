@@ -20,16 +20,19 @@ STATUS = Path("/proc/self/status")
 
 
 def resident(key):
-    """A line of /proc/self/status in bytes: RssAnon, the anonymous pages, or VmHWM, the peak of all resident ones."""
+    """A line of /proc/self/status in bytes: RssAnon, the anonymous pages, or VmHWM, the peak of all resident
+    ones.
+    """
     (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(key)]
     return int(line.split()[1]) * 1024
 
 
 def load(folder):
-    """In each rank: print its share of the weights and the peaks while they are read, in bytes, less what the process held before.
+    """In each rank: print its share of the weights and the peaks while they are read, in bytes, less what the
+    process held before.
 
-    anonymous: read every millisecond. resident: the kernel's mark, which counts mapped pages of the files too; those belong to the page
-    cache, one copy for all ranks, and are dropped when memory is short.
+    anonymous: read every millisecond. resident: the kernel's mark, which counts mapped pages of the files
+    too; those belong to the page cache, one copy for all ranks, and are dropped when memory is short.
     """
     parallel.init()
     with torch.device("meta"):
@@ -67,7 +70,9 @@ def folder(tmp_path_factory):
     write_tokenizer(path / "tokenizer", random.Random(0))
     config = LlamaConfig(vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_hidden_layers=5, num_attention_heads=16,
                          num_key_value_heads=4, head_dim=64)  # fmt: skip
-    save_pretrained(Llama(config), Tokenizer.from_dir(path / "tokenizer"), path / "model", dtype=torch.bfloat16)
+    save_pretrained(
+        Llama(config), Tokenizer.from_dir(path / "tokenizer"), path / "model", dtype=torch.bfloat16
+    )
     return path / "model"
 
 
@@ -77,5 +82,7 @@ def folder(tmp_path_factory):
 def test_a_rank_holds_its_share(folder, tmp_path, num_ranks):
     outcome = spawn(partial(load, folder), tmp_path / "logs", num_ranks).ok()
     for peak in map(json.loads, outcome.out):
-        assert 0.9 * peak["share"] < peak["anonymous"] < 1.3 * peak["share"], peak  # below one by what the allocator had free
+        assert 0.9 * peak["share"] < peak["anonymous"] < 1.3 * peak["share"], (
+            peak
+        )  # below one by what the allocator had free
         assert peak["resident"] < 1.8 * peak["share"], peak  # a half more: the bfloat16 rows of the file

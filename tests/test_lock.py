@@ -29,7 +29,9 @@ def holder(tmp_path):
 
 
 def test_the_second_process_ends_naming_the_first(tmp_path, holder):
-    with pytest.raises(UserError, match=rf"run: in use by process {holder.pid} on \S+, started \d{{4}}-\d\d-\d\d"):
+    with pytest.raises(
+        UserError, match=rf"run: in use by process {holder.pid} on \S+, started \d{{4}}-\d\d-\d\d"
+    ):
         lock(tmp_path / "run")
     lock(tmp_path / "other")
     holder.send_signal(signal.SIGKILL)  # the kernel drops the lock, however a process ends

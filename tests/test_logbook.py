@@ -25,17 +25,25 @@ def after(health, losses, grad_norm=1.0):
 
 
 def test_a_loss_that_jumps_is_said_once():
-    """Over twice the largest of the 20 before: 2.1 after losses of 1.0, once; noise within a factor of two is not."""
+    """Over twice the largest of the 20 before: 2.1 after losses of 1.0, once; noise within a factor of two is
+    not.
+    """
     noisy = [1.0 + 0.4 * math.sin(i) for i in range(100)]
     assert after(Health("warn"), noisy) == {}
     said = after(Health("warn"), [1.0] * 20 + [2.1] + [1.0] * 20 + [3.0])
-    assert list(said) == [21] and "step 21: loss 2.1 is over 2 times the largest of the last 20 steps" in said[21]
+    assert (
+        list(said) == [21]
+        and "step 21: loss 2.1 is over 2 times the largest of the last 20 steps" in said[21]
+    )
     assert after(Health("warn"), [1.0] * 19 + [9.0]) == {}  # too early to tell
     assert after(Health("warn"), [-1.0] * 20 + [1.9]) == {} and after(Health("warn"), [-1.0] * 20 + [2.1])
 
 
 def test_a_loss_that_jumps_stops_the_run_where_that_is_asked_for():
-    with pytest.raises(FloatingPointError, match="step 21: loss 2.1 is over 2 times .*loss_spike='stop'; the step is not saved"):
+    with pytest.raises(
+        FloatingPointError,
+        match="step 21: loss 2.1 is over 2 times .*loss_spike='stop'; the step is not saved",
+    ):
         after(Health("stop"), [1.0] * 20 + [2.1])
 
 
@@ -49,33 +57,54 @@ def test_held_out_loss_that_rises_while_training_loss_nears_zero_is_said_once():
     def evaluations(trained, held_out):
         health = Health("warn")
         after(health, trained)
-        return [line for step, loss in enumerate(held_out) for line in health.after_evaluation(step, {"eval/loss": loss})]
+        return [
+            line
+            for step, loss in enumerate(held_out)
+            for line in health.after_evaluation(step, {"eval/loss": loss})
+        ]
 
     falls = [0.69] * 20 + [0.05] * 20
     said = evaluations(falls, [0.6, 0.5, 0.7, 0.9])
     assert len(said) == 1 and "held-out loss up from 0.5 to 0.7, training loss 0.05" in said[0]
     assert evaluations(falls, [0.6, 0.5, 0.505]) == []  # within 2 %
-    assert evaluations([0.69] * 20 + [0.3] * 20, [0.6, 0.5, 0.9]) == []  # it rises, but the training loss is not near 0
+    assert (
+        evaluations([0.69] * 20 + [0.3] * 20, [0.6, 0.5, 0.9]) == []
+    )  # it rises, but the training loss is not near 0
 
 
 def make_logbook(folder, monkeypatch, total_steps=100):
     monkeypatch.setattr(logbook.watchdog, "start", lambda *args: None)
     monkeypatch.setattr(logbook, "config_dict", vars)
-    config = types.SimpleNamespace(out_dir=str(folder), fresh=False, log_every=1, tensorboard=False, loss_spike="warn")
+    config = types.SimpleNamespace(
+        out_dir=str(folder), fresh=False, log_every=1, tensorboard=False, loss_spike="warn"
+    )
     return Logbook(config, World(0, 1, torch.device("cpu")), total_steps, {})
 
 
 def test_torn_lines_are_named_and_left_out(tmp_path, monkeypatch, capsys):
-    """A torn line in the middle, a line that is no entry, bytes that are no text: the run goes on without them."""
-    lines = ['{"step": 1, "loss": 1.0}', '{"step": 2, "lo', "[3]", '{"step": 3, "loss": 3.0}', '{"step": 4, "loss": 4.0}']
+    """A torn line in the middle, a line that is no entry, bytes that are no text: the run goes on without
+    them.
+    """
+    lines = [
+        '{"step": 1, "loss": 1.0}',
+        '{"step": 2, "lo',
+        "[3]",
+        '{"step": 3, "loss": 3.0}',
+        '{"step": 4, "loss": 4.0}',
+    ]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b'\n\xff\xfe{"step"\n')
-    (tmp_path / "samples.jsonl").write_text('{"step": 0, "prompts": ["a"], "answers": ["b"]}\n{"step": 2, "pro\n')
+    (tmp_path / "samples.jsonl").write_text(
+        '{"step": 0, "prompts": ["a"], "answers": ["b"]}\n{"step": 2, "pro\n'
+    )
     log = make_logbook(tmp_path, monkeypatch)
     log.resume_at(3, tmp_path / "checkpoints/step_000003")
     said = capsys.readouterr().out
     assert re.search(r"metrics.jsonl: line 2 is torn, and is left out from now on: '\{\"step\": 2", said)
     assert "metrics.jsonl: line 3 is torn" in said and "metrics.jsonl: line 6 is torn" in said
-    assert "metrics.jsonl: 1 of the 3 steps before are not in it" in said and "samples.jsonl: line 2 is torn" in said
+    assert (
+        "metrics.jsonl: 1 of the 3 steps before are not in it" in said
+        and "samples.jsonl: line 2 is torn" in said
+    )
     left = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert left == [1, 3] and len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
 
@@ -108,4 +137,7 @@ def test_manifest_tells_changes_of_tracked_files_only(tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "changed/manifest.json").read_text())
     assert manifest["commit"].endswith("+changes")
     assert "+x = 2" in (tmp_path / "changed/changes.diff").read_text()
-    assert manifest["changes_sha256"] == logbook.hashlib.sha256((tmp_path / "changed/changes.diff").read_bytes()).hexdigest()
+    assert (
+        manifest["changes_sha256"]
+        == logbook.hashlib.sha256((tmp_path / "changed/changes.diff").read_bytes()).hexdigest()
+    )

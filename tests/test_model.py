@@ -1,4 +1,6 @@
-"""model.py by itself: what it refuses, packing, recompute, LoRA, taps, generation. Parity with transformers and peft has its own files."""
+"""model.py by itself: what it refuses, packing, recompute, LoRA, taps, generation. Parity with transformers
+and peft has its own files.
+"""
 
 import json
 from functools import partial
@@ -43,7 +45,9 @@ def assert_same_gradients(a, b, tolerance):
 def config_error(tmp_path, remove=(), **changes):
     """The message with which from_hf refuses a good config.json that was changed."""
     raw = tiny_config().to_hf() | changes
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if key not in remove}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in raw.items() if key not in remove})
+    )
     with pytest.raises(ValueError) as error:
         LlamaConfig.from_hf(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
@@ -88,15 +92,30 @@ def test_config_refuses_partial_rotation_inside_rope_parameters(tmp_path):
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 4, 12), (6, 4, 12), (4, 2, 5)])
 def test_config_refuses_heads_that_do_not_fit(heads, kv_heads, head_dim, tmp_path):
     """Two query heads on four key/value heads would run, and mean nothing: no head is repeated zero times."""
-    message = config_error(tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
-    assert f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple" in message
+    message = config_error(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim
+    )
+    assert (
+        f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}: expected a multiple"
+        in message
+    )
 
 
 def test_config_refuses_two_rope_spellings_that_differ(tmp_path):
-    """A model card says "add this rope_scaling", and the file has rope_parameters already: transformers 5 would go by rope_scaling."""
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    """A model card says "add this rope_scaling", and the file has rope_parameters already: transformers 5
+    would go by rope_scaling.
+    """
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
     assert "rope_scaling={'rope_type': 'llama3'" in config_error(tmp_path, rope_scaling=llama3)
-    assert "rope_scaling: rope_type='yarn'" in config_error(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    assert "rope_scaling: rope_type='yarn'" in config_error(
+        tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0}
+    )
 
 
 def two_ropes(full):
@@ -106,16 +125,30 @@ def two_ropes(full):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(layer_types=["full_attention"] * 4), "layer_types=['full_attention', .*: expected the window in three of four"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 8.0}), "rope_scaling={'rope_type': 'yarn', .*: expected null"),
-        (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}), "rope_parameters=.*: expected the same"),
-        (two_ropes({"rope_theta": 1e5}), "rope_parameters=.*: expected the same for each of sliding_attention"),
+        (
+            dict(layer_types=["full_attention"] * 4),
+            "layer_types=['full_attention', .*: expected the window in three of four",
+        ),
+        (
+            dict(rope_scaling={"rope_type": "yarn", "factor": 8.0}),
+            "rope_scaling={'rope_type': 'yarn', .*: expected null",
+        ),
+        (
+            dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+            "rope_parameters=.*: expected the same",
+        ),
+        (
+            two_ropes({"rope_theta": 1e5}),
+            "rope_parameters=.*: expected the same for each of sliding_attention",
+        ),
         (two_ropes({"rope_type": "yarn"}), "full_attention: rope_type='yarn': expected"),
     ],
 )
 def test_config_refuses_an_olmo3_with_two_ropes(changes, message, tmp_path):
     """As the published ones have: their layers without a window are stretched."""
-    olmo = tiny_config(model_type="olmo3", qk_norm="width", post_norm=True, sliding_window=8, num_hidden_layers=4)
+    olmo = tiny_config(
+        model_type="olmo3", qk_norm="width", post_norm=True, sliding_window=8, num_hidden_layers=4
+    )
     (tmp_path / "config.json").write_text(json.dumps(olmo.to_hf()))
     assert LlamaConfig.from_hf(tmp_path) == olmo
     (tmp_path / "config.json").write_text(json.dumps(olmo.to_hf() | changes))
@@ -125,10 +158,16 @@ def test_config_refuses_an_olmo3_with_two_ropes(changes, message, tmp_path):
 
 def test_config_names_missing_keys(tmp_path):
     assert "vocab_size" in config_error(tmp_path, remove=["vocab_size"])
-    assert "head_dim: missing; expected in every qwen3 config" in config_error(tmp_path, remove=["head_dim"], model_type="qwen3")
+    assert "head_dim: missing; expected in every qwen3 config" in config_error(
+        tmp_path, remove=["head_dim"], model_type="qwen3"
+    )
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
     message = config_error(tmp_path, rope_parameters=llama3)
-    assert "rope_parameters" in message and "high_freq_factor" in message and "original_max_position_embeddings" in message
+    assert (
+        "rope_parameters" in message
+        and "high_freq_factor" in message
+        and "original_max_position_embeddings" in message
+    )
 
 
 def test_config_of_an_empty_folder(tmp_path):
@@ -164,7 +203,11 @@ def test_every_prompt_has_a_token():
 # ---------------------------------------------------------------- packing and positions
 
 
-@pytest.mark.parametrize("config", [{}, dict(qk_norm="head"), dict(qk_norm="width", post_norm=True)], ids=("llama", "qwen3", "olmo2"))
+@pytest.mark.parametrize(
+    "config",
+    [{}, dict(qk_norm="head"), dict(qk_norm="width", post_norm=True)],
+    ids=("llama", "qwen3", "olmo2"),
+)
 def test_packed_equals_alone(config):
     """CHECKS 16: values, and gradients of the summed NLL."""
     model = random_llama(tiny_config(**config))
@@ -185,7 +228,10 @@ def test_a_document_does_not_see_its_neighbours():
     model = random_llama(tiny_config())
     before, document, after = random_documents(97, (5, 9, 4))
     others = random_documents(97, (5, 4), seed=2)
-    first, second = logits_of(model, [before, document, after]), logits_of(model, [others[0], document, others[1]])
+    first, second = (
+        logits_of(model, [before, document, after]),
+        logits_of(model, [others[0], document, others[1]]),
+    )
     assert torch.equal(first[5:14], second[5:14]) and not torch.equal(first[:5], second[:5])
 
 
@@ -199,8 +245,8 @@ def test_the_model_is_causal():
 
 
 def test_rotate_by_hand():
-    """Head size 4, theta 100: pairs (0, 2) and (1, 3) turn by 1 and 1/10 radian per position. At position 2 pair (1, 0) becomes
-    (cos 2, sin 2) and pair (0, 1) becomes (-sin 0.2, cos 0.2)."""
+    """Head size 4, theta 100: pairs (0, 2) and (1, 3) turn by 1 and 1/10 radian per position. At position 2
+    pair (1, 0) becomes (cos 2, sin 2) and pair (0, 1) becomes (-sin 0.2, cos 0.2)."""
     config = tiny_config(head_dim=4, rope_theta=100.0)
     angles = torch.tensor([[[2.0]]]) * rope_frequencies(config, torch.device("cpu"))
     out = reference.rotate(torch.tensor([[[1.0, 0.0, 0.0, 1.0]]]), angles.cos(), angles.sin())
@@ -211,39 +257,53 @@ def test_rotate_by_hand():
 def test_reference_attention_gives_the_same_model(monkeypatch):
     model = random_llama(tiny_config())
     fast = logits_of(model, DOCUMENTS)
-    monkeypatch.setattr("model.attention", lambda *inputs, shared, kernel: reference.attention(*inputs, shared))
+    monkeypatch.setattr(
+        "model.attention", lambda *inputs, shared, kernel: reference.attention(*inputs, shared)
+    )
     slow = logits_of(model, DOCUMENTS)
     assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max()
 
 
 def test_init_weights_are_the_same_for_the_same_seed():
-    models = [random_llama(tiny_config(qkv_bias=True), seed=seed) for seed in (1, 2)]  # whatever was there before
+    models = [
+        random_llama(tiny_config(qkv_bias=True), seed=seed) for seed in (1, 2)
+    ]  # whatever was there before
     for model in models:
         model.init_weights(7)
     first, second = (dict(model.named_parameters()) for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert first["model.norm.weight"].eq(1).all() and first["model.layers.0.self_attn.q_proj.bias"].eq(0).all()
+    assert (
+        first["model.norm.weight"].eq(1).all() and first["model.layers.0.self_attn.q_proj.bias"].eq(0).all()
+    )
     assert 0.018 < first["lm_head.weight"].std() < 0.022
     assert 0.007 < first["model.layers.1.mlp.down_proj.weight"].std() < 0.0095  # 0.02 / sqrt(2 * 3) = 0.0082
 
 
 def test_flops_by_hand():
-    """D 8, inner 16, 2 query heads and 1 key/value head of 4, V 10, 1 layer, 3 tokens. Matmul weights: q, o 8x8 each, k, v 8x4 each, three
-    8x16: 576 per layer; lm_head 80. 2 * 3 * (576 + 80) = 3,936. Attention: 6 visible pairs, 4 * 2 heads * 4 = 32 each: 192."""
+    """D 8, inner 16, 2 query heads and 1 key/value head of 4, V 10, 1 layer, 3 tokens. Matmul weights: q, o
+    8x8 each, k, v 8x4 each, three 8x16: 576 per layer; lm_head 80. 2 * 3 * (576 + 80) = 3,936. Attention: 6
+    visible pairs, 4 * 2 heads * 4 = 32 each: 192."""
     config = tiny_config(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=4, vocab_size=10,
                          num_hidden_layers=1)  # fmt: skip
     assert config.flops(3) == 3936 + 192
     assert config.flops(3, logits=1) == 3936 + 192 - 2 * 2 * 80  # logits of one position only
     model = random_llama(config)
     assert training_flops(model, 1000, tokens=3) == 3000
-    apply_lora(model, rank=2, alpha=2.0, targets=("q_proj", "k_proj"))  # A 2x8 and B 8x2, A 2x8 and B 4x2: 56 weights
+    apply_lora(
+        model, rank=2, alpha=2.0, targets=("q_proj", "k_proj")
+    )  # A 2x8 and B 8x2, A 2x8 and B 4x2: 56 weights
     assert training_flops(model, 1000, tokens=3) == 2000 + 6 * 56 * 3
 
 
 @pytest.mark.slow  # the counter imports a compiler
 def test_flops_are_those_that_torch_counts(monkeypatch):
-    """Forward, and forward with backward. Attention stands aside: torch counts it without the causal half, and not on CPUs."""
-    monkeypatch.setattr("model.attention", lambda q, k, v, *_, **__: q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1))
+    """Forward, and forward with backward. Attention stands aside: torch counts it without the causal half,
+    and not on CPUs.
+    """
+    monkeypatch.setattr(
+        "model.attention",
+        lambda q, k, v, *_, **__: q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1),
+    )
     llama, length = random_llama(tiny_config()), 11
     batch = stream([torch.arange(length)])
     with FlopCounterMode(display=False) as forward:
@@ -309,7 +369,9 @@ def test_lora_starts_from_its_seed():
 def test_lora_starts_as_the_identity():
     model, base = lora_model(b_std=0.0), random_llama(tiny_config())
     assert torch.equal(logits_of(model, DOCUMENTS), logits_of(base, DOCUMENTS))
-    for p in (p for name, p in model.named_parameters() if name.endswith("lora_A")):  # uniform in +-1/sqrt(in), 3 x in numbers
+    for p in (
+        p for name, p in model.named_parameters() if name.endswith("lora_A")
+    ):  # uniform in +-1/sqrt(in), 3 x in numbers
         assert 0.9 < p.abs().max() * p.shape[1] ** 0.5 <= 1
 
 
@@ -326,7 +388,9 @@ def test_adapters_disabled_is_the_base_bit_for_bit():
     assert (logits_of(model, DOCUMENTS) - base).abs().max() > 0.1  # back on after an error, too
 
 
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize(
+    "config", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}]
+)
 def test_merged_equals_unmerged(config):
     model = lora_model(**config)
     expected, base = logits_of(model, DOCUMENTS), random_llama(tiny_config(**config))
@@ -350,8 +414,12 @@ def test_merge_of_a_bf16_base_rounds_once():
 def test_lora_targets_by_name(targets):
     model = lora_model(targets)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    parents = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in targets}
-    assert trainable == {f"model.layers.{i}.{parents[t]}.{t}.lora_{x}" for i in range(3) for t in targets for x in "AB"}
+    parents = {
+        name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in targets
+    }
+    assert trainable == {
+        f"model.layers.{i}.{parents[t]}.{t}.lora_{x}" for i in range(3) for t in targets for x in "AB"
+    }
     nll_sum(model, DOCUMENTS).backward()
     assert gradients(model).keys() == trainable
 
@@ -387,7 +455,9 @@ def test_a_recomputed_block_drops_what_it_dropped():
         torch.manual_seed(0)
         nll_sum(model, DOCUMENTS).backward()
         grads.append(gradients(model))
-    assert all(torch.equal(*pair) and pair[0].any() for pair in zip(*(g.values() for g in grads), strict=True))
+    assert all(
+        torch.equal(*pair) and pair[0].any() for pair in zip(*(g.values() for g in grads), strict=True)
+    )
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -407,8 +477,12 @@ def steer_layer_1(layer, hidden, amount=1.5):
 
 def test_a_tap_that_changes_nothing_is_bit_identical():
     model = random_llama(tiny_config())
-    assert torch.equal(logits_of(model, DOCUMENTS, tap=lambda layer, hidden: hidden), logits_of(model, DOCUMENTS))
-    assert torch.equal(logits_of(model, DOCUMENTS, tap=partial(steer_layer_1, amount=0.0)), logits_of(model, DOCUMENTS))
+    assert torch.equal(
+        logits_of(model, DOCUMENTS, tap=lambda layer, hidden: hidden), logits_of(model, DOCUMENTS)
+    )
+    assert torch.equal(
+        logits_of(model, DOCUMENTS, tap=partial(steer_layer_1, amount=0.0)), logits_of(model, DOCUMENTS)
+    )
 
 
 def test_steering_a_batch_steers_every_document():
@@ -422,7 +496,9 @@ def test_steering_a_batch_steers_every_document():
 
 
 def test_a_tap_acts_between_blocks():
-    """Replacing the stream after block 0 by another document's gives, from there on, the other document's stream."""
+    """Replacing the stream after block 0 by another document's gives, from there on, the other document's
+    stream.
+    """
     model = random_llama(tiny_config())
     one, other = random_documents(97, (6, 6))
     seen = []
@@ -492,5 +568,9 @@ def test_sampling():
     """A seed is repeatable, another differs, and a temperature near 0 is greedy."""
     model = chaotic_llama()
     first = generate(model, PROMPTS, 12, temperature=1.0, seed=1)
-    assert first == generate(model, PROMPTS, 12, temperature=1.0, seed=1) != generate(model, PROMPTS, 12, temperature=1.0, seed=2)
+    assert (
+        first
+        == generate(model, PROMPTS, 12, temperature=1.0, seed=1)
+        != generate(model, PROMPTS, 12, temperature=1.0, seed=2)
+    )
     assert generate(model, PROMPTS, 12, temperature=1e-4, seed=1) == generate(model, PROMPTS, 12)

@@ -1,4 +1,6 @@
-"""Model folders and adapters of other people: what could mean two models, or no model, is refused by file and key."""
+"""Model folders and adapters of other people: what could mean two models, or no model, is refused by file and
+key.
+"""
 
 import json
 import math
@@ -56,17 +58,31 @@ def write_index(base, files):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda base: (base / "adapter_config.json").write_text("{}"), r"a LoRA adapter \(.*\) beside a whole model"),
-        (lambda base: save_file({"x": ADDED}, base / "adapter_model.safetensors"), "adapter .* beside a whole model; expected one"),
-        (lambda base: save_file({"x": ADDED}, base / "model.safetensors"), "model.safetensors beside model.safetensors.index.json"),
         (
-            lambda base: save_file(load_file(base / "b.safetensors") | {"model.norm.weight": ADDED}, base / "b.safetensors"),
+            lambda base: (base / "adapter_config.json").write_text("{}"),
+            r"a LoRA adapter \(.*\) beside a whole model",
+        ),
+        (
+            lambda base: save_file({"x": ADDED}, base / "adapter_model.safetensors"),
+            "adapter .* beside a whole model; expected one",
+        ),
+        (
+            lambda base: save_file({"x": ADDED}, base / "model.safetensors"),
+            "model.safetensors beside model.safetensors.index.json",
+        ),
+        (
+            lambda base: save_file(
+                load_file(base / "b.safetensors") | {"model.norm.weight": ADDED}, base / "b.safetensors"
+            ),
             "model.norm.weight is in a.safetensors and in b.safetensors; expected one",
         ),
     ],
 )
 def test_a_folder_that_could_mean_two_models_is_refused_by_every_reader(base, tmp_path, spoil, message):
-    write_index(base, {"a.safetensors": lambda name: "layers" not in name, "b.safetensors": lambda name: "layers" in name})
+    write_index(
+        base,
+        {"a.safetensors": lambda name: "layers" not in name, "b.safetensors": lambda name: "layers" in name},
+    )
     load_pretrained(base)
     spoil(base)
     for read in (resolve, load_pretrained, families.locate, families.weights_hash):
@@ -75,19 +91,29 @@ def test_a_folder_that_could_mean_two_models_is_refused_by_every_reader(base, tm
 
 
 def test_an_index_that_names_another_file_is_refused(base):
-    weight_map = write_index(base, {"a.safetensors": lambda name: "norm" in name, "b.safetensors": lambda name: "norm" not in name})
+    weight_map = write_index(
+        base, {"a.safetensors": lambda name: "norm" in name, "b.safetensors": lambda name: "norm" not in name}
+    )
     swapped = weight_map | {"model.norm.weight": "b.safetensors"}
     (base / weights.WEIGHTS_INDEX).write_text(json.dumps({"weight_map": swapped}))
-    with pytest.raises(ValueError, match="index.json: model.norm.weight in b.safetensors; it is in a.safetensors"):
+    with pytest.raises(
+        ValueError, match="index.json: model.norm.weight in b.safetensors; it is in a.safetensors"
+    ):
         resolve(base)
 
 
 @pytest.mark.parametrize("kind", ["absolute", "parent", "link"])
 def test_weights_stay_in_their_folder(base, tmp_path, kind):
-    """An index, or a link, that leads to the weights of another folder. The hub's cache links to its own blobs/."""
+    """An index, or a link, that leads to the weights of another folder. The hub's cache links to its own
+    blobs/.
+    """
     (tmp_path / "other").mkdir()
     outside = tmp_path / "other/model-1.safetensors"
-    name = {"absolute": str(outside), "parent": "../other/model-1.safetensors", "link": "model-1.safetensors"}[kind]
+    name = {
+        "absolute": str(outside),
+        "parent": "../other/model-1.safetensors",
+        "link": "model-1.safetensors",
+    }[kind]
     (base / "model.safetensors").rename(outside)
     if kind == "link":
         (base / name).symlink_to(outside)
@@ -115,7 +141,9 @@ def test_run_folders_say_where_their_model_is(base, tmp_path):
     with pytest.raises(ValueError, match="model_path='.*run': a run folder without its final/"):
         resolve(run)
     shutil.copytree(base, run / "final")
-    with pytest.raises(ValueError, match="model_path='.*run': a run folder; expected a model, here .*run/final"):
+    with pytest.raises(
+        ValueError, match="model_path='.*run': a run folder; expected a model, here .*run/final"
+    ):
         resolve(run)
 
 
@@ -149,7 +177,9 @@ def change_config(folder, changes, name="config.json"):
 
 
 def accepted(folder, name, read):
-    """{key: values} of WRONG that are read; every other is refused in one line that names the file and the key."""
+    """{key: values} of WRONG that are read; every other is refused in one line that names the file and the
+    key.
+    """
     path = folder / name
     whole, found = json.loads(path.read_text()), {}
     for key in whole:
@@ -183,16 +213,28 @@ def test_every_key_of_a_config(base):
     }
 
 
-ADAPTER_KEYS = dict.fromkeys(("use_rslora", "layers_to_transform", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"))
+ADAPTER_KEYS = dict.fromkeys(
+    (
+        "use_rslora",
+        "layers_to_transform",
+        "exclude_modules",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+    )
+)
 
 
+@pytest.mark.slow
 def test_every_key_of_an_adapter_config(base, tmp_path):
     model, _ = load_pretrained(base)
     apply_lora(model, 2, 4.0, targets=("q_proj",))
     save_adapter(model, tmp_path / "adapter", base)
     (tmp_path / "adapter/hashes.json").unlink()
     change_config(tmp_path / "adapter", ADAPTER_KEYS, "adapter_config.json")
-    read = accepted(tmp_path / "adapter", "adapter_config.json", lambda: families.load_model(tmp_path / "adapter"))
+    read = accepted(
+        tmp_path / "adapter", "adapter_config.json", lambda: families.load_model(tmp_path / "adapter")
+    )
     unread = {"lora_dropout", "inference_mode", "task_type"}
     assert {key for key in read if len(read[key]) == len(WRONG)} == unread
     assert {key: values for key, values in read.items() if key not in unread} == {
@@ -212,7 +254,10 @@ def test_every_key_of_an_index(base):
     read = accepted(base, weights.WEIGHTS_INDEX, lambda: load_pretrained(base))
     assert read == {}
     (base / weights.WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": 1}}))
-    with pytest.raises(UserError, match=f"{base}/{weights.WEIGHTS_INDEX}: weight_map=.*: expected an object, each value a text"):
+    with pytest.raises(
+        UserError,
+        match=f"{base}/{weights.WEIGHTS_INDEX}: weight_map=.*: expected an object, each value a text",
+    ):
         resolve(base)
 
 
@@ -220,10 +265,18 @@ def test_every_key_of_a_tokenizer(base):
     templates = [{"name": "default", "template": "x"}]
     change_config(base, {"chat_template": templates}, "tokenizer_config.json")
     read = accepted(base, "tokenizer_config.json", lambda: Tokenizer.from_dir(base))
-    assert read == {"tokenizer_class": list(WRONG), "bos_token": [None, "x"], "eos_token": [None, "x"], "chat_template": [None, "x", []]}
+    assert read == {
+        "tokenizer_class": list(WRONG),
+        "bos_token": [None, "x"],
+        "eos_token": [None, "x"],
+        "chat_template": [None, "x", []],
+    }
     for wrong in ({"name": "default"}, {"template": "x"}, "x"):
         change_config(base, {"chat_template": [wrong]}, "tokenizer_config.json")
-        with pytest.raises(UserError, match=f"{base}/tokenizer_config.json: chat_template=.*: expected a text or a list, each an object with"):
+        with pytest.raises(
+            UserError,
+            match=f"{base}/tokenizer_config.json: chat_template=.*: expected a text or a list, each an object with",
+        ):
             Tokenizer.from_dir(base)
 
 

@@ -1,4 +1,6 @@
-"""Qwen3 and OLMo 2, whose norms differ from Llama's, through whole runs: tests/test_parity_transformers.py has their logits."""
+"""Qwen3 and OLMo 2, whose norms differ from Llama's, through whole runs: tests/test_parity_transformers.py
+has their logits.
+"""
 
 import shutil
 import signal
@@ -26,7 +28,10 @@ def base(request, world, tmp_path):
     """A folder with a random model of the kind and the world's tokenizer."""
     shutil.copytree(world / "base", tmp_path / "base")
     rows = Tokenizer.from_dir(tmp_path / "base").vocab_size
-    write_model(tmp_path / "base", random_llama(tiny_config(vocab_size=rows, num_hidden_layers=2, **KINDS[request.param]), std=0.1))
+    write_model(
+        tmp_path / "base",
+        random_llama(tiny_config(vocab_size=rows, num_hidden_layers=2, **KINDS[request.param]), std=0.1),
+    )
     return tmp_path / "base"
 
 
@@ -44,7 +49,9 @@ def test_an_export_is_what_transformers_reads(base, tmp_path):
     model, tokenizer = load_pretrained(base)
     save_pretrained(model, tokenizer, tmp_path / "final")
     assert largest_error(model, AutoModelForCausalLM.from_pretrained(tmp_path / "final")) < 1e-4
-    analysed, _ = load_model(tmp_path / "final")  # for extract and sweep: in plain blocks, with nothing to set
+    analysed, _ = load_model(
+        tmp_path / "final"
+    )  # for extract and sweep: in plain blocks, with nothing to set
     assert not any(layer.fused for layer in analysed.model.layers)
 
 
@@ -52,13 +59,18 @@ def test_an_export_is_what_transformers_reads(base, tmp_path):
 def test_fused_blocks_refuse_them(base, world, tmp_path):
     failed = launch("sft", write_config(tmp_path, world, model_path=str(base)))
     assert failed.codes == [1] and failed.err[0].count("\n") == 1
-    assert "kernels='fused': its blocks have no norms of a" in failed.err[0] and "expected --kernels=plain" in failed.err[0]
+    assert (
+        "kernels='fused': its blocks have no norms of a" in failed.err[0]
+        and "expected --kernels=plain" in failed.err[0]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora, ranks", [({}, 2), (LORA, 1)], ids=("full", "lora"))
 def test_sft_then_dpo_with_a_resume(base, world, tmp_path, lora, ranks):
-    """Both stages train; DPO killed after step 2 ends in the bytes of the uninterrupted run; transformers reads what they export."""
+    """Both stages train; DPO killed after step 2 ends in the bytes of the uninterrupted run; transformers
+    reads what they export.
+    """
     from transformers import AutoModelForCausalLM
 
     keys = dict(model_path=str(base), kernels="plain", **lora)
@@ -70,7 +82,10 @@ def test_sft_then_dpo_with_a_resume(base, world, tmp_path, lora, ranks):
     is_moved = {name: not torch.equal(trained[name], before[name]) for name in before}
     assert all(is_moved.values()) if not lora else not is_moved["model.layers.0.self_attn.q_norm.weight"]
 
-    assert set(launch("dpo", config, ranks=ranks, prepare=partial(save_at_once, kill_after=2)).codes) <= {-signal.SIGKILL, 1}
+    assert set(launch("dpo", config, ranks=ranks, prepare=partial(save_at_once, kill_after=2)).codes) <= {
+        -signal.SIGKILL,
+        1,
+    }
     launch("dpo", config, ranks=ranks).ok()
     resumed = final_weights(tmp_path / "dpo")
     launch("dpo", config, "--fresh", ranks=ranks).ok()

@@ -1,4 +1,6 @@
-"""nulls.py: directions of the right length and span, curves against steering one by one, ranks that are exact."""
+"""nulls.py: directions of the right length and span, curves against steering one by one, ranks that are
+exact.
+"""
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ def test_isotropic_directions_have_the_vectors_length_and_no_preference():
     found = isotropic_directions(add, 400)
     for layer, directions in found.items():
         torch.testing.assert_close(directions.norm(dim=1), add[layer].norm().expand(400))
-        assert (torch.nn.functional.cosine_similarity(directions, found[1], dim=1) > 0.99999).all()  # one for all layers
+        assert (
+            torch.nn.functional.cosine_similarity(directions, found[1], dim=1) > 0.99999
+        ).all()  # one for all layers
     unit = found[1] / found[1].norm(dim=1, keepdim=True)
     assert unit.mean(0).norm() < 0.1 and (unit.T @ unit / 400 * D - torch.eye(D)).abs().mean() < 0.1
     assert torch.equal(isotropic_directions(add, 400)[2], found[2])
@@ -40,7 +44,9 @@ def test_sign_flipped_directions_lie_in_the_span_of_the_differences():
     signs = []
     for layer, directions in found.items():
         torch.testing.assert_close(directions.norm(dim=1), add[layer].norm().expand(50))
-        weights = torch.linalg.lstsq(differences[layer].T, directions.T).solution.T  # (50, 6), +- one number each
+        weights = torch.linalg.lstsq(
+            differences[layer].T, directions.T
+        ).solution.T  # (50, 6), +- one number each
         torch.testing.assert_close(weights.abs(), weights.abs()[:, :1].expand(50, 6), rtol=1e-3, atol=1e-4)
         signs.append(weights.sign())
     assert torch.equal(signs[0], signs[1]) and torch.equal(signs[0], signs[2])  # one sign a text
@@ -57,7 +63,9 @@ def test_null_curves_are_those_of_steering_one_by_one(rescale, monkeypatch):
     monkeypatch.setattr(nulls_module, "TOKENS_PER_BATCH", 90)
     model = random_llama(CONFIG)
     lengths = [3, 9, 12, 5, 7, 11, 4, 8, 6, 10, 13, 5]
-    documents = [(ids.numpy(), np.ones(len(ids), bool)) for ids in random_documents(CONFIG.vocab_size, lengths, 2)]
+    documents = [
+        (ids.numpy(), np.ones(len(ids), bool)) for ids in random_documents(CONFIG.vocab_size, lengths, 2)
+    ]
     axiom = torch.tensor([0] * 6 + [1] * 6)
     label = torch.arange(12) % 2
     directions = isotropic_directions(additions(), 3)
@@ -82,9 +90,13 @@ def test_null_curves_are_those_of_steering_one_by_one(rescale, monkeypatch):
 def curve_of(estimate, spread=0.05, seed=0):
     """Curve of estimate (K, A + 1) whose resamples scatter by `spread`."""
     estimate = torch.as_tensor(estimate, dtype=torch.float64)
-    noise = torch.randn(400, *estimate.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        400, *estimate.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     axioms = [str(a) for a in range(estimate.shape[1] - 1)]
-    return Curve(estimate, estimate + spread * noise, axioms, [20] * estimate.shape[1], [19] * estimate.shape[1])
+    return Curve(
+        estimate, estimate + spread * noise, axioms, [20] * estimate.shape[1], [19] * estimate.shape[1]
+    )
 
 
 def test_rank():
@@ -96,14 +108,19 @@ def test_the_worse_kind_counts_and_the_size_is_in_its_deviations():
     straight = torch.linspace(0, 1, 3, dtype=torch.float64)[:, None]  # change 1
     changes = torch.linspace(-0.9, 0.9, 19, dtype=torch.float64)
     small = changes[:, None, None] * straight
-    found = compare(curve_of(straight.expand(3, 2)), Nulls({"small": small.expand(19, 3, 2)}, [0, 1, 2]), "overall")
+    found = compare(
+        curve_of(straight.expand(3, 2)), Nulls({"small": small.expand(19, 3, 2)}, [0, 1, 2]), "overall"
+    )
     assert found["p_change"] == found["p_move"] == 1 / 20
     assert found["null_sd"] == pytest.approx(changes.square().mean().sqrt().item())
     assert found["size_sd"] == pytest.approx(1 / found["null_sd"])
     both = Nulls({"small": small.expand(19, 3, 2), "large": 3 * small.expand(19, 3, 2)}, [0, 1, 2])
     worse = compare(curve_of(straight.expand(3, 2)), both, "overall")
     larger = (3 * changes.abs() >= 1).sum().item()
-    assert worse["p_by_kind"] == {"small": 1 / 20, "large": (1 + larger) / 20} and worse["p_change"] == (1 + larger) / 20
+    assert (
+        worse["p_by_kind"] == {"small": 1 / 20, "large": (1 + larger) / 20}
+        and worse["p_change"] == (1 + larger) / 20
+    )
     assert worse["null_sd"] == pytest.approx(3 * found["null_sd"])
 
 
@@ -119,13 +136,17 @@ def test_random_directions_take_the_verdict_back():
     assert (small["verdict"], small["is_the_vectors"], small["decision"]) == ("rising", True, "go on")
     assert small["relevant"] == 1.0 and small["nulls"]["size_sd"] == pytest.approx(2 / 0.3)
     assert (large["verdict"], large["is_the_vectors"], large["decision"]) == ("flat", False, "any direction")
-    assert large["because"] == ["random directions of equal norm change as much (p 1.00 among 19 of each kind)"]
+    assert large["because"] == [
+        "random directions of equal norm change as much (p 1.00 among 19 of each kind)"
+    ]
     assert judge(rising, nulls=nulls(0.8))["matters"] == "yes"  # 2 [1.9, 2.1] against 1.6
     assert judge(rising, nulls=nulls(0.8), relevant=3)["decision"] == "too small"
 
 
 def test_a_move_between_the_ends_must_stand_out_too():
-    """Nulls that move as much on the way as the curve does in the end; and nulls that were run at the ends only."""
+    """Nulls that move as much on the way as the curve does in the end; and nulls that were run at the ends
+    only.
+    """
     erratic = curve_of([[1.0, 1.0], [3.0, 3.0], [1.0, 1.0]])
     flat_ends = torch.tensor([0.0, 2.5, 0.0], dtype=torch.float64)[None, :, None].expand(19, 3, 2)
     assert judge(erratic)["verdict"] == "erratic"
@@ -136,19 +157,23 @@ def test_a_move_between_the_ends_must_stand_out_too():
 
 
 def test_p_of_one_axiom_or_another_is_exact_over_all_axioms():
-    """Curves that are nulls themselves: over 400 draws, 5 % have an axiom with p of 0.05, whatever the axioms' scales."""
+    """Curves that are nulls themselves: over 400 draws, 5 % have an axiom with p of 0.05, whatever the
+    axioms' scales.
+    """
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.1, 1.0, 5.0, 1.0], dtype=torch.float64)
     alarms = 0
     for _ in range(400):
-        curves = (torch.randn(20, 2, 4, generator=generator).double() * scales)
+        curves = torch.randn(20, 2, 4, generator=generator).double() * scales
         curve, nulls = curve_of(curves[0]), Nulls({"isotropic": curves[1:]}, [0, 1])
         alarms += min(compare(curve, nulls, axiom)["p_move"] for axiom in "012") <= 0.05
     assert 8 <= alarms <= 33  # 20 expected, 3 standard deviations of 4.4
 
 
 def test_nulls_refuse_other_lambdas_and_nan():
-    with pytest.raises(ValueError, match=r"isotropic: \(19, 2, 3\); expected finite numbers \(M, 3, A \+ 1\)"):
+    with pytest.raises(
+        ValueError, match=r"isotropic: \(19, 2, 3\); expected finite numbers \(M, 3, A \+ 1\)"
+    ):
         Nulls({"isotropic": torch.zeros(19, 2, 3)}, [0, 1, 2])
     with pytest.raises(ValueError, match="expected finite numbers"):
         Nulls({"isotropic": torch.full((19, 2, 3), float("nan"))}, [0, 1])

@@ -1,4 +1,6 @@
-"""The learning-rate schedule against transformers', AdamW by hand, and updates that must not be lost to rounding."""
+"""The learning-rate schedule against transformers', AdamW by hand, and updates that must not be lost to
+rounding.
+"""
 
 from types import SimpleNamespace
 
@@ -35,14 +37,18 @@ def test_trace_equals_transformers(schedule, total, warmup):
     make = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}[schedule]
     reference = make(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-7), warmup, total)
     for step in range(total):
-        assert learning_rate(step, total, 5e-7, schedule, warmup) == pytest.approx(reference.get_last_lr()[0], rel=1e-12, abs=1e-22)
+        assert learning_rate(step, total, 5e-7, schedule, warmup) == pytest.approx(
+            reference.get_last_lr()[0], rel=1e-12, abs=1e-22
+        )
         reference.optimizer.step()
         reference.step()
     assert learning_rate(total, total, 5e-7, schedule, warmup) == 0.0 == reference.get_last_lr()[0]
 
 
 def test_trace_by_hand():
-    """Peak 8, 2 steps of warm-up of 6: 0, 8/2; then 4 steps down to 0 at step 6: 8, 6, 4, 2; cosine 4 (1 + cos(pi k/4))."""
+    """Peak 8, 2 steps of warm-up of 6: 0, 8/2; then 4 steps down to 0 at step 6: 8, 6, 4, 2; cosine 4 (1 +
+    cos(pi k/4)).
+    """
     assert [learning_rate(step, 6, 8.0, "linear", 2) for step in range(7)] == [0, 4, 8, 6, 4, 2, 0]
     half = 2**0.5 / 2  # cos(pi/4)
     cosine = [learning_rate(step, 6, 8.0, "cosine", 2) for step in range(7)]
@@ -51,7 +57,14 @@ def test_trace_by_hand():
 
 @pytest.mark.parametrize(
     "ratio, steps, total, expected",
-    [(0.1, None, 35, 3), (0.1, None, 39, 3), (0.03, None, 30, 0), (0.0, None, 35, 0), (0.0, 5, 35, 5), (0.0, 0, 35, 0)],
+    [
+        (0.1, None, 35, 3),
+        (0.1, None, 39, 3),
+        (0.03, None, 30, 0),
+        (0.0, None, 35, 0),
+        (0.0, 5, 35, 5),
+        (0.0, 0, 35, 0),
+    ],
 )
 def test_warmup_is_rounded_down(ratio, steps, total, expected):
     """CHECKS 4: 10 % of 35 and of 39 steps is 3; the HF Trainer would take 4."""
@@ -66,15 +79,19 @@ def test_a_warmup_longer_than_the_run_is_refused():
 
 def two_parameters():
     model = torch.nn.Module()
-    model.matrix, model.bias = torch.nn.Parameter(torch.tensor([[1.0]])), torch.nn.Parameter(torch.tensor([1.0]))
+    model.matrix, model.bias = (
+        torch.nn.Parameter(torch.tensor([[1.0]])),
+        torch.nn.Parameter(torch.tensor([1.0])),
+    )
     return model
 
 
 def test_adamw_by_hand():
     """Two steps at lr 0.1, decay 0.1, gradients 0.5 then -0.25; m and v after bias correction.
 
-    1: m = 0.05 / 0.1 = 0.5, v = 0.00025 / 0.001 = 0.25: step 0.1 * 0.5 / 0.5 = 0.1. Bias 0.9; matrix 1 * (1 - 0.1 * 0.1) - 0.1 = 0.89.
-    2: m = (0.9 * 0.05 - 0.1 * 0.25) / 0.19 = 0.1052632, v = (0.999 * 0.00025 + 0.001 * 0.0625) / 0.001999 = 0.1562031, its root 0.3952254:
+    1: m = 0.05 / 0.1 = 0.5, v = 0.00025 / 0.001 = 0.25: step 0.1 * 0.5 / 0.5 = 0.1. Bias 0.9; matrix 1 * (1 -
+    0.1 * 0.1) - 0.1 = 0.89. 2: m = (0.9 * 0.05 - 0.1 * 0.25) / 0.19 = 0.1052632, v = (0.999 * 0.00025 + 0.001
+    * 0.0625) / 0.001999 = 0.1562031, its root 0.3952254:
        step 0.1 * 0.1052632 / 0.3952254 = 0.0266337. Bias 0.8733663; matrix 0.89 * 0.99 - 0.0266337 = 0.8544663.
     """
     model = two_parameters()
@@ -97,7 +114,9 @@ def test_eps_by_hand():
 
 @pytest.mark.parametrize("max_norm, scale", [(1.0, 0.2), (5.0, 1.0), (None, 1.0)])
 def test_clipping_reaches_the_update(max_norm, scale):
-    """CHECKS 18: gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8), and AdamW's first moment a tenth of that."""
+    """CHECKS 18: gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8), and AdamW's first moment a tenth
+    of that.
+    """
     model = two_parameters()
     optimizer = adamw(model, weight_decay=0.0)
     model.matrix.grad, model.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
@@ -124,14 +143,20 @@ def test_no_step_on_a_gradient_that_is_not_finite(bad):
     assert (model.matrix.item(), model.bias.item()) == (1.0, 1.0) and not optimizer.state
 
 
-@pytest.mark.parametrize("weights, least, most", [("fp32", 0.99, 1.0), ("bf16", 0.0, 0.05), ("split", 0.99, 1.0)])
+@pytest.mark.parametrize(
+    "weights, least, most", [("fp32", 0.99, 1.0), ("bf16", 0.0, 0.05), ("split", 0.99, 1.0)]
+)
 def test_a_step_at_5e_7_moves_the_weights(weights, least, most):
-    """CHECKS 17: over 99 % of fp32 weights, kept whole or split; of bf16 ones (8 bits: 0.0200 is followed by 0.0201) under a twentieth."""
+    """CHECKS 17: over 99 % of fp32 weights, kept whole or split; of bf16 ones (8 bits: 0.0200 is followed by
+    0.0201) under a twentieth.
+    """
     model = random_llama(tiny_config(), std=0.02).to(torch.float32 if weights == "fp32" else torch.bfloat16)
     if weights == "split":
         keep_masters(model, torch.float32)
     optimizer, before = adamw(model, weight_decay=0.0), sample_weights(model)
-    documents = random_documents(model.config.vocab_size, lengths=[60] * 8)  # every id occurs, so every embedding has a gradient
+    documents = random_documents(
+        model.config.vocab_size, lengths=[60] * 8
+    )  # every id occurs, so every embedding has a gradient
     nll_sum(model, documents).backward()
     apply_gradients(optimizer, lr=5e-7, max_grad_norm=1.0)
     assert least <= weights_changed(before, model) <= most

@@ -1,4 +1,6 @@
-"""Sharding, sums and clipping: the checks of parallel_ranks.py in this process, a group of one, and on 2 and 3 processes."""
+"""Sharding, sums and clipping: the checks of parallel_ranks.py in this process, a group of one, and on 2 and
+3 processes.
+"""
 
 import errno
 import json
@@ -22,7 +24,12 @@ from plumbing.weights import resolve
 ROOT = Path(__file__).parent.parent
 
 
-LONG = ("check_gradients_and_clipping", "check_steps_are_those_of_one_process", "check_bf16_steps", "check_recompute")
+LONG = (
+    "check_gradients_and_clipping",
+    "check_steps_are_those_of_one_process",
+    "check_bf16_steps",
+    "check_recompute",
+)
 
 
 def one_process(check):
@@ -37,10 +44,16 @@ def test_one_process(check, ranks):
 
 
 def test_a_restarted_attempt_sees_no_address_of_the_one_before(monkeypatch):
-    """torchrun on one machine keeps one store over its attempts: what a dead rank left there is not read again."""
+    """torchrun on one machine keeps one store over its attempts: what a dead rank left there is not read
+    again.
+    """
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent.set("rank 1", "an address")
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(agent.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     for name, value in (environment | {"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}).items():
         monkeypatch.setenv(name, value)
     assert not parallel._restarts_on_one_machine()
@@ -77,7 +90,11 @@ def test_a_disk_that_refuses_is_one_line_with_its_path(capsys):
     assert capsys.readouterr().err == "error: runs/x/metrics.jsonl: No space left on device: 9 bytes needed\n"
     assert parallel.run(fails(FloatingPointError("the loss is not finite")), []) == 1
     assert capsys.readouterr().err == "error: the loss is not finite\n"
-    for foreign in (OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error", "x"), OSError("odd")):
+    for foreign in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EIO, "I/O error", "x"),
+        OSError("odd"),
+    ):
         with pytest.raises(OSError) as caught:
             parallel.run(fails(foreign), [])
         assert caught.value is foreign

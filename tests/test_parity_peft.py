@@ -1,4 +1,6 @@
-"""Our LoRA against peft's: the same A and B give the same logits, the same adapter gradients and the same merged weights."""
+"""Our LoRA against peft's: the same A and B give the same logits, the same adapter gradients and the same
+merged weights.
+"""
 
 import pytest
 import torch
@@ -32,9 +34,18 @@ def oracle():
 def pair(targets, **config):
     """(ours, peft's) with the same base weights and the same random A and B on `targets`."""
     ours = random_llama(tiny_config(**config))
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**ours.config.to_hf()))
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**ours.config.to_hf())
+    )
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    options = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=list(targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     theirs = peft.get_peft_model(theirs, options)
     apply_lora(ours, RANK, ALPHA, targets=targets)
     generator = torch.Generator().manual_seed(5)
@@ -76,15 +87,30 @@ def test_logits_and_adapter_gradients(targets):
 
 
 @pytest.mark.parametrize(
-    "init, fits", [(True, True), ("gaussian", True), ("orthogonal", True), ("mica", True), ("pissa", False), ("olora", False)]
+    "init, fits",
+    [
+        (True, True),
+        ("gaussian", True),
+        ("orthogonal", True),
+        ("mica", True),
+        ("pissa", False),
+        ("olora", False),
+    ],
 )
 @torch.no_grad()
 def test_adapters_of_every_initialisation(init, fits, tmp_path):
-    """PiSSA and OLoRA take B A off the base's weights before training: on the weights of the file their adapters are another model."""
+    """PiSSA and OLoRA take B A off the base's weights before training: on the weights of the file their
+    adapters are another model.
+    """
     ours = random_llama(tiny_config())
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**ours.config.to_hf()))
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**ours.config.to_hf())
+    )
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=init))
+    theirs = peft.get_peft_model(
+        theirs,
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=init),
+    )
     for param in (param for name, param in theirs.named_parameters() if "lora_" in name):
         param.add_(0.1)  # as if trained
     theirs.save_pretrained(tmp_path)
@@ -102,11 +128,17 @@ def test_adapters_of_every_initialisation(init, fits, tmp_path):
     [
         dict(target_modules=["q_proj", "v_proj"], use_rslora=True),
         dict(target_modules=["q_proj", "embed_tokens", "lm_head"]),
-        dict(target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head", "1.mlp", "norm"]),  # every norm
+        dict(
+            target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head", "1.mlp", "norm"]
+        ),  # every norm
         dict(target_modules="all-linear", exclude_modules=["k_proj", "1.mlp.up_proj"]),
         dict(target_modules=["model.layers.1.mlp.up_proj", "self_attn.k_proj"]),
         dict(target_modules=["up_proj", "q_proj"], layers_to_transform=[0, 2]),
-        dict(target_modules=r"model\.layers\.[01]\..*_proj", rank_pattern={"v_proj": 2}, alpha_pattern={"1.self_attn.k_proj": 5}),
+        dict(
+            target_modules=r"model\.layers\.[01]\..*_proj",
+            rank_pattern={"v_proj": 2},
+            alpha_pattern={"1.self_attn.k_proj": 5},
+        ),
     ],
     ids=lambda options: " ".join(options),
 )
@@ -114,7 +146,9 @@ def test_adapters_of_every_initialisation(init, fits, tmp_path):
 def test_adapters_that_people_have(options, tmp_path):
     """peft's own model and its folder merged by us: equal logits."""
     ours = random_llama(tiny_config())
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**ours.config.to_hf()))
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**ours.config.to_hf())
+    )
     theirs.load_state_dict(ours.state_dict(), strict=True)
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
     generator = torch.Generator().manual_seed(3)
@@ -128,7 +162,11 @@ def test_adapters_that_people_have(options, tmp_path):
     assert (logits_of(ours) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "o_bias": True}], ids=["plain", "tied", "biases"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "o_bias": True}],
+    ids=["plain", "tied", "biases"],
+)
 def test_merged_weights(config):
     ours, theirs = pair(LINEARS, **config)
     merge_lora(ours)

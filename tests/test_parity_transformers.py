@@ -1,4 +1,6 @@
-"""Our Llama against transformers' on random float32 weights: logits, gradients, hidden states, greedy generation, config.json both ways."""
+"""Our Llama against transformers' on random float32 weights: logits, gradients, hidden states, greedy
+generation, config.json both ways.
+"""
 
 import json
 
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 SHAPE = dict(vocab_size=97, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128, rms_norm_eps=1e-5)  # fmt: skip
-# an original context of 16 positions: documents of 40 tokens reach past it, and a head of 12 has kept, blended and stretched frequencies
+# an original context of 16 positions: documents of 40 tokens reach past it, and a head of 12 has kept,
+# blended and stretched frequencies
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 16}  # fmt: skip
 FAMILIES = {
@@ -32,7 +35,10 @@ FAMILIES = {
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "llama-head-dim": ("llama", dict(head_dim=20, rms_norm_eps=1e-2)),  # 4 heads of 20 in a stream of 48
     "mistral": ("mistral", dict(sliding_window=None)),
-    "zephyr": ("mistral", dict(sliding_window=40)),  # as long as the longest document: not one position is masked by the window
+    "zephyr": (
+        "mistral",
+        dict(sliding_window=40),
+    ),  # as long as the longest document: not one position is masked by the window
     "mistral-head-dim": ("mistral", dict(sliding_window=None, head_dim=8)),
     "qwen2": ("qwen2", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
     "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
@@ -40,13 +46,21 @@ FAMILIES = {
     "qwen3": ("qwen3", dict(head_dim=20, rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
     "qwen3-tied": ("qwen3", dict(head_dim=12, tie_word_embeddings=True, rms_norm_eps=1e-2)),
     "qwen3-biases": ("qwen3", dict(head_dim=12, attention_bias=True)),
-    "qwen3-window": ("qwen3", dict(head_dim=12, use_sliding_window=True, sliding_window=40, max_window_layers=1)),
-    "olmo2": ("olmo2", dict(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})),
+    "qwen3-window": (
+        "qwen3",
+        dict(head_dim=12, use_sliding_window=True, sliding_window=40, max_window_layers=1),
+    ),
+    "olmo2": (
+        "olmo2",
+        dict(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+    ),
     "olmo2-grouped": ("olmo2", dict(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-2)),
     "olmo2-biases": ("olmo2", dict(attention_bias=True, tie_word_embeddings=True)),
     "olmo3": ("olmo3", dict(num_hidden_layers=4, sliding_window=40)),
 }
-OTHERS_DEFAULTS = dict(pad_token_id=None, eos_token_id=None)  # an OLMo pads with token 1, whose embedding then has no gradient there
+OTHERS_DEFAULTS = dict(
+    pad_token_id=None, eos_token_id=None
+)  # an OLMo pads with token 1, whose embedding then has no gradient there
 LENGTHS = (40, 1, 17, 2)
 
 
@@ -65,7 +79,9 @@ def theirs_of(name, std=0.2):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in model.parameters():
-            param.copy_(torch.randn(param.shape, generator=generator) * std + (1.0 if param.ndim == 1 else 0.0))
+            param.copy_(
+                torch.randn(param.shape, generator=generator) * std + (1.0 if param.ndim == 1 else 0.0)
+            )
     return model
 
 
@@ -83,7 +99,9 @@ def logits_of(model, documents):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_gradients(name, tmp_path):
-    """Logits to 1e-4, each document alone and all packed; gradients of the summed token NLL of the packed stream to 1e-4 of their size."""
+    """Logits to 1e-4, each document alone and all packed; gradients of the summed token NLL of the packed
+    stream to 1e-4 of their size.
+    """
     theirs = theirs_of(name)
     ours = ours_of(theirs, tmp_path)
     documents = random_documents(SHAPE["vocab_size"], LENGTHS)
@@ -93,7 +111,9 @@ def test_logits_and_gradients(name, tmp_path):
         assert (logits_of(ours, [document]) - logits).abs().max() < 1e-4
     assert (logits_of(ours, documents) - torch.cat(expected)).abs().max() < 1e-4
 
-    torch.nn.functional.cross_entropy(torch.cat(expected), next_token_targets(documents), reduction="sum").backward()
+    torch.nn.functional.cross_entropy(
+        torch.cat(expected), next_token_targets(documents), reduction="sum"
+    ).backward()
     nll_sum(ours, documents).backward()
     grads, expected_grads = gradients(ours), gradients(theirs)
     assert grads.keys() == expected_grads.keys() == dict(ours.named_parameters()).keys()
@@ -116,7 +136,9 @@ def test_llama_31_frequencies_equal_transformers():
     from model import rope_frequencies
 
     config = LlamaConfig.preset("llama-3.1-8b")
-    theirs = transformers.LlamaConfig(**{key: value for key, value in config.to_hf().items() if key != "architectures"})
+    theirs = transformers.LlamaConfig(
+        **{key: value for key, value in config.to_hf().items() if key != "architectures"}
+    )
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
     torch.testing.assert_close(rope_frequencies(config, torch.device("cpu")), expected, rtol=1e-6, atol=0)
 
@@ -137,11 +159,17 @@ LLAMA_1_TRANSFORMERS_4 = {  # the oldest spelling: no rope keys, no key/value he
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("raw", [LLAMA_31_TRANSFORMERS_4, LLAMA_1_TRANSFORMERS_4], ids=["llama-3.1", "llama-1"])
+@pytest.mark.parametrize(
+    "raw", [LLAMA_31_TRANSFORMERS_4, LLAMA_1_TRANSFORMERS_4], ids=["llama-3.1", "llama-1"]
+)
 def test_config_of_transformers_4(raw, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     ours = random_llama(LlamaConfig.from_hf(tmp_path))
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path)).float().eval()
+    theirs = (
+        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+        .float()
+        .eval()
+    )
     theirs.load_state_dict(ours.state_dict(), strict=True)
     (document,) = random_documents(97, (40,))
     assert (logits_of(ours, [document]) - theirs(document[None]).logits[0]).abs().max() < 1e-4
@@ -155,7 +183,11 @@ def test_a_window_that_config_json_does_not_state(name, default, tmp_path):
     del raw["sliding_window"]
     raw.pop("layer_types", None)
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert LlamaConfig.from_hf(tmp_path).sliding_window == transformers.AutoConfig.from_pretrained(tmp_path).sliding_window == default
+    assert (
+        LlamaConfig.from_hf(tmp_path).sliding_window
+        == transformers.AutoConfig.from_pretrained(tmp_path).sliding_window
+        == default
+    )
 
 
 def test_transformers_4_and_5_spell_the_same_config(tmp_path):
@@ -167,10 +199,16 @@ def test_transformers_4_and_5_spell_the_same_config(tmp_path):
     assert old.rope_theta == 1000.0 and old.rope_scaling.factor == 8.0 and old.eos_token_id == (2, 3)
 
 
-@pytest.mark.parametrize("model_type, switched_on", [("mistral", {}), ("qwen2", {"use_sliding_window": True}), ("olmo3", {})])
+@pytest.mark.parametrize(
+    "model_type, switched_on", [("mistral", {}), ("qwen2", {"use_sliding_window": True}), ("olmo3", {})]
+)
 def test_a_window_that_config_json_leaves_out(model_type, switched_on, tmp_path):
-    """It is transformers' default, not none: a document that is longer would silently be read without the window."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_1_TRANSFORMERS_4 | {"model_type": model_type, **switched_on}))
+    """It is transformers' default, not none: a document that is longer would silently be read without the
+    window.
+    """
+    (tmp_path / "config.json").write_text(
+        json.dumps(LLAMA_1_TRANSFORMERS_4 | {"model_type": model_type, **switched_on})
+    )
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert LlamaConfig.from_hf(tmp_path).sliding_window == theirs.sliding_window == 4096
 
@@ -216,7 +254,10 @@ def test_greedy_generation(name, tmp_path):
     ours = ours_of(theirs, tmp_path)
     prompts = random_documents(97, (9, 1, 17))
     options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
-    expected = [theirs.generate(p[None], attention_mask=torch.ones_like(p[None]), **options)[0, len(p) :].tolist() for p in prompts]
+    expected = [
+        theirs.generate(p[None], attention_mask=torch.ones_like(p[None]), **options)[0, len(p) :].tolist()
+        for p in prompts
+    ]
     assert generate(ours, [p.tolist() for p in prompts], max_new_tokens=20) == expected
     assert len(set(sum(expected, []))) > 10  # not one token over and over
 
@@ -227,7 +268,13 @@ def test_presets_build_in_transformers():
     for name, count in counts.items():
         config = LlamaConfig.preset(name)
         with torch.device("meta"):
-            theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config.to_hf()))
+            theirs = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.for_model(**config.to_hf())
+            )
             ours = Llama(config)
-        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == count
-        assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+        assert (
+            sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == count
+        )
+        assert {k: v.shape for k, v in ours.state_dict().items()} == {
+            k: v.shape for k, v in theirs.state_dict().items()
+        }

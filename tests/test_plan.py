@@ -1,4 +1,6 @@
-"""planner/budget.py and planner/plan.py: measured peaks and rates, arithmetic by hand, counts of data, what `--plan` prints."""
+"""planner/budget.py and planner/plan.py: measured peaks and rates, arithmetic by hand, counts of data, what
+`--plan` prints.
+"""
 
 import contextlib
 import dataclasses
@@ -120,13 +122,17 @@ def test_peaks_measured_on_two_gpus(tokens, targets, accumulates, measured, monk
 def test_seconds_of_a_step_measured(keys, gpu, work, measured):
     """The optimizer's included. Nothing was fitted to the H100's, nor to micro-batches of 3 documents."""
     config, model, sizes = parts(**keys)
-    seconds = training_seconds(work, model, config, GPUS[gpu]) + optimizer_seconds(config, sizes, 1, GPUS[gpu])
+    seconds = training_seconds(work, model, config, GPUS[gpu]) + optimizer_seconds(
+        config, sizes, 1, GPUS[gpu]
+    )
     assert seconds == pytest.approx(measured, rel=0.045)
 
 
 def test_forward_and_optimizer_rates_measured_on_h200():
     hidden_states = Pass.of(SHAPE, [documents(4096, 4096, targets=[0, 0])])
-    assert 1 / forward_seconds(PAIR, GPUS["h200"]) == pytest.approx(56, rel=0.05), "pairs/s of the reference pass"
+    assert 1 / forward_seconds(PAIR, GPUS["h200"]) == pytest.approx(56, rel=0.05), (
+        "pairs/s of the reference pass"
+    )
     assert 8192 / forward_seconds(hidden_states, GPUS["h200"]) == pytest.approx(39_700, rel=0.05), "tokens/s"
     config, _, sizes = parts(**FULL)
     assert optimizer_seconds(config, sizes, 1, GPUS["h200"]) == pytest.approx(0.049, rel=0.05)
@@ -136,15 +142,21 @@ def test_forward_and_optimizer_rates_measured_on_h200():
 
 
 def test_sizes_and_flops_of_8b():
-    """Block: 2 x 4096 x 4096 (q, o) + 2 x 4096 x 1024 (k, v) + 3 x 4096 x 14336 + 2 norms of 4096 = 218,112,000, times 32; embedding and
-    lm_head 128,256 x 4096 each, one norm. Adapters of rank 64: 64 x (2 x 8192 + 2 x 5120 + 3 x 18432) = 5,242,880 a block.
+    """Block: 2 x 4096 x 4096 (q, o) + 2 x 4096 x 1024 (k, v) + 3 x 4096 x 14336 + 2 norms of 4096 =
+    218,112,000, times 32; embedding and lm_head 128,256 x 4096 each, one norm. Adapters of rank 64: 64 x (2 x
+    8192 + 2 x 5120 + 3 x 18432) = 5,242,880 a block.
 
-    Forward per token of a document of 4,096, all supervised: 2 x 32 x 218,103,808 + 2 x 32 x 4096 x 4097 + 2 x 4096 x 128,256 = 16.083 GF;
-    three times that is 48.25; twice that, and 6 for each of 167.8 M adapter weights, 33.17.
+    Forward per token of a document of 4,096, all supervised: 2 x 32 x 218,103,808 + 2 x 32 x 4096 x 4097 + 2
+    x 4096 x 128,256 = 16.083 GF; three times that is 48.25; twice that, and 6 for each of 167.8 M adapter
+    weights, 33.17.
     """
     (_, model, sizes), (_, lora, adapted) = parts(), parts(**LORA)
     assert sizes == Sizes(trained=8_030_261_248, frozen=0, root=1_050_677_248, block=218_112_000)
-    assert (adapted.trained, adapted.frozen, adapted.block) == (167_772_160, 8_030_261_248, 218_112_000 + 5_242_880)
+    assert (adapted.trained, adapted.frozen, adapted.block) == (
+        167_772_160,
+        8_030_261_248,
+        218_112_000 + 5_242_880,
+    )
     work = Pass.of(SHAPE, [documents(4096, targets=[4096])])
     assert training_flops(model, work.flops, work.tokens) / 4096 / 1e9 == pytest.approx(48.25, abs=0.005)
     assert training_flops(lora, work.flops, work.tokens) / 4096 / 1e9 == pytest.approx(33.17, abs=0.005)
@@ -154,7 +166,10 @@ def test_a_pass_over_a_million_documents_does_not_overflow():
     """One document of 750 tokens takes 11 TF, so a million take more than int64 counts (9.2e18)."""
     one, many = (Pass.of(SHAPE, [(np.full(n, 750), np.full(n, 560))]) for n in (1, 1_000_000))
     assert many.flops == pytest.approx(1e6 * one.flops) and many.flops > 2**63
-    assert many.slow_attention == pytest.approx(1e6 * one.slow_attention) and (many.tokens, many.targets) == (750_000_000, 560_000_000)
+    assert many.slow_attention == pytest.approx(1e6 * one.slow_attention) and (many.tokens, many.targets) == (
+        750_000_000,
+        560_000_000,
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,13 +194,21 @@ def test_state_in_bytes_a_parameter(keys, count, trained, frozen):
 
 
 def test_a_fused_block_keeps_92_kb_a_token():
-    """4 x 4096 (input, middle, q, output) + 2 x 1024 (k, v) + 2 x 14336 numbers of 2 bytes; softmax's 32 sums of 4 bytes come on top."""
+    """4 x 4096 (input, middle, q, output) + 2 x 1024 (k, v) + 2 x 14336 numbers of 2 bytes; softmax's 32 sums
+    of 4 bytes come on top.
+    """
     kept, recomputed, _ = block_bytes(SHAPE, parts()[0], 1, 1)
     assert (kept, recomputed) == (92 * 1024 + 32 * 4, 8 * 1024)
-    assert block_bytes(SHAPE, parts()[0], 1, 2)[0] - kept == 4096, "another document's k and v of a shared token"
-    assert block_bytes(SHAPE, parts()[0], 1, 1)[2] == 2 * (4 * 14336 + 4096), "its backward: gate, up, product, product again; the stream"
+    assert block_bytes(SHAPE, parts()[0], 1, 2)[0] - kept == 4096, (
+        "another document's k and v of a shared token"
+    )
+    assert block_bytes(SHAPE, parts()[0], 1, 1)[2] == 2 * (4 * 14336 + 4096), (
+        "its backward: gate, up, product, product again; the stream"
+    )
     plain = block_bytes(SHAPE, parts(kernels="plain")[0], 1, 1)
-    assert plain == (kept + 2 * (2 * 4096 + 2 * 14336), recomputed, 2 * (14336 + 4096)), "two norms, silu(gate) and the product more"
+    assert plain == (kept + 2 * (2 * 4096 + 2 * 14336), recomputed, 2 * (14336 + 4096)), (
+        "two norms, silu(gate) and the product more"
+    )
 
 
 def test_half_of_an_odd_number_of_blocks_is_the_larger_half():
@@ -196,33 +219,61 @@ def test_half_of_an_odd_number_of_blocks_is_the_larger_half():
 
 
 def test_what_two_gpus_gather_at_the_peak():
-    """Embedding, lm_head, norm and one block of bf16 weights; beside them the next block's, and this one's gradient, in bf16 and fp32."""
+    """Embedding, lm_head, norm and one block of bf16 weights; beside them the next block's, and this one's
+    gradient, in bf16 and fp32.
+    """
     root, block = 2 * 128256 * 4096 + 4096, 218_112_000
-    moment, terms = peak_bytes(SHAPE, parts(sharding="full")[0], parts()[2], 2, 8192, 6170, 8192, accumulates=True)
+    moment, terms = peak_bytes(
+        SHAPE, parts(sharding="full")[0], parts()[2], 2, 8192, 6170, 8192, accumulates=True
+    )
     assert (moment, terms["gathered weights"]) == ("the last block's backward", 2 * (root + block))
     backward = block_bytes(SHAPE, parts()[0], 8192, 8192)[2]
-    assert terms["backward of a block"] == backward + 2 * 4096 * 8192 + 2 * 128256 * 4096 + 2 * block + (2 + 4) * block
+    assert (
+        terms["backward of a block"]
+        == backward + 2 * 4096 * 8192 + 2 * 128256 * 4096 + 2 * block + (2 + 4) * block
+    )
 
 
 def test_a_step_that_half_fills_a_micro_batch_may_need_two():
     """A pair is 750 tokens with 500 targets and 1,000 keys: 7,500 tokens hold ten."""
     for batch, accumulates in ((5, False), (6, True)):
-        config = DPOConfig(**VALUES | dict(max_seq_len=512, tokens_per_microbatch=7500, global_batch_size=batch))
+        config = DPOConfig(
+            **VALUES | dict(max_seq_len=512, tokens_per_microbatch=7500, global_batch_size=batch)
+        )
         planned = plan.Plan("dpo", config, "h200", 1, (1.0, 1.0), SHAPE, PAIR.times(100), None)
         assert planned.microbatches == batch / 10
-        assert planned.peak == peak_bytes(SHAPE, config, planned.sizes, 1, 7500, 5000, 10000, accumulates=accumulates)
+        assert planned.peak == peak_bytes(
+            SHAPE, config, planned.sizes, 1, 7500, 5000, 10000, accumulates=accumulates
+        )
 
 
 def test_seconds_of_eight_gpus_by_their_link():
-    """2 steps of 32 pairs on 8 x A40, 24,000 tokens a step: 2.1, so 3 micro-batches of 1,400 each. 7/8 of the weights come at 19.2 GB/s,
-    twice a micro-batch in bf16 with the gradients in float32, once for log-probs: those of the 64 pairs that are trained and 20 held out;
-    evaluated before, between and after. All of it beside no computing: that comes on top."""
-    keys = dict(max_seq_len=512, tokens_per_microbatch=1400, global_batch_size=32, max_steps=2, data_eval=0.2, eval_every=1)
-    assert plan.Plan("dpo", DPOConfig(**VALUES | keys), "a40", 8, (1.0, 1.0), SHAPE, PAIR, None).resolved.sharding == "full"
+    """2 steps of 32 pairs on 8 x A40, 24,000 tokens a step: 2.1, so 3 micro-batches of 1,400 each. 7/8 of the
+    weights come at 19.2 GB/s, twice a micro-batch in bf16 with the gradients in float32, once for log-probs:
+    those of the 64 pairs that are trained and 20 held out; evaluated before, between and after. All of it
+    beside no computing: that comes on top."""
+    keys = dict(
+        max_seq_len=512,
+        tokens_per_microbatch=1400,
+        global_batch_size=32,
+        max_steps=2,
+        data_eval=0.2,
+        eval_every=1,
+    )
+    assert (
+        plan.Plan(
+            "dpo", DPOConfig(**VALUES | keys), "a40", 8, (1.0, 1.0), SHAPE, PAIR, None
+        ).resolved.sharding
+        == "full"
+    )
     keys["sharding"] = "full"
-    planned = plan.Plan("dpo", DPOConfig(**VALUES | keys), "a40", 8, (1.0, 1.0), SHAPE, PAIR.times(100), PAIR.times(20))
+    planned = plan.Plan(
+        "dpo", DPOConfig(**VALUES | keys), "a40", 8, (1.0, 1.0), SHAPE, PAIR.times(100), PAIR.times(20)
+    )
     pass_over = 7 / 8 * 8_030_261_248 / (32e9 * 0.6)  # seconds a byte of a parameter
-    busy = budget.slowest_of(8) / budget.slowest_of(2) / budget.SHARDED_FULL / 8  # a GPU's seconds of one GPU's
+    busy = (
+        budget.slowest_of(8) / budget.slowest_of(2) / budget.SHARDED_FULL / 8
+    )  # a GPU's seconds of one GPU's
     trained = training_seconds(PAIR.times(64), planned.model, planned.config, GPUS["a40"]) * busy
     referred, evaluated = (forward_seconds(PAIR.times(count), GPUS["a40"]) * busy for count in (64 + 20, 20))
     assert planned.seconds == pytest.approx({
@@ -230,10 +281,15 @@ def test_seconds_of_eight_gpus_by_their_link():
         "reference log-probs": (64 + 20) / 32 * 3 * 2 * pass_over + referred, "evaluation": 3 * (20 / 32 * 3 * 2 * pass_over + evaluated),
     })  # fmt: skip
     simpo = DPOConfig(**VALUES | keys | dict(loss="simpo", gamma_beta_ratio=0.3))
-    assert dataclasses.replace(planned, config=simpo).seconds.keys() == planned.seconds.keys() - {"reference log-probs"}
+    assert dataclasses.replace(planned, config=simpo).seconds.keys() == planned.seconds.keys() - {
+        "reference log-probs"
+    }
 
 
-@pytest.mark.parametrize("gib, verdict", [(76, "fits"), (77, "fits with 3.0 GiB to spare: tight"), (81, "does not fit, 1.0 GiB too much")])
+@pytest.mark.parametrize(
+    "gib, verdict",
+    [(76, "fits"), (77, "fits with 3.0 GiB to spare: tight"), (81, "does not fit, 1.0 GiB too much")],
+)
 def test_five_per_cent_is_tight(gib, verdict):
     planned = types.SimpleNamespace(gib=gib, gpu=dataclasses.replace(GPUS["h100"], gib=80))
     assert plan._verdict(planned).split(",")[0] == verdict.split(",")[0]
@@ -246,7 +302,8 @@ def test_recompute_trades_activations_for_time():
         _, terms = peak_bytes(SHAPE, config, sizes, 1, 8192, 6226, 8192, accumulates=True)
         seen.append((terms["activations"] / GIB, training_seconds(work, model, config, gpu)))
     memory, seconds = zip(*seen)
-    # 32 x 92 KB x 8192 = 23 GiB, 32 x 8 KB x 8192 = 2 GiB; the last block's states, before and after picking, are 0.11
+    # 32 x 92 KB x 8192 = 23 GiB, 32 x 8 KB x 8192 = 2 GiB; the last block's states, before and after picking,
+    # are 0.11
     assert memory == pytest.approx((23.14, 12.63, 2.11), abs=0.01)
     without_head = Pass.of(SHAPE, [documents(4096, targets=[0])]).times(2)
     assert seconds[2] - seconds[0] == pytest.approx(forward_seconds(without_head, gpu))
@@ -254,9 +311,11 @@ def test_recompute_trades_activations_for_time():
 
 
 def test_exchange_is_by_the_link_and_overlaps():
-    """7 of 8 parts of 64 GB at 60 % of 32 GB/s; computing alone for 10 s, 11.3 s beside NCCL's kernels (11 s under LoRA).
+    """7 of 8 parts of 64 GB at 60 % of 32 GB/s; computing alone for 10 s, 11.3 s beside NCCL's kernels (11 s
+    under LoRA).
 
-    Beside it over NVLink in one machine, after it over PCIe or between machines, where no overlap was measured."""
+    Beside it over NVLink in one machine, after it over PCIe or between machines, where no overlap was
+    measured."""
     exchange = exchange_seconds(64e9, 8, GPUS["a40"])
     assert exchange == pytest.approx(64 * 7 / 8 / (32 * 0.6))
     assert exchange_seconds(64e9, 8, GPUS["h200"]) == pytest.approx(64 * 7 / 8 / (450 * 0.6))
@@ -269,7 +328,9 @@ def test_exchange_is_by_the_link_and_overlaps():
     assert wait == pytest.approx(1.0359, abs=1e-4)  # 0.025 * 1.434, the 0.9242 quantile of a normal
     assert sharded_seconds(10.0, 3.0, full, 2, nvlink) == pytest.approx(10 / 0.885)
     assert sharded_seconds(10.0, 3.0, lora, 2, nvlink) == pytest.approx(10 / 0.91)
-    assert sharded_seconds(10.0, 3.0, full, 8, nvlink) == pytest.approx(10 / 0.885 * wait / budget.slowest_of(2))
+    assert sharded_seconds(10.0, 3.0, full, 8, nvlink) == pytest.approx(
+        10 / 0.885 * wait / budget.slowest_of(2)
+    )
     assert sharded_seconds(10.0, 3.0, whole, 8, nvlink) == pytest.approx(10 * wait + 0.2 * 3)
     assert sharded_seconds(10.0, 3.0, whole, 8, pcie) == pytest.approx(10 * wait + 3)
     assert sharded_seconds(10.0, 3.0, whole, 16, nvlink) == pytest.approx(10 * budget.slowest_of(16) + 3)
@@ -278,17 +339,23 @@ def test_exchange_is_by_the_link_and_overlaps():
 
 
 def test_sharding_is_picked_by_what_fits():
-    """8B on two cards: 2 + 4 bytes a parameter everywhere and (2 + 8) / 2 fit 140 GB beside the activations, not 80."""
+    """8B on two cards: 2 + 4 bytes a parameter everywhere and (2 + 8) / 2 fit 140 GB beside the activations,
+    not 80.
+    """
     for gpu, keys, expected in (("h200", {}, "optimizer"), ("h100", {}, "full"), ("h100", LORA, "optimizer"), ("h100", FULL, "optimizer"),
                                 ("h200", {"sharding": "full"}, "full")):  # fmt: skip
-        planned = plan.Plan("sft", SFTConfig(**VALUES | keys), gpu, 2, (1.0, 1.0), SHAPE, DOCUMENT.times(24), None)
+        planned = plan.Plan(
+            "sft", SFTConfig(**VALUES | keys), gpu, 2, (1.0, 1.0), SHAPE, DOCUMENT.times(24), None
+        )
         assert planned.resolved.sharding == expected, (gpu, keys)
 
 
 @pytest.mark.parametrize("keys, tokens, targets, keys_and_values, measured", [
     pytest.param(FULL, 12288, 9174, 12288, 103.7, id="SFT"), pytest.param(LORA, 12288, 9174, 12288, 53.6, id="LoRA SFT"),
     pytest.param(FULL, 8272, 5500, 11000, 92.7, id="DPO, 11 pairs")])  # fmt: skip
-def test_peaks_measured_on_two_gpus_that_share_the_optimizer(keys, tokens, targets, keys_and_values, measured):
+def test_peaks_measured_on_two_gpus_that_share_the_optimizer(
+    keys, tokens, targets, keys_and_values, measured
+):
     config, _, sizes = parts(**keys, sharding="optimizer")
     _, terms = peak_bytes(SHAPE, config, sizes, 2, tokens, targets, keys_and_values, accumulates=True)
     assert sum(terms.values()) / GIB == pytest.approx(measured, rel=0.015)
@@ -307,14 +374,24 @@ def test_seconds_of_a_step_measured_on_two_gpus_that_share_the_optimizer(keys, m
     ("sft_lora_2gpu", "sft", LORA, DOCUMENT.times(12), 12288), ("dpo_lora_2gpu", "dpo", LORA, PAIR.times(32), 8320),
     ("dpo_full_shared_4gpu", "dpo", FULL, PAIR.times(32), 8320)])  # fmt: skip
 def test_scaling_measured_on_two_and_four_gpus(line, stage, keys, work, microbatch):
-    """Rates of bench/results.jsonl, of a GPU among several beside one of the same machine, within 1 %; and memory within 3 %."""
+    """Rates of bench/results.jsonl, of a GPU among several beside one of the same machine, within 1 %; and
+    memory within 3 %.
+    """
     lines = [json.loads(text) for text in (ROOT / "bench/results.jsonl").read_text().splitlines()]
-    measured = [found for found in lines if found["metric"] == line and (found["peer"] or "").startswith("one GPU of")][-1]
+    measured = [
+        found for found in lines if found["metric"] == line and (found["peer"] or "").startswith("one GPU of")
+    ][-1]
     peak = [found for found in lines if found["metric"] == f"mem_{line}"][-1]["value"]
-    config = (SFTConfig if stage == "sft" else DPOConfig)(**VALUES | keys | dict(tokens_per_microbatch=microbatch))
+    config = (SFTConfig if stage == "sft" else DPOConfig)(
+        **VALUES | keys | dict(tokens_per_microbatch=microbatch)
+    )
     config = dataclasses.replace(config, global_batch_size=work.examples * measured["gpus"])
-    several = plan.Plan(stage, config, "h200", measured["gpus"], (1.0, 1.0), SHAPE, work.times(measured["gpus"]), None)
-    alone = dataclasses.replace(several, count=1, config=dataclasses.replace(config, global_batch_size=work.examples), train=work)
+    several = plan.Plan(
+        stage, config, "h200", measured["gpus"], (1.0, 1.0), SHAPE, work.times(measured["gpus"]), None
+    )
+    alone = dataclasses.replace(
+        several, count=1, config=dataclasses.replace(config, global_batch_size=work.examples), train=work
+    )
     training = [planned.seconds["training"] + planned.seconds["optimizer"] for planned in (several, alone)]
     assert several.resolved.sharding == "optimizer"
     assert training[1] / training[0] == pytest.approx(measured["ratio"], rel=0.01)
@@ -326,9 +403,21 @@ def test_bytes_of_a_checkpoint():
     for keys, size in ((PLAIN, 12), (dict(moments="bf16"), 8), (LORA, 12)):
         config, _, sizes = parts(**keys)
         assert budget.checkpoint_bytes(config, sizes) == size * sizes.trained
-    planned = plan.Plan("sft", SFTConfig(**VALUES, save_every=9, keep_last=1), "h200", 8, (1.0, 1.0), SHAPE, DOCUMENT.times(24), None)
+    planned = plan.Plan(
+        "sft",
+        SFTConfig(**VALUES, save_every=9, keep_last=1),
+        "h200",
+        8,
+        (1.0, 1.0),
+        SHAPE,
+        DOCUMENT.times(24),
+        None,
+    )
     (line,) = plan._disk_lines(planned)
-    assert line == "disk     a checkpoint 96.4 GB, 12 bytes a trained parameter; the run folder up to 209 GB with final/"
+    assert (
+        line
+        == "disk     a checkpoint 96.4 GB, 12 bytes a trained parameter; the run folder up to 209 GB with final/"
+    )
 
 
 @pytest.mark.parametrize("keys, measured", [({}, 4.775), (LORA, 3.67)], ids=["SFT", "LoRA SFT"])
@@ -344,19 +433,44 @@ def test_seconds_of_a_step_measured_on_two_gpus(keys, measured):
 
 @pytest.mark.slow
 def test_cards_that_wait_for_pcie_are_not_called_fine():
-    """8 x A40, one short micro-batch a step: the weights take longer to come than one card takes for everything."""
-    config = SFTConfig(**VALUES | LORA | dict(global_batch_size=8, tokens_per_microbatch=4096, sharding="full"))
-    slow = plan.Plan("sft", config, "a40", 8, (1.0, 1.0), SHAPE, Pass.of(SHAPE, [documents(*[128] * 8, targets=[64] * 8)]), None)
+    """8 x A40, one short micro-batch a step: the weights take longer to come than one card takes for
+    everything.
+    """
+    config = SFTConfig(
+        **VALUES | LORA | dict(global_batch_size=8, tokens_per_microbatch=4096, sharding="full")
+    )
+    slow = plan.Plan(
+        "sft",
+        config,
+        "a40",
+        8,
+        (1.0, 1.0),
+        SHAPE,
+        Pass.of(SHAPE, [documents(*[128] * 8, targets=[64] * 8)]),
+        None,
+    )
     text = plan.describe(slow, "", "")
-    assert slow.speedup < 1 and "SLOWER THAN ONE a40" in text and "the GPUs wait for it" in text and "PCIe, 32 GB/s" in text
+    assert (
+        slow.speedup < 1
+        and "SLOWER THAN ONE a40" in text
+        and "the GPUs wait for it" in text
+        and "PCIe, 32 GB/s" in text
+    )
     fast = plan.describe(dataclasses.replace(slow, gpu_name="h200", train=DOCUMENT.times(64)), "", "")
-    assert "NVLink, 450 GB/s" in fast and "hidden behind it" in fast and "SLOWER" not in fast and "lower bound" not in fast
+    assert (
+        "NVLink, 450 GB/s" in fast
+        and "hidden behind it" in fast
+        and "SLOWER" not in fast
+        and "lower bound" not in fast
+    )
 
 
 def test_gpus_are_named_with_a_suggestion():
     assert find_gpu("h200").gib > find_gpu("h100").gib
     for wrong, near in (("a100", "a100-40"), ("h20", "h200"), ("A100", "a100-40"), ("rtx-4090", "rtx4090")):
-        with pytest.raises(ValueError, match=rf"gpu='{wrong}' \(--gpu\): expected one of rtx3090, .*, did you mean '{near}'"):
+        with pytest.raises(
+            ValueError, match=rf"gpu='{wrong}' \(--gpu\): expected one of rtx3090, .*, did you mean '{near}'"
+        ):
             find_gpu(wrong)
 
 
@@ -375,7 +489,10 @@ def test_counts_of_data_that_is_here_are_exact(world, tmp_path):
         assert work.tokens == dataset.lengths.sum()
         assert work.flops == pytest.approx(dataset.flops(shape, ids).sum())
         assert (planned.held_out and planned.held_out.examples) == (held_out and len(held_out))
-        assert ("evaluation" in planned.seconds, "reference log-probs" in planned.seconds) == (stage == "sft", stage == "dpo")
+        assert ("evaluation" in planned.seconds, "reference log-probs" in planned.seconds) == (
+            stage == "sft",
+            stage == "dpo",
+        )
     assert planned.trained.examples == pytest.approx(51)
     assert work.keys - work.tokens == dataset.prefixes.sum() > 0
     assert work.targets == dataset.chosen.num_targets.sum() + dataset.rejected.num_targets.sum()
@@ -393,7 +510,11 @@ def test_counts_of_the_tulu_mixtures_are_marked_as_estimates():
     assert planned.shape == SHAPE and "to come from meta-llama/Llama-3.1-8B" in origin
     assert planned.usd_per_hour == pytest.approx((9.6, 22.4))
     short, _, _ = plan.make("dpo", tulu10, ["--max_seq_len=300", "--data_eval=0.5"], "a100-80", 8)
-    assert (short.train.examples, short.held_out.examples, short.train.tokens) == (13_570, 13_570, 13_570 * 350)
+    assert (short.train.examples, short.held_out.examples, short.train.tokens) == (
+        13_570,
+        13_570,
+        13_570 * 350,
+    )
     apart, _, _ = plan.make("dpo", tulu10, [*whole, "--share_prefix=false"], "a100-80", 8)
     assert apart.train.tokens == 27_140 * (1018 + 250) and apart.hours > planned.hours
 
@@ -401,10 +522,15 @@ def test_counts_of_the_tulu_mixtures_are_marked_as_estimates():
 def test_pinned_names_are_planned_as_those_without_a_revision(tmp_path):
     hours = []
     for pin in ("", "@v1"):
-        keys = dict(model_path=f"meta-llama/Llama-3.1-8B{pin}", data={f"allenai/tulu-3-sft-mixture{pin}": 0.1})
+        keys = dict(
+            model_path=f"meta-llama/Llama-3.1-8B{pin}", data={f"allenai/tulu-3-sft-mixture{pin}": 0.1}
+        )
         (tmp_path / "x.py").write_text(f"sft = {VALUES | keys!r}")
         planned, origin, counted = plan.make("sft", str(tmp_path / "x.py"), [], "h200", 8)
-        assert origin.startswith(f"meta-llama/Llama-3.1-8B{pin} ") and f"allenai/tulu-3-sft-mixture{pin}: " in counted
+        assert (
+            origin.startswith(f"meta-llama/Llama-3.1-8B{pin} ")
+            and f"allenai/tulu-3-sft-mixture{pin}: " in counted
+        )
         hours.append(planned.hours)
     assert hours[0] == hours[1]
 
@@ -424,12 +550,18 @@ def test_what_is_not_known_here_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_evaluations_are_counted():
-    """Before the first step, every 10th of 25, and after the last: 1 + 2 + 1; as many in 30 steps, whose last is a 10th."""
+    """Before the first step, every 10th of 25, and after the last: 1 + 2 + 1; as many in 30 steps, whose last
+    is a 10th.
+    """
     shape, work = SHAPE, DOCUMENT.times(2)
-    keys = dict(data={"a.jsonl": 1.0}, data_eval=0.5, max_steps=25, num_epochs=100, global_batch_size=2, eval_every=10)
+    keys = dict(
+        data={"a.jsonl": 1.0}, data_eval=0.5, max_steps=25, num_epochs=100, global_batch_size=2, eval_every=10
+    )
     config = SFTConfig(**VALUES | keys)
     for steps in (25, 30):
-        planned = plan.Plan("sft", dataclasses.replace(config, max_steps=steps), "h200", 1, (1.0, 1.0), shape, work, work)
+        planned = plan.Plan(
+            "sft", dataclasses.replace(config, max_steps=steps), "h200", 1, (1.0, 1.0), shape, work, work
+        )
         assert planned.seconds["evaluation"] == pytest.approx(4 * forward_seconds(work, GPUS["h200"]))
 
 
@@ -447,8 +579,12 @@ def test_what_to_turn_when_it_does_not_fit_in_order():
                      "or --lora_rank=64 --lora_alpha=128", "or --count 4")  # fmt: skip
     assert [p.fits for p in plans] == [False] * 5 + [True, True]
     assert all(a.gib > b.gib for a, b in zip((small, *plans), plans[:5]))
-    assert plans[4].gib == pytest.approx(small.gib - 6 * 8_030_261_248 / GIB - 22.11, abs=0.02), "6 bytes a parameter, and activations"
-    assert plans[-1].count == 4 and plans[-1].usd_per_hour == (4.0, 8.0) and plans[-1].config.moments == "fp32"
+    assert plans[4].gib == pytest.approx(small.gib - 6 * 8_030_261_248 / GIB - 22.11, abs=0.02), (
+        "6 bytes a parameter, and activations"
+    )
+    assert (
+        plans[-1].count == 4 and plans[-1].usd_per_hour == (4.0, 8.0) and plans[-1].config.moments == "fp32"
+    )
     text = plan.describe(small, "", "")
     assert f"does not fit, {small.gib - 44.4:.1f} GiB too much" in text and "if it did fit" in text
     assert all(name in text and f"{p.gib:7.2f} GiB" in text for name, p in zip(names, plans))
@@ -481,7 +617,9 @@ def no_gpu(monkeypatch):
 
 
 def test_a_model_in_the_hubs_cache_is_found(monkeypatch, tmp_path):
-    """By its branch or its commit; a name that is not there costs no import of an HTTP client (test_config.py)."""
+    """By its branch or its commit; a name that is not there costs no import of an HTTP client
+    (test_config.py).
+    """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     commit = "a" * 40
     snapshot = tmp_path / "models--org--name/snapshots" / commit
@@ -490,19 +628,42 @@ def test_a_model_in_the_hubs_cache_is_found(monkeypatch, tmp_path):
     (tmp_path / "models--org--name/refs").mkdir()
     (tmp_path / "models--org--name/refs/main").write_text(commit)
     assert plan._folder("org/name") == plan._folder(f"org/name@{commit}") == snapshot
-    assert plan._folder("org/name@other") is None and plan._folder("org/other") is None and plan._folder("a b") is None
+    assert (
+        plan._folder("org/name@other") is None
+        and plan._folder("org/other") is None
+        and plan._folder("a b") is None
+    )
 
 
-def test_a_training_script_plans_without_gpu_process_group_or_run_folder(no_gpu, monkeypatch, tmp_path, capsys):
+def test_a_training_script_plans_without_gpu_process_group_or_run_folder(
+    no_gpu, monkeypatch, tmp_path, capsys
+):
     monkeypatch.chdir(tmp_path)
-    argv = [str(CONFIGS / "tulu10.py"), "--plan", "--gpu", "a100-80", "--count", "8", "--usd-per-hour", "16", "--recompute=full"]
+    argv = [
+        str(CONFIGS / "tulu10.py"),
+        "--plan",
+        "--gpu",
+        "a100-80",
+        "--count",
+        "8",
+        "--usd-per-hour",
+        "16",
+        "--recompute=full",
+    ]
     assert train_dpo.main(argv) == 0
     assert not dist.is_initialized() and not torch.cuda.is_initialized() and not list(tmp_path.iterdir())
     text = capsys.readouterr().out
-    assert "dpo on 8 x a100-80" in text and "8,030,261,248 parameters" in text and "recompute=full" in text and "26,598 pairs" in text
+    assert (
+        "dpo on 8 x a100-80" in text
+        and "8,030,261,248 parameters" in text
+        and "recompute=full" in text
+        and "26,598 pairs" in text
+    )
     *terms, total = [float(number) for number in re.findall(r"^ +([\d.]+) GiB", text, re.M)]
     assert len(terms) >= 6 and sum(terms) == pytest.approx(total, abs=0.05)
-    hours, usd = re.search(r"^total +([\d.]+) h, \$([\d.]+), at \$16.00 an hour for 8 x a100-80$", text, re.M).groups()
+    hours, usd = re.search(
+        r"^total +([\d.]+) h, \$([\d.]+), at \$16.00 an hour for 8 x a100-80$", text, re.M
+    ).groups()
     assert float(usd) == pytest.approx(16 * float(hours), abs=0.1)
 
 
@@ -513,13 +674,35 @@ def test_a_training_script_plans_without_gpu_process_group_or_run_folder(no_gpu,
         ([str(CONFIGS / "tulu10.py")], "gpu=None (--gpu): expected one of rtx3090"),
         ([str(CONFIGS / "tulu10.py"), "--gpu", "h10"], "did you mean 'h100'"),
         ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "0"], "count=0: expected at least 1"),
-        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "two"], "argument --count: invalid int value: 'two'"),
-        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--usd-per-hour", "-1"], "usd-per-hour=-1.0: expected a price"),
-        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--beat=1"], "unknown key 'beat', did you mean 'beta'"),
+        (
+            [str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "two"],
+            "argument --count: invalid int value: 'two'",
+        ),
+        (
+            [str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--usd-per-hour", "-1"],
+            "usd-per-hour=-1.0: expected a price",
+        ),
+        (
+            [str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--beat=1"],
+            "unknown key 'beat', did you mean 'beta'",
+        ),
         ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "129"], "cannot be formed on 129 ranks"),
-        ([str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "2", "--moments=bf16", "--sharding=full"],
-         "expected sharding='optimizer'"),
-        ([str(CONFIGS / "tulu10.py"), "--gpu", "a100-80", "--precision=fp8"], "precision='fp8' on a100-80, 8.0: expected a GPU of"),
+        (
+            [
+                str(CONFIGS / "tulu10.py"),
+                "--gpu",
+                "h100",
+                "--count",
+                "2",
+                "--moments=bf16",
+                "--sharding=full",
+            ],
+            "expected sharding='optimizer'",
+        ),
+        (
+            [str(CONFIGS / "tulu10.py"), "--gpu", "a100-80", "--precision=fp8"],
+            "precision='fp8' on a100-80, 8.0: expected a GPU of",
+        ),
     ],
 )
 def test_wrong_command_lines_are_refused(argv, message):
@@ -528,8 +711,12 @@ def test_wrong_command_lines_are_refused(argv, message):
 
 
 def test_the_steering_stages_are_planned():
-    """7,000 prompts of 60 tokens at five lambdas took 19.86 s on an H200, 3.4 s of them the bootstrap; here the random direction too."""
-    config = types.SimpleNamespace(mode="full", count=100, lambdas=(0, 0.25, 0.5, 0.75, 1), layers=5, max_text_tokens=400)
+    """7,000 prompts of 60 tokens at five lambdas took 19.86 s on an H200, 3.4 s of them the bootstrap; here
+    the random direction too.
+    """
+    config = types.SimpleNamespace(
+        mode="full", count=100, lambdas=(0, 0.25, 0.5, 0.75, 1), layers=5, max_text_tokens=400
+    )
     dpo = plan.Plan("dpo", DPOConfig(**VALUES), "h200", 8, (1.0, 1.0), SHAPE, WHOLE_PAIR.times(100), None)
     passes = plan.steering_passes(config, dpo)
     assert passes["sweep"][1] == pytest.approx(2 * (19.86 - 3.4), rel=0.05)
@@ -538,12 +725,17 @@ def test_the_steering_stages_are_planned():
     assert {mode: aqi.MODES[steer.PROMPT_MODES[mode]] for mode in plan.PROMPTS} == plan.PROMPTS
 
 
-@pytest.mark.parametrize("gpu, runs", [("rtx3090", ""), ("a40", ""), ("l40s", "fp8"), ("rtx5090", "fp8 flash4"), ("h100", "fp8 flash4")])
+@pytest.mark.parametrize(
+    "gpu, runs",
+    [("rtx3090", ""), ("a40", ""), ("l40s", "fp8"), ("rtx5090", "fp8 flash4"), ("h100", "fp8 flash4")],
+)
 def test_a_key_that_needs_a_newer_card_is_refused(gpu, runs):
     """flash4's backward does not compile below 9.0, float8's matmuls do not below 8.9."""
     for precision, attention, word in (("fp8", "flash2", "fp8"), ("bf16", "flash4", "flash4")):
         config = types.SimpleNamespace(precision=precision, attention=attention)
-        refused = pytest.raises(UserError, match=f"='{word}' on {gpu}, .*expected a GPU of compute capability")
+        refused = pytest.raises(
+            UserError, match=f"='{word}' on {gpu}, .*expected a GPU of compute capability"
+        )
         with contextlib.nullcontext() if word in runs else refused:
             check_capability(config, GPUS[gpu].capability, gpu)
 
@@ -553,7 +745,11 @@ def test_the_ladder_is_one_line_per_config_and_stage(no_gpu, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert plan.ladder([*map(str, sorted(CONFIGS.glob("*.py"))), "--gpu", "h100", "--count", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    stages = {tuple(re.search(r"(\w+)\.py +(sft|dpo) ", line).groups()): line for line in lines if re.search(r"\.py +(sft|dpo) ", line)}
+    stages = {
+        tuple(re.search(r"(\w+)\.py +(sft|dpo) ", line).groups()): line
+        for line in lines
+        if re.search(r"\.py +(sft|dpo) ", line)
+    }
     trained = [path.stem for path in CONFIGS.glob("*.py") if path.stem != "pairs"]
     assert set(stages) == {(name, stage) for name in trained for stage in ("sft", "dpo")}
     assert [line for line in lines if "pairs.py" in line and line.endswith("not a training config")]
@@ -562,7 +758,11 @@ def test_the_ladder_is_one_line_per_config_and_stage(no_gpu, monkeypatch, tmp_pa
     assert [cells[1] for cells in of_tulu10] == ["sft", "dpo", "extract", "sweep", "total"]
     hours = [float(next(cell for cell in cells if re.fullmatch(r"\d+\.\d\d", cell))) for cells in of_tulu10]
     assert hours[-1] == pytest.approx(sum(hours[:-1]), abs=0.02)
-    assert f"{26_598 * 1018:,}*" in stages["tulu10", "dpo"] and stages["tulu10", "dpo"].endswith("fits") and "$" in stages["tulu10", "dpo"]
+    assert (
+        f"{26_598 * 1018:,}*" in stages["tulu10", "dpo"]
+        and stages["tulu10", "dpo"].endswith("fits")
+        and "$" in stages["tulu10", "dpo"]
+    )
 
 
 @pytest.mark.slow
@@ -573,5 +773,7 @@ def test_the_ladder_of_docs_is_planned():
     assert len(rows) == 6
     for place, (path, count, *cells) in enumerate(rows):
         gpu, cell = ("a40", "a100-80", "h100")[place % 3], cells[place % 3]
-        lines = plan._rows(str(CONFIGS.parent / path), types.SimpleNamespace(gpu=gpu, count=int(count), usd_per_hour=None))
+        lines = plan._rows(
+            str(CONFIGS.parent / path), types.SimpleNamespace(gpu=gpu, count=int(count), usd_per_hour=None)
+        )
         assert cell == f"{lines[-1][5]} h, {lines[-1][6]}", (path, gpu)

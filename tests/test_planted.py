@@ -1,4 +1,5 @@
-"""demo/planted.py: an effect that is there is called one, its twin's is not; and what the tool says to pairs that are none.
+"""demo/planted.py: an effect that is there is called one, its twin's is not; and what the tool says to pairs
+that are none.
 
 docs/aqi.md has the same table.
 """
@@ -35,7 +36,14 @@ def root(tmp_path_factory):
 
 def said(root, sft, dpo, out, texts="planted.jsonl", flip=1):
     """judge's dict of the pair of two folders of root, steered by `flip` times the vector of texts."""
-    argv = ["extract", f"{root}/{sft}", f"{root}/{dpo}", f"--texts={root}/{texts}", "--template=tulu", "--count=80"]
+    argv = [
+        "extract",
+        f"{root}/{sft}",
+        f"{root}/{dpo}",
+        f"--texts={root}/{texts}",
+        "--template=tulu",
+        "--count=80",
+    ]
     steer.main([*argv, f"--out_dir={root}/{out}"])
     _, _, config, _ = steer.parse(["sweep", f"{root}/planted.py"])
     vector = steer.Vector.load(f"{root}/{out}")
@@ -45,12 +53,21 @@ def said(root, sft, dpo, out, texts="planted.jsonl", flip=1):
     documents = [plain_document(text, tokenizer, 64) for text in prompts.texts]
     curve, scale = direction_curve(model, documents, add, LAMBDAS, prompts.label)
     differences = {layer: torch.from_numpy(vector.differences(config)[:, layer].copy()) for layer in add}
-    directions = {"isotropic": isotropic_directions(add, 19), "sign-flipped": sign_flipped_directions(differences, add, 19)}
+    directions = {
+        "isotropic": isotropic_directions(add, 19),
+        "sign-flipped": sign_flipped_directions(differences, add, 19),
+    }
     of_texts = prompts.axiom, prompts.label, prompts.axioms
     curves = {}
     for kind, drawn in directions.items():
         curves[kind] = null_curves(
-            model, documents, drawn, [0.0, 1.0], *of_texts, "cpu", embed=lambda h, cu: pool(h, cu)["text"] / scale
+            model,
+            documents,
+            drawn,
+            [0.0, 1.0],
+            *of_texts,
+            "cpu",
+            embed=lambda h, cu: pool(h, cu)["text"] / scale,
         )
     drawn = bootstrap(curve, *of_texts, draws=300, group=prompts.group, levels=False)
     return judge(drawn, nulls=Nulls(curves, [0, 2]))
@@ -65,7 +82,9 @@ def test_what_is_planted_is_found_and_its_twin_is_not(root):
 
 @pytest.mark.slow
 def test_what_is_said_to_pairs_that_are_none(root):
-    """The vector with its sign flipped; the models exchanged; a model with itself; texts of the twin; random weights."""
+    """The vector with its sign flipped; the models exchanged; a model with itself; texts of the twin; random
+    weights.
+    """
     answers = {}
     answers["flipped"] = said(root, "sft", "planted/dpo/final", "v", flip=-1)
     answers["exchanged"] = said(root, "planted/dpo/final", "sft", "v_back")

@@ -1,5 +1,5 @@
-"""House rules that a machine can check: who may import what, nothing unpickled, nothing partly loaded, short functions; and documents whose
-links, names, commands, examples and tables are those of the code."""
+"""House rules that a machine can check: who may import what, nothing unpickled, nothing partly loaded, short
+functions; and documents whose links, names, commands, examples and tables are those of the code."""
 
 import argparse
 import ast
@@ -37,8 +37,12 @@ FLOORS = (
 )
 ROOMS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 # The house: what is not a demo, a measurement, a tool or a test.
-HOUSE = sorted(path for room in ROOMS if ROOMS[room] for path in [*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/*.py")])
-SOURCES = HOUSE + sorted(path for folder in ("configs", "demo", "bench", "tools") for path in ROOT.glob(f"{folder}/**/*.py"))
+HOUSE = sorted(
+    path for room in ROOMS if ROOMS[room] for path in [*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/*.py")]
+)
+SOURCES = HOUSE + sorted(
+    path for folder in ("configs", "demo", "bench", "tools") for path in ROOT.glob(f"{folder}/**/*.py")
+)
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 
@@ -62,12 +66,16 @@ def imports(path):
 
 
 def functions(path):
-    return [node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 def test_every_file_has_a_floor():
     """Nine files on the top level, and no room that FLOORS does not name."""
-    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(room for room in ROOMS if (ROOT / f"{room}.py").exists())
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(
+        room for room in ROOMS if (ROOT / f"{room}.py").exists()
+    )
     assert len(list(ROOT.glob("*.py"))) == 9
     rooms = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("[!.]*/*.py")}
     assert rooms - set(ROOMS) == {"configs", "tests"}
@@ -89,16 +97,26 @@ def test_kernels_know_torch_and_each_other_only(path):
 
 
 def test_the_specification_is_plain():
-    """kernels/reference.py can be read by itself: it imports nothing of ours and never asks where a tensor is."""
+    """kernels/reference.py can be read by itself: it imports nothing of ours and never asks where a tensor
+    is.
+    """
     path = ROOT / "kernels/reference.py"
     assert not {name for name in imports(path) if name.split(".")[0] in ROOMS}
-    assert not [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "cuda")]
+    assert not [
+        node
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "cuda")
+    ]
 
 
 @per_file([path for path in SOURCES if room_of(path) not in ("plumbing", "bench")])
 def test_only_plumbing_knows_torch_distributed(path):
     assert not [name for name in imports(path) if name.startswith("torch.distributed")]
-    assert not [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"]
+    assert not [
+        node
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
+    ]
 
 
 @per_file(SOURCES)
@@ -115,9 +133,17 @@ def test_nothing_is_pickled_and_nothing_partly_loaded(path):
 @per_file(HOUSE)
 def test_public_functions_say_what_they_do(path):
     """The file's docstring is main's too."""
-    public = [node for node in TREES[path].body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    public = [
+        node
+        for node in TREES[path].body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
     assert ast.get_docstring(TREES[path]) or not TREES[path].body, "no docstring of the file"
-    assert not [f"{node.name} (line {node.lineno})" for node in public if node.name != "main" and not ast.get_docstring(node)]
+    assert not [
+        f"{node.name} (line {node.lineno})"
+        for node in public
+        if node.name != "main" and not ast.get_docstring(node)
+    ]
 
 
 @per_file(SOURCES)
@@ -150,14 +176,20 @@ def constants():
 
 
 def flags():
-    return {name for name in constants() if name.startswith("--")} | {f"--{key}" for key in KEYS} | {"--key", "--nproc-per-node"}
+    return (
+        {name for name in constants() if name.startswith("--")}
+        | {f"--{key}" for key in KEYS}
+        | {"--key", "--nproc-per-node"}
+    )
 
 
 @per_file(sorted([*PAGES, *ROOT.glob("bench/**/*.md")]))
 def test_paths_in_documents_exist(path):
     """Link targets, and every file of the repository that the text names; runs/ is what the commands make."""
     text = path.read_text()
-    links = [target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"[a-z]+:", target)]
+    links = [
+        target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"[a-z]+:", target)
+    ]
     rooms = "configs|demo|kernels|analysis|families|plumbing|planner|reports|formats|tests|bench|tools|docs"
     named = re.findall(rf"(?<![\w./-])(?:(?:{rooms})/[\w./-]*\w|\w+\.py)\b(?!\()", text)
     assert not [link for link in links if not (path.parent / link).exists()]
@@ -172,7 +204,9 @@ def code_spans(path):
 
 
 def commands(path):
-    """[(command, [line of the output that stands below "$ command"])] of a page's code blocks and inline code, in its order."""
+    """[(command, [line of the output that stands below "$ command"])] of a page's code blocks and inline
+    code, in its order.
+    """
     found, text = [], path.read_text().replace("\\\n", "")
     for block, span in re.findall(rf"{FENCE.pattern}|`([^`\n]+)`", text, re.M | re.S):
         for line in (block or span).splitlines():
@@ -185,7 +219,9 @@ def commands(path):
 
 
 def defined(tree):
-    """Names that a file or class binds at its top: functions, classes and their members, constants, fields."""
+    """Names that a file or class binds at its top: functions, classes and their members, constants,
+    fields.
+    """
     names = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -194,7 +230,9 @@ def defined(tree):
             names |= {f"{node.name}.{member}" for member in defined(node)}
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            names |= {
+                name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+            }
     return names
 
 
@@ -205,8 +243,8 @@ def names_in(path):
 
 @per_file(PAGES)
 def test_names_in_documents_exist(path):
-    """`module.name` and `plumbing.module.name` are in that file, `tests/file.py::test` is a test, `key=value` is a key with a value of it,
-    `--flag ..` a flag of some script."""
+    """`module.name` and `plumbing.module.name` are in that file, `tests/file.py::test` is a test, `key=value`
+    is a key with a value of it, `--flag ..` a flag of some script."""
     spans, _ = code_spans(path)
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): names_in(file) for file in HOUSE}
     modules["kernels"] = set(kernels.__all__)
@@ -220,7 +258,11 @@ def test_names_in_documents_exist(path):
         found = re.fullmatch(r"(?:--)?([a-z]\w*)=(\"\w+\"|[\w.-]+)", span)
         if found and span != "--key=value":
             value, kinds = found[2].strip('"'), KEYS.get(found[1], [])
-            choices = {choice for kind in kinds for choice in (get_args(kind) if get_origin(kind) is Literal else [value])}
+            choices = {
+                choice
+                for kind in kinds
+                for choice in (get_args(kind) if get_origin(kind) is Literal else [value])
+            }
             assert value in choices, f"{span}: no such key, or no value of it"
         if span.startswith("--"):
             assert set(re.findall(r"--[\w-]+", span)) <= flags(), f"{span}: no such flag"
@@ -235,8 +277,12 @@ def check_command(words, monkeypatch):
     if words[0] == "torchrun":
         run = importlib.import_module("torch.distributed.run")
         launched = run.get_args_parser().parse_args(words[1:])
-        return check_command(["python", launched.training_script, *launched.training_script_args], monkeypatch)
-    name, *args = words[2:] if words[1] == "-m" else [words[1].removesuffix(".py").replace("/", "."), *words[2:]]
+        return check_command(
+            ["python", launched.training_script, *launched.training_script_args], monkeypatch
+        )
+    name, *args = (
+        words[2:] if words[1] == "-m" else [words[1].removesuffix(".py").replace("/", "."), *words[2:]]
+    )
     module, stage = importlib.import_module(name), name.removeprefix("train_")
     if "--gpu" in args:
         options, args = plan._options(args)
@@ -263,7 +309,9 @@ def check_command(words, monkeypatch):
 
 @per_file(PAGES)
 def test_commands_in_documents_parse(path, monkeypatch):
-    """Scripts, configs, keys with their values, flags, targets; also of what test_commands.py cannot run, or runs with other values."""
+    """Scripts, configs, keys with their values, flags, targets; also of what test_commands.py cannot run, or
+    runs with other values.
+    """
     targets = re.findall(r"^([\w-]+)[\w -]*:", (ROOT / "Makefile").read_text(), re.M)
     for words in [shlex.split(command) for command, _ in commands(path)]:
         if words[0] == "make":
@@ -291,16 +339,31 @@ def test_messages_of_troubleshooting_are_the_codes():
 
 
 def test_table_of_recipes_is_the_configs():
-    rows = re.findall(r"^\| `(configs/\w+\.py)` \| (sft|dpo) \| (.+) \|$", (ROOT / "docs/recipes.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `(configs/\w+\.py)` \| (sft|dpo) \| (.+) \|$", (ROOT / "docs/recipes.md").read_text(), re.M
+    )
     configs = {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/*.py")} - {"configs/pairs.py"}
-    assert sorted((path, stage) for path, stage, _ in rows) == sorted((path, stage) for path in configs for stage in ("sft", "dpo"))
+    assert sorted((path, stage) for path, stage, _ in rows) == sorted(
+        (path, stage) for path in configs for stage in ("sft", "dpo")
+    )
     for path, stage, cells in rows:
         config = load(stage, [str(ROOT / path)])
         data, tokens, batch, length, lr, loss, rank = cells.split(" | ")
         (amount,) = config.data.values()
         assert data.startswith(f"{amount} x ") or amount == 1.0
-        run = f"{config.max_steps} steps" if config.max_steps else f"{config.num_epochs} epoch{'s' * (config.num_epochs > 1)}"
-        expected = (config.max_seq_len, config.global_batch_size, run, config.lr, config.loss, config.lora_rank)
+        run = (
+            f"{config.max_steps} steps"
+            if config.max_steps
+            else f"{config.num_epochs} epoch{'s' * (config.num_epochs > 1)}"
+        )
+        expected = (
+            config.max_seq_len,
+            config.global_batch_size,
+            run,
+            config.lr,
+            config.loss,
+            config.lora_rank,
+        )
         assert (int(tokens), int(batch), length, float(lr), loss, int(rank)) == expected, (path, stage)
 
 
@@ -309,18 +372,34 @@ def test_requirements_pin_every_dependency():
     extras = project["optional-dependencies"]
     del extras["fast"]  # kernels for some GPUs, which `make` does not install
     wanted = project["dependencies"] + [name for extra in extras.values() for name in extra]
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
-    lines = [line.split("; platform_")[0] for line in lines]  # Triton has no build for others than Linux on x86-64
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "exact versions only: no build suffix, no index"
+    lines = [
+        line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")
+    ]
+    lines = [
+        line.split("; platform_")[0] for line in lines
+    ]  # Triton has no build for others than Linux on x86-64
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), (
+        "exact versions only: no build suffix, no index"
+    )
     pinned = {line.split("==")[0].lower().replace("-", "_") for line in lines}
     assert {re.split(r"[<>=]", name)[0].replace("-", "_") for name in wanted} <= pinned
-    assert not [name for name in pinned if name.startswith("nvidia")], "pip takes these with the build of torch it finds"
+    assert not [name for name in pinned if name.startswith("nvidia")], (
+        "pip takes these with the build of torch it finds"
+    )
 
 
 def test_nothing_names_the_machine_it_was_written_on():
     """Neither its folders nor where its packages came from: both are another's on every other machine."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    places = ["/wor" + "k/", "share" + "d/(?:design|tools|cases)", "pypi" + r"\.org", "pythonho" + "sted", "/opt/py" + "pi"]
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    places = [
+        "/wor" + "k/",
+        "share" + "d/(?:design|tools|cases)",
+        "pypi" + r"\.org",
+        "pythonho" + "sted",
+        "/opt/py" + "pi",
+    ]
     places = re.compile("|".join(places))
     found = []
     for name in listed:

@@ -22,7 +22,14 @@ from reports.folders import read, short_names
 from reports.html import COLOURS, table
 from reports.summary import BASELINES
 
-CONFIG = {"out_dir": "o", "loss": "dpo_norm", "beta": 2.0, "max_grad_norm": 1.0, "lr": 1e-3, "data": {"a.jsonl": 1.0}}
+CONFIG = {
+    "out_dir": "o",
+    "loss": "dpo_norm",
+    "beta": 2.0,
+    "max_grad_norm": 1.0,
+    "lr": 1e-3,
+    "data": {"a.jsonl": 1.0},
+}
 LOSSES = {name: loss.facts() for name, loss in train_dpo.LOSSES.items()}
 MANIFEST = {"stage": "dpo", "loss": LOSSES["dpo_norm"], "weights": "0123456789abcdef" * 4, "versions": {"torch": "2.13"},
             "commit": "a" * 40 + "+changes"}  # fmt: skip
@@ -31,19 +38,33 @@ PROMPT = "<|user|>\n<script>alert(\"x\")</script> & 'more'\n"
 
 
 def step(number, norm):
-    rewards = {"rewards/chosen": 0.1 * number, "rewards/rejected": -0.3 * number, "rewards/margins": 0.4 * number}
+    rewards = {
+        "rewards/chosen": 0.1 * number,
+        "rewards/rejected": -0.3 * number,
+        "rewards/margins": 0.4 * number,
+    }
     rest = {"lr": 1e-3, "step_s": 20.0 * number, "tokens_per_s": 1000.0 * number**2, "peak_mem_gib": 2.0}
     means = {"rewards/accuracies": 0.5, "logps/chosen": -10.0, "logps/rejected": -20.0}
     return {"step": number, "loss": 1 / number, "grad_norm": norm, **rewards, **means, **rest}
 
 
 def evaluation(number, accuracy, half):
-    held_out = {"loss": 0.6, "rewards/accuracies": accuracy, "rewards/margins": 2.0, "rewards/chosen": 1.0, "rewards/rejected": -1.0}
+    held_out = {
+        "loss": 0.6,
+        "rewards/accuracies": accuracy,
+        "rewards/margins": 2.0,
+        "rewards/chosen": 1.0,
+        "rewards/rejected": -1.0,
+    }
     held_out |= {"rewards/accuracies_ci95": half, "rewards/margins_ci95": 0.5}
     return {"step": number} | {f"eval/{name}": value for name, value in held_out.items()}
 
 
-LINES = [evaluation(0, 0.0, 0.0), *[step(i + 1, norm) for i, norm in enumerate(NORMS)], evaluation(3, 0.98214, 0.01551)]
+LINES = [
+    evaluation(0, 0.0, 0.0),
+    *[step(i + 1, norm) for i, norm in enumerate(NORMS)],
+    evaluation(3, 0.98214, 0.01551),
+]
 
 
 def write_run(folder, lines=LINES, samples=(), **config):
@@ -61,16 +82,58 @@ def write_steering(folder):
     """A spectrum of two layers and a sweep over two lambdas with one axiom."""
     (folder / "sweep_matched").mkdir(parents=True)
     (folder / "vector.safetensors").touch()
-    (folder / "manifest.json").write_text(json.dumps({"inputs": {"texts": "t.jsonl", "sft": "f" * 64}, "layers": 2}))
-    layer = {"relative": 0.5, "cosine": 0.9, "explained_centred": [0.25], "rank_one": 0.75, "effective_rank": 3.0}
+    (folder / "manifest.json").write_text(
+        json.dumps({"inputs": {"texts": "t.jsonl", "sft": "f" * 64}, "layers": 2})
+    )
+    layer = {
+        "relative": 0.5,
+        "cosine": 0.9,
+        "explained_centred": [0.25],
+        "rank_one": 0.75,
+        "effective_rank": 3.0,
+    }
     (folder / "spectrum.json").write_text(json.dumps({"layers": [layer | {"layer": i} for i in range(2)]}))
-    verdict = {"verdict": "rising", "because": [], "estimate": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5], "change": 1.0}
-    verdict |= {"change_interval": [0.5, 1.5], "permuted": [[-0.5, -0.5], [0.25, 0.25]], "groups": 40, "oracle_share": 0.5}
-    ranks = {"null_changes": {"isotropic": [-0.5, 0.25], "sign-flipped": [0.0, 0.5]}, "null_sd": 0.25, "size_sd": 4.0, "p_change": 0.05}
+    verdict = {
+        "verdict": "rising",
+        "because": [],
+        "estimate": [1.0, 2.0],
+        "low": [0.5, 1.5],
+        "high": [1.5, 2.5],
+        "change": 1.0,
+    }
+    verdict |= {
+        "change_interval": [0.5, 1.5],
+        "permuted": [[-0.5, -0.5], [0.25, 0.25]],
+        "groups": 40,
+        "oracle_share": 0.5,
+    }
+    ranks = {
+        "null_changes": {"isotropic": [-0.5, 0.25], "sign-flipped": [0.0, 0.5]},
+        "null_sd": 0.25,
+        "size_sd": 4.0,
+        "p_change": 0.05,
+    }
     verdict |= {"nulls": ranks, "decision": "go on", "advice": "a change that matters"}
-    axiom = verdict | {"category": "Privacy", "level": 0.01, "verdict": "flat", "because": ["random directions change as much"]}
-    profile = [{"lambda": x, "layer": i, "category": c, "separation": x + i} for x in (0.0, 1.0) for i in range(2) for c in ("Privacy", "overall")]
-    done = {"auc": 0.75, "preference_accuracy": 0.5, "refused_unsafe": 0.25, "refused_safe": 0.0, "logp_chosen": -1.5, "logp_rejected": -2.5}
+    axiom = verdict | {
+        "category": "Privacy",
+        "level": 0.01,
+        "verdict": "flat",
+        "because": ["random directions change as much"],
+    }
+    profile = [
+        {"lambda": x, "layer": i, "category": c, "separation": x + i}
+        for x in (0.0, 1.0)
+        for i in range(2)
+        for c in ("Privacy", "overall")
+    ]
+    done = {
+        "auc": 0.75,
+        "preference_accuracy": 0.5,
+        "refused_unsafe": 0.25,
+        "refused_safe": 0.0,
+        "logp_chosen": -1.5,
+        "logp_rejected": -2.5,
+    }
     entry = done | {"kl_from_sft": 0.125, "kl_to_dpo": 0.5, "repeated_4grams": 0.0}
     sweep = {
         "inputs": {"lambdas": [0, 1.0], "inject": "matched"}, "verdicts": [verdict | {"category": "overall", "level": 0.05}, axiom],
@@ -86,7 +149,9 @@ def write_steering(folder):
 
 
 class Reader(HTMLParser):
-    """A page as its reader sees it: tables {(h2, h3): rows of texts}, figures {(h2, title): {legend entry: last value}}, units {title}."""
+    """A page as its reader sees it: tables {(h2, h3): rows of texts}, figures {(h2, title): {legend entry:
+    last value}}, units {title}.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -139,7 +204,9 @@ def show(tmp_path, *folders):
 
 
 def test_one_run(tmp_path, capsys):
-    """Last rewards 0.3 and -0.9 over beta 2 are log-ratios 0.15 and -0.45; 20 + 40 + 60 s are 2 minutes; a median of 4,000."""
+    """Last rewards 0.3 and -0.9 over beta 2 are log-ratios 0.15 and -0.45; 20 + 40 + 60 s are 2 minutes; a
+    median of 4,000.
+    """
     _, page = show(tmp_path, write_run(tmp_path / "one"))
     head, row = page.tables["DPO", "Outcome"]
     assert dict(zip(head, row)) == {
@@ -155,13 +222,23 @@ def test_one_run(tmp_path, capsys):
     assert figures["Gradient norm"] == {"one clipped in 1 of 3 steps": "1.000"}
     assert "MFU" not in figures, "a CPU has none"
     assert page.tables["DPO", "Held-out evaluations"] == [
-        ["run", "step", "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"],
+        [
+            "run",
+            "step",
+            "loss",
+            "rewards/accuracies",
+            "rewards/margins",
+            "rewards/chosen",
+            "rewards/rejected",
+        ],
         ["one", "0", "0.6000", "0.000 ± 0.000", "2.00 ± 0.50", "1.000", "-1.000"],
         ["one", "3", "0.6000", "0.982 ± 0.016", "2.00 ± 0.50", "1.000", "-1.000"],
     ]
     manifest = dict(page.tables["Manifests", "DPO"][1:])
     assert (
-        manifest["weights"] == "0123456789abcdef…" and manifest["versions.torch"] == "2.13" and manifest["commit"] == "a" * 16 + "…+changes"
+        manifest["weights"] == "0123456789abcdef…"
+        and manifest["versions.torch"] == "2.13"
+        and manifest["commit"] == "a" * 16 + "…+changes"
     )
     assert ("DPO", "Settings that differ") not in page.tables
     assert capsys.readouterr().out == f"wrote {tmp_path}/page.html\n"
@@ -176,11 +253,15 @@ def test_what_a_run_was_warned_of(tmp_path):
     jumps = write_run(tmp_path / "jumps", [*lines, step(21, 1.0) | {"loss": 2.1}])
     _, page = show(tmp_path, fine, jumps)
     (row,) = page.tables["DPO", "Warnings"][1:]
-    assert row[0] == "jumps" and row[1].startswith("step 21: loss 2.1 is over 2 times the largest of the last 20 steps")
+    assert row[0] == "jumps" and row[1].startswith(
+        "step 21: loss 2.1 is over 2 times the largest of the last 20 steps"
+    )
 
 
 def test_runs_are_drawn_over_each_other(tmp_path):
-    """Of one stage, with the settings that differ; a key that one run lacks is a dash; sft runs are a section of their own."""
+    """Of one stage, with the settings that differ; a key that one run lacks is a dash; sft runs are a section
+    of their own.
+    """
     one = write_run(tmp_path / "x/one")
     two = write_run(tmp_path / "y/two", beta=4.0, data={"b.jsonl": 1.0}, out_dir="elsewhere", loss="dpo")
     sft = write_run(tmp_path / "sft", [{"step": 0, "eval/loss": 2.0}, *LINES[1:-1]], loss="tulu3_release")
@@ -195,8 +276,13 @@ def test_runs_are_drawn_over_each_other(tmp_path):
     ]  # fmt: skip
     (loss,) = re.findall(r"<svg[^>]*aria-label=\"Loss, nats per pair\".*?</svg>", text)
     assert re.findall(r'class="curve" style="--c:var\((--c\d)\)', loss) == ["--c0", "--c1"]
-    assert page.figures["SFT", "Loss"] == {"sft": "0.3333"} and page.figures["SFT", "Held-out loss"] == {"sft": "2.000"}
-    assert 'aria-label="Loss, nats per document"' in text and 'aria-label="Held-out loss, nats per token"' in text
+    assert page.figures["SFT", "Loss"] == {"sft": "0.3333"} and page.figures["SFT", "Held-out loss"] == {
+        "sft": "2.000"
+    }
+    assert (
+        'aria-label="Loss, nats per document"' in text
+        and 'aria-label="Held-out loss, nats per token"' in text
+    )
     assert 'aria-label="Log-ratio to the reference, nats per answer or nats per token"' in text
 
 
@@ -210,7 +296,10 @@ def test_simpo_has_no_reference_and_a_gpu_an_mfu(tmp_path):
 def test_smoothing_is_stated(tmp_path):
     """Of 80 steps the last two are averaged: of 1/79 and 1/80, 0.0126; the learning rate is as it is."""
     text, page = show(tmp_path, write_run(tmp_path / "one", [step(i, 1.0) for i in range(1, 81)]))
-    assert page.figures["DPO", "Loss"] == {"one": "0.0126"} and page.units["Loss"] == "nats per pair; mean of the last 2 steps"
+    assert (
+        page.figures["DPO", "Loss"] == {"one": "0.0126"}
+        and page.units["Loss"] == "nats per pair; mean of the last 2 steps"
+    )
     assert page.units["Learning rate"] == "of the step"
     (loss,) = re.findall(r"<svg[^>]*aria-label=\"Loss,.*?</svg>", text)
     assert loss.count('class="raw"') == 1
@@ -231,10 +320,14 @@ def test_answers_side_by_side_and_escaped(tmp_path):
 def test_the_page_stands_alone(tmp_path):
     """Nothing is fetched, nothing is run; it fits a phone and follows the dark mode."""
     text, page = show(tmp_path, write_run(tmp_path / "one"), write_steering(tmp_path / "steer"))
-    assert re.findall("<h2>(.*?)</h2>", text) == ["Steering", "DPO", "Manifests"], "verdicts first, manifests last"
+    assert re.findall("<h2>(.*?)</h2>", text) == ["Steering", "DPO", "Manifests"], (
+        "verdicts first, manifests last"
+    )
     assert not re.search(r"https?:|//|url\(|@import|javascript", text)
     attributes = {name for _, attrs in page.tags for name in attrs}
-    assert not attributes & {"src", "href", "srcset", "data", "action"} and not [name for name in attributes if name.startswith("on")]
+    assert not attributes & {"src", "href", "srcset", "data", "action"} and not [
+        name for name in attributes if name.startswith("on")
+    ]
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "img", "base"}
     assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in page.tags
     assert "prefers-color-scheme:dark" in text
@@ -244,7 +337,9 @@ def test_the_page_stands_alone(tmp_path):
 
 
 def test_steering(tmp_path):
-    """The verdict as a sentence, the curve among its nulls, effect sizes, behaviour, baselines; manifests last."""
+    """The verdict as a sentence, the curve among its nulls, effect sizes, behaviour, baselines; manifests
+    last.
+    """
     text, page = show(tmp_path, write_steering(tmp_path / "steer"))
     order = re.findall("<h3>([^<]*)</h3>", text)
     first = ["Verdict", "Separation over lambda", "Effect sizes", "Behaviour over lambda", "Baselines"]
@@ -253,30 +348,98 @@ def test_steering(tmp_path):
     said += "50% of what the best direction of this length does (+2, on texts it was not found on). go on: a change that matters."
     assert f"<p class=said>sweep_matched: {said}</p>" in text
     assert page.tables["Steering", "Verdicts"] == [
-        ["axiom", "sweep", "verdict", "decision", "change", "its interval", "level", "p", "in sd of nulls", "groups"],
-        ["overall", "sweep_matched", "rising", "go on", "+1.000", "[+0.500, +1.500]", "95.0%", "0.05", "+4", "40"],
-        ["Privacy", "sweep_matched", "flat (random directions change as much)", "go on", "+1.000", "[+0.500, +1.500]", "99.0%", "0.05", "+4", "40"],
+        [
+            "axiom",
+            "sweep",
+            "verdict",
+            "decision",
+            "change",
+            "its interval",
+            "level",
+            "p",
+            "in sd of nulls",
+            "groups",
+        ],
+        [
+            "overall",
+            "sweep_matched",
+            "rising",
+            "go on",
+            "+1.000",
+            "[+0.500, +1.500]",
+            "95.0%",
+            "0.05",
+            "+4",
+            "40",
+        ],
+        [
+            "Privacy",
+            "sweep_matched",
+            "flat (random directions change as much)",
+            "go on",
+            "+1.000",
+            "[+0.500, +1.500]",
+            "99.0%",
+            "0.05",
+            "+4",
+            "40",
+        ],
     ]
     beside = {
         "sweep_matched isotropic directions 2 of equal norm": None, "sweep_matched sign-flipped directions 2 of equal norm": None,
         "sweep_matched permuted labels 95 % of them": None,
     }  # fmt: skip
     best = {"sweep_matched best direction on texts it was not found on": "3.000"}
-    assert page.figures["Steering", "Separation, overall"] == {"sweep_matched rising": "2.000", "sweep_matched DPO model": "2.500"} | beside | best
-    assert page.figures["Steering", "Separation, Privacy"] == {"sweep_matched flat": "2.000", "sweep_matched DPO model": "0.5000"} | beside
+    assert (
+        page.figures["Steering", "Separation, overall"]
+        == {"sweep_matched rising": "2.000", "sweep_matched DPO model": "2.500"} | beside | best
+    )
+    assert (
+        page.figures["Steering", "Separation, Privacy"]
+        == {"sweep_matched flat": "2.000", "sweep_matched DPO model": "0.5000"} | beside
+    )
     assert text.count('class="dot cloud"') == 4 and "99 % interval" in page.units["Separation, Privacy"]
-    assert page.figures["Steering", "Prefers the chosen text"] == {"sweep_matched": "0.5000", "sweep_matched DPO model": "1.000"}
-    assert page.figures["Steering", "KL divergence"] == {"sweep_matched from SFT": "0.1250", "sweep_matched to DPO": "0.5000"}
-    last = ["sweep_matched", "1", "2.000", "[1.500, 2.500]", "0.8750", "0.1250", "0.0625", "0.7500", "0.5000", "0.1250", "0.5000", "0.2500", "0"]
+    assert page.figures["Steering", "Prefers the chosen text"] == {
+        "sweep_matched": "0.5000",
+        "sweep_matched DPO model": "1.000",
+    }
+    assert page.figures["Steering", "KL divergence"] == {
+        "sweep_matched from SFT": "0.1250",
+        "sweep_matched to DPO": "0.5000",
+    }
+    last = [
+        "sweep_matched",
+        "1",
+        "2.000",
+        "[1.500, 2.500]",
+        "0.8750",
+        "0.1250",
+        "0.0625",
+        "0.7500",
+        "0.5000",
+        "0.1250",
+        "0.5000",
+        "0.2500",
+        "0",
+    ]
     assert page.tables["Steering", "By lambda"][-2] == [*last, "-1.500", "-2.500", "0"]
     assert page.tables["Steering", "By lambda"][-1][:4] == ["sweep_matched", "DPO", "2.500", "–"]
-    assert page.tables["Steering", "Baselines"][1] == ["sweep_matched", "this model", "1.000", "0.7500", "[0.50, 1.00]"]
+    assert page.tables["Steering", "Baselines"][1] == [
+        "sweep_matched",
+        "this model",
+        "1.000",
+        "0.7500",
+        "[0.50, 1.00]",
+    ]
     assert page.figures["Steering", "Separation after each block"] == {
         "sweep_matched at the last lambda": "2.000",
         "sweep_matched unsteered": "1.000",
     }
     assert page.figures["Steering", "First component"] == {"steer raw": "0.7500", "steer centred": "0.2500"}
-    assert page.figures["Steering", "Held-out texts"].items() >= {"sweep_matched chosen": "-1.500", "sweep_matched rejected": "-2.500"}.items()
+    assert (
+        page.figures["Steering", "Held-out texts"].items()
+        >= {"sweep_matched chosen": "-1.500", "sweep_matched rejected": "-2.500"}.items()
+    )
     assert page.tables["Steering", "Notes"][1] == ["sweep_matched", "saturated at 55.00"]
     error = page.tables["Steering", "Relative error of the last layer's mean state at lambda 1"][1]
     assert error == ["sweep_matched", "matched", "0", "0.2214"]
@@ -284,7 +447,9 @@ def test_steering(tmp_path):
 
 
 def test_a_forest_plot_by_hand():
-    """Values of -1 to 1 over the 202 units right of the names, widened by 0.04: 1 is at 150 + 202 * 2.08 / 2.16 = 344.5."""
+    """Values of -1 to 1 over the 202 units right of the names, widened by 0.04: 1 is at 150 + 202 * 2.08 /
+    2.16 = 344.5.
+    """
     text = forest_svg(Forest("a < b", "unit", [Effect("calm", 2, 0.0, -1.0, 1.0, -0.5, 0.5)]))
     assert 'class="whisker" style="--c:var(--c2)" d="M157.5,8.5H344.5"' in text
     assert 'class="band" style="--c:var(--c2)" x="204.2" y="2.5" height="12" width="93.5"' in text
@@ -296,7 +461,10 @@ def test_a_sweeps_own_folder(tmp_path):
     folders = [write_steering(tmp_path / name) / "sweep_matched" for name in ("a", "b")]
     _, page = show(tmp_path, *folders)
     shown = page.figures["Steering", "Separation, Privacy"]
-    assert shown.items() >= {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}.items() and len(shown) == 2 * 5
+    assert (
+        shown.items() >= {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}.items()
+        and len(shown) == 2 * 5
+    )
     assert ("Steering", "Effective rank") not in page.figures
 
 
@@ -317,7 +485,9 @@ def test_a_number_that_was_not_finite_is_shown(tmp_path):
 
 def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
     """The last update broke the model: its evaluation has no number, which the legend says."""
-    last = evaluation(3, 0.0, 0.0) | dict.fromkeys(("eval/loss", "eval/rewards/margins", "eval/rewards/margins_ci95"))
+    last = evaluation(3, 0.0, 0.0) | dict.fromkeys(
+        ("eval/loss", "eval/rewards/margins", "eval/rewards/margins_ci95")
+    )
     _, page = show(tmp_path, write_run(tmp_path / "one", [*LINES[:-1], last]))
     assert page.figures["DPO", "Held-out loss"] == {"one 1 not finite": "0.6000"}
     assert page.figures["DPO", "Held-out reward margin"] == {"one 1 not finite": "2.000"}
@@ -330,9 +500,15 @@ def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
 
 BROKEN = {
     "torn": (break_line, "metrics.jsonl: line 6 is torn"),
-    "no steps": (lambda folder: (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n"), "no step yet"),
+    "no steps": (
+        lambda folder: (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n"),
+        "no step yet",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: missing or torn"),
-    "torn manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: missing or torn"),
+    "torn manifest": (
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        "manifest.json: missing or torn",
+    ),
     "neither": (lambda folder: (folder / "metrics.jsonl").unlink(), "expected a run folder"),
 }
 
@@ -360,10 +536,16 @@ def test_more_runs_than_colours(tmp_path):
 
 @pytest.mark.slow
 def test_command_line(tmp_path):
-    """A mistake is a message; the page goes into the first run; neither loads torch, so that a laptop without it will do."""
+    """A mistake is a message; the page goes into the first run; neither loads torch, so that a laptop without
+    it will do.
+    """
     command = [sys.executable, "-X", "importtime", "-m", "reports.page"]
     failed = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and f"error: {tmp_path}: expected a run folder" in failed.stderr and "Traceback" not in failed.stderr
+    assert (
+        failed.returncode == 1
+        and f"error: {tmp_path}: expected a run folder" in failed.stderr
+        and "Traceback" not in failed.stderr
+    )
     folder = write_run(tmp_path / "one")
     done = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (folder / "report.html").is_file()
@@ -379,11 +561,17 @@ def test_pictures_are_written(tmp_path):
     sweep = json.loads((write_steering(tmp_path / "steer") / "sweep_matched/aqi.json").read_text())
     charts = [*separation_charts([("steered", sweep)]), axioms_chart(sweep)]
     long = list(range(100))
-    charts.append(Chart("Loss", "nats", "step", [Line("run", 0, long, long, long, long, smooth=2)], (50, 1000)))
+    charts.append(
+        Chart("Loss", "nats", "step", [Line("run", 0, long, long, long, long, smooth=2)], (50, 1000))
+    )
     for i, chart in enumerate(charts):
         plots.plot_chart(tmp_path / f"png/{i}.png", chart)
-    plots.plot_heatmap(tmp_path / "png/heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]], "title")
-    plots.plot_clusters(tmp_path / "png/clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]), "title")
+    plots.plot_heatmap(
+        tmp_path / "png/heat.png", ["a", "b"], ["x", "y", "z"], [[1, 2, 3], [4, 5, 6]], "title"
+    )
+    plots.plot_clusters(
+        tmp_path / "png/clusters.png", np.eye(3)[[0, 1, 2, 0]], np.array([0, 1, 0, 1]), "title"
+    )
     files = list((tmp_path / "png").iterdir())
     assert len(files) == len(charts) + 2 and all(path.read_bytes().startswith(b"\x89PNG") for path in files)
 
@@ -392,12 +580,22 @@ def test_pictures_are_written(tmp_path):
 
 
 def test_a_chart_by_hand():
-    """360 x 190 with margins 46, 8, 8, 22: x from 46 to 352; y of 0 .. 1, widened by 0.04, over the 160 above 168:
-    168 - 160 * 0.04 / 1.08 = 162.1 and 168 - 160 * 1.04 / 1.08 = 13.9."""
-    text = svg(Chart("a < b", "unit", "step", [Line("run", 3, [0, 10], [0.0, 1.0], low=[0.0, 0.5], high=[0.0, 1.0])], levels=(0.5, 7.0)))
+    """360 x 190 with margins 46, 8, 8, 22: x from 46 to 352; y of 0 .. 1, widened by 0.04, over the 160 above
+    168: 168 - 160 * 0.04 / 1.08 = 162.1 and 168 - 160 * 1.04 / 1.08 = 13.9."""
+    text = svg(
+        Chart(
+            "a < b",
+            "unit",
+            "step",
+            [Line("run", 3, [0, 10], [0.0, 1.0], low=[0.0, 0.5], high=[0.0, 1.0])],
+            levels=(0.5, 7.0),
+        )
+    )
     assert 'class="curve" style="--c:var(--c3)" points="46.0,162.1 352.0,13.9"' in text
     assert 'd="M46.0,162.1L46.0,162.1M352.0,88.0L352.0,13.9"' in text, "whiskers"
-    assert text.count('class="level"') == 1 and 'd="M46.0,88.0L352.0,88.0"' in text, "a level outside the chart is not drawn"
+    assert text.count('class="level"') == 1 and 'd="M46.0,88.0L352.0,88.0"' in text, (
+        "a level outside the chart is not drawn"
+    )
     assert 'aria-label="a &lt; b, unit"' in text
     assert re.findall(r'class="x"[^>]*>([^<]*)', text) == ["0", "5", "10"]
 
@@ -419,17 +617,28 @@ def test_a_change_that_does_not_matter_looks_flat():
 
 
 def test_no_spike_is_thinned_away():
-    """10,000 points are drawn as at most two per bucket, among them the one that stands out, and both ends."""
+    """10,000 points are drawn as at most two per bucket, among them the one that stands out, and both
+    ends.
+    """
     values = [0.0] * 10_000
     values[6789] = 5.0
-    (points,) = re.findall(r'class="curve"[^>]* points="([^"]*)"', svg(Chart("t", "u", "x", [Line("run", 0, list(range(10_000)), values)])))
+    (points,) = re.findall(
+        r'class="curve"[^>]* points="([^"]*)"',
+        svg(Chart("t", "u", "x", [Line("run", 0, list(range(10_000)), values)])),
+    )
     points = points.split()
-    assert len(points) <= 2 * BUCKETS + 2 and points[0].startswith("46.0,") and points[-1].startswith("352.0,")
+    assert (
+        len(points) <= 2 * BUCKETS + 2 and points[0].startswith("46.0,") and points[-1].startswith("352.0,")
+    )
     assert sum(point.endswith(",13.9") for point in points) == 1
 
 
 def test_smoothed():
-    assert smoothed([2.0, 4.0, 6.0, 1.0], 2) == [2.0, 3.0, 5.0, 3.5] and smoothed([3.0, 1.0], 1) == [3.0, 1.0] and smoothed([], 1) == []
+    assert (
+        smoothed([2.0, 4.0, 6.0, 1.0], 2) == [2.0, 3.0, 5.0, 3.5]
+        and smoothed([3.0, 1.0], 1) == [3.0, 1.0]
+        and smoothed([], 1) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -487,4 +696,6 @@ def test_real_runs(world, tmp_path):
     preferences = {"Reward margin", "Held-out reward margin", "Reward accuracy", "Held-out reward accuracy", "Rewards",
                    "Log-ratio to the reference", "Log-prob of the answers"}  # fmt: skip
     assert {title for section, title in page.figures if section == "SFT"} == titles - preferences
-    assert [row[:3] for row in page.tables["DPO", "Greedy answers: dpo"][:1]] == [["prompt", "step 0", "step 2"]]
+    assert [row[:3] for row in page.tables["DPO", "Greedy answers: dpo"][:1]] == [
+        ["prompt", "step 0", "step 2"]
+    ]

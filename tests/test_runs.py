@@ -1,4 +1,6 @@
-"""Whole runs: the same numbers on 1, 2, 4 and 8 processes, exact resume, signals, NaN, the reference cache, bad input, no network."""
+"""Whole runs: the same numbers on 1, 2, 4 and 8 processes, exact resume, signals, NaN, the reference cache,
+bad input, no network.
+"""
 
 import json
 import math
@@ -106,8 +108,23 @@ def test_any_number_of_ranks(world, tmp_path, baseline, case, count):
 def test_torchrun(world, tmp_path, baseline):
     """The command of the README, with torchrun's own processes."""
     config = write_config(tmp_path, world, **SIX_STEPS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train_dpo.py", str(config)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "train_dpo.py",
+        str(config),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "dpo", baseline("dpo"))
 
@@ -116,7 +133,14 @@ def test_one_process_without_torchrun(world, tmp_path, baseline):
     """`python train_sft.py CONFIG --key=value`."""
     config = write_config(tmp_path, world, **SIX_STEPS | {"max_steps": 2})
     command = [sys.executable, "train_sft.py", str(config), "--max_steps=6"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert "; 6 steps on 1 rank(s) of cpu\n" in done.stdout
     assert final_bytes(tmp_path / "sft") == final_bytes(baseline("sft"))
@@ -127,8 +151,8 @@ def test_one_process_without_torchrun(world, tmp_path, baseline):
 
 @pytest.mark.parametrize("case, at", [(case, 3) for case in CASES] + [("dpo", 2), ("dpo_compact", 2)])
 def test_resume_is_exact(world, tmp_path, baseline, case, at):
-    """CHECKS 23: killed after step 3, the edge of an epoch, or 2, inside one, the same command goes on: the result is that of the
-    uninterrupted run, byte for byte, and metrics.jsonl has each step once."""
+    """CHECKS 23: killed after step 3, the edge of an epoch, or 2, inside one, the same command goes on: the
+    result is that of the uninterrupted run, byte for byte, and metrics.jsonl has each step once."""
     stage, keys = CASES[case]
     config, run = write_config(tmp_path, world, save_every=at, **SIX_STEPS, **keys), tmp_path / stage
     assert launch(stage, config, prepare=partial(save_at_once, kill_after=at)).codes == [-signal.SIGKILL]
@@ -146,10 +170,14 @@ def killed_unsaved():
 
 @pytest.mark.parametrize("case", ["sft", "dpo", "dpo_lora"])
 def test_resume_on_other_ranks(world, tmp_path, baseline, case):
-    """CHECKS 23: 2 ranks, killed in step 5 with step 4 saved; 1 rank trains step 5 again. The reference cache is gone by then:
-    CHECKS 6: it is made again from the step-0 weights, not from the trained ones, or the losses would not agree."""
+    """CHECKS 23: 2 ranks, killed in step 5 with step 4 saved; 1 rank trains step 5 again. The reference cache
+    is gone by then: CHECKS 6: it is made again from the step-0 weights, not from the trained ones, or the
+    losses would not agree."""
     stage, keys = CASES[case]
-    config, run = write_config(tmp_path, world, save_every=2, data_eval=None, **SIX_STEPS, **keys), tmp_path / stage
+    config, run = (
+        write_config(tmp_path, world, save_every=2, data_eval=None, **SIX_STEPS, **keys),
+        tmp_path / stage,
+    )
     assert -signal.SIGKILL in launch(stage, config, ranks=2, prepare=killed_unsaved).codes
     assert len(metrics(run)) == 5
     shutil.rmtree(tmp_path / "cache")
@@ -162,15 +190,21 @@ def test_resume_on_other_ranks(world, tmp_path, baseline, case):
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
 def test_split_masters_resume_as_sharded_ones(world, tmp_path, baseline, before, after):
-    """A checkpoint holds float32 weights, however they are kept: one process in bf16 goes on as two of FSDP2, and the other way round. The
-    losses of the whole run are the same to bf16's rounding; what is read back is what was saved, to the bit."""
+    """A checkpoint holds float32 weights, however they are kept: one process in bf16 goes on as two of FSDP2,
+    and the other way round. The losses of the whole run are the same to bf16's rounding; what is read back is
+    what was saved, to the bit."""
     keys = SIX_STEPS | SPLIT | dict(save_every=3, data_eval=None, sharding="full")
     config, run = write_config(tmp_path, world, **keys), tmp_path / "sft"
-    assert -signal.SIGKILL in launch("sft", config, ranks=before, prepare=partial(save_at_once, kill_after=3)).codes
+    assert (
+        -signal.SIGKILL
+        in launch("sft", config, ranks=before, prepare=partial(save_at_once, kill_after=3)).codes
+    )
     saved = [load_tensors(path) for path in sorted(run.glob("checkpoints/step_000003/rank_*.safetensors"))]
     assert all(tensor.dtype == torch.float32 for rows in saved for tensor in rows.values())
     weights = [tensor for rows in saved for name, tensor in rows.items() if name.startswith("param/")]
-    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights)  # more than bf16 holds
+    assert any(
+        not torch.equal(weight, weight.bfloat16().float()) for weight in weights
+    )  # more than bf16 holds
     assert first_step(launch("sft", config, ranks=after)) == 4
     losses, expected = ([line["loss"] for line in metrics(folder)] for folder in (run, baseline("sft_split")))
     assert losses == pytest.approx(expected, rel=5e-3) and len(losses) == 6
@@ -190,12 +224,15 @@ def test_bf16_state_on_two_ranks(world, tmp_path):
 
 @pytest.mark.parametrize("number, count", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_signals_stop_after_the_step(world, tmp_path, baseline, number, count):
-    """The step is finished and saved, though save_every is not set; all ranks stop though only the last got the signal; the message says
-    how to go on, and going on gives the uninterrupted run."""
+    """The step is finished and saved, though save_every is not set; all ranks stop though only the last got
+    the signal; the message says how to go on, and going on gives the uninterrupted run."""
     config, run = write_config(tmp_path, world, **SIX_STEPS), tmp_path / "dpo"
     stopped = launch("dpo", config, ranks=count, prepare=partial(signal_after, 2, number, rank=count - 1))
     assert stopped.codes == [128 + number] * count
-    assert f"stopped by signal {int(number)} after step 2, saved; the same command goes on from there" in stopped.out[0]
+    assert (
+        f"stopped by signal {int(number)} after step 2, saved; the same command goes on from there"
+        in stopped.out[0]
+    )
     assert not any("Traceback" in text for text in stopped.err)
     assert len(metrics(run)) == 2
     assert first_step(launch("dpo", config)) == 3
@@ -209,7 +246,9 @@ def killed_after_evaluation():
 
 
 def test_evaluations_are_logged_once(world, tmp_path):
-    """Killed just after the evaluation at the saved step: it is made again, not logged twice. A torn last line does not stop the run."""
+    """Killed just after the evaluation at the saved step: it is made again, not logged twice. A torn last
+    line does not stop the run.
+    """
     keys = dict(data_eval={f"{world}/pref.jsonl": 8}, eval_every=2, save_every=2)
     config, run = write_config(tmp_path, world, dpo=keys), tmp_path / "dpo"
     launch("dpo", config, prepare=killed_after_evaluation)
@@ -228,14 +267,19 @@ def test_fresh_starts_over(world, tmp_path):
     launch("sft", config).ok()
     first = final_bytes(run)
     again = launch("sft", config, ranks=2).ok().out[0]
-    assert "step 0" not in again and "sft/final: this run is finished; nothing is trained. --fresh starts it over" in again
+    assert (
+        "step 0" not in again
+        and "sft/final: this run is finished; nothing is trained. --fresh starts it over" in again
+    )
     assert "step 00001" in launch("sft", config, "--fresh").ok().out[0]
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert final_bytes(run) == first
 
 
 def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
-    """Without any checkpoint too; the same command trains nothing, or, when the export is damaged, says so and trains again."""
+    """Without any checkpoint too; the same command trains nothing, or, when the export is damaged, says so
+    and trains again.
+    """
     config, run = write_config(tmp_path, world, max_steps=3, data_eval=None), tmp_path / "sft"
     launch("sft", config).ok()
     first = final_bytes(run)
@@ -246,21 +290,28 @@ def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
     (run / "final/config.json").write_text("{}")
     again = launch("sft", config).ok().out[0]
     assert "final: config.json: damaged" in again and final_bytes(run) == first
-    assert re.search(r"final: of a finished run .*: 3 steps are trained again, then it is replaced\n(.*\n)*step 00001", again)
+    assert re.search(
+        r"final: of a finished run .*: 3 steps are trained again, then it is replaced\n(.*\n)*step 00001",
+        again,
+    )
     fresh = launch("sft", config, "--lr=0.5", "--fresh").ok().out[0]
     assert "step 00001" in fresh and "finished run" not in fresh
     assert final_bytes(run) != first
 
 
 def test_an_export_that_could_not_be_written_is_refused_before_training(world, tmp_path):
-    """A file of someone else's in final/ would stop the export, after hours; nothing is deleted, not by --fresh either."""
+    """A file of someone else's in final/ would stop the export, after hours; nothing is deleted, not by
+    --fresh either.
+    """
     config, run = write_config(tmp_path, world, max_steps=2, save_every=1, data_eval=None), tmp_path / "sft"
     launch("sft", config).ok()
     (run / "final/model-f16.gguf").touch()
     before = sorted(path for path in run.rglob("*"))
     for count in (1, 2):
         refused = launch("sft", config, "--fresh", "--lr=0.5", ranks=count)
-        assert refused.codes == [1] * count and "holds model-f16.gguf, which no export wrote" in refused.err[0]
+        assert (
+            refused.codes == [1] * count and "holds model-f16.gguf, which no export wrote" in refused.err[0]
+        )
         assert "step 00001" not in refused.out[0] and sorted(path for path in run.rglob("*")) == before
 
 
@@ -276,7 +327,9 @@ def killed_while_the_card_is_written():
 
 
 def test_a_kill_while_the_card_is_written(world, tmp_path):
-    """What it leaves is not taken for someone else's file in final/, which would be refused from then on, by --fresh too."""
+    """What it leaves is not taken for someone else's file in final/, which would be refused from then on, by
+    --fresh too.
+    """
     config = write_config(tmp_path, world, max_steps=1, data_eval=None)
     assert launch("sft", config, prepare=killed_while_the_card_is_written).codes == [-signal.SIGKILL]
     launch("sft", config).ok()
@@ -292,7 +345,10 @@ def test_held_out_data_are_part_of_the_run(world, tmp_path):
     rows = held_out.read_text().splitlines(keepends=True)
     held_out.write_text("".join(reversed(rows)))
     refused = launch("sft", config)
-    assert refused.codes == [1] and "step_000002 was saved under another configuration: held_out=" in refused.err[0]
+    assert (
+        refused.codes == [1]
+        and "step_000002 was saved under another configuration: held_out=" in refused.err[0]
+    )
 
 
 def interrupted(name):
@@ -304,7 +360,10 @@ def test_ctrl_c_before_the_first_step_is_one_line(world, tmp_path, name):
     """While the data are tokenised, and in the reference pass."""
     stopped = launch("dpo", write_config(tmp_path, world), prepare=partial(interrupted, name))
     assert stopped.codes == [130] and "Traceback" not in stopped.err[0]
-    assert "stopped by Ctrl-C; what was finished is kept, and the same command goes on from there" in stopped.err[0]
+    assert (
+        "stopped by Ctrl-C; what was finished is kept, and the same command goes on from there"
+        in stopped.err[0]
+    )
 
 
 def killed_by_sigint_in_the_export():
@@ -313,9 +372,13 @@ def killed_by_sigint_in_the_export():
 
 
 def test_ctrl_c_during_the_export_is_said_and_the_export_finished(world, tmp_path):
-    done = launch("sft", write_config(tmp_path, world, max_steps=1), prepare=killed_by_sigint_in_the_export).ok()
+    done = launch(
+        "sft", write_config(tmp_path, world, max_steps=1), prepare=killed_by_sigint_in_the_export
+    ).ok()
     assert "signal 2: what runs now, a step or the export, is finished first" in done.err[0]
-    assert (tmp_path / "sft/final/hashes.json").is_file() and "finished" in json.loads((tmp_path / "sft/manifest.json").read_text())
+    assert (tmp_path / "sft/final/hashes.json").is_file() and "finished" in json.loads(
+        (tmp_path / "sft/manifest.json").read_text()
+    )
 
 
 def hang(rank, step):
@@ -340,20 +403,26 @@ def test_a_rank_that_hangs_is_named(world, tmp_path, rank, step):
     since = f"after step {step - 1}" if step > 1 else "before the first step"
     assert re.search(rf"error: no progress for \d+ s {since}; what hangs: rank {rank}\n", said)
     assert f"rank {rank}, step {step - 1}: tests/test_runs.py:" in said and "hooked" in said
-    assert re.search(rf"rank {1 - rank}, step [{step - 1}{step}]: waits for the others, plumbing/parallel.py:\d+", said)
+    assert re.search(
+        rf"rank {1 - rank}, step [{step - 1}{step}]: waits for the others, plumbing/parallel.py:\d+", said
+    )
     assert f"rank {rank}: no progress {since}; its stacks:" in said and "Current thread" in said
 
 
 def hang_while_loading(rank):
     watchdog.PATIENCE = 1.0
     load = train_sft.training.load_weights
-    train_sft.training.load_weights = lambda *args: load(*args) if os.environ["RANK"] != str(rank) else time.sleep(1000)
+    train_sft.training.load_weights = lambda *args: (
+        load(*args) if os.environ["RANK"] != str(rank) else time.sleep(1000)
+    )
 
 
 def test_a_rank_that_hangs_while_it_loads_is_named(world, tmp_path):
     outcome = launch("sft", write_config(tmp_path, world), ranks=2, prepare=partial(hang_while_loading, 1))
     assert all(outcome.codes)
-    assert re.search(r"error: no progress for \d+ s before the first step; what hangs: rank 1\n", "".join(outcome.err))
+    assert re.search(
+        r"error: no progress for \d+ s before the first step; what hangs: rank 1\n", "".join(outcome.err)
+    )
 
 
 def test_two_runs_in_one_folder(world, tmp_path):
@@ -361,7 +430,9 @@ def test_two_runs_in_one_folder(world, tmp_path):
     config = write_config(tmp_path, world, max_steps=3)
     first = []
     release = tmp_path / "release"
-    thread = threading.Thread(target=lambda: first.append(launch("sft", config, prepare=partial(wait_for, release))))
+    thread = threading.Thread(
+        target=lambda: first.append(launch("sft", config, prepare=partial(wait_for, release)))
+    )
     thread.start()
     while thread.is_alive() and not (tmp_path / "sft/manifest.json").exists():
         time.sleep(0.1)
@@ -394,13 +465,15 @@ def wait_for(release):
 
 
 def test_reference_cache_of_a_run(world, tmp_path):
-    """CHECKS 6, 7, 27: computed with a bar from the first second; found again, whatever the ranks and the batch size; a miss when the
-    weights under the same path change."""
+    """CHECKS 6, 7, 27: computed with a bar from the first second; found again, whatever the ranks and the
+    batch size; a miss when the weights under the same path change."""
     base = tmp_path / "base"
     shutil.copytree(world / "base", base)
     config = write_config(tmp_path, world, model_path=str(base), max_steps=3)
     first = launch("dpo", config).ok()
-    assert re.search(r"reference log-probs \(0 of 35 pairs found\):   0%.* 0/3 \[00:00<\?, \?batch/s\]", first.err[0])
+    assert re.search(
+        r"reference log-probs \(0 of 35 pairs found\):   0%.* 0/3 \[00:00<\?, \?batch/s\]", first.err[0]
+    )
     assert "3/3" in first.err[0]
 
     second = launch("dpo", config, "--fresh", "--global_batch_size=10", ranks=2).ok()
@@ -427,7 +500,10 @@ def test_wrong_reference_stops_the_run(world, tmp_path):
     last_of_step_1 = train_dpo.step_examples(0, 35, 16, 42)[-1]
     table[last_of_step_1] += 0.1
     train_dpo._write_table(path, table)
-    for prepare, message in ((None, "not this model's log-probs"), (unverified, "the reference is not of model_path")):
+    for prepare, message in (
+        (None, "not this model's log-probs"),
+        (unverified, "the reference is not of model_path"),
+    ):
         failed = launch("dpo", config, "--fresh", prepare=prepare)
         assert failed.codes == [1] and "Traceback" not in failed.err[0]
         assert message in failed.err[0] and "step 00001" not in failed.out[0]
@@ -445,7 +521,9 @@ def count_models():
 
 
 def test_lora_sft_then_lora_dpo(world, tmp_path, ranks):
-    """CHECKS 22: the reference of DPO is the merged SFT, not the base. CHECKS 9: there is one model in memory, policy and reference."""
+    """CHECKS 22: the reference of DPO is the merged SFT, not the base. CHECKS 9: there is one model in
+    memory, policy and reference.
+    """
     from transformers import AutoModelForCausalLM
 
     config = write_config(tmp_path, world, **LORA, dpo=dict(model_path=f"{tmp_path}/sft/final"))
@@ -465,7 +543,9 @@ def test_lora_sft_then_lora_dpo(world, tmp_path, ranks):
             ids, mask = (torch.from_numpy(np.array(values)).long() for values in side[i])
             with torch.no_grad():
                 logps = reference(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-            assert load_file(path)["logps"][i, column] == pytest.approx(logps[mask[1:].bool()].sum().item(), rel=1e-4)
+            assert load_file(path)["logps"][i, column] == pytest.approx(
+                logps[mask[1:].bool()].sum().item(), rel=1e-4
+            )
 
 
 # ---------------------------------------------------------------- numbers that are not finite
@@ -511,11 +591,12 @@ def break_row(stage, row, where):
 
 
 @pytest.mark.parametrize(
-    "stage, count, where", [("sft", 2, "forward"), ("dpo", 2, "forward"), ("sft", 2, "backward"), ("dpo", 1, "backward")]
+    "stage, count, where",
+    [("sft", 2, "forward"), ("dpo", 2, "forward"), ("sft", 2, "backward"), ("dpo", 1, "backward")],
 )
 def test_one_bad_row_stops_the_run(world, tmp_path, stage, count, where):
-    """CHECKS 24: in step 2 one row, so one of two ranks, has a NaN loss, or an infinite gradient: all stop, the row is named, step 1 is
-    all that was logged, and the last checkpoint is that of step 1."""
+    """CHECKS 24: in step 2 one row, so one of two ranks, has a NaN loss, or an infinite gradient: all stop,
+    the row is named, step 1 is all that was logged, and the last checkpoint is that of step 1."""
     row = int(train_sft.step_examples(1, 35, 16, 42)[5])
     config, run = write_config(tmp_path, world, save_every=1), tmp_path / stage
     failed = launch(stage, config, ranks=count, prepare=partial(break_row, stage, row, where))
@@ -548,14 +629,23 @@ def shape(base, **changes):
 
 
 BAD_BASES = {
-    "missing file": (lambda base: (base / "model.safetensors").unlink(), "missing weight files: model.safetensors"),
+    "missing file": (
+        lambda base: (base / "model.safetensors").unlink(),
+        "missing weight files: model.safetensors",
+    ),
     "truncated file": (truncate_weights, "truncated, or not a safetensors file"),
     "missing tensor": (lambda base: drop_tensor(base, "model.norm.weight"), "model.norm.weight"),
     "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
     "other tokenizer": (other_tokenizer, "the model's embedding only has vocab_size="),
     "no config": (lambda base: (base / "config.json").unlink(), "no config.json there"),
-    "positions": (partial(shape, max_position_embeddings=63), "max_seq_len=64: expected at most the model's max_position_embeddings=63"),
-    "window": (partial(shape, model_type="mistral", sliding_window=63), "max_seq_len=64: expected at most the model's sliding_window=63"),
+    "positions": (
+        partial(shape, max_position_embeddings=63),
+        "max_seq_len=64: expected at most the model's max_position_embeddings=63",
+    ),
+    "window": (
+        partial(shape, model_type="mistral", sliding_window=63),
+        "max_seq_len=64: expected at most the model's sliding_window=63",
+    ),
 }
 
 
@@ -579,8 +669,14 @@ BAD_DATA = {
     "not json": ("{garbage", "row 0: Expecting property name"),
     "torn": ('{"messages": [{"role": "user", "content": "a"}]}\n{"mess', "row 1: Unterminated string"),
     "schema": ('{"text": "a"}\n', "columns text (str); expected one of: messages"),
-    "row": ('{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}\n', "row 0: message 1: role='robot'"),
-    "no answers": ('{"messages": [{"role": "user", "content": "a"}]}\n', "1 dropped without an assistant turn"),
+    "row": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}\n',
+        "row 0: message 1: role='robot'",
+    ),
+    "no answers": (
+        '{"messages": [{"role": "user", "content": "a"}]}\n',
+        "1 dropped without an assistant turn",
+    ),
 }
 
 
@@ -627,7 +723,9 @@ def left_by(run):
 
 
 def test_checkpoint_of_another_config(world, tmp_path):
-    """Refused naming the key, and what the earlier run left is as it was; keys that do not decide the numbers may change."""
+    """Refused naming the key, and what the earlier run left is as it was; keys that do not decide the numbers
+    may change.
+    """
     config, run = write_config(tmp_path, world, save_every=2, max_steps=4), tmp_path / "dpo"
     launch("dpo", config, prepare=partial(save_at_once, kill_after=2))
     before = left_by(run)
@@ -635,7 +733,9 @@ def test_checkpoint_of_another_config(world, tmp_path):
     assert left_by(run) == before
     launch("dpo", config, "--tokens_per_microbatch=256", "--log_every=2").ok()
     launch("dpo", config, "--beta=0.3", "--fresh").ok()
-    assert [process["after_step"] for process in json.loads((run / "manifest.json").read_text())["processes"]] == [0]
+    assert [
+        process["after_step"] for process in json.loads((run / "manifest.json").read_text())["processes"]
+    ] == [0]
 
 
 def test_another_model_under_the_same_path(world, tmp_path):
@@ -669,11 +769,15 @@ def forbid_network():
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_no_network(world, tmp_path, stage):
-    """CHECKS 26: no connection and no name is looked up; nothing is written but the run folder and the cache."""
+    """CHECKS 26: no connection and no name is looked up; nothing is written but the run folder and the
+    cache.
+    """
     done = launch(stage, write_config(tmp_path, world, max_steps=2), prepare=forbid_network).ok()
     assert "NETWORK" not in done.err[0]
     assert {path.name for path in tmp_path.iterdir()} == {stage, "cache", "config.py", "logs"}
-    files = {path.name for path in (tmp_path / stage).iterdir()} - {"changes.diff"}  # of a checkout with changes
+    files = {path.name for path in (tmp_path / stage).iterdir()} - {
+        "changes.diff"
+    }  # of a checkout with changes
     assert files == {".lock", "config.json", "manifest.json", "metrics.jsonl", "final"}
     manifest = json.loads((tmp_path / stage / "manifest.json").read_text())
     assert {"loss_reduction", "adam_eps", "warmup_rounding", "weights", "data", "versions"} <= manifest.keys()

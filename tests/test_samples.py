@@ -1,4 +1,6 @@
-"""Greedy answers during training, TensorBoard events, progress bars: what they show, and that the training does not notice."""
+"""Greedy answers during training, TensorBoard events, progress bars: what they show, and that the training
+does not notice.
+"""
 
 import dataclasses
 import io
@@ -35,14 +37,20 @@ def samples(run):
 
 
 def numbers(run):
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in metrics(run, "step")]
+    return [
+        {key: value for key, value in line.items() if key not in MEASURED} for line in metrics(run, "step")
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage, keys", [("sft", {}), ("dpo", {}), ("dpo", LORA)], ids=["sft", "dpo", "dpo_lora"])
+@pytest.mark.parametrize(
+    "stage, keys", [("sft", {}), ("dpo", {}), ("dpo", LORA)], ids=["sft", "dpo", "dpo_lora"]
+)
 def test_sampling_on_two_ranks_leaves_the_training_as_it_is(world, tmp_path, stage, keys, precision):
-    """Every metric and the final weights are equal to the bit. The SFT case samples before any forward has gathered a weight."""
+    """Every metric and the final weights are equal to the bit. The SFT case samples before any forward has
+    gathered a weight.
+    """
     keys = keys | dict(precision=precision)
     launch(stage, write_config(tmp_path / "without", world, **keys), ranks=2).ok()
     launch(stage, write_config(tmp_path / "with", world, sample_every=3, **keys), ranks=2).ok()
@@ -55,26 +63,34 @@ def test_sampling_on_two_ranks_leaves_the_training_as_it_is(world, tmp_path, sta
 
 @pytest.mark.slow
 def test_answers_are_those_of_the_saved_models(world, tmp_path):
-    """The answers before step 1 are the base model's, those after the last the final model's, on 2 ranks as in one process without FSDP;
-    prompts are held-out ones, each once, though the first two rows share theirs."""
+    """The answers before step 1 are the base model's, those after the last the final model's, on 2 ranks as
+    in one process without FSDP; prompts are held-out ones, each once, though the first two rows share theirs."""
     rows = [json.loads(line) for line in (world / "pref.jsonl").read_text().splitlines()]
     held_out = [rows[0], rows[0] | {"chosen": "good answer"}, *rows[1:6]]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
-    config = write_config(tmp_path, world, dpo=dict(data_eval={f"{tmp_path}/eval.jsonl": 1.0}), sample_every=100)
+    config = write_config(
+        tmp_path, world, dpo=dict(data_eval={f"{tmp_path}/eval.jsonl": 1.0}), sample_every=100
+    )
     launch("dpo", config, ranks=2).ok()
     first, last = samples(tmp_path / "dpo")
     expected = [f"<|user|>\n{rows[i]['prompt']}\n<|assistant|>\n" for i in range(SAMPLE_PROMPTS)]
     assert (first["step"], last["step"]) == (0, 4) and first["prompts"] == last["prompts"] == expected
     for line, folder in ((first, world / "base"), (last, tmp_path / "dpo/final")):
         model, tokenizer = load_pretrained(folder)
-        answers = generate(model, [tokenizer.encode(text) for text in expected], SAMPLE_TOKENS, eos_id=tokenizer.eos_id)
-        assert line["answers"] == [tokenizer.decode([i for i in ids if i != tokenizer.eos_id]) for ids in answers]
+        answers = generate(
+            model, [tokenizer.encode(text) for text in expected], SAMPLE_TOKENS, eos_id=tokenizer.eos_id
+        )
+        assert line["answers"] == [
+            tokenizer.decode([i for i in ids if i != tokenizer.eos_id]) for ids in answers
+        ]
     assert first["answers"] != last["answers"]
 
 
 @pytest.mark.slow
 def test_samples_are_logged_once(world, tmp_path):
-    """Killed once step 2 is saved, with the samples of step 2 and a torn line in the file: both are made again. --fresh forgets all."""
+    """Killed once step 2 is saved, with the samples of step 2 and a torn line in the file: both are made
+    again. --fresh forgets all.
+    """
     config, run = write_config(tmp_path, world, save_every=2, sample_every=1), tmp_path / "sft"
     assert launch("sft", config, prepare=partial(save_at_once, kill_after=2)).codes == [-signal.SIGKILL]
     first = samples(run)
@@ -102,7 +118,9 @@ def test_an_answer_ends_before_the_end_of_turn(world, tmp_path, ranks, monkeypat
 
 
 def test_prompts_leave_room_in_a_sliding_window(world, tmp_path, ranks):
-    """A window with room for the shorter prompts takes those, one that an answer fills takes none; neither stops the run."""
+    """A window with room for the shorter prompts takes those, one that an answer fills takes none; neither
+    stops the run.
+    """
     config, data, model = stage_parts("sft", write_config(tmp_path, world), ranks)
     tokenizer = Tokenizer.from_dir(world / "base")
     lengths = [mask.argmax() for _, mask in (data[i] for i in range(len(data)))]
@@ -137,8 +155,17 @@ def test_tensorboard_gets_every_metric(world, tmp_path, ranks, monkeypatch):
     log.step(1, {"loss": 1.5}, 100, 0)
     events = log._events
     assert events.folder == tmp_path / "sft/tensorboard" and events.purge_step == 0
-    written = [(name, value, line["step"]) for line in metrics(tmp_path / "sft", "step") for name, value in line.items() if name != "step"]
-    assert sorted(events.scalars) == sorted(written) and ("loss", 1.5, 1) in written and events.flushed == len(written)
+    written = [
+        (name, value, line["step"])
+        for line in metrics(tmp_path / "sft", "step")
+        for name, value in line.items()
+        if name != "step"
+    ]
+    assert (
+        sorted(events.scalars) == sorted(written)
+        and ("loss", 1.5, 1) in written
+        and events.flushed == len(written)
+    )
     log.resume_at(1)
     assert log._events.purge_step == 2, "step 1 is kept"
 
@@ -158,7 +185,9 @@ def test_a_machine_without_git_has_a_manifest_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("is_terminal, refreshes", [(True, 200), (False, 10)])
 def test_a_bar_in_a_log_file_is_short(monkeypatch, is_terminal, refreshes):
-    """100 s of work: two lines a second on a terminal, one in ten seconds in a file, each with rate and ETA, from the first second on."""
+    """100 s of work: two lines a second on a terminal, one in ten seconds in a file, each with rate and ETA,
+    from the first second on.
+    """
     now, stream = [0.0], io.StringIO()
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
@@ -175,7 +204,9 @@ def test_a_bar_in_a_log_file_is_short(monkeypatch, is_terminal, refreshes):
 
 @pytest.mark.slow
 def test_a_padding_id_in_the_data_is_said_and_kept(world, tmp_path):
-    """With pad = EOS, which ends every answer: transformers would not train its row; the export still names it."""
+    """With pad = EOS, which ends every answer: transformers would not train its row; the export still names
+    it.
+    """
     base = tmp_path / "base"
     shutil.copytree(world / "base", base)
     eos = Tokenizer.from_dir(base).eos_id
@@ -184,11 +215,16 @@ def test_a_padding_id_in_the_data_is_said_and_kept(world, tmp_path):
     config = write_config(tmp_path, world, model_path=str(base), max_steps=1)
     for stage, sides in (("sft", ["data"]), ("dpo", ["data.chosen", "data.rejected"])):
         data = stage_data(stage, config)
-        count = sum(int((attrgetter(side)(SimpleNamespace(data=data)).input_ids == eos).sum()) for side in sides)
+        count = sum(
+            int((attrgetter(side)(SimpleNamespace(data=data)).input_ids == eos).sum()) for side in sides
+        )
         out = launch(stage, config).ok().out[0]
         assert count > 35 and f"pad_token_id={eos} occurs {count:,} times in the data" in out
         assert json.loads((tmp_path / stage / "final/config.json").read_text())["pad_token_id"] == eos
-    assert "pad_token_id" not in launch("sft", write_config(tmp_path / "without", world, max_steps=1)).ok().out[0]
+    assert (
+        "pad_token_id"
+        not in launch("sft", write_config(tmp_path / "without", world, max_steps=1)).ok().out[0]
+    )
 
 
 def stage_data(stage, path):

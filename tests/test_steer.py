@@ -50,7 +50,9 @@ def write_prompts(path, axioms=("calm", "kind"), count=6):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """Folder with sft/, dpo/ and far/ (every weight moved), texts.jsonl, prompts.csv, and steer/, what extract made of sft/ and dpo/."""
+    """Folder with sft/, dpo/ and far/ (every weight moved), texts.jsonl, prompts.csv, and steer/, what
+    extract made of sft/ and dpo/.
+    """
     root, rng = tmp_path_factory.mktemp("lab"), random.Random(0)
     (root / "sft").mkdir()
     write_tokenizer(root / "sft", rng)
@@ -60,7 +62,10 @@ def lab(tmp_path_factory):
     for name, size in (("dpo", 0.02), ("far", 0.05)):
         shutil.copytree(root / "sft", root / name)
         write_model(root / name, changed(model, size))
-    texts = [{side: f"\n\nHuman: {words(rng, 2, 6)}\n\nAssistant: {words(rng, 2, 9)}" for side in vectors.SIDES} for _ in range(12)]
+    texts = [
+        {side: f"\n\nHuman: {words(rng, 2, 6)}\n\nAssistant: {words(rng, 2, 9)}" for side in vectors.SIDES}
+        for _ in range(12)
+    ]
     write_rows(root / "texts.jsonl", texts)
     write_prompts(root / "prompts.csv")
     extract(root, "steer")
@@ -69,14 +74,30 @@ def lab(tmp_path_factory):
 
 def extract(lab, out, *more, **changes):
     """steer.py extract into lab/out; changes: sft=, dpo=, texts= other names in lab."""
-    sft, dpo, texts = (f"{lab}/{changes.get(x, default)}" for x, default in (("sft", "sft"), ("dpo", "dpo"), ("texts", "texts.jsonl")))
-    assert steer.main(["extract", sft, dpo, f"--texts={texts}", f"--out_dir={lab}/{out}", f"--count={COUNT}", *more]) == 0
+    sft, dpo, texts = (
+        f"{lab}/{changes.get(x, default)}"
+        for x, default in (("sft", "sft"), ("dpo", "dpo"), ("texts", "texts.jsonl"))
+    )
+    assert (
+        steer.main(
+            ["extract", sft, dpo, f"--texts={texts}", f"--out_dir={lab}/{out}", f"--count={COUNT}", *more]
+        )
+        == 0
+    )
     return steer.Vector.load(f"{lab}/{out}")
 
 
 def sweep(lab, out, *more, folder="steer", plots=False):
     """The report of steer.py sweep into lab/out; without plots, which are half of its time here."""
-    argv = ["sweep", f"{lab}/{folder}", f"--prompts={lab}/prompts.csv", f"--report_dir={lab}/{out}", "--layers=2", *SHORT, *more]
+    argv = [
+        "sweep",
+        f"{lab}/{folder}",
+        f"--prompts={lab}/prompts.csv",
+        f"--report_dir={lab}/{out}",
+        "--layers=2",
+        *SHORT,
+        *more,
+    ]
     with pytest.MonkeyPatch.context() as patch:
         if not plots:
             patch.setattr(steer, "_plot", lambda *_: None)
@@ -122,9 +143,14 @@ def test_the_vector_is_the_difference_of_mean_states(lab):
             expected = mean_states(dpo, part, "cpu") - mean_states(sft, part, "cpu")  # (2, L, D)
             for p, pooling in enumerate(POOLINGS):
                 assert relative_error(vector.tensors[f"{prefix}{side}_{pooling}"], expected[p]) < 1e-5
-        assert relative_error(vector.tensors[f"sft_{side}_mean"], mean_states(sft, docs[:COUNT], "cpu")[1]) < 1e-5
+        assert (
+            relative_error(vector.tensors[f"sft_{side}_mean"], mean_states(sft, docs[:COUNT], "cpu")[1])
+            < 1e-5
+        )
     stored = np.load(lab / "steer/differences_chosen.npy")
-    assert stored.shape == (2, COUNT + HELD_OUT, L, D) and np.allclose(stored[0, :COUNT].mean(0), vector.tensors["chosen_last"], atol=1e-5)
+    assert stored.shape == (2, COUNT + HELD_OUT, L, D) and np.allclose(
+        stored[0, :COUNT].mean(0), vector.tensors["chosen_last"], atol=1e-5
+    )
 
 
 def test_documents_are_the_transcripts_with_bos(lab):
@@ -141,20 +167,29 @@ def test_a_vector_is_read_in_fp32_where_that_fits(lab, monkeypatch):
     count = sum(p.numel() for p in families.load_pretrained(lab / "sft")[0].parameters())
     assert families.fits_in_fp32(config, 8 * count) and not families.fits_in_fp32(config, 8 * count - 1)
     asked = []
-    monkeypatch.setattr(vectors, "load_model", lambda path, is_precise=False: asked.append(is_precise) or families.load_model(path))
+    monkeypatch.setattr(
+        vectors,
+        "load_model",
+        lambda path, is_precise=False: asked.append(is_precise) or families.load_model(path),
+    )
     extract(lab, "precise")
     assert asked == [True, True]
 
 
 @pytest.mark.slow
 def test_weights_that_are_rounded_are_noted(lab):
-    """Two models of bf16 weights that differ by a step of theirs: the vector is of the size of their rounding, and the sweep says so."""
+    """Two models of bf16 weights that differ by a step of theirs: the vector is of the size of their
+    rounding, and the sweep says so.
+    """
     for name, size in (("sft16", 0.0), ("dpo16", 1e-3)):
         shutil.copytree(lab / "sft", lab / name)
         model, _ = families.load_pretrained(lab / "sft")
         write_model(lab / name, changed(model, size).bfloat16().float() if size else model.bfloat16().float())
     vector = extract(lab, "steer16", sft="sft16", dpo="dpo16")
-    assert vector.manifest["rounding_share"] > 0.1 and steer.Vector.load(lab / "steer").manifest["rounding_share"] is None
+    assert (
+        vector.manifest["rounding_share"] > 0.1
+        and steer.Vector.load(lab / "steer").manifest["rounding_share"] is None
+    )
     notes = sweep(lab, "swept16", "--lambdas=0,1", folder="steer16")["notes"]
     assert any("both models are rounded to bf16" in note for note in notes)
 
@@ -164,14 +199,20 @@ def test_published_ids_are_transformers(lab):
     """The scripts' call, tokenizer(text), on the same folder: ids equal, none added and none left out."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(lab / "sft")
-    for text in ("\n\nHuman: help me please\n\nAssistant: yes, always", "bad cat", " two  spaces\tand a tab\n"):
+    for text in (
+        "\n\nHuman: help me please\n\nAssistant: yes, always",
+        "bad cat",
+        " two  spaces\tand a tab\n",
+    ):
         ids, _ = vectors.published_document(text, Tokenizer.from_dir(lab / "sft"), 512)
         assert ids.tolist() == theirs(text, truncation=True, max_length=512)["input_ids"]
 
 
 @pytest.mark.slow
 def test_published_ids_are_those_of_the_tokenizers_file(lab):
-    """BOS where its post-processor adds it, else not; without compat always. Held-back texts are cut alike."""
+    """BOS where its post-processor adds it, else not; without compat always. Held-back texts are cut
+    alike.
+    """
     tokenizer = Tokenizer.from_dir(lab / "sft")
     text, core = "\n\nHuman: help me\n\nAssistant: yes", json.loads(tokenizer.files["tokenizer.json"])
     plain = vectors.plain_document(text, tokenizer, 512)[0].tolist()
@@ -179,10 +220,20 @@ def test_published_ids_are_those_of_the_tokenizers_file(lab):
     for processor, expected in ((None, plain[1:]), ("bos", plain)):
         if processor is not None:
             bos = {"id": "<|bos|>", "ids": [tokenizer.bos_id], "tokens": ["<|bos|>"]}
-            single = [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+            single = [
+                {"SpecialToken": {"id": "<|bos|>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ]
             pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-            processor = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|bos|>": bos}}
-        files = tokenizer.files | {"tokenizer.json": json.dumps(core | {"post_processor": processor}).encode()}
+            processor = {
+                "type": "TemplateProcessing",
+                "single": single,
+                "pair": pair,
+                "special_tokens": {"<|bos|>": bos},
+            }
+        files = tokenizer.files | {
+            "tokenizer.json": json.dumps(core | {"post_processor": processor}).encode()
+        }
         ids, mask = vectors.published_document(text, Tokenizer(files, "x"), 512)
         assert ids.tolist() == expected and mask.all()
         assert vectors.published_document(text, Tokenizer(files, "x"), 3)[0].tolist() == expected[:3]
@@ -194,7 +245,9 @@ def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
     docs = {}
     for encode in (vectors.plain_document, vectors.published_document):
         tokenizer = Tokenizer.from_dir(lab / "sft")
-        docs[encode] = vectors.text_pairs(f"{lab}/texts.jsonl", COUNT + HELD_OUT, tokenizer, None, 512, encode)
+        docs[encode] = vectors.text_pairs(
+            f"{lab}/texts.jsonl", COUNT + HELD_OUT, tokenizer, None, 512, encode
+        )
     adds_bos = vectors.hash_documents(docs[vectors.plain_document]) == hf.manifest["tokens"]
     assert vectors.hash_documents(docs[vectors.published_document]) == hf.manifest["tokens"]
     assert not adds_bos or torch.equal(raw.tensors["chosen_last"][:-1], hf.tensors["chosen_last"][:-1])
@@ -211,19 +264,29 @@ def test_compat_hf_reads_the_last_layer_after_the_final_norm(lab):
     v, prompts = hf.tensors["chosen_last"].double(), steer.aqi.read_prompts(f"{lab}/prompts.csv")
     batches = [pack([vectors.published_document(text, tokenizer, 512)]) for text in prompts.texts]
     taps = None, steering_tap(additions("cumulative", hf.tensors["chosen_last"], [2, 3]), 1.0)
-    start, end = (sum(read_states(model, x, tap, compat_hf=True)[0, 0, -1].double() for x in batches) / len(batches) for tap in taps)
-    assert report["shifts"][-1]["achieved"] == pytest.approx(((end - start) @ v[-1] / v[-1].square().sum()).item(), rel=1e-4)
+    start, end = (
+        sum(read_states(model, x, tap, compat_hf=True)[0, 0, -1].double() for x in batches) / len(batches)
+        for tap in taps
+    )
+    assert report["shifts"][-1]["achieved"] == pytest.approx(
+        ((end - start) @ v[-1] / v[-1].square().sum()).item(), rel=1e-4
+    )
 
 
 @pytest.mark.slow
 def test_only_preferred_pairs_are_kept(lab):
-    """The pairs whose chosen text has the higher mean log-prob per token; the vector, its spectrum and `matched` see those alone."""
+    """The pairs whose chosen text has the higher mean log-prob per token; the vector, its spectrum and
+    `matched` see those alone.
+    """
     vector = extract(lab, "kept", "--keep=preferred")
     dpo, _ = families.load_pretrained(lab / "dpo")
     means = []
     for side in vectors.SIDES:
         with torch.no_grad():
-            logits = [dpo(*stream([torch.tensor(ids).long()])) @ dpo.lm_head.weight.T for ids, _ in documents(lab, side)[:COUNT]]
+            logits = [
+                dpo(*stream([torch.tensor(ids).long()])) @ dpo.lm_head.weight.T
+                for ids, _ in documents(lab, side)[:COUNT]
+            ]
         targets = [torch.tensor(ids[1:]).long() for ids, _ in documents(lab, side)]
         means.append([-torch.nn.functional.cross_entropy(x[:-1], y).item() for x, y in zip(logits, targets)])
     expected = np.array(means[0]) > np.array(means[1])
@@ -232,9 +295,13 @@ def test_only_preferred_pairs_are_kept(lab):
     assert relative_error(vector.tensors["chosen_last"], torch.from_numpy(differences.mean(0))) < 1e-5
     calibration, held_out = vector.texts(Tokenizer.from_dir(lab / "sft"))["rejected"]
     assert len(calibration) == expected.sum() and len(held_out) == HELD_OUT
-    assert sweep(lab, "sweep_kept", "--inject=matched", folder="kept")["errors"]["matched"]["calibration"] < 1e-3
+    assert (
+        sweep(lab, "sweep_kept", "--inject=matched", folder="kept")["errors"]["matched"]["calibration"] < 1e-3
+    )
     steer.main(["spectrum", f"{lab}/kept"])
-    assert json.loads((lab / "kept/spectrum.json").read_text())["layers"][0]["effective_rank"] <= expected.sum()
+    assert (
+        json.loads((lab / "kept/spectrum.json").read_text())["layers"][0]["effective_rank"] <= expected.sum()
+    )
 
 
 def unread(path):
@@ -244,16 +311,22 @@ def unread(path):
 def test_identical_models_have_no_vector(lab, monkeypatch):
     shutil.copytree(lab / "sft", lab / "head")  # other weights, the same states
     change_weights(lab / "head", lambda weights: weights["lm_head.weight"].add_(1e-3))
-    with pytest.raises(ValueError, match="dpo='.*head': its states equal those of sft=.*expected a model that training moved"):
+    with pytest.raises(
+        ValueError, match="dpo='.*head': its states equal those of sft=.*expected a model that training moved"
+    ):
         extract(lab, "same", dpo="head")
     monkeypatch.setattr(vectors, "load_model", unread)
-    with pytest.raises(ValueError, match="dpo='.*sft': the same weights as sft='.*sft'; expected a model that training moved"):
+    with pytest.raises(
+        ValueError, match="dpo='.*sft': the same weights as sft='.*sft'; expected a model that training moved"
+    ):
         extract(lab, "same", dpo="sft")
 
 
 @pytest.mark.slow
 def test_nothing_is_extracted_twice_and_changes_are_noticed(lab, capsys):
-    """Same inputs: files untouched. Another setting, other weights or other texts: done again, and said which."""
+    """Same inputs: files untouched. Another setting, other weights or other texts: done again, and said
+    which.
+    """
     for name in ("sft", "dpo"):
         shutil.copytree(lab / name, lab / f"twice_{name}")
     shutil.copy(lab / "texts.jsonl", lab / "twice.jsonl")
@@ -290,6 +363,7 @@ def test_a_failed_extraction_leaves_no_manifest_of_an_older_one(lab):
         steer.Vector.load(lab / "broken")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_before_any_state_is_read(lab, monkeypatch):
     """2 sides x 2 poolings x 10 texts x 4 layers x 32 numbers x 4 bytes."""
     usage = shutil.disk_usage(lab)
@@ -322,11 +396,18 @@ def test_another_shape_is_refused_before_a_model_is_read(lab, monkeypatch):
     monkeypatch.setattr(vectors, "load_model", unread)
     shutil.copytree(lab / "dpo", lab / "short")
     vocab_size = Tokenizer.from_dir(lab / "sft").vocab_size
-    write_model(lab / "short", random_llama(tiny_config(vocab_size=vocab_size, hidden_size=D, num_hidden_layers=3, head_dim=8)))
-    with pytest.raises(ValueError, match=r"dpo='.*short': \(3, 32\) layers and hidden size; expected those of sft=.*\(4, 32\)"):
+    write_model(
+        lab / "short",
+        random_llama(tiny_config(vocab_size=vocab_size, hidden_size=D, num_hidden_layers=3, head_dim=8)),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"dpo='.*short': \(3, 32\) layers and hidden size; expected those of sft=.*\(4, 32\)",
+    ):
         extract(lab, "none", dpo="short")
 
 
+@pytest.mark.slow
 def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
     with pytest.raises(ValueError, match="12 usable pairs; expected 125"):
         extract(lab, "none", "--count=100")
@@ -367,13 +448,15 @@ def test_a_lora_adapter_stands_for_its_merged_model(lab):
 # ---------------------------------------------------------------- using a vector
 
 
+@pytest.mark.slow
 def test_a_vector_of_other_weights_is_refused(lab):
     for name in ("sft", "dpo"):
         shutil.copytree(lab / name, lab / f"moved_{name}")
     vector = extract(lab, "moved", sft="moved_sft", dpo="moved_dpo")
     change_weights(lab / "moved_sft", lambda weights: weights["model.norm.weight"].add_(1e-3))
     with pytest.raises(
-        ValueError, match=f"its weights hash to .*, those of the vector in .*moved to {vector.manifest['sft']}; extract again"
+        ValueError,
+        match=f"its weights hash to .*, those of the vector in .*moved to {vector.manifest['sft']}; extract again",
     ):
         sweep(lab, "none", folder="moved")
     assert vector.model("dpo")
@@ -386,7 +469,10 @@ def test_what_is_wrong_with_a_text_or_a_vector_is_named(lab):
     with pytest.raises(ValueError, match="odd.jsonl', row 3: transcript begins 'no turns'"):
         extract(lab, "none", texts="odd.jsonl")
     shutil.copytree(lab / "steer", lab / "copied")
-    cut = (lambda path: path.write_bytes(path.read_bytes()[:100]), "vector.safetensors: damaged, the sha256 is not")
+    cut = (
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        "vector.safetensors: damaged, the sha256 is not",
+    )
     for damage, message in (cut, (Path.unlink, "missing vector.safetensors, which hashes.json lists")):
         damage(lab / "copied/vector.safetensors")
         with pytest.raises(ValueError, match=f"copied: {message}"):
@@ -412,20 +498,43 @@ def test_spectrum_writes_table_and_components(lab, capsys):
     vector = steer.Vector.load(lab / "steer").tensors["rejected_mean"]
     assert found["side"] == "rejected" and [row["layer"] for row in found["layers"]] == list(range(L))
     texts = documents(lab, "rejected")[:COUNT]
-    sft, dpo = (mean_states(families.load_pretrained(lab / name)[0], texts, "cpu")[1, 2] for name in ("sft", "dpo"))
-    row = {"norm": (dpo - sft).norm(), "relative": (dpo - sft).norm() / sft.norm(), "cosine": sft @ dpo / (sft.norm() * dpo.norm())}
-    assert {key: found["layers"][2][key] for key in row} == pytest.approx({key: x.item() for key, x in row.items()}, rel=1e-4)
+    sft, dpo = (
+        mean_states(families.load_pretrained(lab / name)[0], texts, "cpu")[1, 2] for name in ("sft", "dpo")
+    )
+    row = {
+        "norm": (dpo - sft).norm(),
+        "relative": (dpo - sft).norm() / sft.norm(),
+        "cosine": sft @ dpo / (sft.norm() * dpo.norm()),
+    }
+    assert {key: found["layers"][2][key] for key in row} == pytest.approx(
+        {key: x.item() for key, x in row.items()}, rel=1e-4
+    )
     components = load_file(lab / "steer/spectrum.safetensors")["components"]
-    assert components.shape == (L, 5, D) and np.allclose(np.linalg.norm(components, axis=-1), vector.norm(dim=1)[:, None], rtol=1e-4)
+    assert components.shape == (L, 5, D) and np.allclose(
+        np.linalg.norm(components, axis=-1), vector.norm(dim=1)[:, None], rtol=1e-4
+    )
 
 
 @pytest.mark.slow
 def test_generations_side_by_side(lab, capsys):
-    """Below 0 on the DPO model, otherwise on the SFT model; a file holds one prompt a line; lambda 0 is the model as it is."""
+    """Below 0 on the DPO model, otherwise on the SFT model; a file holds one prompt a line; lambda 0 is the
+    model as it is.
+    """
     (lab / "questions.txt").write_text("help me\ntell me about the cat\n")
-    steer.main(["generate", f"{lab}/steer", f"--questions={lab}/questions.txt", "--lambdas=-1,0,40", "--layers=1", *SHORT])
+    steer.main(
+        [
+            "generate",
+            f"{lab}/steer",
+            f"--questions={lab}/questions.txt",
+            "--lambdas=-1,0,40",
+            "--layers=1",
+            *SHORT,
+        ]
+    )
     out = capsys.readouterr().out.split("\n> ")[1:]
-    assert len(out) == 2 and all("lambda -1 on dpo" in x and "lambda 0 on sft" in x and "lambda 40 on sft" in x for x in out)
+    assert len(out) == 2 and all(
+        "lambda -1 on dpo" in x and "lambda 0 on sft" in x and "lambda 40 on sft" in x for x in out
+    )
     steer.main(["generate", f"{lab}/steer", "--prompt=help me", "--lambdas=0", "--layers=1", *SHORT])
     line = next(line for line in capsys.readouterr().out.splitlines() if "lambda 0" in line)
     assert line in out[0]
@@ -443,10 +552,16 @@ def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--questions={lab}/empty.txt",), "questions='.*empty.txt': an empty file; expected one prompt a line"),
+        (
+            ("--questions={lab}/empty.txt",),
+            "questions='.*empty.txt': an empty file; expected one prompt a line",
+        ),
         (("--prompt=help", "--temperature=-1"), "temperature=-1.0: expected float >= 0"),
         (("--prompt=help", "--temperature=nan"), "temperature=nan: expected float >= 0"),
-        (("--prompt=help", "--questions={lab}/empty.txt"), "prompt='help', questions='.*': expected one of the two"),
+        (
+            ("--prompt=help", "--questions={lab}/empty.txt"),
+            "prompt='help', questions='.*': expected one of the two",
+        ),
         ((), "missing 'prompt' or 'questions': what is to be answered"),
     ],
 )
@@ -465,10 +580,18 @@ def test_help_is_of_one_command(command, capsys):
     with pytest.raises(SystemExit):
         steer.parse([command, "--help"])
     out = capsys.readouterr().out
-    listed = [line.split(":")[0].strip() for line in out.splitlines() if ", default " in line or ", required" in line]
+    listed = [
+        line.split(":")[0].strip()
+        for line in out.splitlines()
+        if ", default " in line or ", required" in line
+    ]
     assert sorted(listed) == sorted(steer.COMMANDS[command].keys)
     assert all(f"  {key}: " in out and f"{key}: " in out for key in steer.COMMANDS[command].required)
-    assert all(", required" in line for line in out.splitlines() if line.strip().startswith(steer.COMMANDS[command].required + ("\0",)))
+    assert all(
+        ", required" in line
+        for line in out.splitlines()
+        if line.strip().startswith(steer.COMMANDS[command].required + ("\0",))
+    )
 
 
 @pytest.mark.parametrize(
@@ -526,65 +649,111 @@ def swept(lab):
 
 @pytest.mark.slow
 def test_a_sweep_writes_its_report_and_plots(lab, swept):
-    assert {"rows", "warnings", "inputs", "verdicts", "shifts", "profile", "behaviour", "errors"} <= swept.keys()
+    assert {
+        "rows",
+        "warnings",
+        "inputs",
+        "verdicts",
+        "shifts",
+        "profile",
+        "behaviour",
+        "errors",
+    } <= swept.keys()
     with open(lab / "swept/aqi.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(swept["rows"]) == 5 * 3  # lambdas, two axioms and overall
     assert {row["nulls"] for row in rows} == {"19"} and swept["warnings"]
     pytest.importorskip("matplotlib")
     sweep(lab, "plotted", "--lambdas=0,1", plots=True)
-    assert {path.name for path in (lab / "plotted").glob("*.png")} == {"curve.png", "axioms.png", "clusters_0.png", "clusters_1.png"}
+    assert {path.name for path in (lab / "plotted").glob("*.png")} == {
+        "curve.png",
+        "axioms.png",
+        "clusters_0.png",
+        "clusters_1.png",
+    }
 
 
 @pytest.mark.slow
 def test_what_a_sweep_measures(lab, swept):
-    """Lambda 0 moves nothing, the cumulative shift is above its lambda, and the separation at lambda 0 is that of plain embeddings."""
+    """Lambda 0 moves nothing, the cumulative shift is above its lambda, and the separation at lambda 0 is
+    that of plain embeddings.
+    """
     shifts, errors = swept["shifts"], swept["errors"]
     assert shifts[0]["achieved"] == shifts[0]["off_axis"] == 0 and shifts[-1]["achieved"] > 1.2
-    assert shifts[2]["strength"]["3"] == pytest.approx(shifts[4]["strength"]["3"] / 2) and shifts[0]["strength"]["3"] == 0
+    assert (
+        shifts[2]["strength"]["3"] == pytest.approx(shifts[4]["strength"]["3"] / 2)
+        and shifts[0]["strength"]["3"] == 0
+    )
     assert errors["matched"]["calibration"] < 1e-3 < errors["cumulative"]["calibration"]
     assert all(0 < error["held_out"] < 10 for error in errors.values())
     first, last = swept["behaviour"][0], swept["behaviour"][-1]
-    assert first["logp_chosen"] != last["logp_chosen"] and first["perplexity_chosen"] == pytest.approx(np.exp(-first["logp_chosen"]))
+    assert first["logp_chosen"] != last["logp_chosen"] and first["perplexity_chosen"] == pytest.approx(
+        np.exp(-first["logp_chosen"])
+    )
     model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
     docs = [vectors.plain_document(text, tokenizer, 512) for text in prompts.texts]
     X = embeddings(model, [ids for ids, _ in docs])
     at_zero = [row for row in swept["rows"] if row["lambda"] == 0]
     for states, key in ((X, "separation_raw"), (X / within(X, prompts.label), "separation")):
-        measured = steer.aqi.score(steer.aqi.measure(states, prompts.axiom, prompts.label, prompts.axioms), "sweep")
-        assert [row[key] for row in at_zero] == pytest.approx([row["separation"] for row in measured], rel=1e-3)
+        measured = steer.aqi.score(
+            steer.aqi.measure(states, prompts.axiom, prompts.label, prompts.axioms), "sweep"
+        )
+        assert [row[key] for row in at_zero] == pytest.approx(
+            [row["separation"] for row in measured], rel=1e-3
+        )
     assert swept["verdicts"][0]["estimate"][0] == pytest.approx(at_zero[-1]["separation"], rel=1e-6)
     dpo, _ = families.load_pretrained(lab / "dpo")
     own = embeddings(dpo, [ids for ids, _ in docs]) / within(X, prompts.label)
-    assert swept["dpo"]["separation"]["overall"] == pytest.approx(sweeps_separation(own, prompts.label), rel=1e-3)
+    assert swept["dpo"]["separation"]["overall"] == pytest.approx(
+        sweeps_separation(own, prompts.label), rel=1e-3
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rescale", (False, True))
 def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale):
-    """Shift, strength and error of the last tokens' states, log-probs of held-out texts, from full forwards."""
+    """Shift, strength and error of the last tokens' states, log-probs of held-out texts, from full
+    forwards.
+    """
     report = sweep(lab, "rescaled", "--rescale") if rescale else swept
     model, tokenizer = families.load_pretrained(lab / "sft")
     vector = steer.Vector.load(lab / "steer")
-    v, add = vector.tensors["chosen_last"].double(), additions("cumulative", vector.tensors["chosen_last"], [2, 3])
+    v, add = (
+        vector.tensors["chosen_last"].double(),
+        additions("cumulative", vector.tensors["chosen_last"], [2, 3]),
+    )
     half, full = (steering_tap(add, strength, rescale) for strength in (0.5, 1.0))
     held_out = documents(lab)[COUNT:]
 
     def last(docs, tap=None):
-        return torch.cat([read_states(model, pack([document]), tap)[0] for document in docs]).double()  # (n, L, D)
+        return torch.cat(
+            [read_states(model, pack([document]), tap)[0] for document in docs]
+        ).double()  # (n, L, D)
 
-    prompts = [vectors.plain_document(text, tokenizer, 512) for text in steer.aqi.read_prompts(f"{lab}/prompts.csv").texts]
+    prompts = [
+        vectors.plain_document(text, tokenizer, 512)
+        for text in steer.aqi.read_prompts(f"{lab}/prompts.csv").texts
+    ]
     plain, found = last(prompts), report["shifts"][2]
     shift = (last(prompts, half) - plain)[:, -1].mean(0)
     along = shift @ v[-1] / v[-1].square().sum()
     assert found["achieved"] == pytest.approx(along.item(), rel=1e-4)
-    assert found["off_axis"] == pytest.approx(((shift - along * v[-1]).norm() / v[-1].norm()).item(), rel=1e-4)
-    strengths = {str(layer): (0.5 * v[layer].norm() / plain[:, layer].norm(dim=1).mean()).item() for layer in (2, 3)}
+    assert found["off_axis"] == pytest.approx(
+        ((shift - along * v[-1]).norm() / v[-1].norm()).item(), rel=1e-4
+    )
+    strengths = {
+        str(layer): (0.5 * v[layer].norm() / plain[:, layer].norm(dim=1).mean()).item() for layer in (2, 3)
+    }
     assert found["strength"] == pytest.approx(strengths, rel=1e-4)
-    for name, docs, target in (("calibration", documents(lab)[:COUNT], v), ("held_out", held_out, vector.tensors["heldout_chosen_last"])):
+    for name, docs, target in (
+        ("calibration", documents(lab)[:COUNT], v),
+        ("held_out", held_out, vector.tensors["heldout_chosen_last"]),
+    ):
         error = (last(docs, full) - last(docs))[:, -1].mean(0) - target[-1]
-        assert report["errors"]["cumulative"][name] == pytest.approx((error.norm() / target[-1].norm()).item(), rel=1e-3)
+        assert report["errors"]["cumulative"][name] == pytest.approx(
+            (error.norm() / target[-1].norm()).item(), rel=1e-3
+        )
     for side in vectors.SIDES:
         ids = [torch.tensor(ids).long() for ids, _ in documents(lab, side)[COUNT:]]
         with torch.no_grad():
@@ -597,18 +766,31 @@ def test_what_steering_did_is_what_each_document_alone_shows(lab, swept, rescale
 def test_continuations_are_steered_by_their_lambda(lab, monkeypatch):
     """Of the first halves of held-out chosen texts."""
     given = []
-    monkeypatch.setattr(sweeps, "generate", lambda model, prompts, *_, tap: given.append((prompts, tap)) or [])
+    monkeypatch.setattr(
+        sweeps, "generate", lambda model, prompts, *_, tap: given.append((prompts, tap)) or []
+    )
     sweep(lab, "continued", "--lambdas=0,0.5,2")
     v = steer.Vector.load(lab / "steer").tensors["chosen_last"]
-    assert [tap and tap(3, torch.zeros(1, D))[0].tolist() for _, tap in given] == [None, (0.5 * v[3]).tolist(), (2 * v[3]).tolist()]
-    assert all(prompts == [ids[: len(ids) // 2].tolist() for ids, _ in documents(lab)[COUNT:]] for prompts, _ in given)
+    assert [tap and tap(3, torch.zeros(1, D))[0].tolist() for _, tap in given] == [
+        None,
+        (0.5 * v[3]).tolist(),
+        (2 * v[3]).tolist(),
+    ]
+    assert all(
+        prompts == [ids[: len(ids) // 2].tolist() for ids, _ in documents(lab)[COUNT:]]
+        for prompts, _ in given
+    )
 
 
 @pytest.mark.slow
 def test_verdicts_rank_among_random_directions(lab, monkeypatch):
-    """Text by text: the curve, its resamples by group, shuffled labels, and both kinds of directions; two axioms share the 5 %."""
+    """Text by text: the curve, its resamples by group, shuffled labels, and both kinds of directions; two
+    axioms share the 5 %.
+    """
     given = []
-    monkeypatch.setattr(steer, "judge", lambda *args, **more: given.append((args, more)) or judge(*args, **more))
+    monkeypatch.setattr(
+        steer, "judge", lambda *args, **more: given.append((args, more)) or judge(*args, **more)
+    )
     report = sweep(lab, "judged", "--lambdas=0,1")
     model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
@@ -624,7 +806,9 @@ def test_verdicts_rank_among_random_directions(lab, monkeypatch):
     for found, wanted in zip((drawn, permuted), expected, strict=True):
         assert relative_error(found.draws, wanted.draws) < 1e-3
     differences = np.load(lab / "steer/differences_chosen.npy")[0, :COUNT]
-    drawn = sign_flipped_directions({layer: torch.from_numpy(differences[:, layer].copy()) for layer in add}, add, 19)
+    drawn = sign_flipped_directions(
+        {layer: torch.from_numpy(differences[:, layer].copy()) for layer in add}, add, 19
+    )
     tap = steering_tap({layer: directions[4] for layer, directions in drawn.items()}, 1.0)
     end = sweeps_separation(embeddings(model, texts, tap) / scale, prompts.label)
     assert more["nulls"].curves["sign-flipped"][4, 1, -1].item() == pytest.approx(end, rel=1e-3, abs=1e-3)
@@ -634,12 +818,21 @@ def test_verdicts_rank_among_random_directions(lab, monkeypatch):
 
 @pytest.mark.slow
 def test_the_oracle_is_a_ceiling(lab):
-    """Found on half of the groups: on the other half it separates more than the vector does, at the vector's length."""
-    report = sweep(lab, "ceiling", "--lambdas=0,1", "--oracle", f"--prompts={write_prompts(lab / 'many.csv', count=20)}")
+    """Found on half of the groups: on the other half it separates more than the vector does, at the vector's
+    length.
+    """
+    report = sweep(
+        lab, "ceiling", "--lambdas=0,1", "--oracle", f"--prompts={write_prompts(lab / 'many.csv', count=20)}"
+    )
     best, overall = report["oracle"], report["verdicts"][0]
     assert best["change"] == pytest.approx(best["separation"][-1] - best["separation"][0])
-    assert best["change"] > abs(overall["change"]) and overall["oracle_share"] == pytest.approx(overall["change"] / best["change"])
-    assert all(abs(cosine) <= 1 for cosine in best["cosine"].values()) and sorted(best["cosine"]) == ["2", "3"]
+    assert best["change"] > abs(overall["change"]) and overall["oracle_share"] == pytest.approx(
+        overall["change"] / best["change"]
+    )
+    assert all(abs(cosine) <= 1 for cosine in best["cosine"].values()) and sorted(best["cosine"]) == [
+        "2",
+        "3",
+    ]
 
 
 @pytest.mark.slow
@@ -647,22 +840,33 @@ def test_behaviour_is_the_models_own(lab, swept):
     """At lambda 0 the SFT model, text by text; KL from itself is 0; the DPO model is the last point."""
     entry, dpo = swept["behaviour"][0], swept["dpo"]
     models = [families.load_pretrained(lab / name)[0] for name in ("sft", "dpo")]
-    held_out = {side: [torch.tensor(ids).long() for ids, _ in documents(lab, side)[COUNT:]] for side in vectors.SIDES}
+    held_out = {
+        side: [torch.tensor(ids).long() for ids, _ in documents(lab, side)[COUNT:]] for side in vectors.SIDES
+    }
 
     def logps(model, ids):
         with torch.no_grad():
             return (model(*stream([ids])) @ model.lm_head.weight.T)[:-1].log_softmax(-1)
 
     for model, found in zip(models, (entry, dpo), strict=True):
-        means = {side: [logps(model, x).gather(1, x[1:, None]).mean().item() for x in ids] for side, ids in held_out.items()}
+        means = {
+            side: [logps(model, x).gather(1, x[1:, None]).mean().item() for x in ids]
+            for side, ids in held_out.items()
+        }
         wins = [a > b for a, b in zip(means["chosen"], means["rejected"], strict=True)]
         assert found["preference_accuracy"] == pytest.approx(np.mean(wins))
     pairs = [[logps(model, x) for x in held_out["chosen"]] for model in models[::-1]]
     kl = [(p.exp() * (p - q)).sum(-1) for p, q in zip(*pairs, strict=True)]
-    assert entry["kl_from_sft"] == 0 and entry["kl_to_dpo"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-3)
-    assert swept["behaviour"][-1]["kl_from_sft"] > 0 and 0 <= entry["refused_unsafe"] <= entry["refused_unsafe_interval"][1] <= 1
+    assert entry["kl_from_sft"] == 0 and entry["kl_to_dpo"] == pytest.approx(
+        torch.cat(kl).mean().item(), rel=1e-3
+    )
+    assert (
+        swept["behaviour"][-1]["kl_from_sft"] > 0
+        and 0 <= entry["refused_unsafe"] <= entry["refused_unsafe_interval"][1] <= 1
+    )
 
 
+@pytest.mark.slow
 def test_baselines_are_in_the_report(swept):
     found = swept["baselines"]
     assert found.keys() == {"model", "untrained", "words", "length", "shuffled", "after_length"}
@@ -670,13 +874,17 @@ def test_baselines_are_in_the_report(swept):
     assert found["untrained"]["separation"] != found["model"]["separation"]
 
 
+@pytest.mark.slow
 def test_the_summary_fits_a_terminal(lab, swept, capsys):
     capsys.readouterr()
     assert sweep(lab, "swept") == swept
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 25 and swept["verdicts"][0]["decision"] in out.splitlines()[-2]
     tables = (lab / "swept/tables.txt").read_text()
-    assert all(found["category"] in tables for found in swept["verdicts"]) and "raw separation after each block" in tables
+    assert (
+        all(found["category"] in tables for found in swept["verdicts"])
+        and "raw separation after each block" in tables
+    )
 
 
 @pytest.mark.slow
@@ -689,14 +897,20 @@ def test_power_before_training(lab, capsys):
 
 
 def test_the_layer_profile(lab, swept):
-    """Every layer at lambda 0 and 1, from the mean over tokens before the final norm; below the first steered layer nothing moves."""
-    overall = {(row["lambda"], row["layer"]): row["aqi"] for row in swept["profile"] if row["category"] == "overall"}
+    """Every layer at lambda 0 and 1, from the mean over tokens before the final norm; below the first steered
+    layer nothing moves.
+    """
+    overall = {
+        (row["lambda"], row["layer"]): row["aqi"] for row in swept["profile"] if row["category"] == "overall"
+    }
     assert sorted(overall) == [(strength, layer) for strength in (0, 1) for layer in range(L)]
     assert [overall[0, layer] == overall[1, layer] for layer in range(L)] == [True, True, False, False]
     model, tokenizer = families.load_pretrained(lab / "sft")
     prompts = steer.aqi.read_prompts(f"{lab}/prompts.csv")
     docs = [vectors.plain_document(text, tokenizer, 512) for text in prompts.texts]
-    tap = steering_tap(additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3]), 1.0)
+    tap = steering_tap(
+        additions("cumulative", steer.Vector.load(lab / "steer").tensors["chosen_last"], [2, 3]), 1.0
+    )
     last = []
 
     def read(layer, hidden):
@@ -716,7 +930,9 @@ def test_the_layer_profile(lab, swept):
 @pytest.mark.slow
 def test_the_side_is_followed_throughout(lab):
     """On the rejected side `matched` calibrates on rejected texts, and the error table is about them."""
-    report = sweep(lab, "sweep_rejected", "--side=rejected", "--pooling=mean", "--inject=matched", "--lambdas=0,1")
+    report = sweep(
+        lab, "sweep_rejected", "--side=rejected", "--pooling=mean", "--inject=matched", "--lambdas=0,1"
+    )
     assert report["errors"]["matched"]["calibration"] < 1e-3
     vector = steer.Vector.load(lab / "steer")
     sft, tokenizer = vector.model("sft")
@@ -744,13 +960,18 @@ def test_prompts_that_are_cut_elsewhere_are_another_sweep(lab, capsys):
     for length in (512, 64):
         vector = extract(lab, "cut", f"--max_text_tokens={length}")
         sweep(lab, "sweep_cut", f"--prompts={lab}/long.csv", "--lambdas=0,1", folder="cut")
-    assert all(len(ids) < 64 for side in vectors.SIDES for ids, _ in documents(lab, side)) and vector.manifest["max_text_tokens"] == 64
+    assert (
+        all(len(ids) < 64 for side in vectors.SIDES for ids, _ in documents(lab, side))
+        and vector.manifest["max_text_tokens"] == 64
+    )
     assert "sweep_cut/aqi.json: made from other prompts: done again" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_what_the_vector_does_not_show_is_another_sweep(lab, capsys):
-    """Its bytes stay with another lm_head, which decides log-probs; so do the prompts' texts with other names of axioms or tokens."""
+    """Its bytes stay with another lm_head, which decides log-probs; so do the prompts' texts with other names
+    of axioms or tokens.
+    """
     for name in ("sft", "dpo"):
         shutil.copytree(lab / name, lab / f"unseen_{name}")
     shutil.copy(lab / "prompts.csv", lab / "unseen.csv")
@@ -768,12 +989,18 @@ def test_what_the_vector_does_not_show_is_another_sweep(lab, capsys):
     assert first["behaviour"][0]["logp_chosen"] != second["behaviour"][0]["logp_chosen"]
     (lab / "unseen.csv").write_text((lab / "unseen.csv").read_text().replace("calm,", "cool,"))
     _, third, out = run()
-    assert "made from other prompts: done again" in out and [found["category"] for found in third["verdicts"]][1:] == ["cool", "kind"]
+    assert "made from other prompts: done again" in out and [
+        found["category"] for found in third["verdicts"]
+    ][1:] == ["cool", "kind"]
     (lab / "unseen.csv").write_text((lab / "unseen.csv").read_text().replace("good ", "good 9 "))
     run()
     for name in ("sft", "dpo"):
         core = json.loads((lab / f"unseen_{name}/tokenizer.json").read_text())
-        core["normalizer"] = {"type": "Replace", "pattern": {"String": "9"}, "content": "8"}  # no text of the vector has a 9
+        core["normalizer"] = {
+            "type": "Replace",
+            "pattern": {"String": "9"},
+            "content": "8",
+        }  # no text of the vector has a 9
         (lab / f"unseen_{name}/tokenizer.json").write_text(json.dumps(core))
     assert "made from other prompts: done again" in run()[2] and "finished" in run()[2]
 
@@ -806,7 +1033,10 @@ def test_one_lambda_makes_no_curve(lab, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--space=pca:13",), "space='pca:13': expected at most pca:12, as many as the smallest axiom has texts"),
+        (
+            ("--space=pca:13",),
+            "space='pca:13': expected at most pca:12, as many as the smallest axiom has texts",
+        ),
         (("--seeds=2",), "seeds=2: space='raw' has no random start; expected --space=tsne"),
         (("--normalize=anchors",), "normalize='anchors': a scale for several models, of aqi.py score"),
     ],
@@ -821,14 +1051,18 @@ def test_spaces_that_cannot_be_are_refused_before_a_model_is_read(lab, monkeypat
 def test_one_axiom(lab):
     write_prompts(lab / "one.csv", axioms=("calm",))
     report = sweep(lab, "one", f"--prompts={lab}/one.csv", "--lambdas=0,1")
-    axiom, overall = (next(v for v in report["verdicts"] if v["category"] == name) for name in ("calm", "overall"))
+    axiom, overall = (
+        next(v for v in report["verdicts"] if v["category"] == name) for name in ("calm", "overall")
+    )
     assert axiom["estimate"] == pytest.approx(overall["estimate"])
 
 
 def test_one_label_only_is_refused(lab):
     rows = (lab / "prompts.csv").read_text().splitlines()
     (lab / "unsafe.csv").write_text("\n".join(row for row in rows if ",safe," not in row) + "\n")
-    with pytest.raises(ValueError, match=r"calm \(0 safe, 6 unsafe\).*expected at least two texts of either label"):
+    with pytest.raises(
+        ValueError, match=r"calm \(0 safe, 6 unsafe\).*expected at least two texts of either label"
+    ):
         sweep(lab, "none", f"--prompts={lab}/unsafe.csv")
 
 
@@ -843,7 +1077,9 @@ def test_changed_texts_are_refused(lab):
     extract(lab, "edited", texts="edited.jsonl")
     rows = (lab / "edited.jsonl").read_text().splitlines()
     (lab / "edited.jsonl").write_text("\n".join(rows[1:]) + "\n")
-    with pytest.raises(ValueError, match="not the token ids of the vector in .*edited; expected the file unchanged"):
+    with pytest.raises(
+        ValueError, match="not the token ids of the vector in .*edited; expected the file unchanged"
+    ):
         sweep(lab, "none", folder="edited")
 
 
@@ -863,8 +1099,12 @@ def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
     rows = [{"prompt": "good " * length, "chosen": "yes", "rejected": "no"} for length in (1, 200, 2, 3)]
     write_rows(lab / "long.jsonl", rows)
     found = vectors.text_pairs(f"{lab}/long.jsonl", 3, tokenizer, "tulu", 64)
-    assert "long.jsonl': 3 pairs, 1 left out without an answer in the first 64 tokens" in capsys.readouterr().out
-    assert [len(found[side]) for side in vectors.SIDES] == [3, 3] and all(mask.any() for side in vectors.SIDES for _, mask in found[side])
+    assert (
+        "long.jsonl': 3 pairs, 1 left out without an answer in the first 64 tokens" in capsys.readouterr().out
+    )
+    assert [len(found[side]) for side in vectors.SIDES] == [3, 3] and all(
+        mask.any() for side in vectors.SIDES for _, mask in found[side]
+    )
     with pytest.raises(ValueError, match="3 usable pairs, 1 left out without .*; expected 4"):
         vectors.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
 
@@ -873,7 +1113,10 @@ def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
 def test_per_run_warns_about_its_scales(lab):
     report = sweep(lab, "per_run", "--normalize=per_run", "--lambdas=0,1")
     out = (lab / "per_run/tables.txt").read_text()
-    assert "puts each of the 2 runs on its own scale" in out and "CHI and XB of two clusters are one statistic" in out
+    assert (
+        "puts each of the 2 runs on its own scale" in out
+        and "CHI and XB of two clusters are one statistic" in out
+    )
     assert {row["normalize"] for row in report["rows"]} == {"per_run"}
 
 
@@ -881,7 +1124,10 @@ def test_per_run_warns_about_its_scales(lab):
 def test_all_indices(lab):
     """In the table, the csv and the json."""
     report = sweep(lab, "indices", "--all_indices", "--lambdas=0,1")
-    assert all(-1 <= row["silhouette"] <= 1 and 0 <= row["probe_auc"] <= 1 and row["dunn"] > 0 for row in report["rows"])
+    assert all(
+        -1 <= row["silhouette"] <= 1 and 0 <= row["probe_auc"] <= 1 and row["dunn"] > 0
+        for row in report["rows"]
+    )
     printed, written = (lab / "indices/tables.txt").read_text(), (lab / "indices/aqi.csv").read_text()
     assert all(name in printed and name in written for name in steer.aqi.EXTRA)
 
@@ -894,11 +1140,15 @@ def test_tsne_over_several_seeds(lab):
     assert {row["seed"] for row in report["rows"]} == {0, 1, 2} and len(report["rows"]) == 2 * 2 * 3
     scores = [row["aqi"] for row in report["rows"] if row["lambda"] == 1 and row["category"] == "overall"]
     line = f"lambda 1: AQI {np.mean(scores):.2f}, sd {np.std(scores, ddof=1):.2f} over 3 seeds"
-    assert line in (lab / "tsne/tables.txt").read_text() and not any("t-SNE is one draw" in text for text in report["warnings"])
+    assert line in (lab / "tsne/tables.txt").read_text() and not any(
+        "t-SNE is one draw" in text for text in report["warnings"]
+    )
 
 
 def test_repetition_by_hand():
-    """1 2 1 2 1 2 1 has four 4-grams, two of them distinct; another answer's are its own; a text of three tokens has none."""
+    """1 2 1 2 1 2 1 has four 4-grams, two of them distinct; another answer's are its own; a text of three
+    tokens has none.
+    """
     assert sweeps.repetition([[1, 2, 1, 2, 1, 2, 1]]) == 0.5
     assert sweeps.repetition([[1, 2, 1, 2, 1, 2, 1], [1, 2, 1, 2], [5, 6, 7]]) == pytest.approx(2 / 5)
     assert sweeps.repetition([[1, 2, 3]]) == 0 == sweeps.repetition([[1, 2, 3, 4, 5]])
@@ -916,7 +1166,11 @@ def test_transformers_runs_the_baked_checkpoint(lab, model_type):
     for name in ("sft", "dpo"):
         shutil.copytree(lab / name, lab / model_type / name, dirs_exist_ok=True)
         path = lab / model_type / name / "config.json"
-        config = json.loads(path.read_text()) | {"model_type": model_type, "architectures": None, "sliding_window": None}
+        config = json.loads(path.read_text()) | {
+            "model_type": model_type,
+            "architectures": None,
+            "sliding_window": None,
+        }
         path.write_text(json.dumps(config))
     vector = extract(lab, f"{model_type}/steer", sft=f"{model_type}/sft", dpo=f"{model_type}/dpo")
     out = lab / model_type / "baked"
@@ -931,12 +1185,26 @@ def test_transformers_runs_the_baked_checkpoint(lab, model_type):
         with torch.no_grad():
             expected = sft(*stream([ids]), tap=tap) @ sft.lm_head.weight.T
             plain = sft(*stream([ids])) @ sft.lm_head.weight.T
-            assert relative_error(theirs(ids[None]).logits[0], expected) < 1e-5 < 1e-2 < relative_error(plain, expected)
+            assert (
+                relative_error(theirs(ids[None]).logits[0], expected)
+                < 1e-5
+                < 1e-2
+                < relative_error(plain, expected)
+            )
             assert relative_error(ours(*stream([ids])) @ ours.lm_head.weight.T, expected) < 1e-5
 
 
 def test_baking_a_negative_strength_starts_from_the_dpo_model(lab):
-    steer.main(["bake", f"{lab}/steer", "--strength=-1", "--inject=matched", "--layers=2", f"--bake_dir={lab}/unbaked"])
+    steer.main(
+        [
+            "bake",
+            f"{lab}/steer",
+            "--strength=-1",
+            "--inject=matched",
+            "--layers=2",
+            f"--bake_dir={lab}/unbaked",
+        ]
+    )
     baked, _ = families.load_pretrained(lab / "unbaked")
     sft, _ = families.load_pretrained(lab / "sft")
     texts = documents(lab)[:COUNT]
@@ -967,27 +1235,50 @@ def test_a_bake_does_not_replace_its_model(lab):
 @pytest.fixture
 def pairs(lab, monkeypatch, tmp_path):
     """PAIRS of the test's own in configs/pairs.py's place."""
-    table = {name: dict(sft=f"{lab}/sft", dpo=f"{lab}/{dpo}", template=None) for name, dpo in (("near", "dpo"), ("far", "far"))}
+    table = {
+        name: dict(sft=f"{lab}/sft", dpo=f"{lab}/{dpo}", template=None)
+        for name, dpo in (("near", "dpo"), ("far", "far"))
+    }
     table |= {"odd": dict(not_representable="it is odd")}
     monkeypatch.setattr(steer, "_plot", lambda *_: None)  # half of the time of a sweep here
-    monkeypatch.setattr(steer.runpy, "run_path", lambda path: {"PAIRS": table, "GROUPS": {"both": ("near", "far")}})
-    return [f"--texts={lab}/texts.jsonl", f"--prompts={lab}/prompts.csv", "--count=8", "--layers=2", f"--out_dir={tmp_path}/v", *SHORT]
+    monkeypatch.setattr(
+        steer.runpy, "run_path", lambda path: {"PAIRS": table, "GROUPS": {"both": ("near", "far")}}
+    )
+    return [
+        f"--texts={lab}/texts.jsonl",
+        f"--prompts={lab}/prompts.csv",
+        "--count=8",
+        "--layers=2",
+        f"--out_dir={tmp_path}/v",
+        *SHORT,
+    ]
 
 
 @pytest.mark.slow
 def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_path):
-    """Both begin at the same SFT model and so at the same separation; the second call measures nothing again."""
+    """Both begin at the same SFT model and so at the same separation; the second call measures nothing
+    again.
+    """
     steer.main(["validate", "near", "far", *pairs, "--lambdas=0,1"])
     first = capsys.readouterr().out
     head, near, far = first.splitlines()[-3:]
-    assert "wrote" in first and head.startswith("pair") and near.split()[1] == far.split()[1] and near.split()[2] != far.split()[2]
+    assert (
+        "wrote" in first
+        and head.startswith("pair")
+        and near.split()[1] == far.split()[1]
+        and near.split()[2] != far.split()[2]
+    )
     assert near.startswith("near") and far.startswith("far")
     assert all(any(line.endswith(decision) for decision in DECISIONS) for line in (near, far))
     report = tmp_path / "v/near_sanity/sweep_cumulative/aqi.json"
     before = report.stat().st_mtime_ns
     steer.main(["validate", "both", *pairs, "--lambdas=0,1"])
     again = capsys.readouterr().out
-    assert "wrote" not in again and again.count("finished, of the same inputs") == 4 and report.stat().st_mtime_ns == before
+    assert (
+        "wrote" not in again
+        and again.count("finished, of the same inputs") == 4
+        and report.stat().st_mtime_ns == before
+    )
     assert again.splitlines()[-3:] == first.splitlines()[-3:]
     found = json.loads(report.read_text())
     _, (far, near), _ = ladder.find(tmp_path / "v")
@@ -995,14 +1286,20 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
     assert near.report["verdicts"] == found["verdicts"] and near.sft == far.sft and near.dpo != far.dpo
     assert (near.report["pair"], far.report["pair"]) == ("near", "far")
     text = (tmp_path / "v/report.html").read_text()
-    assert f"page: {tmp_path}/v/report.html" in first and "near_sanity/sweep_cumulative" in text and "far_sanity/sweep_cumulative" in text
+    assert (
+        f"page: {tmp_path}/v/report.html" in first
+        and "near_sanity/sweep_cumulative" in text
+        and "far_sanity/sweep_cumulative" in text
+    )
     pytest.importorskip("matplotlib")
     assert (tmp_path / "v/axioms.png").is_file()
 
 
 @pytest.mark.slow
 def test_a_config_is_its_own_pair(lab, capsys, monkeypatch):
-    """What its DPO run starts from and what it ends with, its own template, texts and prompts; a key on the command line wins."""
+    """What its DPO run starts from and what it ends with, its own template, texts and prompts; a key on the
+    command line wins.
+    """
     shutil.copytree(lab / "dpo", lab / "own/dpo/final")
     run = f"max_seq_len=64, data={{'x.jsonl': 1.0}}, global_batch_size=2, tokens_per_microbatch=256, lr=1e-5, out_dir='{lab}/own/"
     (lab / "own.py").write_text(
@@ -1012,14 +1309,24 @@ def test_a_config_is_its_own_pair(lab, capsys, monkeypatch):
         f"steer = dict(texts='{lab}/chats.jsonl', count=8, layers=2, max_new_tokens=6, lambdas=(0, 1), inject='matched')\n"
         f"aqi = dict(prompts='{lab}/prompts.csv')\n"
     )
-    write_rows(lab / "chats.jsonl", [{"prompt": "help me", "chosen": f"good {word}", "rejected": f"bad {word}"} for word in WORDS[:12]])
+    write_rows(
+        lab / "chats.jsonl",
+        [{"prompt": "help me", "chosen": f"good {word}", "rejected": f"bad {word}"} for word in WORDS[:12]],
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steer, "_plot", lambda *_: None)
         steer.main(["validate", f"{lab}/own.py", "--inject=increment"])
     folder = lab / "own/steer_sanity"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["pair"] == "own" and manifest["inputs"]["template"] == "tulu" and manifest["inputs"]["count"] == 8
-    assert manifest["inputs"]["sft_path"] == f"{lab}/sft" and manifest["inputs"]["dpo_path"] == f"{lab}/own/dpo/final"
+    assert (
+        manifest["pair"] == "own"
+        and manifest["inputs"]["template"] == "tulu"
+        and manifest["inputs"]["count"] == 8
+    )
+    assert (
+        manifest["inputs"]["sft_path"] == f"{lab}/sft"
+        and manifest["inputs"]["dpo_path"] == f"{lab}/own/dpo/final"
+    )
     assert json.loads((folder / "sweep_increment/aqi.json").read_text())["inputs"]["lambdas"] == [0, 1]
     capsys.readouterr()
     steer.main(["spectrum", f"{lab}/own.py"])
@@ -1029,7 +1336,9 @@ def test_a_config_is_its_own_pair(lab, capsys, monkeypatch):
 
 
 def test_targets_that_are_none(pairs, lab):
-    with pytest.raises(ValueError, match="target 'nowhere': expected a config .*: one of near, far, odd, both"):
+    with pytest.raises(
+        ValueError, match="target 'nowhere': expected a config .*: one of near, far, odd, both"
+    ):
         steer.main(["validate", "near", "nowhere", *pairs])
     with pytest.raises(ValueError, match="target 'nar': expected a config .*, did you mean 'near'?"):
         steer.main(["validate", "nar", *pairs])
@@ -1056,11 +1365,15 @@ def test_what_is_missing_is_found_before_the_first_pair_is_read(pairs, lab, monk
 
 
 def test_registered_pairs_are_complete():
-    """The names of the published comparison and of the ladder; a pair is two models and a template, or says why it cannot be."""
+    """The names of the published comparison and of the ladder; a pair is two models and a template, or says
+    why it cannot be.
+    """
     table = steer.runpy.run_path(Path(steer.__file__).parent / "configs/pairs.py")
     pairs, groups = table["PAIRS"], table["GROUPS"]
     wanted = {"Llama31_Tulu", "Mistral_7B", "Zephyr_7B", "Falcon_7B", "Llama3_8B", "Qwen2_7B", "Gemma2_9B"}
     assert wanted <= pairs.keys()
     kinds = {"sft", "dpo", "template"}, {"sft", "dpo", "template", "made", "source"}, {"not_representable"}
     assert all(pair.keys() in kinds for pair in pairs.values())
-    assert not groups.keys() & pairs.keys() and all("sft" in pairs[name] for group in groups.values() for name in group)
+    assert not groups.keys() & pairs.keys() and all(
+        "sft" in pairs[name] for group in groups.values() for name in group
+    )

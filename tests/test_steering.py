@@ -1,4 +1,6 @@
-"""steering.py: reading states, the vector's spectrum, what is added where, many lambdas in one pass, folding it into the weights."""
+"""steering.py: reading states, the vector's spectrum, what is added where, many lambdas in one pass, folding
+it into the weights.
+"""
 
 import copy
 
@@ -88,18 +90,27 @@ def test_mean_states_weigh_documents_not_batches(sft, monkeypatch):
 
 @pytest.mark.slow
 def test_states_are_transformers_hidden_states(sft):
-    """Every layer but the last is an entry of output_hidden_states; the last is read before the final norm, with compat_hf after it."""
+    """Every layer but the last is an entry of output_hidden_states; the last is read before the final norm,
+    with compat_hf after it.
+    """
     import transformers
 
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG.to_hf())).eval()
     theirs.load_state_dict(sft.state_dict())
     (ids, mask) = documents()[0]
     with torch.no_grad():
-        hidden = torch.stack(theirs(torch.tensor(ids)[None], output_hidden_states=True).hidden_states[1:], dim=1)[0]  # (L, T, D)
+        hidden = torch.stack(
+            theirs(torch.tensor(ids)[None], output_hidden_states=True).hidden_states[1:], dim=1
+        )[0]  # (L, T, D)
     ((_, batch),) = packed_batches([(ids, mask)], "cpu")
     raw, compat = read_states(sft, batch), read_states(sft, batch, compat_hf=True)
-    assert relative_error(compat[LAST, 0], hidden[:, -1]) < 1e-5 and relative_error(compat[MEAN, 0], hidden.mean(1)) < 1e-5
-    assert torch.equal(raw[:, :, :-1], compat[:, :, :-1]) and not torch.allclose(raw[:, :, -1], compat[:, :, -1])
+    assert (
+        relative_error(compat[LAST, 0], hidden[:, -1]) < 1e-5
+        and relative_error(compat[MEAN, 0], hidden.mean(1)) < 1e-5
+    )
+    assert torch.equal(raw[:, :, :-1], compat[:, :, :-1]) and not torch.allclose(
+        raw[:, :, -1], compat[:, :, -1]
+    )
     assert relative_error(sft.model.norm(raw[LAST, 0, -1]), hidden[-1, -1]) < 1e-5
 
 
@@ -116,7 +127,9 @@ def test_a_batch_is_its_documents_alone_under_steering(sft, vector, rescale):
 
 def test_logps_are_the_same_with_hidden_states_given(sft):
     for _, batch in packed_batches(documents(), "cpu"):
-        given_hidden = document_logps(sft, batch, sft(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen))
+        given_hidden = document_logps(
+            sft, batch, sft(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        )
         for a, b in zip(document_logps(sft, batch), given_hidden, strict=True):
             assert torch.equal(a, b)
 
@@ -131,8 +144,12 @@ def test_spectrum_is_numpys_svd(shape):
     _, s, vt = np.linalg.svd(X, full_matrices=False)
     centred = np.linalg.svd(X - mean, compute_uv=False) ** 2
     shares = s**2 / (s**2).sum()
-    assert np.allclose(found["explained"], shares[:5]) and np.allclose(found["explained_centred"], (centred / centred.sum())[:5])
-    assert np.isclose(found["rank_one"], shares[0]) and np.isclose(found["effective_rank"], np.exp(-(shares * np.log(shares)).sum()))
+    assert np.allclose(found["explained"], shares[:5]) and np.allclose(
+        found["explained_centred"], (centred / centred.sum())[:5]
+    )
+    assert np.isclose(found["rank_one"], shares[0]) and np.isclose(
+        found["effective_rank"], np.exp(-(shares * np.log(shares)).sum())
+    )
     expected = vt[:5] * np.linalg.norm(mean) * np.where(vt[:5] @ mean < 0, -1, 1)[:, None]
     assert np.allclose(found["components"].numpy(), expected, atol=1e-5)
     assert (found["components"].double() @ torch.from_numpy(mean) > 0).all()
@@ -153,14 +170,19 @@ def test_spectrum_knows_no_seed_and_no_order_of_the_texts():
     first = spectrum(X)
     torch.manual_seed(5)
     torch.randn(100)
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first.values(), spectrum(X).values(), strict=True))
+    assert all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        for a, b in zip(first.values(), spectrum(X).values(), strict=True)
+    )
     torch.testing.assert_close(spectrum(X.flip(0))["components"], first["components"])
 
 
 @given(n=st.integers(1, 8), D=st.integers(2, 8), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=25)
 def test_rank_one_differences(n, D, seed):
-    """Multiples of one direction: the first share is 1, and the first component is the mean itself, sign and length."""
+    """Multiples of one direction: the first share is 1, and the first component is the mean itself, sign and
+    length.
+    """
     rng = np.random.default_rng(seed)
     X = torch.from_numpy(rng.uniform(0.1, 2, size=(n, 1)) * rng.normal(size=(1, D)))
     found = spectrum(X)
@@ -171,7 +193,12 @@ def test_rank_one_differences(n, D, seed):
 def test_no_difference_has_no_share():
     """A layer that training left alone."""
     found = spectrum(torch.zeros(4, 6))
-    assert found["explained"] == [0] * 4 and found["rank_one"] == 0 and found["effective_rank"] == 1 and not found["components"].any()
+    assert (
+        found["explained"] == [0] * 4
+        and found["rank_one"] == 0
+        and found["effective_rank"] == 1
+        and not found["components"].any()
+    )
 
 
 # ---------------------------------------------------------------- what is added
@@ -192,44 +219,66 @@ def test_lambda_zero_is_the_model_without_a_hook(sft, vector, rescale):
     plain = sft(*stream(random_documents(CONFIG.vocab_size)))
     for run in steered_runs(sft, documents(), add, [0.0, -0.0], "cpu", rescale):
         batch = run.batch
-        assert torch.equal(run.hidden, sft(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen))
+        assert torch.equal(
+            run.hidden, sft(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        )
     zero = steering_tap({layer: torch.zeros(CONFIG.hidden_size) for layer in LAYERS}, 1.0)
     assert torch.equal(plain, sft(*stream(random_documents(CONFIG.vocab_size)), tap=zero))
 
 
 def test_one_layer_one_token_is_the_dpo_state_and_back():
-    """CHECKS 28, exact on a grid of 2^-10, where float32 differences do not round: h_sft + (h_dpo - h_sft), and h_dpo - (h_dpo - h_sft)."""
+    """CHECKS 28, exact on a grid of 2^-10, where float32 differences do not round: h_sft + (h_dpo - h_sft),
+    and h_dpo - (h_dpo - h_sft).
+    """
     generator = torch.Generator().manual_seed(0)
     h_sft, h_dpo = (torch.randint(-4096, 4096, (1, 40), generator=generator) / 1024 for _ in range(2))
     v = {2: (h_dpo - h_sft)[0]}
-    assert torch.equal(steering_tap(v, 1.0)(2, h_sft), h_dpo) and torch.equal(steering_tap(v, -1.0)(2, h_dpo), h_sft)
+    assert torch.equal(steering_tap(v, 1.0)(2, h_sft), h_dpo) and torch.equal(
+        steering_tap(v, -1.0)(2, h_dpo), h_sft
+    )
     assert steering_tap(v, 1.0)(1, h_sft) is h_sft
 
 
 @pytest.mark.parametrize("layer", range(4))
 def test_one_layer_one_token_in_the_model(sft, layer):
-    """Models that differ up to `layer` only: with v there, one model's output is the other's, and the way back. No layer is off by one."""
+    """Models that differ up to `layer` only: with v there, one model's output is the other's, and the way
+    back. No layer is off by one.
+    """
     dpo, document = changed(sft, 0.1), documents((1,))
     for upper in range(layer + 1, 4):
         dpo.model.layers[upper].load_state_dict(sft.model.layers[upper].state_dict())
     dpo.model.norm.load_state_dict(sft.model.norm.state_dict())
     below, above = states_of(sft, document)[LAST, 0], states_of(dpo, document)[LAST, 0]
     v = {layer: (above - below)[layer]}
-    there, back = states_of(sft, document, steering_tap(v, 1.0))[LAST, 0], states_of(dpo, document, steering_tap(v, -1.0))[LAST, 0]
+    there, back = (
+        states_of(sft, document, steering_tap(v, 1.0))[LAST, 0],
+        states_of(dpo, document, steering_tap(v, -1.0))[LAST, 0],
+    )
     assert relative_error(below[layer:], above[layer:]) > 0.01
-    assert relative_error(there[layer:], above[layer:]) < 2e-6 and relative_error(back[layer:], below[layer:]) < 2e-6
+    assert (
+        relative_error(there[layer:], above[layer:]) < 2e-6
+        and relative_error(back[layer:], below[layer:]) < 2e-6
+    )
 
 
 @pytest.mark.parametrize(
-    "dtype, size", ((torch.float32, 1.0), (torch.float32, 1e30), (torch.float16, 6e3), (torch.bfloat16, 1e30)), ids=str
+    "dtype, size",
+    ((torch.float32, 1.0), (torch.float32, 1e30), (torch.float16, 6e3), (torch.bfloat16, 1e30)),
+    ids=str,
 )
 def test_rescaling_keeps_norms(dtype, size):
-    """CHECKS 30: states whose squares overflow float32 (or float16) come back with their norm, in their dtype."""
+    """CHECKS 30: states whose squares overflow float32 (or float16) come back with their norm, in their
+    dtype.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(5, 40, generator=generator) * size).to(dtype)
     v = {0: torch.randn(40, generator=generator) * size}
     steered = steering_tap(v, 0.8, rescale=True)(0, hidden)
-    assert steered.dtype == dtype and steered.isfinite().all() and relative_error(steered.double(), hidden.double()) > 0.1
+    assert (
+        steered.dtype == dtype
+        and steered.isfinite().all()
+        and relative_error(steered.double(), hidden.double()) > 0.1
+    )
     norms = [x.double().norm(dim=-1) for x in (steered, hidden)]
     torch.testing.assert_close(*norms, rtol=1e-6 if dtype == torch.float32 else 5e-3, atol=0)
 
@@ -247,12 +296,16 @@ def achieved(sft, add, vector, docs):
 @pytest.mark.parametrize("layers", ([3], [2, 3], [0, 1, 2, 3]), ids=str)
 def test_matched_gives_the_dpo_models_mean_states(sft, dpo, pooling, layers):
     """To 1e-3 relative at every steered layer, by construction, and backwards on the DPO model."""
-    names, v = ("last", "mean"), (mean_states(dpo, documents(), "cpu") - mean_states(sft, documents(), "cpu"))[pooling].float()
+    names, v = (
+        ("last", "mean"),
+        (mean_states(dpo, documents(), "cpu") - mean_states(sft, documents(), "cpu"))[pooling].float(),
+    )
     there = match_additions(sft, documents(), v, layers, names[pooling], "cpu")
     back = match_additions(dpo, documents(), v, layers, names[pooling], "cpu", strength=-1)
     for model, target, tap in ((sft, dpo, steering_tap(there, 1.0)), (dpo, sft, steering_tap(back, -1.0))):
         start, end, wanted = (
-            mean_states(m, documents(), "cpu", t)[pooling][layers] for m, t in ((model, None), (model, tap), (target, None))
+            mean_states(m, documents(), "cpu", t)[pooling][layers]
+            for m, t in ((model, None), (model, tap), (target, None))
         )
         assert relative_error(start, wanted) > 1e-2 and relative_error(end, wanted) < 1e-5
         assert relative_error(end - start, wanted - start) < 1e-3
@@ -260,8 +313,13 @@ def test_matched_gives_the_dpo_models_mean_states(sft, dpo, pooling, layers):
 
 def test_cumulative_adds_the_change_several_times(sft, vector):
     """The document's point 7: above 1 for cumulative, least for matched, which is 1."""
-    shifts = {name: achieved(sft, additions(name, vector, LAYERS), vector, documents()) for name in ("cumulative", "increment")}
-    matched = achieved(sft, match_additions(sft, documents(), vector, LAYERS, "last", "cpu"), vector, documents())
+    shifts = {
+        name: achieved(sft, additions(name, vector, LAYERS), vector, documents())
+        for name in ("cumulative", "increment")
+    }
+    matched = achieved(
+        sft, match_additions(sft, documents(), vector, LAYERS, "last", "cpu"), vector, documents()
+    )
     assert shifts["cumulative"] > 1.5 and matched == pytest.approx(1, abs=1e-4)
     assert abs(shifts["increment"] - 1) < abs(shifts["cumulative"] - 1)
 
@@ -278,13 +336,18 @@ def test_prefix_reuse_is_a_full_forward_with_a_tap(sft, vector, layers, rescale,
     add, lambdas, seen = additions("cumulative", vector, layers), [0.5, 0.0, -1.0, 1.0], []
     for run in steered_runs(sft, documents(), add, lambdas, "cpu", rescale, read_layers=range(4)):
         tap, batch = steering_tap(add, lambdas[run.index], rescale), run.batch
-        assert torch.equal(run.hidden, sft(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=tap))
+        assert torch.equal(
+            run.hidden, sft(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=tap)
+        )
         expected = read_states(sft, batch, tap)
         assert sorted(run.states) == list(range(4))
         for layer, states in run.states.items():
             assert torch.equal(torch.stack([states["last"], states["mean"]]), expected[:, :, layer])
         seen += [(run.index, row) for row in run.rows.tolist()]
-    assert sorted(seen) == [(k, row) for k in range(4) for row in range(4)] and len(list(packed_batches(documents(), "cpu"))) > 1
+    assert (
+        sorted(seen) == [(k, row) for k in range(4) for row in range(4)]
+        and len(list(packed_batches(documents(), "cpu"))) > 1
+    )
 
 
 FAMILIES = {
@@ -302,21 +365,35 @@ def test_other_families_are_steered_like_a_llama(family, vector):
     add = additions("cumulative", vector, [2, 3])
     (run,) = steered_runs(model, documents(), add, [0.5], "cpu")
     batch = run.batch
-    full = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=steering_tap(add, 0.5))
+    full = model(
+        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=steering_tap(add, 0.5)
+    )
     assert torch.equal(run.hidden, full)
     found = match_additions(model, documents(), vector, [2, 3], "mean", "cpu")
-    shift = mean_states(model, documents(), "cpu", steering_tap(found, 1.0)) - mean_states(model, documents(), "cpu")
+    shift = mean_states(model, documents(), "cpu", steering_tap(found, 1.0)) - mean_states(
+        model, documents(), "cpu"
+    )
     assert relative_error(shift[MEAN, 2:], vector[2:]) < 1e-3
 
 
 def test_prefix_reuse_runs_the_lower_blocks_once(sft, vector):
     calls = [0] * 4
-    hooks = [block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1)) for i, block in enumerate(sft.model.layers)]
-    for run in steered_runs(sft, documents(), additions("cumulative", vector, [2, 3]), [0.0, 0.25, 0.5, 1.0], "cpu"):
+    hooks = [
+        block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        for i, block in enumerate(sft.model.layers)
+    ]
+    for run in steered_runs(
+        sft, documents(), additions("cumulative", vector, [2, 3]), [0.0, 0.25, 0.5, 1.0], "cpu"
+    ):
         assert run.states == {}
     for hook in hooks:
         hook.remove()
-    assert calls == [1, 1, 1, 4]  # the unsteered pass, and the block above the first steered one for each of three lambdas
+    assert calls == [
+        1,
+        1,
+        1,
+        4,
+    ]  # the unsteered pass, and the block above the first steered one for each of three lambdas
 
 
 # ---------------------------------------------------------------- generation
@@ -344,7 +421,13 @@ def test_steered_generation_is_the_same_without_a_cache(sft, vector, rescale):
 
 
 @pytest.mark.parametrize(
-    "changes", ({}, {"model_type": "mistral", "sliding_window": 64}, {"mlp_bias": True}, {"qkv_bias": True, "o_bias": True})
+    "changes",
+    (
+        {},
+        {"model_type": "mistral", "sliding_window": 64},
+        {"mlp_bias": True},
+        {"qkv_bias": True, "o_bias": True},
+    ),
 )
 @pytest.mark.parametrize("strength", (1.0, -0.5))
 def test_baking_is_the_tap(vector, changes, strength):
@@ -362,5 +445,7 @@ def test_baking_is_the_tap(vector, changes, strength):
 def test_what_cannot_be_baked_is_refused(vector):
     qwen = random_llama(tiny_config(num_hidden_layers=4, model_type="qwen2", qkv_bias=True))
     for model in (qwen, *FAMILIES.values()):
-        with pytest.raises(ValueError, match=f"model_type='{model.config.model_type}'.*expected a Llama or Mistral"):
+        with pytest.raises(
+            ValueError, match=f"model_type='{model.config.model_type}'.*expected a Llama or Mistral"
+        ):
             bake(model, additions("cumulative", vector, LAYERS), 1.0)

@@ -28,12 +28,18 @@ def test_nproc_is_spelt_out_before_the_script(typed, meant):
 @pytest.mark.slow
 def test_what_make_installs_starts_two_ranks(tmp_path):
     """The recipe's line of the Makefile, run by hand: --nproc 2 is two ranks."""
-    recipe = re.search(r"^\t@(\(echo .*tools/torchrun\.py\)) > \.venv/bin/torchrun$", (ROOT / "Makefile").read_text(), re.M)[1]
+    recipe = re.search(
+        r"^\t@(\(echo .*tools/torchrun\.py\)) > \.venv/bin/torchrun$", (ROOT / "Makefile").read_text(), re.M
+    )[1]
     installed = tmp_path / "torchrun"
     command = recipe.replace("$(CURDIR)/.venv/bin/python", sys.executable)
-    installed.write_text(subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    installed.write_text(
+        subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
     installed.chmod(0o755)
-    (tmp_path / "who.py").write_text("import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n")
+    (tmp_path / "who.py").write_text(
+        "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = ["--standalone", "--nproc", "2", str(tmp_path / "who.py")]
     done = subprocess.run([installed, *arguments], env=environment, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """The short form of `make torture`: some faults of every kind, none of which loses or changes anything.
 
-A stopped rank takes a minute of waiting; test_runs.py::test_a_rank_that_hangs_is_named has it with a short patience.
+A stopped rank takes a minute of waiting; test_runs.py::test_a_rank_that_hangs_is_named has it with a short
+patience.
 """
 
 import pytest

@@ -24,7 +24,9 @@ from trace import shares, union  # noqa: E402
 
 
 def test_shares_by_hand():
-    """A gather of 4 s, 1 s of it before any matmul; one of 2 s beside a matmul; a pause; a reduction of 3 s, 1 s of it beside a kernel."""
+    """A gather of 4 s, 1 s of it before any matmul; one of 2 s beside a matmul; a pause; a reduction of 3 s,
+    1 s of it beside a kernel.
+    """
     events = [("ncclDevKernel_AllGather", 0, 4), ("gemm", 1, 6), ("ncclDevKernel_AllGather", 4, 6), ("norm", 5, 7),
               ("ncclDevKernel_ReduceScatter", 10, 13), ("gemm", 9, 11)]  # fmt: skip
     assert shares(events) == {"compute": 6 + 2, "exchange": 6 + 3, "exposed": 1 + 2}
@@ -33,23 +35,33 @@ def test_shares_by_hand():
 
 
 def traced(argv):
-    """bench/trace.py as the work of world.spawn. By its path: the standard library has a module of this name."""
+    """bench/trace.py as the work of world.spawn. By its path: the standard library has a module of this
+    name.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return parallel.run(runpy.run_path(str(ROOT / "bench/trace.py"))["main"], argv)
 
 
 @pytest.mark.slow
 def test_a_step_of_two_processes(world, tmp_path):
-    printed = spawn(partial(traced, [str(write_config(tmp_path, world))]), tmp_path / "logs", ranks=2).ok().out[0]
+    printed = (
+        spawn(partial(traced, [str(write_config(tmp_path, world))]), tmp_path / "logs", ranks=2).ok().out[0]
+    )
     lines = {name: float(line.split()[1]) for line in printed.splitlines() for name in ("compute", "exchange", "exposed")
              if line.startswith(name)}  # fmt: skip
-    assert 0 < lines["compute"] and 0 <= lines["exposed"] <= lines["exchange"] and lines["exchange"] > 0, printed
-    names = {event["name"] for event in json.loads(gzip.open(tmp_path / "sft/trace.json.gz").read())["traceEvents"]}
+    assert 0 < lines["compute"] and 0 <= lines["exposed"] <= lines["exchange"] and lines["exchange"] > 0, (
+        printed
+    )
+    names = {
+        event["name"] for event in json.loads(gzip.open(tmp_path / "sft/trace.json.gz").read())["traceEvents"]
+    }
     assert any(name.startswith("gloo:") for name in names), names
 
 
 def test_a_session_needs_no_weights(world, tmp_path, monkeypatch):
-    """bench/session.py draws its weights: with its stand-ins, a folder without any is enough for all that a run reads of it."""
+    """bench/session.py draws its weights: with its stand-ins, a folder without any is enough for all that a
+    run reads of it.
+    """
     folder = tmp_path / "base"
     shutil.copytree(world / "base", folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for name, stand_in in session.WITHOUT_WEIGHTS.items():

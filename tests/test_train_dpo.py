@@ -1,4 +1,6 @@
-"""DPO: every loss by hand, pairs in any cut, the reference cache, and ten whole steps against a plain transformers loop."""
+"""DPO: every loss by hand, pairs in any cut, the reference cache, and ten whole steps against a plain
+transformers loop.
+"""
 
 import errno
 import json
@@ -53,17 +55,23 @@ def tensors(*values):
 
 
 def test_dpo_loss():
-    """beta 0.1; log-ratios: chosen -10 - -12 = 2, rejected -15 - -14 = -1; logit 0.1 * 3 = 0.3: -ln sigmoid = ln(1 + e^-0.3) = 0.554355.
+    """beta 0.1; log-ratios: chosen -10 - -12 = 2, rejected -15 - -14 = -1; logit 0.1 * 3 = 0.3: -ln sigmoid =
+    ln(1 + e^-0.3) = 0.554355.
 
-    Smoothing 0.1: 0.9 * 0.554355 + 0.1 * ln(1 + e^0.3) = 0.9 * 0.554355 + 0.1 * 0.854355 = 0.584355. Rewards 0.2 and -0.1.
+    Smoothing 0.1: 0.9 * 0.554355 + 0.1 * ln(1 + e^0.3) = 0.9 * 0.554355 + 0.1 * 0.854355 = 0.584355. Rewards
+    0.2 and -0.1.
     """
     losses, chosen, rejected = dpo_loss(*tensors(-10.0, -15.0, -12.0, -14.0), 0.1)
     assert (losses.item(), chosen.item(), rejected.item()) == pytest.approx((0.554355, 0.2, -0.1), abs=1e-6)
-    assert dpo_loss(*tensors(-10.0, -15.0, -12.0, -14.0), 0.1, 0.1)[0].item() == pytest.approx(0.584355, abs=1e-6)
+    assert dpo_loss(*tensors(-10.0, -15.0, -12.0, -14.0), 0.1, 0.1)[0].item() == pytest.approx(
+        0.584355, abs=1e-6
+    )
 
 
 def test_dpo_gradient():
-    """d loss / d chosen = -beta sigmoid(-0.3) = -0.1 * 0.425557; the opposite for rejected (Rafailov et al., section 4)."""
+    """d loss / d chosen = -beta sigmoid(-0.3) = -0.1 * 0.425557; the opposite for rejected (Rafailov et al.,
+    section 4).
+    """
     policy = [t.requires_grad_() for t in tensors(-10.0, -15.0)]
     losses, *rewards = dpo_loss(*policy, *tensors(-12.0, -14.0), 0.1)
     losses.sum().backward()
@@ -78,7 +86,8 @@ def test_ipo_loss():
 
 
 def test_simpo_loss():
-    """beta 2, gamma / beta 0.5, means -1 and -1.75: logit 2 * (0.75 - 0.5) = 0.5, ln(1 + e^-0.5) = 0.474077; rewards -2 and -3.5.
+    """beta 2, gamma / beta 0.5, means -1 and -1.75: logit 2 * (0.75 - 0.5) = 0.5, ln(1 + e^-0.5) = 0.474077;
+    rewards -2 and -3.5.
 
     Smoothing 0.2: 0.8 * 0.474077 + 0.2 * 0.974077 = 0.574077.
     """
@@ -88,13 +97,16 @@ def test_simpo_loss():
 
 
 def loss_of(policy, reference, counts, **keys):
-    config = SimpleNamespace(**dict(loss="dpo_norm", beta=5.0, label_smoothing=0.0, gamma_beta_ratio=None) | keys)
+    config = SimpleNamespace(
+        **dict(loss="dpo_norm", beta=5.0, label_smoothing=0.0, gamma_beta_ratio=None) | keys
+    )
     policy, reference, counts = (torch.tensor(values).view(2, -1) for values in (policy, reference, counts))
     return preference_loss(config, policy, reference, counts)[0].tolist()
 
 
 def test_wpo_weights_the_pair():
-    """Sums -10 and -15 over 10 and 20 tokens: means -1 and -0.75; weight e^-1.75 = 0.173774; times the DPO loss 0.554355: 0.096332.
+    """Sums -10 and -15 over 10 and 20 tokens: means -1 and -0.75; weight e^-1.75 = 0.173774; times the DPO
+    loss 0.554355: 0.096332.
 
     The weight has no gradient: that of the chosen sum is 0.173774 * -0.0425557 = -0.0073951.
     """
@@ -108,14 +120,18 @@ def test_wpo_weights_the_pair():
 
 
 def test_dpo_norm_takes_means():
-    """CHECKS 10: sums 2 over 4 tokens and -1 over 10: means 0.5 and -0.1, logit 5 * 0.6: ln(1 + e^-3) = 0.048587. ipo: (0.6 - 0.1)^2."""
+    """CHECKS 10: sums 2 over 4 tokens and -1 over 10: means 0.5 and -0.1, logit 5 * 0.6: ln(1 + e^-3) =
+    0.048587. ipo: (0.6 - 0.1)^2.
+    """
     arguments = ([-10.0, -15.0], [-12.0, -14.0], [4, 10])
     assert loss_of(*arguments) == pytest.approx([0.048587], abs=1e-6)
     assert loss_of(*arguments, loss="ipo") == pytest.approx([0.25])
 
 
 def test_preference_loss_hands_every_key_on():
-    """The smoothed losses above: dpo of sums; simpo of -4 over 4 tokens and -3.5 over 2, means -1 and -1.75."""
+    """The smoothed losses above: dpo of sums; simpo of -4 over 4 tokens and -3.5 over 2, means -1 and
+    -1.75.
+    """
     keys = dict(loss="dpo", beta=0.1, label_smoothing=0.1)
     assert loss_of([-10.0, -15.0], [-12.0, -14.0], [4, 10], **keys) == pytest.approx([0.584355], abs=1e-6)
     keys = dict(loss="simpo", beta=2.0, gamma_beta_ratio=0.5, label_smoothing=0.2)
@@ -126,15 +142,20 @@ def test_preference_loss_hands_every_key_on():
 def test_dpo_norm_is_dpo_with_beta_over_n(n):
     """CHECKS 10: when both answers have n tokens; unlike otherwise."""
     policy, reference = [-10.0, -3.0, -15.0, -2.5], [-12.0, -3.5, -14.0, -2.0]
-    assert loss_of(policy, reference, [n] * 4) == pytest.approx(loss_of(policy, reference, [n] * 4, loss="dpo", beta=5.0 / n))
-    assert loss_of(policy, reference, [n, n, n + 1, n]) != pytest.approx(loss_of(policy, reference, [n] * 4, loss="dpo", beta=5.0 / n))
+    assert loss_of(policy, reference, [n] * 4) == pytest.approx(
+        loss_of(policy, reference, [n] * 4, loss="dpo", beta=5.0 / n)
+    )
+    assert loss_of(policy, reference, [n, n, n + 1, n]) != pytest.approx(
+        loss_of(policy, reference, [n] * 4, loss="dpo", beta=5.0 / n)
+    )
 
 
 def test_shared_earlier_turns_do_not_cancel_in_a_mean():
-    """An earlier answer has 8 tokens and log-ratio 0.7; then the chosen one has 2 tokens and 0.1, the rejected one 8 and 0.
+    """An earlier answer has 8 tokens and log-ratio 0.7; then the chosen one has 2 tokens and 0.1, the
+    rejected one 8 and 0.
 
-    Last turn only: 5 * (0.1 / 2 - 0 / 8) = 0.25, loss 0.5759. All turns: 5 * (0.8 / 10 - 0.7 / 16) = 0.18125, loss 0.6066.
-    For sums, beta 1: 0.8 - 0.7 = 0.1 - 0, the same loss with and without the earlier turn.
+    Last turn only: 5 * (0.1 / 2 - 0 / 8) = 0.25, loss 0.5759. All turns: 5 * (0.8 / 10 - 0.7 / 16) = 0.18125,
+    loss 0.6066. For sums, beta 1: 0.8 - 0.7 = 0.1 - 0, the same loss with and without the earlier turn.
     """
     assert loss_of([0.1, 0.0], [0.0, 0.0], [2, 8]) == pytest.approx([0.5759], abs=5e-5)
     assert loss_of([0.8, 0.7], [0.0, 0.0], [10, 16]) == pytest.approx([0.6066], abs=5e-5)
@@ -143,9 +164,13 @@ def test_shared_earlier_turns_do_not_cancel_in_a_mean():
     assert sums[0] == pytest.approx(sums[1])
 
 
-@pytest.mark.parametrize("loss, value", [("dpo", LN2), ("dpo_norm", LN2), ("ipo", 0.01), ("simpo", None), ("wpo", None)])
+@pytest.mark.parametrize(
+    "loss, value", [("dpo", LN2), ("dpo_norm", LN2), ("ipo", 0.01), ("simpo", None), ("wpo", None)]
+)
 def test_losses_of_equal_models(loss, value):
-    """CHECKS 5: ln 2, and (1 / 10)^2 for ipo at beta 5; simpo takes no reference, wpo is ln 2 times its weight."""
+    """CHECKS 5: ln 2, and (1 / 10)^2 for ipo at beta 5; simpo takes no reference, wpo is ln 2 times its
+    weight.
+    """
     policy, counts = [-10.0, -15.0], [4, 10]
     actual = loss_of(policy, policy, counts, loss=loss, gamma_beta_ratio=0.0)
     if loss == "wpo":
@@ -159,7 +184,9 @@ def test_losses_of_equal_models(loss, value):
 
 
 def hinge_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """SLiC's ranking loss (Zhao et al. 2023) on log-ratios, as TRL's loss_type="hinge": max(0, 1 - beta * difference)."""
+    """SLiC's ranking loss (Zhao et al. 2023) on log-ratios, as TRL's loss_type="hinge": max(0, 1 - beta *
+    difference).
+    """
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
     losses = torch.relu(1 - beta * (chosen_logratios - rejected_logratios))
@@ -168,7 +195,9 @@ def hinge_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref
 
 def add_hinge():
     """The row; and the key's choices, which were read from the table before it was there."""
-    train_dpo.LOSSES["hinge"] = train_dpo.Loss(hinge_loss, "sum", beta=0.05, usual_beta=(0.01, 1.0), unit="hinges per pair")
+    train_dpo.LOSSES["hinge"] = train_dpo.Loss(
+        hinge_loss, "sum", beta=0.05, usual_beta=(0.01, 1.0), unit="hinges per pair"
+    )
     train_dpo.DPOConfig.__dataclass_fields__["loss"].type = Literal[tuple(train_dpo.LOSSES)]
 
 
@@ -182,7 +211,9 @@ def hinge(monkeypatch):
 
 @pytest.mark.slow
 def test_a_new_loss_is_one_row(world, tmp_path, hinge):
-    """It is trained at its own beta, planned with a pass over the reference, refused smoothing, and drawn in its units."""
+    """It is trained at its own beta, planned with a pass over the reference, refused smoothing, and drawn in
+    its units.
+    """
     path = write_config(tmp_path, world, dpo=dict(lr=3e-2))
     out = launch("dpo", path, "--loss=hinge", prepare=add_hinge).ok().out[0]
     assert "step 1: loss 1.000000, largest |policy - reference| 0.0e+00" in out
@@ -192,10 +223,14 @@ def test_a_new_loss_is_one_row(world, tmp_path, hinge):
 
     planned, *_ = plan.make("dpo", str(path), ["--loss=hinge"], "h100", 1, log=lambda line: None)
     assert "reference log-probs" in planned.seconds
-    with pytest.raises(ValueError, match="label_smoothing=0.1: defined for dpo_norm, dpo and simpo, not for loss='hinge'"):
+    with pytest.raises(
+        ValueError, match="label_smoothing=0.1: defined for dpo_norm, dpo and simpo, not for loss='hinge'"
+    ):
         load("dpo", [str(path), "--loss=hinge", "--label_smoothing=0.1"])
 
-    charts = {chart.title: chart for chart in figures.training_charts(["run"], [folders.read(tmp_path / "dpo")])}
+    charts = {
+        chart.title: chart for chart in figures.training_charts(["run"], [folders.read(tmp_path / "dpo")])
+    }
     assert charts["Loss"].unit == "hinges per pair"
     assert charts["Log-ratio to the reference"].unit == "nats per answer"
     # beta * log-ratio is the reward, so the report's log-ratios are the rewards over the row's beta
@@ -210,7 +245,8 @@ def test_default_betas_are_usual():
 
 
 @pytest.mark.parametrize(
-    "loss, beta, is_said", [("dpo", 0.1, False), ("dpo", 5.0, True), ("dpo_norm", 0.1, True), ("dpo_norm", 5.0, False)]
+    "loss, beta, is_said",
+    [("dpo", 0.1, False), ("dpo", 5.0, True), ("dpo_norm", 0.1, True), ("dpo_norm", 5.0, False)],
 )
 def test_an_unusual_beta_is_said(ranks, capsys, loss, beta, is_said):
     """5 on sums, 0.1 on means: the two that are easily confused."""
@@ -239,21 +275,30 @@ def step_gradients(config, pairs, model, ranks, ids=EIGHT, **changes):
     return metrics, whole_gradients(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss, sft_weight", [("dpo_norm", 0.0), ("dpo", 0.5), ("wpo", 0.0)])
 def test_any_accumulation_is_one_batch(stage, loss, sft_weight):
-    """CHECKS 1: 8 unequal pairs as 1 x 8, in several micro-batches, and against one plain graph over documents run alone."""
+    """CHECKS 1: 8 unequal pairs as 1 x 8, in several micro-batches, and against one plain graph over
+    documents run alone.
+    """
     keys = dict(loss=loss, sft_weight=sft_weight, beta=0.5)
     lengths = stage.pairs.lengths[EIGHT]
-    whole, gradients = step_gradients(stage.config, stage.pairs, stage.model, stage.ranks, tokens_per_microbatch=lengths.sum(), **keys)
+    whole, gradients = step_gradients(
+        stage.config, stage.pairs, stage.model, stage.ranks, tokens_per_microbatch=lengths.sum(), **keys
+    )
     for room in (int(lengths.sum() / 2.5), lengths.max()):
         assert len(list(local_batches(stage.pairs, EIGHT, stage.model.config, room, stage.ranks))) >= 3
-        cut, cut_gradients = step_gradients(stage.config, stage.pairs, stage.model, stage.ranks, tokens_per_microbatch=room, **keys)
+        cut, cut_gradients = step_gradients(
+            stage.config, stage.pairs, stage.model, stage.ranks, tokens_per_microbatch=room, **keys
+        )
         assert {k: v for k, v in cut.items() if k != "padding_waste"} == pytest.approx(
             {k: v for k, v in whole.items() if k != "padding_waste"}, rel=1e-6, abs=1e-6
         )
         assert_gradients_equal(cut_gradients, gradients)
 
-    plain = plain_loss(stage.model, stage.pairs, fake_reference(stage.pairs), SimpleNamespace(**vars(stage.config) | keys))
+    plain = plain_loss(
+        stage.model, stage.pairs, fake_reference(stage.pairs), SimpleNamespace(**vars(stage.config) | keys)
+    )
     plain.backward()
     assert whole["loss"] == pytest.approx(plain.item(), rel=5e-6)
     assert_gradients_equal(whole_gradients(stage.model), gradients, 5e-6)
@@ -265,19 +310,28 @@ def plain_loss(model, pairs, reference, config):
     for i in EIGHT:
         sums = [plain_sum(model, *side[i]) for side in (pairs.chosen, pairs.rejected)]
         counts = torch.tensor([[int(side[i][1][1:].sum())] for side in (pairs.chosen, pairs.rejected)])
-        losses.append(preference_loss(config, torch.stack(sums)[:, None], torch.from_numpy(reference[i])[:, None], counts)[0])
+        losses.append(
+            preference_loss(
+                config, torch.stack(sums)[:, None], torch.from_numpy(reference[i])[:, None], counts
+            )[0]
+        )
         chosen_sums.append(sums[0])
     tokens = sum(int(pairs.chosen[i][1][1:].sum()) for i in EIGHT)
     return torch.cat(losses).mean() - config.sft_weight * torch.stack(chosen_sums).sum() / tokens
 
 
 def plain_sum(model, input_ids, mask):
-    input_ids, mask, T = torch.from_numpy(input_ids.astype(np.int64)), torch.from_numpy(np.array(mask)), len(input_ids)
+    input_ids, mask, T = (
+        torch.from_numpy(input_ids.astype(np.int64)),
+        torch.from_numpy(np.array(mask)),
+        len(input_ids),
+    )
     hidden = model(input_ids, torch.arange(T), torch.tensor([0, T], dtype=torch.int32), T)
     logps = (hidden @ model.lm_head.weight.T).log_softmax(-1)[torch.arange(T - 1), input_ids[1:]]
     return logps[mask[1:]].sum()
 
 
+@pytest.mark.slow
 def test_gap_is_per_root_of_an_answers_tokens(stage):
     """The unit of TOLERANCE: the largest of both answers of all pairs, in whatever micro-batch."""
     reference = fake_reference(stage.pairs)
@@ -286,7 +340,9 @@ def test_gap_is_per_root_of_an_answers_tokens(stage):
     with torch.no_grad():
         answers = [(plain_sum(stage.model, *side[i]).item() - reference[i, k], side.num_targets[i])
                    for k, side in enumerate((stage.pairs.chosen, stage.pairs.rejected)) for i in EIGHT]  # fmt: skip
-    assert gap == pytest.approx(max(abs(difference) / tokens**0.5 for difference, tokens in answers), rel=1e-5)
+    assert gap == pytest.approx(
+        max(abs(difference) / tokens**0.5 for difference, tokens in answers), rel=1e-5
+    )
 
 
 def dpo_step(config_path, ids, ranks):
@@ -301,7 +357,11 @@ def test_two_ranks_have_the_gradient_of_one(world, tmp_path, ranks, ids):
     """CHECKS 1, 2."""
     config_path = write_config(tmp_path, world)
     loss, gradients = dpo_step(config_path, ids, ranks)
-    spawn(partial(save_gradients, dpo_step, config_path, ids.tolist(), tmp_path / "g.safetensors"), tmp_path / "logs", ranks=2).ok()
+    spawn(
+        partial(save_gradients, dpo_step, config_path, ids.tolist(), tmp_path / "g.safetensors"),
+        tmp_path / "logs",
+        ranks=2,
+    ).ok()
     other = load_tensors(tmp_path / "g.safetensors")
     assert other.pop("loss").item() == pytest.approx(loss, rel=1e-6)
     assert_gradients_equal(other, gradients)
@@ -327,12 +387,16 @@ def test_reference_is_without_adapters(world, tmp_path, ranks):
     plain_config, pairs, base = stage_parts("dpo", write_config(tmp_path, world), ranks)
     with torch.no_grad():
         expected = train_dpo._compute_reference(base, pairs, EIGHT, plain_config, ranks)
-    config, pairs, model = stage_parts("dpo", write_config(tmp_path, world, lora_rank=4, lora_alpha=8.0), ranks)
+    config, pairs, model = stage_parts(
+        "dpo", write_config(tmp_path, world, lora_rank=4, lora_alpha=8.0), ranks
+    )
     for name, param in model.named_parameters():
         if name.endswith("lora_B"):
             param.data.fill_(0.02)
     with torch.no_grad():
-        assert train_dpo._compute_reference(model, pairs, EIGHT, config, ranks).tobytes() == expected.tobytes()
+        assert (
+            train_dpo._compute_reference(model, pairs, EIGHT, config, ranks).tobytes() == expected.tobytes()
+        )
 
 
 # ---------------------------------------------------------------- evaluation
@@ -340,7 +404,9 @@ def test_reference_is_without_adapters(world, tmp_path, ranks):
 
 @pytest.mark.slow
 def test_evaluation_by_hand(stage):
-    """Means and 95 % intervals over all held-out pairs: 1.96 times the standard deviation over pairs / sqrt(n)."""
+    """Means and 95 % intervals over all held-out pairs: 1.96 times the standard deviation over pairs /
+    sqrt(n).
+    """
     reference = fake_reference(stage.pairs)
     result = train_dpo.evaluate(stage.model, stage.pairs, reference, stage.config, stage.ranks, SilentLog())
     with torch.no_grad():
@@ -377,20 +443,30 @@ def test_held_out_loss_is_the_training_loss(stage):
 def dpo_evaluation(config_path, _, ranks):
     config, pairs, model = stage_parts("dpo", config_path, ranks)
     result = train_dpo.evaluate(model, pairs, fake_reference(pairs), config, ranks, SilentLog())
-    return result["eval/loss"], {name: torch.tensor(value, dtype=torch.float64) for name, value in result.items()}
+    return result["eval/loss"], {
+        name: torch.tensor(value, dtype=torch.float64) for name, value in result.items()
+    }
 
 
 @pytest.mark.slow
 def test_two_ranks_evaluate_as_one(world, tmp_path, ranks):
     config_path = write_config(tmp_path, world)
     _, expected = dpo_evaluation(config_path, None, ranks)
-    spawn(partial(save_gradients, dpo_evaluation, config_path, None, tmp_path / "e.safetensors"), tmp_path / "logs", ranks=2).ok()
+    spawn(
+        partial(save_gradients, dpo_evaluation, config_path, None, tmp_path / "e.safetensors"),
+        tmp_path / "logs",
+        ranks=2,
+    ).ok()
     actual = load_tensors(tmp_path / "e.safetensors")
-    assert {name: actual[name].item() for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+    assert {name: actual[name].item() for name in expected} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-5
+    )
 
 
 def test_holding_out_changes_no_pick(world, tmp_path, ranks):
-    """data_eval takes from the rows that are picked without it: the two sides together are the same rows, in order."""
+    """data_eval takes from the rows that are picked without it: the two sides together are the same rows, in
+    order.
+    """
     data = dict(data={f"{world}/pref.jsonl": 0.6})
     picked = load_pairs(write_config(tmp_path, world, dpo=data))[0].row_ids
     train, held_out = load_pairs(write_config(tmp_path, world, dpo=data | dict(data_eval=0.3)))
@@ -407,13 +483,18 @@ def load_pairs(path):
 
 def test_pairs_that_teach_nothing_are_counted(world, tmp_path):
     """One pair of three has equal answers; the held-out file's line says that it is held out."""
-    rows = [{"prompt": "the cat", "chosen": answer, "rejected": "a dog"} for answer in ("a dog", "fast", "slow")]
+    rows = [
+        {"prompt": "the cat", "chosen": answer, "rejected": "a dog"} for answer in ("a dog", "fast", "slow")
+    ]
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = dict(data={str(tmp_path / "train.jsonl"): 1.0}, data_eval={str(tmp_path / "held_out.jsonl"): 1.0})
     config, lines = load("dpo", [str(write_config(tmp_path, world, dpo=data))]), []
     load_preferences(config, Tokenizer.from_dir(config.model_path), lines.append)
-    assert [line.split(",")[0] for line in lines] == ["data: 3 rows: 3 train", "data_eval: 3 rows: 3 held out"]
+    assert [line.split(",")[0] for line in lines] == [
+        "data: 3 rows: 3 train",
+        "data_eval: 3 rows: 3 held out",
+    ]
     assert all(line.endswith("; 1 pairs with two equal answers (they teach nothing)") for line in lines)
 
 
@@ -421,7 +502,9 @@ def test_pairs_that_teach_nothing_are_counted(world, tmp_path):
 
 
 def test_reference_key_is_content():
-    """CHECKS 7: change any part, a miss; the model's path, the batch size or the learning rate are not parts."""
+    """CHECKS 7: change any part, a miss; the model's path, the batch size or the learning rate are not
+    parts.
+    """
     cpu = SimpleNamespace(device=torch.device("cpu"))
 
     def key(weights="w", tokens="t", share_prefix=True, ranks=cpu, **keys):
@@ -430,7 +513,14 @@ def test_reference_key_is_content():
         return train_dpo.reference_key(weights, pairs, config, ranks)
 
     cuda = SimpleNamespace(device=torch.device("cuda"))
-    keys = [key(), key(weights="x"), key(tokens="x"), key(share_prefix=False), key(kernels="plain"), key(ranks=cuda)]
+    keys = [
+        key(),
+        key(weights="x"),
+        key(tokens="x"),
+        key(share_prefix=False),
+        key(kernels="plain"),
+        key(ranks=cuda),
+    ]
     keys += [key(precision=precision, ranks=ranks) for precision in ("bf16", "fp8") for ranks in (cpu, cuda)]
     keys.append(key(precision="bf16", ranks=cuda, attention="flash4"))
     assert len(set(keys)) == len(keys)
@@ -447,13 +537,17 @@ def test_pairs_fingerprint_covers_what_is_compared(world, tmp_path, ranks, chang
     pairs = [(turns, rejected), (turns[2:], rejected[2:])]  # the second differs within 50 tokens too
     write_rows(path, [{"chosen": chosen, "rejected": other} for chosen, other in pairs])
     data = dict(data={str(path): 1.0})
-    before, after = (stage_parts("dpo", write_config(tmp_path, world, dpo=data, **keys), ranks)[1] for keys in ({}, change))
+    before, after = (
+        stage_parts("dpo", write_config(tmp_path, world, dpo=data, **keys), ranks)[1] for keys in ({}, change)
+    )
     assert before.fingerprint != after.fingerprint
 
 
 @pytest.fixture
 def reference(stage, monkeypatch):
-    """reference() computes or loads the table of all pairs; reference.computed lists the pairs that were run through the model."""
+    """reference() computes or loads the table of all pairs; reference.computed lists the pairs that were run
+    through the model.
+    """
     steps, computed = [step_examples(step, 35, 16, 42) for step in range(3)], []
     original = train_dpo._compute_reference
 
@@ -465,20 +559,33 @@ def reference(stage, monkeypatch):
 
     def run(key="k"):
         computed.clear()
-        return train_dpo.reference_logps(stage.model, stage.pairs, steps, key, stage.config, stage.ranks, SilentLog())
+        return train_dpo.reference_logps(
+            stage.model, stage.pairs, steps, key, stage.config, stage.ranks, SilentLog()
+        )
 
-    run.computed, run.steps, run.stop_after, run.path = computed, steps, math.inf, f"{stage.config.cache_dir}/reference/k.safetensors"
+    run.computed, run.steps, run.stop_after, run.path = (
+        computed,
+        steps,
+        math.inf,
+        f"{stage.config.cache_dir}/reference/k.safetensors",
+    )
     monkeypatch.setattr(train_dpo, "_compute_reference", counted)
     monkeypatch.setattr(train_dpo, "SAVE_SECONDS", -1)  # save after every step
     return run
 
 
+@pytest.mark.slow
 def test_reference_values_and_hit(stage, reference):
-    """CHECKS 6, 7: the table holds each answer's summed log-prob; the second time one step is computed again, and no more."""
+    """CHECKS 6, 7: the table holds each answer's summed log-prob; the second time one step is computed again,
+    and no more.
+    """
     table = reference()
     assert [len(ids) for ids in reference.computed] == [16, 16, 3]
     with torch.no_grad():
-        expected = [[plain_sum(stage.model, *side[i]).item() for side in (stage.pairs.chosen, stage.pairs.rejected)] for i in EIGHT]
+        expected = [
+            [plain_sum(stage.model, *side[i]).item() for side in (stage.pairs.chosen, stage.pairs.rejected)]
+            for i in EIGHT
+        ]
     np.testing.assert_allclose(table[EIGHT], expected, rtol=1e-5)
     again = reference()
     assert [ids.tolist() for ids in reference.computed] == [reference.steps[0].tolist()]
@@ -488,14 +595,19 @@ def test_reference_values_and_hit(stage, reference):
 
 
 def test_reference_goes_on_part_way(reference):
-    """CHECKS 6: killed after 2 of 3 steps; the next run verifies a step and computes the third. The table is the same to the bit."""
+    """CHECKS 6: killed after 2 of 3 steps; the next run verifies a step and computes the third. The table is
+    the same to the bit.
+    """
     reference.stop_after = 2
     with pytest.raises(KeyboardInterrupt):
         reference()
     assert np.isnan(load_file(reference.path)["logps"]).any(axis=1).sum() == 3
     reference.stop_after = math.inf
     table = reference()
-    assert [ids.tolist() for ids in reference.computed] == [reference.steps[0].tolist(), reference.steps[2].tolist()]
+    assert [ids.tolist() for ids in reference.computed] == [
+        reference.steps[0].tolist(),
+        reference.steps[2].tolist(),
+    ]
     assert reference("fresh").tobytes() == table.tobytes()
 
 
@@ -510,7 +622,9 @@ def test_wrong_reference_is_refused(reference, change):
 
 
 def test_every_bit_of_the_reference_is_verified(reference):
-    """Issue 13: in the pairs that are computed again and in those that are not, in the header, in the length."""
+    """Issue 13: in the pairs that are computed again and in those that are not, in the header, in the
+    length.
+    """
     reference()
     path = Path(reference.path)
     whole = path.read_bytes()
@@ -531,14 +645,20 @@ def test_a_number_that_is_no_log_prob_is_refused(reference, value):
     last = reference.steps[2][0]
     table[last, 1] = value
     train_dpo._write_table(Path(reference.path), table)
-    with pytest.raises(ValueError, match=rf"nats for \d+ tokens of .*pref.jsonl#{last}, expected -1000 to 0 a token; delete it"):
+    with pytest.raises(
+        ValueError,
+        match=rf"nats for \d+ tokens of .*pref.jsonl#{last}, expected -1000 to 0 a token; delete it",
+    ):
         reference()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("difference, is_fine", [(0.3, True), (0.8, False)])
 def test_bf16_rounding_is_no_wrong_reference(stage, reference, difference, is_fine):
-    """What SmolLM2 showed between two packings of the same weights, and between its SFT and DPO weights, per root of an answer's tokens."""
+    """What SmolLM2 showed between two packings of the same weights, and between its SFT and DPO weights, per
+    root of an answer's tokens.
+    """
     table, ids = reference(), EIGHT
     counts = np.stack([side.num_targets for side in (stage.pairs.chosen, stage.pairs.rejected)], axis=1)
     other = table + np.where(np.arange(len(table))[:, None] % 2, 1, -1) * difference * np.sqrt(counts)
@@ -563,7 +683,10 @@ def test_reference_must_be_finite(stage, reference):
 @pytest.mark.parametrize("share, is_fine", [(0.9, True), (2.0, False)])
 def test_check_first_step(ranks, capsys, precision, tolerance, share, is_fine):
     """CHECKS 5: the largest difference is printed, and more than rounding stops the run."""
-    config, gap = SimpleNamespace(loss="dpo_norm", sft_weight=0.0, precision=precision, model_path="base"), share * tolerance
+    config, gap = (
+        SimpleNamespace(loss="dpo_norm", sft_weight=0.0, precision=precision, model_path="base"),
+        share * tolerance,
+    )
     if is_fine:
         train_dpo.check_first_step({"loss": LN2}, gap, config, ranks)
     else:
@@ -582,23 +705,31 @@ def test_step_1_is_ln_2(world, tmp_path, ranks, precision):
         metrics, gap = train_dpo.forward_backward(model, pairs, table, ids, config, ranks)
         assert gap == 0.0
         assert metrics["loss"] == pytest.approx(LN2, abs=1e-6)
-        assert metrics["rewards/margins"] == metrics["rewards/chosen"] == metrics["rewards/accuracies"] == 0.0  # a tie is no win
+        assert (
+            metrics["rewards/margins"] == metrics["rewards/chosen"] == metrics["rewards/accuracies"] == 0.0
+        )  # a tie is no win
 
 
 # ---------------------------------------------------------------- ten steps
 
 
 def transformers_dpo(world, pairs, ids_of_step, lrs, loss, beta):
-    """[(loss, margin, grad_norm) per step], weights: a policy and a frozen reference, one document at a time, torch's AdamW and clip."""
+    """[(loss, margin, grad_norm) per step], weights: a policy and a frozen reference, one document at a time,
+    torch's AdamW and clip.
+    """
     from transformers import AutoModelForCausalLM
 
-    policy, reference = (AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32) for _ in range(2))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32) for _ in range(2)
+    )
     optimizer = plain_adamw(policy, 0.1)
 
     def logp(model, input_ids, mask):
         input_ids = torch.from_numpy(input_ids.astype(np.int64))
         labels = input_ids.masked_fill(~torch.from_numpy(np.array(mask)), -100)[1:]
-        total = -F.cross_entropy(model(input_ids[None]).logits[0, :-1], labels, ignore_index=-100, reduction="sum")
+        total = -F.cross_entropy(
+            model(input_ids[None]).logits[0, :-1], labels, ignore_index=-100, reduction="sum"
+        )
         return total / (labels != -100).sum() if loss == "dpo_norm" else total
 
     steps = []
@@ -607,7 +738,9 @@ def transformers_dpo(world, pairs, ids_of_step, lrs, loss, beta):
         for i in ids:
             chosen, rejected = (logp(policy, *side[i]) for side in (pairs.chosen, pairs.rejected))
             with torch.no_grad():
-                ref_chosen, ref_rejected = (logp(reference, *side[i]) for side in (pairs.chosen, pairs.rejected))
+                ref_chosen, ref_rejected = (
+                    logp(reference, *side[i]) for side in (pairs.chosen, pairs.rejected)
+                )
             margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
             pair_loss = torch.log1p(torch.exp(-margin)) / len(ids)
             pair_loss.backward()
@@ -619,14 +752,16 @@ def transformers_dpo(world, pairs, ids_of_step, lrs, loss, beta):
         optimizer.step()
         optimizer.zero_grad()
         steps.append((sum(losses), sum(margins), norm))
-    return torch.tensor(steps, dtype=torch.float64), {name: param.detach() for name, param in policy.named_parameters()}
+    return torch.tensor(steps, dtype=torch.float64), {
+        name: param.detach() for name, param in policy.named_parameters()
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss, beta, peak", [("dpo_norm", 5.0, 1e-3), ("dpo", 0.1, 1e-3)])
 def test_ten_steps_equal_a_plain_transformers_loop(world, tmp_path, ranks, loss, beta, peak):
-    """CHECKS 1, 2, 4, 5, 10, 18: losses to 1e-5 of step 1's, norms, final weights. Steps of 16, 16 and 3 pairs; cosine after 2 steps;
-    another seed and decay than the defaults."""
+    """CHECKS 1, 2, 4, 5, 10, 18: losses to 1e-5 of step 1's, norms, final weights. Steps of 16, 16 and 3
+    pairs; cosine after 2 steps; another seed and decay than the defaults."""
     keys = dict(loss=loss, beta=beta, lr=peak, lr_schedule="cosine", warmup_steps=2, weight_decay=0.1, seed=7)
     config_path = write_config(tmp_path, world, dpo=keys, max_steps=10, num_epochs=4)
     launch("dpo", config_path).ok()
@@ -657,6 +792,7 @@ def write_tables(path):
     return 0
 
 
+@pytest.mark.slow
 def test_runs_that_share_a_cache_do_not_disturb_each_other(tmp_path):
     """Two write one table over and over: both succeed, and what is there is whole."""
     path = tmp_path / "reference/k.safetensors"
@@ -668,9 +804,12 @@ def test_runs_that_share_a_cache_do_not_disturb_each_other(tmp_path):
 def other_run_writes_between():
     """Rank 1 finds the table that another run has finished since rank 0 looked."""
     read = train_dpo._read_table
-    train_dpo._read_table = lambda path, n: np.zeros((n, 2), np.float32) if os.environ["RANK"] == "1" else read(path, n)
+    train_dpo._read_table = lambda path, n: (
+        np.zeros((n, 2), np.float32) if os.environ["RANK"] == "1" else read(path, n)
+    )
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_what_the_cache_holds(world, tmp_path):
     """Else rank 0 computes what is missing and waits for rank 1, which verifies."""
     config = write_config(tmp_path, world, max_steps=1)

@@ -1,4 +1,6 @@
-"""SFT: the loss and its gradient in any packing and on any ranks, and ten whole steps against a plain transformers loop."""
+"""SFT: the loss and its gradient in any packing and on any ranks, and ten whole steps against a plain
+transformers loop.
+"""
 
 import json
 import math
@@ -39,8 +41,8 @@ EIGHT = np.array([3, 0, 7, 12, 30, 21, 5, 6])  # of unequal lengths: the world's
 
 
 def test_loss_denominator():
-    """Two documents with 3 and 1 supervised tokens, NLLs 1 + 2 + 3 and 6 nats: 12 / 4 = 3 per token, 12 / 2 = 6 per sequence; the mean
-    of the documents' means, (2 + 6) / 2 = 4, is neither."""
+    """Two documents with 3 and 1 supervised tokens, NLLs 1 + 2 + 3 and 6 nats: 12 / 4 = 3 per token, 12 / 2 =
+    6 per sequence; the mean of the documents' means, (2 + 6) / 2 = 4, is neither."""
     assert 12 / train_sft.loss_denominator("token_mean", 4, 2) == 3
     assert 12 / train_sft.loss_denominator("tulu3_release", 4, 2) == 6
 
@@ -49,7 +51,9 @@ def test_loss_denominator():
 
 
 def step_gradients(config, documents, model, ranks, ids=EIGHT, tokens_per_microbatch=None):
-    config = SimpleNamespace(loss=config.loss, tokens_per_microbatch=tokens_per_microbatch or config.tokens_per_microbatch)
+    config = SimpleNamespace(
+        loss=config.loss, tokens_per_microbatch=tokens_per_microbatch or config.tokens_per_microbatch
+    )
     return train_sft.forward_backward(model, documents, ids, config, ranks)["loss"], whole_gradients(model)
 
 
@@ -66,13 +70,18 @@ def plain_loss(model, documents, ids, loss):
     return torch.stack(nlls).sum() / (tokens if loss == "token_mean" else len(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["token_mean", "tulu3_release"])
 def test_any_accumulation_is_one_batch(world, tmp_path, ranks, loss):
-    """CHECKS 1: 8 unequal rows as 1 x 8, as 3 micro-batches, as 8 x 1 and as one plain graph over documents run alone."""
+    """CHECKS 1: 8 unequal rows as 1 x 8, as 3 micro-batches, as 8 x 1 and as one plain graph over documents
+    run alone.
+    """
     config, documents, model = stage_parts("sft", write_config(tmp_path, world), ranks, f"--loss={loss}")
     lengths = documents.lengths[EIGHT]
     assert len(set(lengths)) > 5
-    whole, gradients = step_gradients(config, documents, model, ranks, tokens_per_microbatch=int(lengths.sum()))
+    whole, gradients = step_gradients(
+        config, documents, model, ranks, tokens_per_microbatch=int(lengths.sum())
+    )
     for room, least in ((int(lengths.sum() / 2.5), 3), (int(lengths.max()), 4)):
         batches = list(local_batches(documents, EIGHT, model.config, room, ranks))
         assert len(batches) >= least
@@ -103,7 +112,11 @@ def test_two_ranks_have_the_gradient_of_one(world, tmp_path, ranks, ids):
     """CHECKS 1, 2."""
     config_path = write_config(tmp_path, world)
     loss, gradients = sft_step(config_path, ids, ranks)
-    spawn(partial(save_gradients, sft_step, config_path, ids.tolist(), tmp_path / "g.safetensors"), tmp_path / "logs", ranks=2).ok()
+    spawn(
+        partial(save_gradients, sft_step, config_path, ids.tolist(), tmp_path / "g.safetensors"),
+        tmp_path / "logs",
+        ranks=2,
+    ).ok()
     other = load_file(tmp_path / "g.safetensors")
     assert other.pop("loss").item() == pytest.approx(loss, rel=1e-6)
     assert_gradients_equal(other, gradients)
@@ -111,7 +124,9 @@ def test_two_ranks_have_the_gradient_of_one(world, tmp_path, ranks, ids):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_ranks_share_a_step_out(world, tmp_path, ranks, world_size):
-    """CHECKS 3: the same ids per step for 1, 2, 4 and 8 ranks, each once, in equally many micro-batches; the last step has 3 of 16."""
+    """CHECKS 3: the same ids per step for 1, 2, 4 and 8 ranks, each once, in equally many micro-batches; the
+    last step has 3 of 16.
+    """
     config, documents, model = stage_parts("sft", write_config(tmp_path, world), ranks)
     sizes = []
     for step in range(3):
@@ -119,9 +134,16 @@ def test_ranks_share_a_step_out(world, tmp_path, ranks, world_size):
         shares = []
         for rank in range(world_size):
             here = SimpleNamespace(rank=rank, size=world_size, device="cpu")
-            shares.append([micro_batch_ids for micro_batch_ids, *_ in local_batches(documents, ids, model.config, 192, here)])
+            shares.append(
+                [
+                    micro_batch_ids
+                    for micro_batch_ids, *_ in local_batches(documents, ids, model.config, 192, here)
+                ]
+            )
         assert len({len(share) for share in shares}) == 1
-        assert sorted(np.concatenate([micro_batch_ids for share in shares for micro_batch_ids in share])) == sorted(ids)
+        assert sorted(
+            np.concatenate([micro_batch_ids for share in shares for micro_batch_ids in share])
+        ) == sorted(ids)
         sizes.append(len(ids))
     assert sizes == [16, 16, 3]
 
@@ -130,7 +152,9 @@ def test_ranks_share_a_step_out(world, tmp_path, ranks, world_size):
 
 
 def transformers_sft(world, documents, ids_of_step, lrs, loss):
-    """[(loss, grad_norm) per step], weights: transformers' model, one document at a time, torch's AdamW and clip_grad_norm_."""
+    """[(loss, grad_norm) per step], weights: transformers' model, one document at a time, torch's AdamW and
+    clip_grad_norm_.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
@@ -153,14 +177,16 @@ def transformers_sft(world, documents, ids_of_step, lrs, loss):
         optimizer.step()
         optimizer.zero_grad()
         steps.append((total, norm))
-    return torch.tensor(steps, dtype=torch.float64), {name: param.detach() for name, param in model.named_parameters()}
+    return torch.tensor(steps, dtype=torch.float64), {
+        name: param.detach() for name, param in model.named_parameters()
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["token_mean", "tulu3_release"])
 def test_ten_steps_equal_a_plain_transformers_loop(world, tmp_path, ranks, loss):
-    """CHECKS 1, 2, 4, 18: losses to 1e-5, norms, final weights. Steps of 16, 16 and 3 rows; 3 steps of warm-up, linear to 0; another
-    seed and decay than the defaults."""
+    """CHECKS 1, 2, 4, 18: losses to 1e-5, norms, final weights. Steps of 16, 16 and 3 rows; 3 steps of
+    warm-up, linear to 0; another seed and decay than the defaults."""
     keys = dict(loss=loss, lr=3e-3, warmup_steps=3, weight_decay=0.1, seed=7)
     config_path = write_config(tmp_path, world, sft=keys, max_steps=10, num_epochs=4)
     launch("sft", config_path).ok()
@@ -179,6 +205,7 @@ def test_ten_steps_equal_a_plain_transformers_loop(world, tmp_path, ranks, loss)
 # ---------------------------------------------------------------- evaluation
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_token_mean(world, tmp_path, ranks):
     """Over all held-out documents at once, not a mean of steps; perplexity is its exponential."""
     config, documents, model = stage_parts("sft", write_config(tmp_path, world), ranks)
@@ -197,13 +224,19 @@ def sft_evaluation(config_path, _, ranks):
 def test_two_ranks_evaluate_as_one(world, tmp_path, ranks):
     config_path = write_config(tmp_path, world)
     loss, _ = sft_evaluation(config_path, None, ranks)
-    spawn(partial(save_gradients, sft_evaluation, config_path, None, tmp_path / "e.safetensors"), tmp_path / "logs", ranks=2).ok()
+    spawn(
+        partial(save_gradients, sft_evaluation, config_path, None, tmp_path / "e.safetensors"),
+        tmp_path / "logs",
+        ranks=2,
+    ).ok()
     assert load_file(tmp_path / "e.safetensors")["loss"].item() == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.slow
 def test_evaluations_of_a_run(world, tmp_path):
-    """Before the first step, every eval_every steps, at the end; the held-out prompts are in no training step."""
+    """Before the first step, every eval_every steps, at the end; the held-out prompts are in no training
+    step.
+    """
     config_path = write_config(tmp_path, world, data_eval=0.3, eval_every=2, max_steps=3)
     launch("sft", config_path).ok()
     evaluations = metrics(tmp_path / "sft", "eval/loss")
@@ -212,7 +245,9 @@ def test_evaluations_of_a_run(world, tmp_path):
 
 
 def test_a_kill_while_metrics_are_cut_back_costs_none(world, tmp_path, ranks, monkeypatch):
-    """The next start has the lines of all steps that it does not train again, whatever the earlier one had written by then."""
+    """The next start has the lines of all steps that it does not train again, whatever the earlier one had
+    written by then.
+    """
     log = Logbook(load("sft", [str(write_config(tmp_path, world))]), ranks, 4, {})
     path = tmp_path / "sft/metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3)))
@@ -230,10 +265,18 @@ def test_a_kill_while_metrics_are_cut_back_costs_none(world, tmp_path, ranks, mo
 
 
 def test_steps_that_metrics_lacks_are_said(world, tmp_path, ranks, capsys):
-    """A checkpoint is on the disk before it counts; metrics.jsonl, which is not, may be the shorter one after a power cut."""
+    """A checkpoint is on the disk before it counts; metrics.jsonl, which is not, may be the shorter one after
+    a power cut.
+    """
     log = Logbook(load("sft", [str(write_config(tmp_path, world))]), ranks, 4, {})
-    for steps, said in (((1, 2, 3), ""), ((1,), "metrics.jsonl: 2 of the 3 steps before are not in it"), ((), "3 of the 3 steps")):
-        (tmp_path / "sft/metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in steps))
+    for steps, said in (
+        ((1, 2, 3), ""),
+        ((1,), "metrics.jsonl: 2 of the 3 steps before are not in it"),
+        ((), "3 of the 3 steps"),
+    ):
+        (tmp_path / "sft/metrics.jsonl").write_text(
+            "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in steps)
+        )
         log.resume_at(3)
         printed = capsys.readouterr().out
         assert said in printed and bool(said) == bool(printed)
@@ -263,4 +306,6 @@ def test_a_hopeless_model_is_evaluated(world, tmp_path, ranks):
     log = Logbook(config, ranks, 4, {})
     log.resume_at(0)
     log.evaluation(0, result)
-    assert metrics(tmp_path / "sft", "eval/loss") == [{"step": 0, "eval/loss": result["eval/loss"], "eval/perplexity": None}]
+    assert metrics(tmp_path / "sft", "eval/loss") == [
+        {"step": 0, "eval/loss": result["eval/loss"], "eval/perplexity": None}
+    ]

@@ -21,11 +21,17 @@ def clouds(n, dims=20, seed=0, offset=0.0):
     """Seven overlapping clouds with a decaying spectrum."""
     generator = torch.Generator().manual_seed(seed)
     centres = 3 * torch.randn(7, dims, generator=generator)
-    return torch.randn(n, dims, generator=generator) * torch.linspace(2, 0.1, dims) + centres[torch.arange(n) % 7] + offset
+    return (
+        torch.randn(n, dims, generator=generator) * torch.linspace(2, 0.1, dims)
+        + centres[torch.arange(n) % 7]
+        + offset
+    )
 
 
 def divergence(Y, P):
-    """KL(P || Q) by its definition, over all pairs, with nu = d - 1 degrees of freedom; Y (n, d) with gradients, float64."""
+    """KL(P || Q) by its definition, over all pairs, with nu = d - 1 degrees of freedom; Y (n, d) with
+    gradients, float64.
+    """
     nu, n = Y.shape[1] - 1, len(Y)
     off = ~torch.eye(n, dtype=torch.bool)
     u = (1 + (Y[:, None] - Y[None]).square().sum(-1) / nu)[off] ** (-(nu + 1) / 2)
@@ -38,7 +44,9 @@ def test_gradient_is_the_derivative_of_the_divergence(dims, chunk):
     P = joint_probabilities(clouds(30), perplexity=5, chunk=chunk).double()
     P = P + 1e-12 * (1 - torch.eye(30))  # log P below
     P = P / P.sum()
-    Y = torch.randn(30, dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    Y = torch.randn(
+        30, dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).requires_grad_()
     expected = divergence(Y, P)
     (slope,) = torch.autograd.grad(expected, Y)
     grad, kl = gradient_and_divergence(Y.detach(), P, negentropy=torch.xlogy(P, P).sum(), chunk=chunk)
@@ -50,7 +58,9 @@ def test_gradient_is_the_derivative_of_the_divergence(dims, chunk):
 
 
 def test_exaggeration_scales_the_attraction_only():
-    """Exaggeration e adds (e - 1) times the attraction, which is linear in P; the divergence stays that of P."""
+    """Exaggeration e adds (e - 1) times the attraction, which is linear in P; the divergence stays that of
+    P.
+    """
     P, Y = joint_probabilities(clouds(20), perplexity=4), clouds(20, dims=3, seed=2)
     once, kl = gradient_and_divergence(Y, P, 1.0, torch.tensor(0.0))
     twice, kl2 = gradient_and_divergence(Y, P, 2.0, torch.tensor(0.0))
@@ -98,8 +108,13 @@ def test_principal_components_equal_the_full_svd_up_to_sign():
 
 
 def test_principal_components_of_a_slow_spectrum():
-    """Variances that fall as 1 / i, where the last of ten is 1.1 times the next: equal to the full SVD to 1e-4 of the largest score."""
-    X = torch.randn(200, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / torch.arange(1.0, 301).sqrt()
+    """Variances that fall as 1 / i, where the last of ten is 1.1 times the next: equal to the full SVD to
+    1e-4 of the largest score.
+    """
+    X = (
+        torch.randn(200, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        / torch.arange(1.0, 301).sqrt()
+    )
     U, S, _ = torch.linalg.svd(X - X.mean(0), full_matrices=False)
     exact = (U * S)[:, :10].abs()
     assert (principal_components(X, 10).abs() - exact).abs().max() < 1e-4 * exact.max()
@@ -107,7 +122,9 @@ def test_principal_components_of_a_slow_spectrum():
 
 @pytest.mark.slow
 def test_divergence_is_at_most_scikit_learns_from_the_same_start():
-    """The contract is 1.02 times scikit-learn's exact KL; with the true gradient it is well below (0.99 against 1.77 on other data)."""
+    """The contract is 1.02 times scikit-learn's exact KL; with the true gradient it is well below (0.99
+    against 1.77 on other data).
+    """
     manifold = pytest.importorskip("sklearn.manifold")
     X = clouds(150)
     start = principal_components(X, 3)
@@ -118,11 +135,15 @@ def test_divergence_is_at_most_scikit_learns_from_the_same_start():
     assert kl <= 1.02 * oracle.kl_divergence_
     P = joint_probabilities(X, 30.0).double()
     _, theirs = gradient_and_divergence(torch.tensor(oracle.embedding_), P, 1.0, torch.xlogy(P, P).sum())
-    assert kl <= 1.02 * theirs  # the same formula on both embeddings (scikit-learn reports its value one step earlier)
+    assert (
+        kl <= 1.02 * theirs
+    )  # the same formula on both embeddings (scikit-learn reports its value one step earlier)
 
 
 def test_starts():
-    """Principal components by default and every time the same; a seed starts elsewhere; one step moves little from the start."""
+    """Principal components by default and every time the same; a seed starts elsewhere; one step moves little
+    from the start.
+    """
     X = clouds(60)
     default, again = (tsne(X, 10.0, steps=20)[0] for _ in range(2))
     assert torch.equal(default, again)
@@ -135,7 +156,8 @@ def test_starts():
 
 @pytest.mark.parametrize("n, rate", [(10, 10), (60, 50), (2400, 50), (4800, 100)])
 def test_steps_by_hand(n, rate):
-    """Gradients 1, 1, -1 at momentum 0.5. Gains 0.8, 1, 0.8, up where the step goes downhill; steps -0.8, -0.4 - 1, -0.7 + 0.8 rates.
+    """Gradients 1, 1, -1 at momentum 0.5. Gains 0.8, 1, 0.8, up where the step goes downhill; steps -0.8,
+    -0.4 - 1, -0.7 + 0.8 rates.
 
     After 40 gradients of 0 the gain is at its floor, 0.01."""
     for slopes, moved in (((1, 1, -1), -0.8 - 1.4 + 0.1), ((0,) * 40 + (1,), -0.01)):
@@ -144,7 +166,9 @@ def test_steps_by_hand(n, rate):
         torch.testing.assert_close(Y, torch.full_like(Y, moved * rate))
 
 
-@pytest.mark.parametrize("steps, taken", [(500, [12.0] * 250 + [1.0] * 250), (20, [12.0] * 20), (251, [12.0] * 250 + [1.0])])
+@pytest.mark.parametrize(
+    "steps, taken", [(500, [12.0] * 250 + [1.0] * 250), (20, [12.0] * 20), (251, [12.0] * 250 + [1.0])]
+)
 def test_exaggeration_ends_after_250_steps(monkeypatch, steps, taken):
     seen = []
 
@@ -176,7 +200,9 @@ def test_bad_values(bad):
 
 
 def test_points_that_are_all_the_same():
-    """Their first principal component has no standard deviation to bring to 1e-4: the embedding would be NaN."""
+    """Their first principal component has no standard deviation to bring to 1e-4: the embedding would be
+    NaN.
+    """
     X = torch.ones(20, 4)
     with pytest.raises(ValueError, match="all 20 points are the same"):
         tsne(X, 5.0)
@@ -194,19 +220,28 @@ def test_equal_distances_share_the_probability():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_checks.py runs the kernels themselves")
 def test_kernels_in_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported, and here another test may have done that."""
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported, and here another test
+    may have done that.
+    """
     script = Path(__file__).parent / "tsne_interpreted.py"
-    run = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     errors = json.loads(run.stdout)
     assert all(0 < value < 1e-6 for name, value in errors.items() if "gradient" in name), errors
-    assert all(0 < value < 2e-5 for name, value in errors.items() if "perplexity" in name), errors  # the search stops within 1e-5 nats
+    assert all(0 < value < 2e-5 for name, value in errors.items() if "perplexity" in name), (
+        errors
+    )  # the search stops within 1e-5 nats
     assert len(errors) == 5 and errors["equal distances"] < 1e-7, errors
 
 
 @pytest.mark.parametrize("path, dims", [("fused", 3), ("fused", 2), ("quick", 3)])
 def test_a_path_that_cannot_run_is_an_error(path, dims):
-    with pytest.raises(ValueError, match=f"path='{path}' for {dims} dimensions on cpu; expected 'plain', or 'fused' for 3 on CUDA"):
+    with pytest.raises(
+        ValueError,
+        match=f"path='{path}' for {dims} dimensions on cpu; expected 'plain', or 'fused' for 3 on CUDA",
+    ):
         tsne(clouds(50), 10.0, dims=dims, path=path)
 
 

@@ -1,4 +1,6 @@
-"""verdict.py and curves.py: resampled moments against plain recomputation, verdicts on curves whose truth is known."""
+"""verdict.py and curves.py: resampled moments against plain recomputation, verdicts on curves whose truth is
+known.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,11 @@ def texts(per_group=40, axioms=3, dims=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     n = 2 * per_group * axioms
     order = torch.randperm(n, generator=generator)
-    return torch.randn(n, dims, generator=generator), (torch.arange(n) % axioms)[order], (torch.arange(n) // axioms % 2)[order]
+    return (
+        torch.randn(n, dims, generator=generator),
+        (torch.arange(n) % axioms)[order],
+        (torch.arange(n) // axioms % 2)[order],
+    )
 
 
 def steered(gaps, **kwargs):
@@ -37,11 +43,15 @@ def test_estimates_are_the_sweep_scores():
     states, axiom, label, _ = steered((0.0, 1.0, 3.0))
     for k, X in enumerate(states):
         expected = [separation(X[axiom == a], label[axiom == a]) for a in range(3)] + [separation(X, label)]
-        torch.testing.assert_close(curve.estimate[k], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            curve.estimate[k], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9
+        )
 
 
 def test_every_resample_is_what_recomputing_it_gives():
-    """The same draws as index lists: rows picked inside each group, in the order in which `bootstrap` draws them."""
+    """The same draws as index lists: rows picked inside each group, in the order in which `bootstrap` draws
+    them.
+    """
     states, axiom, label, names = steered((0.5, 2.0), per_group=7)
     curve = bootstrap(states, axiom, label, names, draws=2, seed=9)
     generator = torch.Generator().manual_seed(9)
@@ -50,9 +60,13 @@ def test_every_resample_is_what_recomputing_it_gives():
     for r in range(2):
         rows = torch.cat([p[r] for p in picked])
         for k, X in enumerate(states):
-            torch.testing.assert_close(curve.draws[r, k, -1].item(), separation(X[rows], label[rows]), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                curve.draws[r, k, -1].item(), separation(X[rows], label[rows]), rtol=1e-4, atol=1e-4
+            )
             one = picked[2][r].tolist() + picked[3][r].tolist()  # axiom 1
-            torch.testing.assert_close(curve.draws[r, k, 1].item(), separation(X[one], label[one]), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                curve.draws[r, k, 1].item(), separation(X[one], label[one]), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_every_permutation_keeps_how_many_texts_of_an_axiom_are_safe():
@@ -77,11 +91,16 @@ def test_resamples_are_paired_over_lambdas_and_follow_the_seed():
         assert curve.draws.shape == (200, 2, 4) and curve.draws.std(0).min() > 0
         assert not torch.equal(curve.draws[:100], curve.draws[100:])  # the second block's are its own
         assert torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=200).draws)
-        assert not torch.equal(curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=200, seed=1).draws)
+        assert not torch.equal(
+            curve.draws, resample([states[0], states[0] + 5.0], *rest, draws=200, seed=1).draws
+        )
 
 
+@pytest.mark.slow
 def test_shuffled_labels_separate_nothing_on_average():
-    """E[sweep] = 0 exactly under permutation, because eta^2 averages 1 / (n - 1): that is what the scale takes off."""
+    """E[sweep] = 0 exactly under permutation, because eta^2 averages 1 / (n - 1): that is what the scale
+    takes off.
+    """
     curve = permute(*steered((0.0, 3.0)), draws=2000)
     error = curve.draws.std(0) / 1500**0.5
     assert (curve.draws.mean(0).abs() < 4 * error).all()
@@ -89,7 +108,9 @@ def test_shuffled_labels_separate_nothing_on_average():
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth():
-    """Truth from 200,000 texts; 95 % intervals of 60 samples of 60 texts per label hold it in 53 or more (less: chance 0.01)."""
+    """Truth from 200,000 texts; 95 % intervals of 60 samples of 60 texts per label hold it in 53 or more
+    (less: chance 0.01).
+    """
     X, _, label = texts(per_group=100_000, axioms=1)
     X[:, 0] += 1.5 * label
     truth, covered = separation(X, label), 0
@@ -114,7 +135,9 @@ def test_verdicts(gaps, expected):
 
 def curve_of(estimate, draws):
     """A Curve of one axiom and "overall", both the same: estimate (K,), draws (R, K)."""
-    estimate, draws = (torch.as_tensor(x, dtype=torch.float64)[..., None].expand(*np.shape(x), 2) for x in (estimate, draws))
+    estimate, draws = (
+        torch.as_tensor(x, dtype=torch.float64)[..., None].expand(*np.shape(x), 2) for x in (estimate, draws)
+    )
     return Curve(estimate, draws, ["a"], [10, 10], [9, 9])
 
 
@@ -123,7 +146,11 @@ def test_numbers_of_a_verdict_are_numpys(level):
     """Skewed draws that lie off the estimate, with a spread of their own at each lambda."""
     rng = np.random.default_rng(0)
     estimate = np.array([3.0, 2.9, 3.4, 5.0])
-    draws = estimate + 1 + (rng.exponential(size=(500, 4)) + rng.exponential(size=(500, 1))) * [0.1, 0.2, 0.3, 0.4]
+    draws = (
+        estimate
+        + 1
+        + (rng.exponential(size=(500, 4)) + rng.exponential(size=(500, 1))) * [0.1, 0.2, 0.3, 0.4]
+    )
     found = judge(curve_of(estimate, draws), permuted=curve_of(estimate, draws - 4), level=level)
     tails = [level / 2, 1 - level / 2]
     top, bottom = 2 * (5.0 - 3.0) - np.quantile(draws[:, 3] - draws[:, 0], tails)
@@ -131,7 +158,9 @@ def test_numbers_of_a_verdict_are_numpys(level):
     noise -= noise.mean(0)
     # Ten groups: their spread is 9 / 10 of the population's and known to 9 degrees of freedom.
     wider = few_groups_factor(curve_of(estimate, draws), "overall", level)
-    assert wider == pytest.approx(stats.t.ppf(1 - level / 2, 9) / stats.norm.ppf(1 - level / 2) * (10 / 9) ** 0.5, rel=1e-3)
+    assert wider == pytest.approx(
+        stats.t.ppf(1 - level / 2, 9) / stats.norm.ppf(1 - level / 2) * (10 / 9) ** 0.5, rel=1e-3
+    )
     top, bottom = 2 + wider * (top - 2), 2 + wider * (bottom - 2)
     expected = {
         "change": 2.0, "change_interval": [bottom, top], "level": level,
@@ -148,7 +177,9 @@ def test_numbers_of_a_verdict_are_numpys(level):
 
 @pytest.mark.parametrize("sign", (1, -1))
 def test_a_move_that_the_ends_do_not_share_is_erratic(sign):
-    """Differences of 3, -1.5 and, between the ends, 1.5, each +- 0.85; the critical |t| is 3.2: ten groups."""
+    """Differences of 3, -1.5 and, between the ends, 1.5, each +- 0.85; the critical |t| is 3.2: ten
+    groups.
+    """
     estimate = sign * np.array([0.0, 3.0, 1.5])
     found = judge(curve_of(estimate, estimate + np.random.default_rng(0).normal(size=(1000, 3), scale=0.6)))
     assert found["verdict"] == "erratic" and found["change_interval"][0] < 0 < found["change_interval"][1]
@@ -210,7 +241,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"expected at least two each"):
         bootstrap(states, axiom, torch.zeros_like(label), names)
     states[1][4, 2] = float("nan")
-    with pytest.raises(ValueError, match=r"embeddings 1 of shape \(240, 6\); expected 240 rows of finite numbers"):
+    with pytest.raises(
+        ValueError, match=r"embeddings 1 of shape \(240, 6\); expected 240 rows of finite numbers"
+    ):
         bootstrap(states, axiom, label, names)
-
-

@@ -17,7 +17,9 @@ def tiny_config(**changes):
 
 @torch.no_grad()
 def random_llama(config, seed=0, std=0.2):
-    """Every parameter random, biases and norms too: a zero bias or a norm of one would hide that it is not used."""
+    """Every parameter random, biases and norms too: a zero bias or a norm of one would hide that it is not
+    used.
+    """
     model = Llama(config)
     generator = torch.Generator().manual_seed(seed)
     for param in model.parameters():
@@ -31,7 +33,9 @@ def random_documents(vocab_size, lengths=LENGTHS, seed=1):
 
 
 def stream(documents):
-    """(input_ids, position_ids, cu_seqlens, max_seqlen) of documents laid end to end: the arguments of Llama.forward."""
+    """(input_ids, position_ids, cu_seqlens, max_seqlen) of documents laid end to end: the arguments of
+    Llama.forward.
+    """
     lengths = torch.tensor([len(d) for d in documents])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     return torch.cat(documents), torch.cat([torch.arange(n) for n in lengths]), cu_seqlens, int(lengths.max())

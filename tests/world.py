@@ -1,7 +1,9 @@
-"""A tiny base model, its tokenizer and data on disk, and whole runs of the training scripts on any number of processes.
+"""A tiny base model, its tokenizer and data on disk, and whole runs of the training scripts on any number of
+processes.
 
-The processes are forked from one server that has imported everything already (warm.py): a run of 8 ranks costs seconds, not 8 imports of torch.
-They do what torchrun's workers do (env:// rendezvous through a store that the parent holds); test_runs.py also starts the real torchrun.
+The processes are forked from one server that has imported everything already (warm.py): a run of 8 ranks
+costs seconds, not 8 imports of torch. They do what torchrun's workers do (env:// rendezvous through a store
+that the parent holds); test_runs.py also starts the real torchrun.
 """
 
 import json
@@ -35,22 +37,34 @@ NUM_ROWS = 35  # with 16 a step: 16, 16 and 3, the last one fewer than 4 or 8 ra
 
 
 def make_world(root):
-    """root/base (a Llama of 2 layers, tied embeddings), root/sft.jsonl, root/pref.jsonl; rows of very unequal lengths."""
+    """root/base (a Llama of 2 layers, tied embeddings), root/sft.jsonl, root/pref.jsonl; rows of very unequal
+    lengths.
+    """
     root, rng = Path(root), random.Random(0)
     (root / "base").mkdir(parents=True)
     write_tokenizer(root / "base", rng)
     vocab_size = Tokenizer.from_dir(root / "base").vocab_size
-    config = tiny_config(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, head_dim=8, tie_word_embeddings=True)
+    config = tiny_config(
+        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, head_dim=8, tie_word_embeddings=True
+    )
     write_model(root / "base", random_llama(config, std=0.1))
 
     def words(low, high):
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 
     def turns(*contents):
-        return [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, contents)]
+        return [
+            {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, contents)
+        ]
 
-    sft = [{"messages": turns(words(1, 5), words(1, 12), *([words(1, 3), words(1, 5)] if i % 3 == 0 else []))} for i in range(NUM_ROWS)]
-    pairs = [{"prompt": words(1, 5), "chosen": "good " + words(1, 8), "rejected": "bad " + words(1, 14)} for _ in range(NUM_ROWS)]
+    sft = [
+        {"messages": turns(words(1, 5), words(1, 12), *([words(1, 3), words(1, 5)] if i % 3 == 0 else []))}
+        for i in range(NUM_ROWS)
+    ]
+    pairs = [
+        {"prompt": words(1, 5), "chosen": "good " + words(1, 8), "rejected": "bad " + words(1, 14)}
+        for _ in range(NUM_ROWS)
+    ]
     write_rows(root / "sft.jsonl", sft)
     write_rows(root / "pref.jsonl", pairs)
     return root
@@ -64,7 +78,10 @@ def write_tokenizer(folder, rng):
     text = [" ".join(rng.choice(WORDS) for _ in range(20)) for _ in range(100)]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=360, special_tokens=["<|bos|>", "<|eos|>"], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=360,
+        special_tokens=["<|bos|>", "<|eos|>"],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     core.train_from_iterator(text, trainer)
     core.save(str(folder / "tokenizer.json"))
@@ -73,7 +90,9 @@ def write_tokenizer(folder, rng):
 
 
 def write_model(folder, model):
-    weights = {name: param.detach().clone() for name, param in model.named_parameters()}  # a tied lm_head is not among them
+    weights = {
+        name: param.detach().clone() for name, param in model.named_parameters()
+    }  # a tied lm_head is not among them
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config.to_hf()))
 
@@ -90,11 +109,24 @@ def write_rows(path, rows):
 
 
 def write_config(folder, world, **changes):
-    """folder/config.py for both stages, run folders folder/sft and folder/dpo; `changes` may hold common keys, or dicts sft= and dpo=."""
+    """folder/config.py for both stages, run folders folder/sft and folder/dpo; `changes` may hold common
+    keys, or dicts sft= and dpo=.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    sft = dict(data={f"{world}/sft.jsonl": 1.0}, lr=1e-2, warmup_steps=1, out_dir=f"{folder}/sft") | changes.pop("sft", {})
-    dpo = dict(data={f"{world}/pref.jsonl": 1.0}, lr=1e-2, warmup_steps=1, out_dir=f"{folder}/dpo") | changes.pop("dpo", {})
-    shape = dict(max_seq_len=64, tokens_per_microbatch=192, global_batch_size=16, num_epochs=2, max_steps=4, precision="fp32")
+    sft = dict(
+        data={f"{world}/sft.jsonl": 1.0}, lr=1e-2, warmup_steps=1, out_dir=f"{folder}/sft"
+    ) | changes.pop("sft", {})
+    dpo = dict(
+        data={f"{world}/pref.jsonl": 1.0}, lr=1e-2, warmup_steps=1, out_dir=f"{folder}/dpo"
+    ) | changes.pop("dpo", {})
+    shape = dict(
+        max_seq_len=64,
+        tokens_per_microbatch=192,
+        global_batch_size=16,
+        num_epochs=2,
+        max_steps=4,
+        precision="fp32",
+    )
     common = shape | dict(model_path=f"{world}/base", cache_dir=f"{folder}/cache", log_every=1) | changes
     path = folder / "config.py"
     path.write_text(f"common = {common!r}\nsft = {sft!r}\ndpo = {dpo!r}\n")
@@ -127,16 +159,22 @@ class Outcome:
 
 
 def launch(stage, config, *args, ranks=1, prepare=None, logs="logs"):
-    """Run train_<stage>.py CONFIG args on so many processes; prepare() is called in each first. Returns its Outcome."""
+    """Run train_<stage>.py CONFIG args on so many processes; prepare() is called in each first. Returns its
+    Outcome.
+    """
     return spawn(partial(_train, stage, [str(config), *args], prepare), Path(config).parent / logs, ranks)
 
 
 def spawn(work, logs, ranks=1):
-    """Call work() -> exit code in so many processes that parallel.init joins to a group; work must be picklable. Returns its Outcome."""
+    """Call work() -> exit code in so many processes that parallel.init joins to a group; work must be
+    picklable. Returns its Outcome.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs.mkdir(exist_ok=True)
     context = _fork_server()
-    processes = [context.Process(target=_rank, args=(rank, ranks, store.port, logs, work)) for rank in range(ranks)]
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, store.port, logs, work)) for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -152,7 +190,10 @@ def _fork_server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm"])
     path = os.environ.get("PYTHONPATH")
-    os.environ |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}  # the server's: it has no sys.path of ours
+    os.environ |= {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }  # the server's: it has no sys.path of ours
     multiprocessing.forkserver.ensure_running()
     if path is None:
         del os.environ["PYTHONPATH"]
@@ -168,7 +209,11 @@ def _rank(rank, ranks, port, logs, work):
     torch.set_num_threads(1)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
     sys.exit(work())
 
 
@@ -192,7 +237,9 @@ def signal_after(step, number, rank=0):
 
 
 def save_at_once(kill_after=None):
-    """Make every save wait for its writer, so that what a kill leaves behind does not depend on timing; kill once that step is saved."""
+    """Make every save wait for its writer, so that what a kill leaves behind does not depend on timing; kill
+    once that step is saved.
+    """
     save = checkpoint.Checkpointer.save
 
     def hooked(self, step, *args):
@@ -252,7 +299,9 @@ def whole_gradients(model):
     for name, shard in parallel.shards(model).items():
         if shard.grad is not None:
             grads[name], shard.grad = parallel.of_all_ranks(model, name, shard.grad), None
-    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
+    return {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()
+    }
 
 
 def assert_gradients_equal(a, b, tolerance=1e-6):
