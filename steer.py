@@ -787,7 +787,9 @@ def run_validate(targets, config, measure):
 
 def _forget(pair, to_come):
     """Delete the hub's weights of a finished pair, but for a model that a pair to come needs."""
-    needed = {path for other in to_come for path in (other.sft_path, other.dpo_path)}
+    needed = set()
+    for other in to_come:
+        needed |= {other.sft_path, other.dpo_path}
     for path in {pair.sft_path, pair.dpo_path} - needed:
         if freed := hub.forget(path):
             print(f"deleted the weights of {path} from the cache: {freed / 1e9:.2f} GB")

@@ -94,7 +94,10 @@ def check(pairs, gpu, nulls):
     """
     card = gpu and find_gpu(gpu)
     models, problems, lines = {}, [], []
-    for path in dict.fromkeys(path for pair in pairs.values() for path in (pair.sft_path, pair.dpo_path)):
+    paths = []
+    for pair in pairs.values():
+        paths += [pair.sft_path, pair.dpo_path]
+    for path in dict.fromkeys(paths):
         try:
             model = models[path] = look_up(path)
         except UserError as error:

@@ -63,7 +63,9 @@ def training_section(stage, runs):
     names = short_names([run.folder for run in runs])
     parts = [("Outcome", outcomes(names, runs)), ("Warnings", warnings(names, runs))]
     if len(runs) > 1:
-        configs = [{key: value for key, value in run.config.items() if key != "out_dir"} for run in runs]
+        configs = [dict(run.config) for run in runs]
+        for config in configs:
+            config.pop("out_dir", None)
         parts.append(("Settings that differ", comparison(names, configs, only_differing=True)))
     parts += [("Curves", training_charts(names, runs)), ("Held-out evaluations", evaluations(names, runs))]
     for name, run in zip(names, runs):
@@ -76,8 +78,14 @@ def outcomes(names, runs):
     """A table of one line per run."""
     rows = [outcome(name, run) for name, run in zip(names, runs)]
     # a column that no run has a value for, as held-out ones without held-out data, is left out
-    kept = [column for column in rows[0] if any(row[column] is not None for row in rows)]
-    return table(kept, [[row[column] for column in kept] for row in rows])
+    kept = []
+    for column in rows[0]:
+        if any(row[column] is not None for row in rows):
+            kept.append(column)
+    cells = []
+    for row in rows:
+        cells.append([row[column] for column in kept])
+    return table(kept, cells)
 
 
 def warnings(names, runs):
@@ -131,7 +139,10 @@ def spread(lines, metric):
 
 def evaluations(names, runs):
     """A table of every held-out evaluation; nothing without any."""
-    metrics = [metric for metric in EVALUATED if any(run.last(f"eval/{metric}") is not None for run in runs)]
+    metrics = []
+    for metric in EVALUATED:
+        if any(run.last(f"eval/{metric}") is not None for run in runs):
+            metrics.append(metric)
     rows = []
     for name, run in zip(names, runs):
         for line in run.lines:
@@ -161,7 +172,9 @@ def comparison(names, dicts, only_differing=False):
     keys = {}
     for column in columns:
         keys |= column
-    rows = [[key, *(column.get(key, "–") for column in columns)] for key in keys]
+    rows = []
+    for key in keys:
+        rows.append([key, *(column.get(key, "–") for column in columns)])
     differing = [row for row in rows if len(set(row[1:])) > 1]
     shown, marked = (differing, ()) if only_differing else (rows, differing)
     return table(["", *names], shown, text=len(names) + 1, marked=marked, kind="settings")
