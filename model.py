@@ -388,6 +388,15 @@ def rope_frequencies(config, device):
     return frequencies.to(device)
 
 
+def rope_tables(config, position_ids):
+    """cos and sin of the angles of T positions, (T, 1, K/2) each: one row for all heads.
+
+    In float32 whatever the weights are: bf16 would round position 4,097 to 4,096.
+    """
+    angles = position_ids[:, None, None] * rope_frequencies(config, position_ids.device)
+    return angles.cos(), angles.sin()
+
+
 # ---------------------------------------------------------------- the blocks
 # Documents lie end to end in one stream of T tokens, so nothing is padded and every tensor of a block is (T,
 # ..). Only attention knows where documents begin. The modules below are the definition, and run as written on
@@ -528,9 +537,7 @@ class Llama(nn.Module):
                 f"sliding_window={config.sliding_window}: a document of {longest} tokens needs a window "
                 f"mask, which is not implemented; expected max_seq_len <= {config.sliding_window}"
             )
-        # angles in float32 whatever the weights are: bf16 would round position 4,097 to 4,096
-        angles = position_ids[:, None, None] * rope_frequencies(config, position_ids.device)  # (T, 1, K/2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rope_tables(config, position_ids)
         assert cache is None or shared is None, "a cache holds whole documents"
         # what a block calls to mix tokens: everything about documents is bound here
         attend = functools.partial(attention, shared=shared, kernel=self.attention_kernel)

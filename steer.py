@@ -77,11 +77,8 @@ from plumbing.weights import save_pretrained
 from reports import page, summary
 from reports.html import COLOURS
 
-PROMPT_MODES = {
-    "sanity": "sanity",
-    "full": "full",
-    "paper": "max",
-}  # the prompts that go with them: aqi.MODES
+# {mode of the vector: the mode of aqi.MODES that its prompts have}
+PROMPT_MODES = {"sanity": "sanity", "full": "full", "paper": "max"}
 
 # ---------------------------------------------------------------- the keys of this command
 

@@ -36,10 +36,8 @@ REFUSALS = (
     "that is not something i can",
     "unfortunately, i",
 )
-KL_TEXTS, KL_TOKENS = (
-    8,
-    128,
-)  # held-out texts, and tokens of each, of the KL divergences: 0.5 GB of logits at V = 128,256
+# Held-out texts, and tokens of each, of the KL divergences: 0.5 GB of logits at V = 128,256.
+KL_TEXTS, KL_TOKENS = 8, 128
 ASKED = 16  # prompts of each label that are answered
 OPENING = 12  # tokens of an answer, enough for every opening
 

@@ -87,12 +87,18 @@ def document_logps(model, batch, hidden=None):
 
     hidden (T, D) if it is there already.
     """
+    logps = supervised_logps(model, batch, hidden)
+    return segment_sums(logps, batch.supervised_offsets), batch.supervised_offsets.diff()
+
+
+@torch.no_grad()
+def supervised_logps(model, batch, hidden=None):
+    """Log-prob of each supervised token, (S,) float32. hidden (T, D) if it is there already."""
     if hidden is None:
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
     hidden = hidden.index_select(0, batch.supervised)
     cap = model.config.final_logit_softcapping
-    logps = token_logps(hidden, model.lm_head.weight, batch.targets, soft_cap=cap)
-    return segment_sums(logps, batch.supervised_offsets), batch.supervised_offsets.diff()
+    return token_logps(hidden, model.lm_head.weight, batch.targets, soft_cap=cap)
 
 
 # ---------------------------------------------------------------- the vector and its spectrum

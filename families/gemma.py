@@ -15,7 +15,7 @@ from torch import nn
 
 from families.keys import config_file, read_keys
 from kernels import reference
-from model import LlamaConfig, RopeScaling, rope_frequencies, rope_from_hf
+from model import LlamaConfig, RopeScaling, rope_from_hf, rope_tables
 from plumbing.files import UserError
 
 # what the code below takes for granted; a key that is absent has this value in transformers too
@@ -208,9 +208,7 @@ class Gemma(nn.Module):
 
         Arguments as of model.Llama.forward.
         """
-        frequencies = rope_frequencies(self.config, position_ids.device)
-        angles = position_ids[:, None, None] * frequencies  # (T, 1, K/2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rope_tables(self.config, position_ids)
         if resume is not None:
             first, hidden = resume
         else:

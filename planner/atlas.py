@@ -14,7 +14,7 @@ import huggingface_hub
 import families
 from data import end_of_turn, resolve_template
 from planner.budget import FORWARD, MATMUL, find_gpu
-from planner.plan import AXIOMS, CONTEXT_GIB, GIB, PROMPT_TOKENS, PROMPTS
+from planner.plan import AXIOMS, CONTEXT_GIB, GIB, PROMPT_TOKENS, PROMPTS, vector_texts
 from plumbing import adapters, hub
 from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
@@ -150,22 +150,14 @@ def _plan(whole, models, card, gpu, nulls):
     ]
 
 
-def _texts(pair):
-    """Texts of each side that extract reads, those held out included."""
-    from analysis.vector import MODES  # here: it imports datasets
-
-    count = pair.count or MODES[pair.mode]
-    return count + max(1, count // 4)
-
-
 def _state_bytes(pair, config):
     """Of both sides' differences, pooled in two ways, in float32."""
-    return 2 * 2 * 4 * _texts(pair) * config.num_hidden_layers * config.hidden_size
+    return 2 * 2 * 4 * vector_texts(pair) * config.num_hidden_layers * config.hidden_size
 
 
 def _flops(pair, model, nulls):
     """Matmuls of extract (two models, two sides) and sweep (every lambda, two of every null direction)."""
-    extracted = 2 * 2 * _texts(pair) * min(TEXT_TOKENS, pair.max_text_tokens)
+    extracted = 2 * 2 * vector_texts(pair) * min(TEXT_TOKENS, pair.max_text_tokens)
     share = min(1, pair.layers / model.config.num_hidden_layers)  # of the blocks that run again
     runs = 1 + share * (len(pair.lambdas) + 2 * 2 * nulls)
     swept = 2 * AXIOMS * PROMPTS[pair.mode] * PROMPT_TOKENS * runs

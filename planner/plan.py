@@ -667,10 +667,7 @@ def steering_passes(config, dpo):
     reads every prompt once, then only the steered blocks again for each lambda; and all of that once more
     along the random direction.
     """
-    from analysis.vector import MODES  # here: `--plan` of a training starts without it
-
-    count = config.count or MODES[config.mode]
-    texts = 2 * (count + max(1, count // 4))  # a quarter is held out
+    texts = 2 * vector_texts(config)
     mean = min(config.max_text_tokens, dpo.train.keys // (2 * dpo.train.examples))
     extracted = _states_pass(dpo.shape, texts, mean).times(2)
     prompts = _states_pass(dpo.shape, 2 * AXIOMS * PROMPTS[config.mode], PROMPT_TOKENS)
@@ -681,6 +678,14 @@ def steering_passes(config, dpo):
         stage: (work.tokens, forward_seconds(work, dpo.gpu))
         for stage, work in (("extract", extracted), ("sweep", swept))
     }
+
+
+def vector_texts(config):
+    """Texts of each side that extract reads: as many as the vector's, and a quarter that is held out."""
+    from analysis.vector import MODES  # here: `--plan` of a training starts without it
+
+    count = config.count or MODES[config.mode]
+    return count + max(1, count // 4)
 
 
 def _states_pass(shape, count, length):

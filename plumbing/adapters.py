@@ -62,8 +62,12 @@ def _settings_of(model):
     layer = next(iter(layers.values()))
     alpha = int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha
     targets = sorted({name.rpartition(".")[2] for name in layers})
-    rank = layer.lora_A.shape[0]
-    return {"r": rank, "lora_alpha": alpha, "lora_dropout": layer.dropout, "target_modules": targets}
+    return {
+        "r": layer.lora_A.shape[0],
+        "lora_alpha": alpha,
+        "lora_dropout": layer.dropout,
+        "target_modules": targets,
+    }
 
 
 # ---------------------------------------------------------------- reading adapter_config.json

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from analysis.behaviour import KL_TEXTS, final_logits, mean_kl
-from analysis.steering import packed_batches
+from analysis.steering import packed_batches, supervised_logps
 from analysis.vector import SIDES, Vector, bar, hash_documents, text_pairs
 from data import TEMPLATES
 from families import device_of, load_model
-from kernels import token_logps
 from plumbing import parallel
 from plumbing.files import UserError, table
 from plumbing.weights import resolve, stored_weights
@@ -124,17 +123,11 @@ def read_texts(path, count, tokenizer, template, max_tokens):
     return [document for side in SIDES for document in pairs[side]], hash_documents(pairs)
 
 
-@torch.no_grad()
 def answer_logps(model, documents):
     """[(S,) float64 of each document]: log-probs, in nats, of its supervised tokens."""
     found = [None] * len(documents)
     for rows, batch in packed_batches(documents, device_of(model), bar("log-probs")):
-        hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-        logps = token_logps(
-            hidden.index_select(0, batch.supervised), model.lm_head.weight, batch.targets,
-            soft_cap=model.config.final_logit_softcapping,
-        )  # fmt: skip
-        parts = logps.double().cpu().split(batch.supervised_offsets.diff().tolist())
+        parts = supervised_logps(model, batch).double().cpu().split(batch.supervised_offsets.diff().tolist())
         for row, part in zip(rows, parts, strict=True):
             found[row] = part.numpy()
     return found
@@ -148,10 +141,10 @@ def measure(path, args):
 
 
 def compare_logps(ours, published):
-    """How two lists of log-probs (S,) of tokens agree: a dict of five numbers.
+    """How two lists of log-probs (S,) of tokens agree: a dict of numbers.
 
-    {"ours", "published": mean log-prob of a token; "difference": mean absolute; "root": root of the mean
-    square; "correlation"}.
+    {"tokens": S; "ours", "published": mean log-prob of a token; "difference": mean absolute; "root": root of
+    the mean square; "correlation"}.
     """
     a, b = np.concatenate(ours), np.concatenate(published)
     return {
