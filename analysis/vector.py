@@ -330,9 +330,8 @@ def rounding_noise(model, documents):
     before = mean_states(model, documents, device)[0, -1]
     generator = torch.Generator(device).manual_seed(0)
     for param in model.parameters():
-        step = torch.exp2(
-            param.float().abs().clamp(min=2.0**-126).log2().floor() - 7
-        )  # bf16 keeps 8 significant bits
+        # bf16 keeps 8 significant bits.
+        step = torch.exp2(param.float().abs().clamp(min=2.0**-126).log2().floor() - 7)
         noise = torch.rand(param.shape, generator=generator, device=device) - 0.5
         param.copy_(param.float() + noise * step)
     after = mean_states(model, documents, device)[0, -1]

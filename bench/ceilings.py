@@ -111,10 +111,11 @@ def head_table(chunks=(1024, 2048, 4096, 8192)):
         for n in (ROWS, vocabulary)
     )
     targets = torch.randint(vocabulary, (ROWS,), device=DEVICE)
+    # As training has it on one GPU.
     weight.grad_dtype, weight.master = (
         torch.float32,
         Master(low_bits=None, accumulates=True),
-    )  # as training has it on one GPU
+    )
     flops = 8 * ROWS * inner * vocabulary  # logits twice, and two gradients
     print(f"\n{'token_logps, rows a chunk':<28}{'ms':>6}  TFLOP/s   GiB beside the gradients")
     for chunk in chunks:

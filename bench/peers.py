@@ -101,9 +101,8 @@ def broadcast(flag):
 def build_model(args):
     """A bf16 Llama in training mode with random weights on the device."""
     config = LlamaConfig.preset(args.preset)
-    config = dataclasses.replace(
-        config, vocab_size=max(config.vocab_size, args.tokenizer.vocab_size)
-    )  # for the tiny preset
+    # For the tiny preset.
+    config = dataclasses.replace(config, vocab_size=max(config.vocab_size, args.tokenizer.vocab_size))
     hf_config = transformers.LlamaConfig.from_dict(config.to_hf() | {"use_cache": False})
     torch.manual_seed(0)
     with DEVICE:
@@ -241,9 +240,8 @@ def build_trainer(args, folder, tokenizer, sides):
             """
             return dataset.map(lambda row: {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0})
 
-    dpo_trainer.hash_module = lambda model: (
-        ""
-    )  # else a minute for the sha256 of 32 GB, the name of a cache that is not written
+    # Else a minute for the sha256 of 32 GB, the name of a cache that is not written.
+    dpo_trainer.hash_module = lambda model: ""
     disable_progress_bars()
     options = dict(
         output_dir=folder,
@@ -304,9 +302,10 @@ def run_trl(args, sides):
             control.should_training_stop = watch.tick()
 
     eos = args.tokenizer.eos_token
+    # No BOS, as ours.
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=args.tokenizer.core, eos_token=eos, pad_token=eos
-    )  # no BOS, as ours
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(args, folder, tokenizer, sides)
         trainer.add_callback(Stop())
@@ -351,9 +350,8 @@ def main():
 
     sides = read_rows(args)
     result = run_trl(args, sides) if args.name.startswith("trl_") else fastest_hf(args, sides[0])
-    tokens = sum(len(ids) for side in sides for ids, _ in side) / len(
-        sides[0]
-    )  # per document or pair, without padding
+    # Per document or pair, without padding.
+    tokens = sum(len(ids) for side in sides for ids, _ in side) / len(sides[0])
     unit, per_example = ("pairs_per_s", 1.0) if len(sides) == 2 else ("tokens_per_s", tokens)
     step = args.micro_batch * args.accumulate * per_example
     line = {

@@ -96,9 +96,8 @@ def draw_weights(model, directory):
     """
     base = [param for name, param in model.named_parameters() if "lora_" not in name]
     for index, param in enumerate(base):
-        torch.manual_seed(
-            index
-        )  # the same with and without adapters: their reference log-probs share a cache
+        # The same with and without adapters: their reference log-probs share a cache.
+        torch.manual_seed(index)
         local = parallel.local_rows(param)[1]
         local.fill_(1.0) if param.ndim == 1 else local.normal_(std=0.02)
     parallel.share_weights(model)

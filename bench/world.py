@@ -104,16 +104,14 @@ def main():
     rng = np.random.default_rng(0)
     args.folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(args.folder / "base", ignore_errors=True)  # its hashes would be those of the one before
-    write_rows(
-        args.folder / "sft_fixed.jsonl", [chat(rng, 1000, 3200) for _ in range(SFT_ROWS)]
-    )  # truncated to max_seq_len = 4,096
+    # Truncated to max_seq_len = 4,096.
+    write_rows(args.folder / "sft_fixed.jsonl", [chat(rng, 1000, 3200) for _ in range(SFT_ROWS)])
     write_rows(
         args.folder / "sft_mix.jsonl",
         [chat(rng, 0.3 * n, 0.7 * n) for n in tulu_like_lengths(rng, 4 * SFT_ROWS)],
     )
-    write_rows(
-        args.folder / "dpo_fixed.jsonl", [pair(rng, 243, 249, 249) for _ in range(DPO_ROWS)]
-    )  # 2 x 500 tokens with the template
+    # 2 x 500 tokens with the template.
+    write_rows(args.folder / "dpo_fixed.jsonl", [pair(rng, 243, 249, 249) for _ in range(DPO_ROWS)])
     prompts, chosen, rejected = (
         tulu_like_lengths(rng, DPO_ROWS, mean, longest=1000) for mean in (200, 300, 300)
     )

@@ -153,9 +153,8 @@ def convert(gguf_path: Path, out: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     build_tokenizer(tokens, field["tokenizer.ggml.merges"], special).save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-    (out / "config.json").write_text(
-        json.dumps(config, indent=2)
-    )  # last: a folder with config.json is complete
+    # Last: a folder with config.json is complete.
+    (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
 if __name__ == "__main__":

@@ -74,9 +74,8 @@ def pretrain(texts, tokenizer, steps=600, batch_size=8, lr=1e-2, seed=0):
         chosen = [documents[i] for i in step_examples(step, len(documents), batch_size, seed)]
         batch = pack([(ids, [True] * len(ids)) for ids in chosen])
         hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # (T, D)
-        logps = token_logps(
-            hidden[batch.supervised], model.lm_head.weight, batch.targets
-        )  # of all but each document's last token
+        # Of all but each document's last token.
+        logps = token_logps(hidden[batch.supervised], model.lm_head.weight, batch.targets)
         loss = -logps.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

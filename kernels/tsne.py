@@ -30,16 +30,14 @@ def gradient_and_divergence(Y, P, exaggeration=1.0, negentropy=None, chunk=1024)
     all steps of a descent; None: no divergence. `exaggeration` is the gradient's alone.
     """
     nu = max(Y.shape[1] - 1, 1)
-    ones = torch.cat(
-        [Y, torch.ones_like(Y[:, :1])], 1
-    )  # (n, d + 1): one product gives sum_j m_ij y_j and sum_j m_ij
+    # (n, d + 1): one product gives sum_j m_ij y_j and sum_j m_ij.
+    ones = torch.cat([Y, torch.ones_like(Y[:, :1])], 1)
     pull, push = torch.empty_like(ones), torch.empty_like(ones)
     Z, fit = 0.0, 0.0
     for rows in torch.arange(len(Y), device=Y.device).split(chunk):
         p = P[rows]
-        d2 = sum(
-            (Y[rows, k, None] - Y[:, k]).square_() for k in range(Y.shape[1])
-        )  # by differences: exact zeros at i = j
+        # By differences: exact zeros at i = j.
+        d2 = sum((Y[rows, k, None] - Y[:, k]).square_() for k in range(Y.shape[1]))
         w = d2.div_(nu).add_(1).reciprocal_()
         u = w.pow((nu + 1) / 2)
         Z = Z + u.sum(dtype=torch.float64) - len(rows)  # u_ii = 1

@@ -71,18 +71,12 @@ GPUS = {
 }
 
 # Shares of the datasheet's rates, measured on the H200.
-MATMUL = (
-    0.80  # 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; the next four are shares of this
-)
-FULL, LORA, FORWARD = (
-    0.76,
-    0.69,
-    0.82,
-)  # forward and backward of blocks and lm_head, full fine-tuning and LoRA; forward only
-ATTENTION, ATTENTION_HALF = (
-    0.434,
-    916,
-)  # varlen_attn over long documents; tokens of a document at which it has half of that
+# 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; the next four are shares of this
+MATMUL = 0.80
+# Forward and backward of blocks and lm_head, full fine-tuning and LoRA; forward only.
+FULL, LORA, FORWARD = 0.76, 0.69, 0.82
+# varlen_attn over long documents; tokens of a document at which it has half of that.
+ATTENTION, ATTENTION_HALF = 0.434, 916
 OPTIMIZER = 0.82  # of the memory bandwidth: 49 ms for 24 bytes a parameter, 8.03 B parameters
 LINK = 0.60  # all-gather and reduce-scatter: 250 to 290 of 450 GB/s
 # With sharding="full" a GPU computes at this share of its rate alone: NCCL's kernels take SMs from the
@@ -167,9 +161,8 @@ class Pass:
     targets: int  # supervised
     flops: float  # forward: model.LlamaConfig.flops
     attention: float  # the scores and mixes in that
-    slow_attention: (
-        float  # the same, each document's weighted by how much slower varlen_attn is on it than on a long one
-    )
+    # The same, each document's weighted by how much slower varlen_attn is on it than on a long one.
+    slow_attention: float
 
     @classmethod
     def of(cls, shape, documents, prefixes=0):
@@ -263,12 +256,10 @@ def block_bytes(shape, config, tokens, keys):
     H, G, K = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     # input, middle, q, attention's output, gate, up; softmax's float32 sums; k and v, also of shared prefixes
     kept = tokens * (width * (2 * D + 2 * H * K + 2 * inner) + 4 * H) + keys * width * 2 * G * K
-    backward = (
-        tokens * width * (4 * inner + D)
-    )  # the gradients of gate, up and their product, and that once more
-    if (
-        config.kernels == "plain"
-    ):  # autograd keeps both norms' results, silu(gate) and the product; what it holds has gone by then
+    # The gradients of gate, up and their product, and that once more.
+    backward = tokens * width * (4 * inner + D)
+    if config.kernels == "plain":
+        # autograd keeps both norms' results, silu(gate) and the product; what it holds has gone by then
         kept, backward = kept + tokens * width * (2 * D + 2 * inner), tokens * width * (inner + D)
         if shape.qk_norm:
             kept += tokens * width * (H + G) * K  # q and k before their norms
@@ -333,12 +324,10 @@ def training_seconds(work, model, config, gpu):
     matmuls_trained = training_flops(model, matmuls, work.tokens) / (
         rate * (LORA if config.lora_rank else FULL)
     )
-    attention = (
-        3.5 * work.slow_attention / (rate * ATTENTION)
-    )  # backward: five products to forward's two, under LoRA too
-    again = dataclasses.replace(
-        work, flops=work.flops - model.config.flops(0, logits=work.targets)
-    )  # all but lm_head
+    # Backward: five products to forward's two, under LoRA too.
+    attention = 3.5 * work.slow_attention / (rate * ATTENTION)
+    # All but lm_head.
+    again = dataclasses.replace(work, flops=work.flops - model.config.flops(0, logits=work.targets))
     return (
         matmuls_trained
         + attention

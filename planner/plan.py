@@ -395,11 +395,9 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     shape, folder, origin = find_model(stage, config, path)
     check_kernels(shape, config.kernels)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
-    prices = (
-        tuple(price * count for price in card.usd_per_hour)
-        if usd_per_hour is None
-        else (usd_per_hour, usd_per_hour)
-    )
+    prices = (usd_per_hour, usd_per_hour)
+    if usd_per_hour is None:
+        prices = tuple(price * count for price in card.usd_per_hour)
     return Plan(stage, config, gpu, count, prices, shape, train, held_out), origin, counted
 
 
@@ -460,11 +458,9 @@ def _time_lines(plan):
     seconds, config = plan.seconds, plan.config
     spent = ", ".join(f"{part} {_duration(value)}" for part, value in seconds.items())
     unless = "" if plan.fits else "if it did fit: "
-    source = (
-        "calibrated on an H200"
-        if plan.gpu_name == "h200"
-        else "an estimate: H200 measurements scaled by the datasheets"
-    )
+    source = "an estimate: H200 measurements scaled by the datasheets"
+    if plan.gpu_name == "h200":
+        source = "calibrated on an H200"
     lines = [f"time     {unless}{spent}"]
     lines += [f"         {plan.trained.tokens / seconds['training']:,.0f} tokens/s in training; {source}"]
     lines += _scaling_lines(plan) if plan.count > 1 else []
@@ -529,11 +525,9 @@ def _verdict(plan):
     spare = plan.gpu.gib - plan.gib
     if spare < 0:
         return f"does not fit, {-spare:.1f} GiB too much"
-    return (
-        "fits"
-        if spare > ERROR * plan.gib
-        else f"fits with {spare:.1f} GiB to spare: tight, within the error of this estimate"
-    )
+    if spare > ERROR * plan.gib:
+        return "fits"
+    return f"fits with {spare:.1f} GiB to spare: tight, within the error of this estimate"
 
 
 def _price(plan):
@@ -546,13 +540,11 @@ def _usd(prices):
 
 
 def _duration(seconds):
-    return (
-        f"{seconds / 3600:.2f} h"
-        if seconds >= 360
-        else f"{seconds / 60:.1f} min"
-        if seconds >= 6
-        else f"{seconds:.2f} s"
-    )
+    if seconds >= 360:
+        return f"{seconds / 3600:.2f} h"
+    if seconds >= 6:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.2f} s"
 
 
 # ---------------------------------------------------------------- the command line
@@ -583,11 +575,9 @@ def ladder(argv):
     if not paths or any(path.startswith("-") for path in paths):
         raise UserError(f"expected config files, --gpu, --count and --usd-per-hour, got {paths}")
     find_gpu(options.gpu)
-    prices = (
-        "prices are assumed: see --usd-per-hour"
-        if options.usd_per_hour is None
-        else f"at {options.usd_per_hour} USD an hour"
-    )
+    prices = f"at {options.usd_per_hour} USD an hour"
+    if options.usd_per_hour is None:
+        prices = "prices are assumed: see --usd-per-hour"
     print(f"{options.count} x {options.gpu}; tokens* are estimates; {prices}")
     rows = []
     for path in paths:
@@ -649,9 +639,8 @@ def _steering_rows(path, plans):
     rows = []
     for stage, (tokens, seconds) in steering_passes(load("steer", [path]), dpo).items():
         hours += seconds / 3600
-        price = _usd(
-            [seconds / 3600 * price for price in dpo.usd_per_hour]
-        )  # the others are rented meanwhile
+        # The others are rented meanwhile.
+        price = _usd([seconds / 3600 * price for price in dpo.usd_per_hour])
         rows.append([path, stage, "", f"{tokens:,.0f}*", f"{gib:.1f}", f"{seconds / 3600:.2f}", price, said])
     total = _usd([hours * price for price in dpo.usd_per_hour])
     return [

@@ -330,11 +330,9 @@ def errors(sweeps):
     rows = []
     for name, sweep in sweeps:
         rows += [[name, inject, *error.values()] for inject, error in sweep["errors"].items()]
-    return (
-        table(["sweep", "injection", "on the vector's texts", "on held-out texts"], rows, text=2)
-        if rows
-        else ""
-    )
+    if not rows:
+        return ""
+    return table(["sweep", "injection", "on the vector's texts", "on held-out texts"], rows, text=2)
 
 
 # ---------------------------------------------------------------- main

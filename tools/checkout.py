@@ -92,9 +92,8 @@ class Module(dict):
     """Globals of one source file. A missing name runs the one top-level statement that binds it."""
 
     def __init__(self, checkout, path):
-        super().__init__(
-            __name__=__name__, __file__=str(path)
-        )  # dataclasses looks the name up in sys.modules
+        # dataclasses looks the name up in sys.modules.
+        super().__init__(__name__=__name__, __file__=str(path))
         self.checkout, self.statements, self.source = checkout, {}, path.read_text()
         for statement in ast.parse(self.source).body:
             for name in _bound(statement):

@@ -170,9 +170,8 @@ def vocabulary(case):
 
     When the tokenizer outgrows the embeddings, these get rows up to a multiple of 8.
     """
-    case.checkout.find(
-        TOKENIZERS, ["dataset_transformation"]
-    )  # only these are known to add the token that main() adds
+    # Only these are known to add the token that main() adds.
+    case.checkout.find(TOKENIZERS, ["dataset_transformation"])
     tokens, rows = len(case.their_tokenizer), case.model.lm_head.weight.shape[0]
     if tokens <= rows:
         yield Row("vocabulary", f"{rows:,} rows", "0 added", EQUAL)

@@ -53,9 +53,8 @@ class Case:
     def their_tokenizer(self):
         """Theirs, made by their function, with the template of --template."""
         names = dict(tokenizer_name_or_path=self.args.model, tokenizer_revision=None)
-        names |= dict(
-            model_name_or_path=self.args.model, revision=None
-        )  # as they were called from January to March 2025
+        # As they were called from January to March 2025.
+        names |= dict(model_name_or_path=self.args.model, revision=None)
         settings = dict(
             trust_remote_code=False, use_fast=True, chat_template_name=self.args.template, add_bos=False
         )
@@ -69,9 +68,8 @@ class Case:
             tokenizer.chat_template = self.checkout.find(["CHAT_TEMPLATES"], ["dataset_processor"])[
                 self.args.template
             ]
-        render = (
-            tokenizer.apply_chat_template
-        )  # transformers 5 returns a dict unless asked; code written for 4 does not ask
+        # Transformers 5 returns a dict unless asked; code written for 4 does not ask.
+        render = tokenizer.apply_chat_template
         tokenizer.apply_chat_template = lambda *args, **kwargs: render(
             *args, **{"return_dict": False} | kwargs
         )

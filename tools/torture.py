@@ -153,9 +153,8 @@ def kill(_place):
 
 
 def disk_is_full(place):
-    names = (
-        [] if isinstance(place, int) else [str(place)]
-    )  # as from the kernel: an fsync does not say of what
+    # As from the kernel: an fsync does not say of what.
+    names = [] if isinstance(place, int) else [str(place)]
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
 
 
