@@ -654,7 +654,7 @@ def steering_passes(config, dpo):
 
     dpo: the Plan of the pair's second model. extract reads both texts of every pair with both models. sweep
     reads every prompt once, then only the steered blocks again for each lambda; and all of that once more
-    along the random direction.
+    along one random direction. The other nulls of a sweep are not counted here; planner/atlas.py counts them.
     """
     texts = 2 * vector_texts(config)
     mean = min(config.max_text_tokens, dpo.train.keys // (2 * dpo.train.examples))
