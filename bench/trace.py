@@ -120,6 +120,9 @@ def main(argv):
         ids = step_examples(step, len(documents), config.global_batch_size, config.seed)
         forward_backward(model, documents, ids, config, world)
         apply_gradients(optimizer, config.lr, config.max_grad_norm, documents.row_ids[ids])
+        # Weights are still on their way to the other ranks. On CPUs they are sent by threads of gloo, and the
+        # profiler, stopped while one of them records, ends the process: 1 of 10 runs.
+        parallel.settle(model)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
