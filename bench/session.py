@@ -55,11 +55,8 @@ class Enough(Exception):
 
 def watch_steps(seconds, traced, ranks):
     """Make Logbook.step end the run once it has lasted; returns the Clocks that it starts."""
-    clocks, profiler, step = (
-        Clocks(),
-        profile(activities=trace.activities(ranks.device.type)),
-        logbook.Logbook.step,
-    )
+    clocks, step = Clocks(), logbook.Logbook.step
+    profiler = profile(activities=trace.activities(ranks.device.type))
     started = []
 
     def hooked(self, done, *args):
