@@ -127,6 +127,22 @@ PAIRS |= {
         "made here", "tulu",
     ),
 }  # fmt: skip
+# Of one SFT model, and but for the seeds of one set of pairs in one order: demo/objectives.py makes them.
+_OBJECTIVES = {
+    "dpo_norm": "dpo_norm, beta 5",
+    "dpo": "dpo, beta 0.1",
+    "ipo": "ipo, beta 0.1",
+    "simpo": "simpo, beta 2, gamma 1",
+    "smoothed": "dpo_norm, label smoothing 0.1",
+    "last_turn": "dpo_norm, last turns only",
+    "swapped": "dpo_norm, chosen and rejected exchanged",
+    "dpo_seed": "dpo_norm, another seed",
+    "sft_seed": "SFT with another seed, no DPO",
+}
+for _name, _made in _OBJECTIVES.items():
+    PAIRS[f"smol_{_name}"] = _row(
+        "runs/smol/sft/final", f"runs/smol/objectives/{_name}/final", _made, "made here", "chatml"
+    )
 for _loss, _made in _LOSSES.items():
     PAIRS[f"Llama3_{_loss}"] = _row(
         "princeton-nlp/Llama-3-Base-8B-SFT",

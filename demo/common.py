@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data import HEADERS, load_preferences, render
-from families import load_pretrained
+from families import device_of, load_model, load_pretrained
 from model import generate
 from packing import in_order
 from plumbing.files import table
@@ -32,13 +32,13 @@ def held_out_logps(folder, config):
 
     Of the chosen and of the rejected answer.
     """
-    model, tokenizer = load_pretrained(folder)
+    model, tokenizer = load_model(folder, is_precise=True)
     _, pairs = load_preferences(config, tokenizer, log=lambda line: None)
     means = []
     for ids in in_order(len(pairs), 8):
-        sums, counts = answer_logps(model, pairs.pack(ids), len(ids))
+        sums, counts = answer_logps(model, pairs.pack(ids).to(device_of(model)), len(ids))
         means.append((sums / counts).T)
-    return torch.cat(means).double().numpy()
+    return torch.cat(means).double().cpu().numpy()
 
 
 def greedy_answers(folder, prompts, template, max_new_tokens):

@@ -91,7 +91,8 @@ def is_deleted(path):
 
 def rows(runs, sweeps, pairs):
     """A line per sweep, per trained run that none of them is of, and per rung of `pairs` that was not run.
-    runs, sweeps: of `find`.
+
+    runs, sweeps: of `find`. A pair that says how it was made is a published one or a control, no rung.
     """
     lines, seen = [], set()
     for sweep in sweeps:
@@ -111,7 +112,8 @@ def rows(runs, sweeps, pairs):
     trained = {name for name, _ in runs["dpo"].values()}
     for name, pair in pairs.items():
         folder = Path(pair.get("dpo", "")).parent  # runs/tulu10/dpo/final -> runs/tulu10/dpo
-        if folder.parts[:1] == ("runs",) and str(folder.relative_to("runs")) not in trained:
+        is_rung = folder.parts[:1] == ("runs",) and "made" not in pair
+        if is_rung and str(folder.relative_to("runs")) not in trained:
             lines.append([name, "", "", "", *UNSTEERED, "not run", ""])
     return lines
 

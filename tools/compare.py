@@ -133,10 +133,14 @@ def answer_logps(model, documents):
     return found
 
 
-def measure(path, args):
-    """(log-probs, logits of the first texts, hash of the token ids) of a model, which is then let go."""
-    model, tokenizer = load_model(path)
-    documents, digest = read_texts(args.texts, args.count, tokenizer, args.template, args.max_text_tokens)
+def measure(path, texts, count, template, max_tokens):
+    """(log-probs, logits of the first texts, hash of the token ids) of a model, which is then let go.
+
+    In float32 where that fits: in bf16, rounding is as large as what a short run changes. Log-probs are
+    answer_logps' list, of `count` chosen texts, then as many rejected ones; logits of the first chosen ones.
+    """
+    model, tokenizer = load_model(path, is_precise=True)
+    documents, digest = read_texts(texts, count, tokenizer, template, max_tokens)
     return answer_logps(model, documents), final_logits(model, documents), digest
 
 
@@ -158,8 +162,9 @@ def compare_logps(ours, published):
 
 
 def print_texts(args):
-    our_logps, our_logits, our_ids = measure(args.ours, args)
-    their_logps, their_logits, their_ids = measure(args.published, args)
+    texts = (args.texts, args.count, args.template, args.max_text_tokens)
+    our_logps, our_logits, our_ids = measure(args.ours, *texts)
+    their_logps, their_logits, their_ids = measure(args.published, *texts)
     if our_ids != their_ids:
         raise UserError(f"texts {args.texts!r}: the two tokenizers give other ids; expected the same")
     found = compare_logps(our_logps, their_logps)
