@@ -123,11 +123,6 @@ class LlamaConfig:
                 out["max_window_layers"] = self.max_window_layers
         return out
 
-    @property
-    def fusable(self):
-        """Whether fused_block computes these blocks: it has norms before attention and MLP only."""
-        return self.qk_norm is None and not self.post_norm
-
     def weight_shapes(self):
         """{name: {key of config.json: size}} of a few weights that together hold every size.
 
@@ -465,7 +460,6 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.post_norm = config.post_norm
-        # Hugging Face's names: post_attention_layernorm is the MLP's input norm, except where post_norm
         others = "post_feedforward_layernorm" if config.post_norm else "input_layernorm"
         for name in (others, "post_attention_layernorm"):
             self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps))
@@ -479,6 +473,13 @@ class Block(nn.Module):
             options = dict(use_reentrant=False, preserve_rng_state=not self.fused)
             return checkpoint(run, self, hidden, *stream, **options)
         return run(self, hidden, *stream)
+
+    def norms(self):
+        """The norms before and behind attention, then those of the MLP; None where the model has none."""
+        # Hugging Face's names: post_attention_layernorm is the MLP's input norm, except where post_norm
+        if self.post_norm:
+            return None, self.post_attention_layernorm, None, self.post_feedforward_layernorm
+        return self.input_layernorm, None, self.post_attention_layernorm, None
 
     def plain(self, hidden, *stream):
         """The definition of a block, hidden (T, D) -> (T, D); fused_block.block computes the same."""
@@ -571,20 +572,12 @@ class Llama(nn.Module):
 # Each apply_* sets one switch from outside, so the blocks stay readable. training.load_model has their order.
 
 
-def check_kernels(config, kernels):
-    """UserError where `kernels` of a training config names blocks that cannot compute this LlamaConfig."""
-    if kernels == "fused" and not config.fusable:
-        problem = f"kernels='fused': its blocks have no norms of a {config.model_type}'s kind"
-        raise UserError(f"{problem}; expected --kernels=plain")
-
-
 def apply_fused(model, fp8=False):
     """Run every block through fused_block.block: the same numbers up to rounding, in less time and memory.
 
     It keeps 92 KB a token and layer of the 8B shape for the backward pass, not 200.
     fp8: multiply by the blocks' seven linears, forward and backward, in float8 (reference.Float8).
     """
-    assert model.config.fusable, model.config.model_type
     for layer in model.model.layers:
         layer.fused, layer.fp8 = True, fp8
 

@@ -20,7 +20,6 @@ from model import (
     apply_fused,
     apply_lora,
     apply_recompute,
-    check_kernels,
     generate,
     init_lora,
     training_flops,
@@ -292,7 +291,6 @@ def read_model_config(config, directory, tokenizer, device):
         limit = getattr(model_config, key)
         if limit and config.max_seq_len > limit:
             raise UserError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
-    check_kernels(model_config, config.kernels)
     if config.precision == "fp8":
         check_float8(model_config)
     return model_config

@@ -14,7 +14,6 @@ common = dict(
     template="tulu_bos",  # open-instruct's tulu with --add_bos
     global_batch_size=128,  # SFT 2 x 8 accumulated x 8 GPUs, DPO 8 x 2 x 8
     lr_schedule="linear",
-    kernels="plain",  # the fused blocks have no norms of OLMo 2's kind
     tokens_per_microbatch=8192,
     precision="bf16",
     save_every=100,

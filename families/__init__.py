@@ -82,7 +82,7 @@ def load_model(path, is_precise=False):
     if adapter is not None:
         adapters.merge_adapter(model, adapter)
     has_kernels = device.type == "cpu" or dtype == torch.bfloat16
-    if isinstance(model, Llama) and model.config.fusable and has_kernels:  # the others have plain blocks only
+    if isinstance(model, Llama) and has_kernels:  # the others have plain blocks only
         apply_fused(model)
     return model, tokenizer
 

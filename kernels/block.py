@@ -33,12 +33,12 @@ def rms_norm(x, weight, eps):
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def rms_norm_forward(x, weight, eps):
+def rms_norm_forward(x, weight, eps, residual=None):
     """reference.rms_norm of x (T, D)."""
-    return path_of(x).rms_norm(x, weight, eps)
+    return path_of(x).rms_norm(x, weight, eps, residual)
 
 
-def rms_norm_backward(dy, x, weight, eps, d_residual):
+def rms_norm_backward(dy, x, weight, eps, d_residual=None):
     """reference.rms_norm_backward."""
     return path_of(x).rms_norm_backward(dy, x, weight, eps, d_residual)
 
@@ -49,6 +49,16 @@ def rotate(x, cos, sin, back=False):
     if x.is_cuda:
         return gpu_kernels().rotate(x, cos, sin, sign)
     return reference.rotate(x, cos, sign * sin)
+
+
+def norm_rotate(x, weight, eps, cos, sin):
+    """reference.norm_rotate."""
+    return path_of(x).norm_rotate(x, weight, eps, cos, sin)
+
+
+def norm_rotate_backward(dy, x, weight, eps, cos, sin):
+    """reference.norm_rotate_backward."""
+    return path_of(x).norm_rotate_backward(dy, x, weight, eps, cos, sin)
 
 
 def swiglu(gate, up):

@@ -28,28 +28,30 @@ IGNORE_INDEX = -100  # target of a position that is not supervised
 # Each is computed in float32 and rounded once, to the dtype it came in.
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, residual=None):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4).
 
-    x (T, D), weight (D,) -> (T, D).
+    x (T, D), weight (D,) -> (T, D). residual (T, D), where it is given, is added to y.
     """
     x32 = x.float()
     rms_inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # (T, 1)
-    return (x32 * rms_inverse * weight.float()).to(x.dtype)
+    y = x32 * rms_inverse * weight.float()
+    return (y if residual is None else y + residual.float()).to(x.dtype)
 
 
-def rms_norm_backward(dy, x, weight, eps, d_residual):
+def rms_norm_backward(dy, x, weight, eps, d_residual=None):
     """(dx (T, D), dweight (D,) float32) of y = rms_norm(x).
 
     With u = x / rms(x):  du = dy * weight,  dx = (du - u mean(u du)) / rms(x),  dweight = sum of dy * u over
-    tokens. d_residual (T, D), x's gradient from the residual branch, is added to dx.
+    tokens. d_residual (T, D), where it is given, is x's gradient from the residual branch, and added to dx.
     """
     dtype = x.dtype
     x, dy = x.float(), dy.float()
     rms_inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # (T, 1)
     unit = x * rms_inverse
     d_unit = dy * weight.float()
-    dx = rms_inverse * (d_unit - unit * (unit * d_unit).mean(-1, keepdim=True)) + d_residual.float()
+    dx = rms_inverse * (d_unit - unit * (unit * d_unit).mean(-1, keepdim=True))
+    dx = dx if d_residual is None else dx + d_residual.float()
     return dx.to(dtype), (dy * unit).sum(0)
 
 
@@ -62,6 +64,22 @@ def rotate(x, cos, sin):
     # rows of q_proj and k_proj in another order.
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def norm_rotate(x, weight, eps, cos, sin):
+    """rotate(rms_norm(x)) of queries or keys x (T, H, K), rounded once.
+
+    weight (K,): the norm is over each head (Qwen3); weight (H K,): over all of a token's heads (OLMo 2).
+    """
+    normed = rms_norm(x.float().reshape(-1, len(weight)), weight, eps)
+    return rotate(normed.view(x.shape), cos, sin).to(x.dtype)
+
+
+def norm_rotate_backward(dy, x, weight, eps, cos, sin):
+    """(dx (T, H, K), dweight in float32) of y = norm_rotate(x): turned back, then the norm's gradient."""
+    d_normed = rotate(dy.float(), cos, -sin).reshape(-1, len(weight))
+    dx, d_weight = rms_norm_backward(d_normed, x.float().reshape(-1, len(weight)), weight, eps)
+    return dx.view(x.shape).to(x.dtype), d_weight
 
 
 def swiglu(gate, up):

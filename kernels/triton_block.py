@@ -17,19 +17,25 @@ import triton.language as tl
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, D, eps, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x_ptr, weight_ptr, residual_ptr, y_ptr, D, eps, BLOCK: tl.constexpr):
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * D + d, d < D, other=0.0).to(tl.float32)
+    # read before the sum over the row, which waits for x: both loads are then under way at once
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * D + d, d < D, other=0.0).to(tl.float32)
     rstd = tl.math.rsqrt(tl.sum(x * x, 0) / D + eps)
     weight = tl.load(weight_ptr + d, d < D, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * D + d, (x * rstd * weight).to(y_ptr.dtype.element_ty), d < D)
+    y = x * rstd * weight
+    if residual_ptr is not None:
+        y += residual
+    tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), d < D)
 
 
-def rms_norm(x, weight, eps):
-    """reference.rms_norm by Triton: x (T, D) -> (T, D)."""
-    assert x.is_contiguous()
+def rms_norm(x, weight, eps, residual=None):
+    """reference.rms_norm by Triton: x and residual (T, D) -> (T, D). 4 bytes a number, 6 with a residual."""
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
     y, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
-    _rms_norm_kernel[(len(x),)](x, weight, y, x.shape[1], eps, block, num_warps=_warps(block))
+    _rms_norm_kernel[(len(x),)](x, weight, residual, y, x.shape[1], eps, block, num_warps=_warps(block))
     return y
 
 
@@ -46,7 +52,9 @@ def _rms_norm_backward_kernel(
         at = tl.cast(row, tl.int64) * D + d
         x = tl.load(x_ptr + at, d < D, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, d < D, other=0.0).to(tl.float32)
-        d_residual = tl.load(d_residual_ptr + at, d < D, other=0.0).to(tl.float32)
+        d_residual = 0.0
+        if d_residual_ptr is not None:
+            d_residual = tl.load(d_residual_ptr + at, d < D, other=0.0).to(tl.float32)
         rstd = tl.math.rsqrt(tl.sum(x * x, 0) / D + eps)
         unit = x * rstd
         dw += dy * unit
@@ -56,9 +64,9 @@ def _rms_norm_backward_kernel(
     tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * D + d, dw, d < D)
 
 
-def rms_norm_backward(dy, x, weight, eps, d_residual):
+def rms_norm_backward(dy, x, weight, eps, d_residual=None):
     """reference.rms_norm_backward by Triton: dy, x, d_residual (T, D) -> dx (T, D), dweight (D,) float32."""
-    assert dy.is_contiguous() and x.is_contiguous() and d_residual.is_contiguous()
+    assert dy.is_contiguous() and x.is_contiguous() and (d_residual is None or d_residual.is_contiguous())
     T, D = x.shape
     span = triton.cdiv(T, 1024)  # 1,024 programs keep 132 multiprocessors busy
     programs, block = triton.cdiv(T, span), triton.next_power_of_2(D)
@@ -96,6 +104,118 @@ def rotate(x, cos, sin, sign):
     heads, half = triton.next_power_of_2(H), triton.next_power_of_2(K // 2)
     _rotate_kernel[(T,)](x, cos, sin, y, H, K // 2, float(sign), heads, half, num_warps=4)
     return y
+
+
+# ---------------------------------------------------------------- the norm of q and k, and their rotation
+# A program has all heads of a token, as above: one head of 128 numbers would be 256 bytes a program.
+
+
+@triton.jit
+def _mean(x, size, IS_OF_HEAD: tl.constexpr):
+    """Means over the norm's rows of `size` numbers: (HEADS, 1) of each head, or (1, 1) of all heads.
+
+    x (HEADS, HALF) holds sums of pairs, and zeros beyond them.
+    """
+    total = tl.sum(x, 1, keep_dims=True)
+    if not IS_OF_HEAD:
+        total = tl.sum(total, 0, keep_dims=True)
+    return total / size
+
+
+@triton.jit
+def _norm_rotate_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, eps, H, half, stride, size,
+    IS_OF_HEAD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    real = (h < H) & (i < half)
+    at = token * H * half * 2 + h * half * 2 + i
+    first = tl.load(x_ptr + at, real, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + at + half, real, other=0.0).to(tl.float32)
+    cos, sin = tl.load(cos_ptr + token * half + i, i < half), tl.load(sin_ptr + token * half + i, i < half)
+    weight_ptr += h * stride + i
+    rstd = tl.math.rsqrt(_mean(first * first + second * second, size, IS_OF_HEAD) + eps)
+    first *= rstd * tl.load(weight_ptr, real, other=0.0).to(tl.float32)
+    second *= rstd * tl.load(weight_ptr + half, real, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, (first * cos - second * sin).to(y_ptr.dtype.element_ty), real)
+    tl.store(y_ptr + at + half, (second * cos + first * sin).to(y_ptr.dtype.element_ty), real)
+
+
+def norm_rotate(x, weight, eps, cos, sin):
+    """reference.norm_rotate by Triton. 4 bytes a number, not 4 + 4."""
+    T, H, K = x.shape
+    x, y = x.contiguous(), torch.empty(T, H, K, dtype=x.dtype, device=x.device)
+    about = _norm_of_heads(H, K, weight)
+    warps = _warps(2 * about["HEADS"] * about["HALF"])
+    _norm_rotate_kernel[(T,)](x, weight, cos, sin, y, eps, **about, num_warps=warps)
+    return y
+
+
+def _norm_of_heads(H, K, weight):
+    """Arguments of both kernels: a weight (K,) is read again for each head, one of (H K,) goes along."""
+    heads, half = triton.next_power_of_2(H), triton.next_power_of_2(K // 2)
+    is_of_head = len(weight) == K
+    about = dict(H=H, half=K // 2, stride=0 if is_of_head else K, size=len(weight), IS_OF_HEAD=is_of_head)
+    return about | dict(HEADS=heads, HALF=half)
+
+
+@triton.jit
+def _norm_rotate_backward_kernel(
+    dy_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, dw_ptr, eps, T, span, H, half, stride, size,
+    IS_OF_HEAD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One program takes `span` tokens, so that its part of the weight's gradient stays in registers."""
+    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    real = (h < H) & (i < half)
+    weight_at = weight_ptr + h * stride + i
+    weight1 = tl.load(weight_at, real, other=0.0).to(tl.float32)
+    weight2 = tl.load(weight_at + half, real, other=0.0).to(tl.float32)
+    dw1, dw2 = tl.zeros((HEADS, HALF), tl.float32), tl.zeros((HEADS, HALF), tl.float32)
+    start = tl.program_id(0) * span
+    for row in range(start, tl.minimum(start + span, T)):
+        token = tl.cast(row, tl.int64)
+        at = token * H * half * 2 + h * half * 2 + i
+        unit1 = tl.load(x_ptr + at, real, other=0.0).to(tl.float32)
+        unit2 = tl.load(x_ptr + at + half, real, other=0.0).to(tl.float32)
+        dy1 = tl.load(dy_ptr + at, real, other=0.0).to(tl.float32)
+        dy2 = tl.load(dy_ptr + at + half, real, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + token * half + i, i < half, other=0.0)
+        sin = tl.load(sin_ptr + token * half + i, i < half, other=0.0)
+        rstd = tl.math.rsqrt(_mean(unit1 * unit1 + unit2 * unit2, size, IS_OF_HEAD) + eps)
+        unit1 *= rstd
+        unit2 *= rstd
+        back1, back2 = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
+        dw1 += back1 * unit1
+        dw2 += back2 * unit2
+        back1 *= weight1
+        back2 *= weight2
+        shift = _mean(back1 * unit1 + back2 * unit2, size, IS_OF_HEAD)
+        tl.store(dx_ptr + at, (rstd * (back1 - unit1 * shift)).to(dx_ptr.dtype.element_ty), real)
+        tl.store(dx_ptr + at + half, (rstd * (back2 - unit2 * shift)).to(dx_ptr.dtype.element_ty), real)
+    dw_ptr += tl.program_id(0).to(tl.int64) * size
+    if IS_OF_HEAD:
+        tl.store(dw_ptr + i, tl.sum(dw1, 0, keep_dims=True), i < half)
+        tl.store(dw_ptr + half + i, tl.sum(dw2, 0, keep_dims=True), i < half)
+    else:
+        tl.store(dw_ptr + h * stride + i, dw1, real)
+        tl.store(dw_ptr + h * stride + half + i, dw2, real)
+
+
+def norm_rotate_backward(dy, x, weight, eps, cos, sin):
+    """reference.norm_rotate_backward by Triton. 6 bytes a number, not 4 + 6."""
+    T, H, K = x.shape
+    x, dy = x.contiguous(), dy.contiguous()
+    span = triton.cdiv(T, 1024)
+    programs, dx = triton.cdiv(T, span), torch.empty_like(x)
+    dw = torch.empty(programs, len(weight), dtype=torch.float32, device=x.device)
+    about = _norm_of_heads(H, K, weight)
+    # half as many as forward: loads of 16 bytes from each of x's and dy's halves
+    warps = _warps(about["HEADS"] * about["HALF"])
+    _norm_rotate_backward_kernel[(programs,)](
+        dy, x, weight, cos, sin, dx, dw, eps, T, span, **about, num_warps=warps
+    )
+    return dx, dw.sum(0)
 
 
 # ---------------------------------------------------------------- SwiGLU

@@ -256,13 +256,18 @@ def block_bytes(shape, config, tokens, keys):
     H, G, K = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     # input, middle, q, attention's output, gate, up; softmax's float32 sums; k and v, also of shared prefixes
     kept = tokens * (width * (2 * D + 2 * H * K + 2 * inner) + 4 * H) + keys * width * 2 * G * K
-    # The gradients of gate, up and their product, and that once more.
-    backward = tokens * width * (4 * inner + D)
+    if shape.qk_norm:
+        kept += tokens * width * (H + G) * K  # q and k before their norms
+    if shape.post_norm:
+        kept += tokens * width * 2 * D  # what attention and MLP gave, before their norms
+    # The gradients of gate, up and their product, and that once more; of the MLP's result, before and behind
+    # its norm.
+    backward = tokens * width * (4 * inner + D + D * shape.post_norm)
     if config.kernels == "plain":
-        # autograd keeps both norms' results, silu(gate) and the product; what it holds has gone by then
-        kept, backward = kept + tokens * width * (2 * D + 2 * inner), tokens * width * (inner + D)
-        if shape.qk_norm:
-            kept += tokens * width * (H + G) * K  # q and k before their norms
+        # autograd keeps silu(gate), the product and norms' results that a linear reads; what it holds has
+        # gone by then
+        kept += tokens * width * (2 * inner + (0 if shape.post_norm else 2 * D))
+        backward = tokens * width * (inner + D)
     return kept, tokens * width * D, backward
 
 

@@ -21,7 +21,7 @@ import huggingface_hub.constants
 import numpy as np
 
 from data import load_preferences, load_sft
-from model import LlamaConfig, check_kernels, training_flops
+from model import LlamaConfig, training_flops
 from packing import steps_per_epoch
 from planner.budget import (
     ERROR,
@@ -393,7 +393,6 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     check_world_size(config, count)
     check_capability(config, card.capability, gpu)
     shape, folder, origin = find_model(stage, config, path)
-    check_kernels(shape, config.kernels)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
     prices = (usd_per_hour, usd_per_hour)
     if usd_per_hour is None:

@@ -39,7 +39,25 @@ for dtype in (torch.float32, torch.bfloat16):
         triton_block.rms_norm_backward(*backward),
         reference.rms_norm_backward(*backward),
     )
+    behind = x, weight, 1e-5, d_residual
+    compare(f"rms_norm, residual {label}", triton_block.rms_norm(*behind), reference.rms_norm(*behind))
+    compare(
+        f"rms_norm_backward, no residual {label}",
+        triton_block.rms_norm_backward(*backward[:4]),
+        reference.rms_norm_backward(*backward[:4]),
+    )
     q, angles = randn(5, 3, 12, dtype=dtype), randn(5, 1, 6, seed=1)
+    for kind, size in (("head", 12), ("width", 36)):
+        about = q, randn(size, seed=3, dtype=dtype), 1e-5, angles.cos(), angles.sin()
+        d_turned = randn(5, 3, 12, seed=2, dtype=dtype)
+        compare(
+            f"{kind} norm_rotate {label}", triton_block.norm_rotate(*about), reference.norm_rotate(*about)
+        )
+        compare(
+            f"{kind} norm_rotate_backward {label}",
+            triton_block.norm_rotate_backward(d_turned, *about),
+            reference.norm_rotate_backward(d_turned, *about),
+        )
     compare(
         f"rotate {label}",
         triton_block.rotate(q, angles.cos(), angles.sin(), 1),

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import random_documents, random_llama, stream, tiny_config
+from tiny_models import OLMO2, QWEN3, random_documents, random_llama, stream, tiny_config
 from world import final_weights, launch, metrics, save_at_once, write_config, write_model
 
 from families import load_model, load_pretrained
@@ -17,8 +17,8 @@ from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
 
 KINDS = {
-    "qwen3": dict(model_type="qwen3", qk_norm="head", tie_word_embeddings=True),
-    "olmo2": dict(model_type="olmo2", qk_norm="width", post_norm=True),
+    "qwen3": QWEN3 | dict(tie_word_embeddings=True),
+    "olmo2": OLMO2,
 }
 LORA = dict(lora_rank=4, lora_alpha=8.0)
 
@@ -49,20 +49,10 @@ def test_an_export_is_what_transformers_reads(base, tmp_path):
     model, tokenizer = load_pretrained(base)
     save_pretrained(model, tokenizer, tmp_path / "final")
     assert largest_error(model, AutoModelForCausalLM.from_pretrained(tmp_path / "final")) < 1e-4
-    analysed, _ = load_model(
-        tmp_path / "final"
-    )  # for extract and sweep: in plain blocks, with nothing to set
-    assert not any(layer.fused for layer in analysed.model.layers)
-
-
-@pytest.mark.slow
-def test_fused_blocks_refuse_them(base, world, tmp_path):
-    failed = launch("sft", write_config(tmp_path, world, model_path=str(base)))
-    assert failed.codes == [1] and failed.err[0].count("\n") == 1
-    assert (
-        "kernels='fused': its blocks have no norms of a" in failed.err[0]
-        and "expected --kernels=plain" in failed.err[0]
-    )
+    # for extract and sweep
+    analysed, _ = load_model(tmp_path / "final")
+    assert all(layer.fused for layer in analysed.model.layers)
+    assert largest_error(analysed, AutoModelForCausalLM.from_pretrained(tmp_path / "final")) < 1e-4
 
 
 @pytest.mark.slow
@@ -73,7 +63,7 @@ def test_sft_then_dpo_with_a_resume(base, world, tmp_path, lora, ranks):
     """
     from transformers import AutoModelForCausalLM
 
-    keys = dict(model_path=str(base), kernels="plain", **lora)
+    keys = dict(model_path=str(base), **lora)
     config = write_config(tmp_path, world, **keys, dpo=dict(model_path=f"{tmp_path}/sft/final", save_every=2))
     launch("sft", config, ranks=ranks).ok()
     losses = [line["loss"] for line in metrics(tmp_path / "sft")]

@@ -211,6 +211,23 @@ def test_a_fused_block_keeps_92_kb_a_token():
     )
 
 
+def test_a_fused_block_of_an_olmo_2_1b_keeps_72_kb_a_token():
+    """A Llama of its shape keeps 56: 4 x 2048 (input, middle, q, output) + 2 x 2048 (k, v) + 2 x 8192 numbers.
+
+    On top come q and k before their norms, and what attention and MLP gave before theirs. Plain blocks keep
+    silu(gate) and the product more.
+    """
+    config, olmo = parts()[0], LlamaConfig.preset("olmo-2-1b")
+    llama = dataclasses.replace(olmo, qk_norm=None, post_norm=False)
+    softmax = 4 * 16
+    kept, recomputed, backward = block_bytes(olmo, config, 1, 1)
+    kept_of_llama, _, backward_of_llama = block_bytes(llama, config, 1, 1)
+    assert (kept - softmax, kept_of_llama - softmax, recomputed) == (72 * 1024, 56 * 1024, 4 * 1024)
+    assert backward - backward_of_llama == 2 * 2048, "of the MLP's result, before and behind its norm"
+    plain = block_bytes(olmo, parts(kernels="plain")[0], 1, 1)
+    assert plain == (kept + 2 * 2 * 8192, recomputed, 2 * (8192 + 2048))
+
+
 def test_half_of_an_odd_number_of_blocks_is_the_larger_half():
     config, shape = parts(recompute="half")[0], dataclasses.replace(SHAPE, num_hidden_layers=3)
     _, terms = peak_bytes(shape, config, Sizes.of(skeleton(shape, config)), 1, 100, 60, 100, accumulates=True)

@@ -46,7 +46,7 @@ def test_every_launch_compiles_and_fits_on_every_architecture():
     compiled = run("compile_kernels.py", *ARCHITECTURES)
     assert compiled.keys() == ARCHITECTURES.keys()
     for arch, rows in compiled.items():
-        assert len(rows) == (17 if int(arch) < 89 else 25), "16 and 32 bits and t-SNE, then float8"
+        assert len(rows) == (29 if int(arch) < 89 else 37), "16 and 32 bits and t-SNE, then float8"
         assert not [row for row in rows if does_not_fit(row)], arch
 
 

@@ -6,6 +6,9 @@ from kernels import token_logps
 from model import Llama, LlamaConfig
 
 LENGTHS = (7, 1, 12, 3)  # documents of a stream: odd, and one that is a single token
+# what a config says of norms that are not Llama's
+QWEN3 = dict(model_type="qwen3", qk_norm="head")
+OLMO2 = dict(model_type="olmo2", qk_norm="width", post_norm=True)
 
 
 def tiny_config(**changes):
