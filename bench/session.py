@@ -33,6 +33,8 @@ from plumbing import logbook, parallel
 LORA = ["--lora_rank=64", "--lora_alpha=128", "--moments=fp32"]
 FIXED, MIX, TULU10 = "bench/llama8b.py", "bench/llama8b_mix.py", "bench/tulu10.py"
 ONE_B = ["--model_path=runs/bench/1b/base"]  # bench/world.py runs/bench/1b --preset llama-3.2-1b --no-weights
+OLMO = ["--model_path=runs/bench/olmo1b/base"]  # bench/olmo1b.sh writes both folders
+OLMO_AS_LLAMA = ["--model_path=runs/bench/olmo1b_llama"]  # of the same shape, with a Llama's norms
 RUNS = {  # name: (stage, config, examples a step and GPU, keys)
     "sft_full": ("sft", FIXED, 12, []),
     "sft_full_fp32_moments": ("sft", FIXED, 12, ["--moments=fp32"]),
@@ -44,6 +46,9 @@ RUNS = {  # name: (stage, config, examples a step and GPU, keys)
     "dpo_full_shared": ("dpo", FIXED, 32, []),
     "dpo_lora": ("dpo", FIXED, 32, [*LORA, "--lr=5e-6"]),
     "sft_full_1b": ("sft", FIXED, 12, ONE_B),
+    "sft_olmo1b": ("sft", FIXED, 12, OLMO),
+    "sft_olmo1b_plain": ("sft", FIXED, 12, [*OLMO, "--kernels=plain"]),
+    "sft_olmo1b_llama": ("sft", FIXED, 12, OLMO_AS_LLAMA),
     "tulu10_sft": ("sft", TULU10, 16, []),
     "tulu10_dpo": ("dpo", TULU10, 16, []),
 }
