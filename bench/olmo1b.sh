@@ -15,7 +15,8 @@ python3 - $olmo > $llama/config.json << 'PYTHON'
 import dataclasses, json, sys
 from model import LlamaConfig
 
-llama = dataclasses.replace(LlamaConfig.from_hf(sys.argv[1]), model_type="llama", qk_norm=None, post_norm=False)
+olmo = LlamaConfig.from_hf(sys.argv[1])
+llama = dataclasses.replace(olmo, model_type="llama", qk_norm=None, post_norm=False)
 print(json.dumps(llama.to_hf()))
 PYTHON
 names=(sft_olmo1b_llama sft_olmo1b sft_olmo1b_plain)
@@ -28,6 +29,8 @@ from bench.record import measure
 llama, olmo, plain = [measure(Path("runs/bench", name))[0] for name in sys.argv[1:]]
 for name, other in (("a Llama of this shape", llama), ("its plain blocks", plain)):
     rate = olmo["tokens_per_s"] / other["tokens_per_s"]
-    print(f"RATIO to {name}: {rate:.3f} of the tokens/s, {olmo['peak_mem_gib'] - other['peak_mem_gib']:+.2f} GiB")
+    more = olmo["peak_mem_gib"] - other["peak_mem_gib"]
+    print(f"RATIO to {name}: {rate:.3f} of the tokens/s, {more:+.2f} GiB")
 PYTHON
-python3 train_sft.py bench/llama8b.py --model_path=$olmo --plan --gpu h200 --count 1 | grep "^memory\|GiB  \|tokens/s"
+plan=(--model_path=$olmo --plan --gpu h200 --count 1)
+python3 train_sft.py bench/llama8b.py "${plan[@]}" | grep "^memory\|GiB  \|tokens/s"
