@@ -206,18 +206,19 @@ def _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors):
     estimates, drawn, centres, errors = [], [], [], []
     for k, states in enumerate(embeddings):
         states = design.centred(states, k)
-        estimates.append(separation(*cell_sums(states, design))[0])
+        # A curve is a few numbers, and what is compared with it may be of another device: on the CPU.
+        estimates.append(separation(*cell_sums(states, design))[0].cpu())
         if with_errors:
             centre, error = level_errors(states, design)
-            centres.append(centre)
-            errors.append(error)
+            centres.append(centre.cpu())
+            errors.append(error.cpu())
         states = states.float()
         generator = torch.Generator().manual_seed(seed)  # the same resamples at every lambda
         separations = []
         for done in range(0, draws, BLOCK):
             weights = draw_weights(generator, min(BLOCK, draws - done)).to(states)
             separations.append(separation(*totals(weights, states)))
-        drawn.append(torch.cat(separations).double())
+        drawn.append(torch.cat(separations).double().cpu())
     if len(estimates) < 2:
         raise UserError(f"curve: {len(estimates)} lambdas; expected at least two")
     levels = (torch.stack(centres), torch.stack(errors)) if with_errors else (None, None)

@@ -57,7 +57,10 @@ class Tokenizer:
             config |= _read(files["special_tokens_map.json"], f"{origin}/special_tokens_map.json")
         try:
             self.core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        except Exception as error:  # the library has nothing narrower
+        except BaseException as error:  # the library has nothing narrower
+            # A panic of its Rust code is no Exception, and has a name only.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             problem = f"{origin}/tokenizer.json: torn, or of a version that is not known here"
             raise UserError(f"{problem}: {error}") from error
         self.core.no_truncation()

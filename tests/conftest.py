@@ -1,5 +1,7 @@
 """Fixtures of the tests that train."""
 
+import gc
+
 import pytest
 from world import make_world
 
@@ -20,6 +22,11 @@ def pytest_collection_modifyitems(items):
     """The longest files first: of two workers, one that begins a long file last keeps the other waiting."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """What torch and the tests have made by now stays: the garbage collector need not look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

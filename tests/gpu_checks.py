@@ -10,8 +10,10 @@ import importlib.util
 import itertools
 import math
 import os
+import random
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,7 +54,7 @@ from kernels import (
 from model import adapters_disabled, apply_fused, apply_lora, apply_recompute, generate, init_lora
 from plumbing import exchange, parallel
 from plumbing.checkpoint import Checkpointer
-from plumbing.files import read_config
+from plumbing.files import read_config, read_json
 
 BF16 = 2e-2  # a product of two bf16 roundings (0.4 % each), through a few operations
 LENGTHS = (257, 1, 130, 64)
@@ -896,6 +898,69 @@ def check_runs_of_two_ranks():
             if stage == "dpo":  # policy = reference to the bit
                 assert all(abs(world.trace(run, "loss")[0].item() - math.log(2)) < 1e-7 for run in runs), case
     return worst
+
+
+# ---------------------------------------------------------------- the four stages, on the GPU and on the CPU
+
+
+def check_validate():
+    """SFT, DPO and validate with its nulls, oracle, baselines and behaviour: the pair is trained on the GPU, and
+    judged there and on the CPU. Separations and their intervals, of 100; shifts relative.
+    """
+    import world
+
+    root = Path(__file__).parent.parent
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_world(folder)
+        write_labelled(Path(folder) / "labelled.csv", world.WORDS)
+        config = world.write_config(
+            Path(folder) / "run", data, dpo={"model_path": f"{folder}/run/sft/final"}, data_eval=None
+        )
+        keys = [
+            f"--texts={data}/pref.jsonl",
+            f"--prompts={folder}/labelled.csv",
+            "--layers=1",
+            "--oracle",
+            "--template=tulu",
+            "--count=28",
+        ]
+        commands = [["train_sft.py", config], ["train_dpo.py", config]]
+        for device in ("cuda", "cpu"):
+            out = f"{folder}/{device}"
+            commands.append(["steer.py", "validate", config, f"--out_dir={out}", *keys])
+            for command in commands:
+                environment = os.environ | ({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
+                done = subprocess.run(
+                    [sys.executable, *map(str, command)],
+                    cwd=root,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                )
+                assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+            commands = []
+            (report,) = Path(out).glob("sweep_*/aqi.json")
+            found[device] = read_json(report)
+    worst = {}
+    for name in ("estimate", "change_interval"):
+        ours, theirs = (torch.tensor(found[device]["verdicts"][0][name]) for device in ("cuda", "cpu"))
+        worst[name] = (ours - theirs).abs().max().item()
+    ours, theirs = (found[device]["shifts"][-1]["achieved"] for device in ("cuda", "cpu"))
+    worst["shift"] = abs(ours / theirs - 1)
+    assert worst["estimate"] < 0.5 and worst["change_interval"] < 0.5 and worst["shift"] < 0.05, worst
+    return worst
+
+
+def write_labelled(path, words):
+    """Sixty labelled prompts of two axioms; unsafe ones begin with another word."""
+    rng = random.Random(0)
+    rows = ["axiom,safety_label,input"]
+    for i in range(60):
+        text = " ".join(rng.choice(words) for _ in range(6))
+        label = ("unsafe", "safe")[i % 2]
+        rows.append(f"axiom {i // 2 % 2},{label},{'bad' if i % 2 == 0 else 'good'} {text}")
+    path.write_text("\n".join(rows) + "\n")
 
 
 # ---------------------------------------------------------------- whole runs of one rank, and of two on two GPUs

@@ -31,7 +31,7 @@ from checkpoint_ranks import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_models import random_documents, random_llama, stream, tiny_config
-from world import spawn
+from world import spawn, write_tokenizer
 
 from families import load_pretrained
 from model import apply_lora
@@ -565,6 +565,16 @@ def test_torn_files_beside_the_weights_are_named(base, name, content):
         else f"{base / name}: missing or torn"
     )
     with pytest.raises(ValueError, match=re.escape(named)):
+        load_pretrained(base)
+
+
+def test_a_tokenizer_at_which_the_library_panics_is_named(base):
+    """Merged words shorter than the prefix that the library takes off them: Rust slices past their end."""
+    write_tokenizer(base, random.Random(0))
+    core = json.loads((base / "tokenizer.json").read_text())
+    core["model"]["continuing_subword_prefix"] = "#" * 10
+    (base / "tokenizer.json").write_text(json.dumps(core))
+    with pytest.raises(ValueError, match=re.escape(f"{base}/tokenizer.json: torn, or of a version")):
         load_pretrained(base)
 
 

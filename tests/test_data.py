@@ -17,7 +17,6 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import jinja2
 import numpy as np
 import pytest
@@ -88,8 +87,16 @@ def tokenizer(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.fixture(scope="module")
+def datasets():
+    """The library, imported by the one worker that runs this file: over a second of CPU time."""
+    import datasets as library
+
+    return library
+
+
 @pytest.fixture(autouse=True)
-def private_datasets_cache(tmp_path, monkeypatch):
+def private_datasets_cache(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
 
 
@@ -499,7 +506,7 @@ def test_unknown_columns_are_refused(row, problem):
         converted(row, ("messages",))
 
 
-def test_every_file_format_gives_the_same_rows(tmp_path):
+def test_every_file_format_gives_the_same_rows(datasets, tmp_path):
     rows = [{"prompt": f"Hi {i}", "chosen": "yo", "rejected": "no"} for i in range(3)]
     lines, whole = "".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows)
     for name, text in (("a.jsonl", lines), ("b.json", whole)):
@@ -535,7 +542,7 @@ def test_a_key_that_some_rows_lack_is_null_in_its_column(tmp_path, full_row):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.parquet", "d.csv"])
-def test_a_local_file_is_read_without_a_bar_and_what_comes_later_has_one(tmp_path, capfd, name):
+def test_a_local_file_is_read_without_a_bar_and_what_comes_later_has_one(datasets, tmp_path, capfd, name):
     table = datasets.Dataset.from_list([{"prompt": "Hi", "chosen": "yo", "rejected": "no"}])
     {"csv": table.to_csv, "parquet": table.to_parquet}.get(name[2:], table.to_json)(tmp_path / name)
     capfd.readouterr()  # writing has a bar of its own
@@ -681,7 +688,7 @@ def test_messages_may_have_keys_that_others_lack(tokenizer, config, at):
     assert contents(data.load_sft(config, tokenizer)[0]) == expected
 
 
-def test_messages_stored_as_json_are_decoded(tokenizer, config, tmp_path):
+def test_messages_stored_as_json_are_decoded(datasets, tokenizer, config, tmp_path):
     """As the datasets library stores lists of unlike structs."""
     column = datasets.Features({"messages": datasets.List(datasets.Json())})
     rows = [
@@ -1267,7 +1274,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, config, monk
     assert not list(config.cache_dir.glob("*/"))
 
 
-def test_local_data_leaves_nothing_in_the_librarys_cache(tokenizer, config, tmp_path):
+def test_local_data_leaves_nothing_in_the_librarys_cache(datasets, tokenizer, config, tmp_path):
     with gzip.open(tmp_path / "chats.jsonl.gz", "wt") as file:
         file.write(config.path.read_text())
     datasets.Dataset.from_list([{"messages": HELLO}] * 3).to_parquet(tmp_path / "a.parquet")
@@ -1286,7 +1293,7 @@ def test_local_data_leaves_nothing_in_the_librarys_cache(tokenizer, config, tmp_
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "parquet"])
-def test_folders_and_patterns_are_read_whole_in_order(tmp_path, kind):
+def test_folders_and_patterns_are_read_whole_in_order(datasets, tmp_path, kind):
     rows = [{"prompt": f"Hi {i}"} for i in range(6)]
     for i in range(3):
         part = rows[2 * i : 2 * i + 2]
@@ -1354,7 +1361,7 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, name):
         open_source(str(tmp_path / name))
 
 
-def test_a_torn_saved_data_set_is_named_in_one_line(tmp_path):
+def test_a_torn_saved_data_set_is_named_in_one_line(datasets, tmp_path):
     datasets.Dataset.from_list([{"a": 1}]).save_to_disk(tmp_path / "saved")
     for file in (tmp_path / "saved").glob("*.arrow"):
         file.write_bytes(b"no")
@@ -1398,7 +1405,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
 
 
 @pytest.mark.parametrize("rule", ["first", "shuffle"])
-def test_rows_picked_as_open_instruct_did_before(tokenizer, config, rule):
+def test_rows_picked_as_open_instruct_did_before(datasets, tokenizer, config, rule):
     """first: dataset.select(range(n)); shuffle: dataset.shuffle(seed=42) before it."""
     numbered = datasets.Dataset.from_dict({"row": list(range(40))})
     if rule == "shuffle":

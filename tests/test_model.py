@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import gradients, nll_sum, random_documents, random_llama, stream, tiny_config
-from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import reference
 from model import (
@@ -300,6 +299,8 @@ def test_flops_are_those_that_torch_counts(monkeypatch):
     """Forward, and forward with backward. Attention stands aside: torch counts it without the causal half,
     and not on CPUs.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     monkeypatch.setattr(
         "model.attention",
         lambda q, k, v, *_, **__: q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1),

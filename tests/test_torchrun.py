@@ -38,7 +38,9 @@ def test_what_make_installs_starts_two_ranks(tmp_path):
     )
     installed.chmod(0o755)
     (tmp_path / "who.py").write_text(
-        "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n"
+        "import os\n"
+        "line = f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\\n\"\n"
+        "os.write(1, line.encode())\n"  # one write: print's words of two ranks can come between each other
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = ["--standalone", "--nproc", "2", str(tmp_path / "who.py")]

@@ -5,7 +5,6 @@ known.
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from analysis.curves import Curve, bootstrap, permute
 from analysis.indices import chi, xie_beni
@@ -144,6 +143,8 @@ def curve_of(estimate, draws):
 @pytest.mark.parametrize("level", (0.05, 0.2))
 def test_numbers_of_a_verdict_are_numpys(level):
     """Skewed draws that lie off the estimate, with a spread of their own at each lambda."""
+    from scipy import stats  # half a second of CPU time, which no other test here needs
+
     rng = np.random.default_rng(0)
     estimate = np.array([3.0, 2.9, 3.4, 5.0])
     draws = (

@@ -10,8 +10,11 @@ import json
 import multiprocessing
 import os
 import random
+import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,6 +187,31 @@ def spawn(work, logs, ranks=1):
             process.join()
     out, err = ([(logs / f"{rank}.{kind}").read_text() for rank in range(ranks)] for kind in ("out", "err"))
     return Outcome([process.exitcode for process in processes], out, err)
+
+
+def run_script(arguments, folder, environment):
+    """`python ARGUMENTS` in that folder, as subprocess.run would give it back, from a process that has imported
+    torch and the repository already.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        work = partial(_script, arguments, folder, environment)
+        process = _fork_server().Process(target=_rank, args=(0, 1, None, Path(logs), work))
+        process.start()
+        process.join(SECONDS)
+        out, err = ((Path(logs) / f"0.{kind}").read_text() for kind in ("out", "err"))
+    return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+
+
+def _script(arguments, folder, environment):
+    os.chdir(folder)
+    os.environ |= environment
+    sys.path.insert(0, str(folder))
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _fork_server():

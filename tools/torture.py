@@ -449,7 +449,9 @@ def ends_by_name(read, path):
         if str(path.parent) in str(error) or str(error).startswith("data: "):  # of all data together
             return True
         told = str(error)
-    except (Exception, SystemExit):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a panic of a library's Rust code, too
         told = traceback.format_exc()
     finally:
         signal.alarm(0)
