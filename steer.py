@@ -49,7 +49,7 @@ from analysis.baselines import baselines, probe, separation_of, warnings_of
 from analysis.behaviour import asked_prompts, final_logits, model_behaviour, steered_behaviour
 from analysis.curves import bootstrap, permute
 from analysis.groups import effective_size
-from analysis.nulls import Nulls, isotropic_directions, null_curves, sign_flipped_directions
+from analysis.nulls import Nulls, isotropic_directions, null_count, null_curves, sign_flipped_directions
 from analysis.oracle import ceiling
 from analysis.steering import STEERED_LAYERS, bake, packed_batches, pool, spectrum, steering_tap
 from analysis.sweep import (
@@ -485,7 +485,7 @@ def _sweep_inputs(vector, config, measure, prompts, documents):
     )
     inputs = {"mode": PROMPT_MODES[config.mode]} | {key: values[key] for key in settings}
     inputs["normalize"] = measure.normalize or "sweep"
-    inputs["nulls"] = measure.nulls or _null_count(config)
+    inputs["nulls"] = measure.nulls or null_count(config.mode)
     labelled = (
         [ids.tolist() for ids, _ in documents],
         prompts.axiom.tolist(),
@@ -497,11 +497,6 @@ def _sweep_inputs(vector, config, measure, prompts, documents):
     inputs["groups"] = hashlib.sha256(repr(prompts.group.tolist()).encode()).hexdigest()
     # The vector's bytes do not show lm_head, EOS, which texts are held out, or which of their tokens count.
     return inputs | {key: vector.manifest[key] for key in ("sft", "dpo", "tokens", "template")}
-
-
-def _null_count(config):
-    """Random directions of each kind: p is as small as 1 / 20 or 1 / 100."""
-    return 19 if config.mode == "sanity" else 99
 
 
 @dataclass(frozen=True)
@@ -731,7 +726,7 @@ def run_power(targets, config, measure):
     def scaled(hidden, cu_seqlens):
         return pool(hidden, cu_seqlens)["text"] / scale
 
-    count = measure.nulls or _null_count(config)
+    count = measure.nulls or null_count(config.mode)
     groups = prompts.axiom, prompts.label, prompts.axioms
     others = null_curves(
         model,
@@ -794,7 +789,7 @@ def _forget(pair, to_come):
 
 def run_check(targets, config, measure, gpu=None):
     """The pairs of `validate TARGET ... --check [--gpu NAME]`, by name, config and size."""
-    return atlas.check(find_pairs(targets, config), gpu, measure.nulls or _null_count(config))
+    return atlas.check(find_pairs(targets, config), gpu, measure.nulls or null_count(config.mode))
 
 
 def _write_pages(pairs, measure):

@@ -36,6 +36,11 @@ class Nulls:
 # ---------------------------------------------------------------- directions
 
 
+def null_count(mode):
+    """Directions of each kind where --nulls says none: p is as small as 1 / 20, or 1 / 100."""
+    return 19 if mode == "sanity" else 99
+
+
 def isotropic_directions(additions, count, seed=SEED):
     """{layer: (M, D)}: directions uniform on the sphere, the same at every layer.
 

@@ -14,7 +14,7 @@ import huggingface_hub
 import families
 from data import end_of_turn, resolve_template
 from planner.budget import FORWARD, MATMUL, find_gpu
-from planner.plan import AXIOMS, CONTEXT_GIB, GIB, PROMPT_TOKENS, PROMPTS, vector_texts
+from planner.plan import AXIOMS, CONTEXT_GIB, GIB, PROMPT_TOKENS, PROMPTS, sweep_forwards, vector_texts
 from plumbing import adapters, hub
 from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
@@ -156,9 +156,8 @@ def _state_bytes(pair, config):
 
 
 def _flops(pair, model, nulls):
-    """Matmuls of extract (two models, two sides) and sweep (every lambda, two of every null direction)."""
+    """Matmuls of extract (two models, two sides) and sweep."""
     extracted = 2 * 2 * vector_texts(pair) * min(TEXT_TOKENS, pair.max_text_tokens)
-    share = min(1, pair.layers / model.config.num_hidden_layers)  # of the blocks that run again
-    runs = 1 + share * (len(pair.lambdas) + 2 * 2 * nulls)
-    swept = 2 * AXIOMS * PROMPTS[pair.mode] * PROMPT_TOKENS * runs
+    forwards = sweep_forwards(pair, model.config.num_hidden_layers, nulls)
+    swept = 2 * AXIOMS * PROMPTS[pair.mode] * PROMPT_TOKENS * forwards
     return 2 * model.parameters * (extracted + swept)

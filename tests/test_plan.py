@@ -728,18 +728,30 @@ def test_wrong_command_lines_are_refused(argv, message):
 
 
 def test_the_steering_stages_are_planned():
-    """7,000 prompts of 60 tokens at five lambdas took 19.86 s on an H200, 3.4 s of them the bootstrap; here
-    the random direction too.
+    """Both measured on an H200 with 7,000 prompts: the sweep's own five lambdas 19.86 s, 3.4 s of them the
+    bootstrap; 99 null directions of one kind 151.7 s at lambdas 0 and 1, where one pass took 9.84 s. A kind
+    is one pass and 5 of 32 blocks for each direction and once for lambda 0: 1 + 100 * 5 / 32 = 16.6 passes.
     """
     config = types.SimpleNamespace(
         mode="full", count=100, lambdas=(0, 0.25, 0.5, 0.75, 1), layers=5, max_text_tokens=400
     )
     dpo = plan.Plan("dpo", DPOConfig(**VALUES), "h200", 8, (1.0, 1.0), SHAPE, WHOLE_PAIR.times(100), None)
-    passes = plan.steering_passes(config, dpo)
-    assert passes["sweep"][1] == pytest.approx(2 * (19.86 - 3.4), rel=0.05)
-    assert passes["sweep"][0] == pytest.approx(2 * 7000 * 60 * (1 + 5 * 5 / 32))
+    passes = plan.steering_passes(config, dpo, 99)
+    curve, kind = 1 + 5 * 5 / 32, 1 + 100 * 5 / 32
+    assert passes["sweep"][0] == pytest.approx(7000 * 60 * (2 + curve + 2 * kind))
+    one_pass = passes["sweep"][1] / (2 + curve + 2 * kind)
+    assert one_pass == pytest.approx(9.84, rel=0.055)
+    assert one_pass * curve == pytest.approx(19.86 - 3.4, rel=0.05)
+    assert one_pass * kind == pytest.approx(151.7, rel=0.05)
     assert passes["extract"][0] == 2 * 2 * 125 * 400, "two models, both texts of 125 pairs, cut at 400 tokens"
     assert {mode: aqi.MODES[steer.PROMPT_MODES[mode]] for mode in plan.PROMPTS} == plan.PROMPTS
+
+
+def test_null_directions_at_a_lambda_other_than_0_are_planned_at_both_ends():
+    config = types.SimpleNamespace(lambdas=(0.5, 1), layers=8)
+    assert plan.sweep_forwards(config, 32, 19) == 2 + (1 + 2 / 4) + 2 * (1 + 38 / 4)
+    deeper = types.SimpleNamespace(lambdas=(0, 1), layers=5)
+    assert plan.sweep_forwards(deeper, 4, 19) == 2 + (1 + 2) + 2 * (1 + 20), "all blocks of a small model"
 
 
 @pytest.mark.parametrize(
