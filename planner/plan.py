@@ -47,6 +47,7 @@ from plumbing import hub, parallel
 from plumbing.config import check_capability, check_world_size, load, sections_of
 from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import resolve
 
 GIB = 2**30
 CONTEXT_GIB = 0.6  # CUDA context and libraries, beside what the allocator counts
@@ -106,8 +107,9 @@ SHAPES = {
 def find_model(stage, config, path):
     """(LlamaConfig, its folder or None, where it is from) of config.model_path.
 
-    A folder that SFT has yet to write is taken to be as what SFT starts from. Nothing is downloaded.
-    ValueError when the shape is not known here.
+    A folder that SFT has yet to write is taken to be as what SFT starts from. Nothing is downloaded, and of
+    weights only headers are read. UserError when the shape is not known here, or a folder is none that a run
+    could start from.
     """
     folder = _folder(config.model_path)
     if folder is None and stage == "dpo" and "sft" in sections_of(path):
@@ -126,7 +128,7 @@ def find_model(stage, config, path):
 
 def _folder(model_path):
     if Path(model_path).is_dir():
-        return Path(model_path)
+        return resolve(model_path)  # refuses what a run would refuse
     name = hub.parse(model_path)
     if name is None:
         return None

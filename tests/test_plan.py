@@ -4,8 +4,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -550,6 +552,50 @@ def test_pinned_names_are_planned_as_those_without_a_revision(tmp_path):
         )
         hours.append(planned.hours)
     assert hours[0] == hours[1]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda base: (base / "model.safetensors").write_bytes(b"torn"), "model.safetensors: truncated, or"),
+        (
+            lambda base: (base / "model.safetensors").rename(base / "adapter_model.safetensors"),
+            "a LoRA adapter",
+        ),
+        (
+            lambda base: (base / "adapter_config.json").write_text("{}"),
+            "a LoRA adapter .* beside a whole model",
+        ),
+        (lambda base: (base / "hashes.json").write_text('{"config.json": "0"}'), "config.json: damaged"),
+    ],
+    ids=["torn", "adapter", "both", "changed"],
+)
+def test_a_folder_that_no_run_could_start_from_is_not_planned(world, tmp_path, spoil, message):
+    path = str(write_config(tmp_path, world, model_path=f"{tmp_path}/base"))
+    spoil(shutil.copytree(world / "base", tmp_path / "base"))
+    for stage in ("sft", "dpo"):
+        with pytest.raises(UserError, match=message):
+            plan.make(stage, path, [], "h100", 1)
+    assert not (tmp_path / "cache").exists(), "refused before the data are read"
+
+
+def test_a_plan_reads_no_weights(world, tmp_path):
+    """Zeros in place of the weights change no plan; nor does a folder of config and tokenizer alone."""
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    path = str(write_config(tmp_path, world, model_path=str(base)))
+    planned, _, _ = plan.make("sft", path, [], "h100", 1, log=lambda line: None)
+    weights = base / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (base / "hashes.json").write_text(json.dumps({"model.safetensors": digest}))
+    with weights.open("r+b") as file:
+        header = int.from_bytes(file.read(8), "little")
+        file.seek(8 + header)
+        file.write(bytes(weights.stat().st_size - 8 - header))
+    for _ in range(2):
+        again, _, _ = plan.make("sft", path, [], "h100", 1, log=lambda line: None)
+        assert again.hours == planned.hours and again.gib == planned.gib
+        weights.unlink(missing_ok=True)
+        (base / "hashes.json").unlink(missing_ok=True)
 
 
 def test_what_is_not_known_here_is_refused(tmp_path):
