@@ -795,7 +795,8 @@ def run_check(targets, config, measure, gpu=None):
 def _write_pages(pairs, measure):
     """One page of all sweeps, in the folder of the pair or the one above several; more where colours end."""
     folders = [Path(measure.report_dir or f"{pair.out_dir}/sweep_{pair.inject}") for pair in pairs.values()]
-    above = Path(next(iter(pairs.values())).out_dir)
+    # One pair may be swept over several sets of prompts, each into its own report_dir.
+    above = Path(measure.report_dir or next(iter(pairs.values())).out_dir)
     if len(pairs) > 1:
         above = above.parent
     most = len(COLOURS)
@@ -815,7 +816,7 @@ def _plot(folder, lambdas, found, embeddings, prompts):
     from reports import figures, plots
 
     swept = {"inputs": {"lambdas": lambdas}} | found
-    overall, *_ = figures.separation_charts([("steered", swept)])
+    overall, *_ = figures.separation_charts([("", swept)])
     plots.plot_chart(folder / "curve.png", overall)
     plots.plot_chart(folder / "axioms.png", figures.axioms_chart(swept))
     for strength, X in ((lambdas[0], embeddings[0]), (lambdas[-1], embeddings[-1])):

@@ -34,6 +34,11 @@ class Line:
         """Whether every point is shown, with its interval as a whisker."""
         return bool(self.y) and len(self.x) <= MARKED and not self.cloud
 
+    @property
+    def is_point(self):
+        """Whether it is one value without an interval: a square, which a dot of a curve may lie in."""
+        return self.marked and len(self.x) == 1 and not self.low
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -213,6 +218,10 @@ def _line(line, frame, aside):
     if line.cloud:
         dots = [f"M{frame.at(x, y)}h0" for x, y in zip(line.x, line.y, strict=True)]
         yield f'<path class="dot cloud" {style} d="{"".join(dots)}"/>'
+        return
+    if line.is_point:
+        x, y = frame.across(line.x[0]), frame.down(line.y[0])
+        yield f'<path class="whisker" {style} d="M{x - 3.5:.1f},{y - 3.5:.1f}h7v7h-7z"/>'
         return
     curve = _thin(line.x, smoothed(line.y, line.smooth))
     kind = "curve dashed" if line.dashed else "curve"

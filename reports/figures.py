@@ -167,7 +167,7 @@ def verdicts_of(sweeps):
 def separation_charts(sweeps):
     """The curve of every category with its interval, and what it is to be read beside.
 
-    sweeps: [(name, what its aqi.json holds)].
+    sweeps: [(name, what its aqi.json holds)]; the name of a single one may be "".
     """
     charts = []
     for category, found in verdicts_of(sweeps).items():
@@ -175,10 +175,11 @@ def separation_charts(sweeps):
         for colour, name, sweep, verdict in found:
             x = sweep["inputs"]["lambdas"]
             low, high = verdict["permuted"]
-            interval = {"low": verdict["low"] or (), "high": verdict["high"] or ()}
-            lines.append(Line(name, colour, x, verdict["estimate"], **interval, note=verdict["verdict"]))
+            seen = {"low": verdict["low"] or (), "high": verdict["high"] or (), "note": verdict["verdict"]}
+            lines.append(Line(name or "steered", colour, x, verdict["estimate"], **seen))
             lines += _beside(name, colour, sweep, verdict)
-            lines.append(Line(f"{name} permuted labels", colour, x, (), low, high, note="95 % of them"))
+            permuted = f"{name} permuted labels".strip()
+            lines.append(Line(permuted, colour, x, (), low, high, note="95 % of them"))
             levels.add(f"{100 * (1 - verdict['level']):.3g}")
         unit = f"{SEPARATION}; pointwise {' or '.join(sorted(levels))} % interval"
         charts.append(Chart(f"Separation, {category}", unit, "lambda", lines, least_range=POINT))
@@ -193,18 +194,22 @@ def _beside(name, colour, sweep, verdict):
     """
     x, lines = sweep["inputs"]["lambdas"], []
     width = (x[-1] - x[0]) / 25  # of the cloud: directions stand side by side
-    for kind, changes in verdict["nulls"]["null_changes"].items():
-        side = [x[-1] - width * (i + 1) / len(changes) for i in range(len(changes))]
-        ends = [verdict["estimate"][0] + change for change in changes]
-        note = f"{len(changes)} of equal norm"
-        lines.append(Line(f"{name} {kind} directions", colour, side, ends, note=note, cloud=True))
+    side, ends = [], []
+    changes = sum(verdict["nulls"]["null_changes"].values(), [])  # of both kinds
+    for i, change in enumerate(changes):
+        side.append(x[-1] - width * (i + 1) / len(changes))
+        ends.append(verdict["estimate"][0] + change)
+    note = f"{len(changes)} of equal norm"
+    lines.append(Line(f"{name} random directions".strip(), colour, side, ends, note=note, cloud=True))
     is_overall = verdict["category"] == sweep["verdicts"][0]["category"]
     if "oracle" in sweep and is_overall:
         best = sweep["oracle"]
-        lines.append(Line(f"{name} best direction", colour, best["lambdas"], best["separation"], dashed=True,
-                          note="on texts it was not found on"))  # fmt: skip
+        # Its curve begins at another value than the sweep's: it is of half of the texts.
+        note = "on the half of the texts it was not found on"
+        values = best["lambdas"], best["separation"]
+        lines.append(Line(f"{name} best direction".strip(), colour, *values, dashed=True, note=note))
     dpo = sweep["dpo"]["separation"][verdict["category"]]
-    lines.append(Line(f"{name} DPO model", colour, [x[-1]], [dpo]))
+    lines.append(Line(f"{name} DPO model".strip(), colour, [x[-1]], [dpo]))
     return lines
 
 

@@ -60,6 +60,7 @@ def _entry(line):
     if line.cloud:
         kind = "cloud"
     elif line.y:
+        kind = "square" if line.is_point else kind
         last = f"<b>{number(smoothed(line.y, line.smooth)[-1])}</b>"
     else:
         kind = "band"

@@ -28,7 +28,8 @@ def plot_chart(path, chart):
 
 
 def _draw_line(ax, line):
-    colour, label = f"C{line.colour}", f"{line.name} {line.note}".strip()
+    colour = f"C{line.colour}"
+    label = f"{line.name}: {line.note}" if line.note else line.name
     if line.low and not line.marked:
         ax.fill_between(
             line.x, line.low, line.high, alpha=0.15, color=colour, label=None if line.y else label
@@ -37,6 +38,9 @@ def _draw_line(ax, line):
         return
     if line.cloud:
         ax.plot(line.x, line.y, ".", color=colour, alpha=0.4, markersize=4, label=label)
+        return
+    if line.is_point:
+        ax.plot(line.x, line.y, "s", color=colour, markersize=8, fillstyle="none", label=label)
         return
     if line.smooth > 1:
         ax.plot(line.x, line.y, color=colour, alpha=0.25, linewidth=0.8)

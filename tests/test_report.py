@@ -19,7 +19,7 @@ from reports import plots
 from reports.charts import BUCKETS, Chart, Effect, Forest, Line, forest_svg, number, smoothed, svg, ticks
 from reports.figures import PANELS, POINT, axioms_chart, separation_charts
 from reports.folders import read, short_names
-from reports.html import COLOURS, table
+from reports.html import COLOURS, figure, table
 from reports.summary import BASELINES
 
 CONFIG = {
@@ -386,10 +386,10 @@ def test_steering(tmp_path):
         ],
     ]
     beside = {
-        "sweep_matched isotropic directions 2 of equal norm": None, "sweep_matched sign-flipped directions 2 of equal norm": None,
+        "sweep_matched random directions 4 of equal norm": None,
         "sweep_matched permuted labels 95 % of them": None,
     }  # fmt: skip
-    best = {"sweep_matched best direction on texts it was not found on": "3.000"}
+    best = {"sweep_matched best direction on the half of the texts it was not found on": "3.000"}
     assert (
         page.figures["Steering", "Separation, overall"]
         == {"sweep_matched rising": "2.000", "sweep_matched DPO model": "2.500"} | beside | best
@@ -398,7 +398,7 @@ def test_steering(tmp_path):
         page.figures["Steering", "Separation, Privacy"]
         == {"sweep_matched flat": "2.000", "sweep_matched DPO model": "0.5000"} | beside
     )
-    assert text.count('class="dot cloud"') == 4 and "99 % interval" in page.units["Separation, Privacy"]
+    assert text.count('class="dot cloud"') == 2 and "99 % interval" in page.units["Separation, Privacy"]
     assert page.figures["Steering", "Prefers the chosen text"] == {
         "sweep_matched": "0.5000",
         "sweep_matched DPO model": "1.000",
@@ -463,7 +463,7 @@ def test_a_sweeps_own_folder(tmp_path):
     shown = page.figures["Steering", "Separation, Privacy"]
     assert (
         shown.items() >= {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}.items()
-        and len(shown) == 2 * 5
+        and len(shown) == 2 * 4
     )
     assert ("Steering", "Effective rank") not in page.figures
 
@@ -559,7 +559,7 @@ def test_command_line(tmp_path):
 def test_pictures_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     sweep = json.loads((write_steering(tmp_path / "steer") / "sweep_matched/aqi.json").read_text())
-    charts = [*separation_charts([("steered", sweep)]), axioms_chart(sweep)]
+    charts = [*separation_charts([("", sweep)]), axioms_chart(sweep)]
     long = list(range(100))
     charts.append(
         Chart("Loss", "nats", "step", [Line("run", 0, long, long, long, long, smooth=2)], (50, 1000))
@@ -605,6 +605,17 @@ def test_a_long_interval_is_a_band_and_a_constant_has_a_range():
     text = svg(Chart("t", "u", "step", [Line("run", 0, x, [2.0] * 13, [2.0] * 13, [2.0] * 13)]))
     assert text.count('class="band"') == 1 and 'class="whisker"' not in text and "nan" not in text
     assert 'points="46.0,88.0 ' in text, "in the middle of 1.8 .. 2.2"
+
+
+def test_a_single_value_is_a_square_around_a_dot():
+    """As the DPO model beside a curve's last dot; (352, 88) is its middle, 7 its side. With an interval: a dot."""
+    curve = Line("run", 0, [0, 1], [0.0, 1.0])
+    evaluated = Line("eval", 0, [1], [0.5], [0.4], [0.6])
+    chart = Chart("t", "u", "x", [curve, Line("DPO model", 0, [1], [0.5]), evaluated])
+    assert [line.is_point for line in chart.lines] == [False, True, False]
+    text = svg(chart)
+    assert 'd="M348.5,84.5h7v7h-7z"' in text and text.count('class="dot"') == 2
+    assert figure(chart).count('class="square"') == 1
 
 
 def test_a_change_that_does_not_matter_looks_flat():

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1293,6 +1294,17 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
     )
     pytest.importorskip("matplotlib")
     assert (tmp_path / "v/axioms.png").is_file()
+
+
+def test_two_sweeps_of_a_pair_have_a_page_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steer.page, "write", lambda folders, out: out.write_text(str(folders)))
+    pairs = {"one": SimpleNamespace(out_dir=str(tmp_path), inject="matched")}
+    for name in ("xstest", "own"):
+        (tmp_path / name).mkdir()
+        steer._write_pages(pairs, SimpleNamespace(report_dir=f"{tmp_path}/{name}"))
+    steer._write_pages(pairs, SimpleNamespace(report_dir=None))
+    pages = [f"{tmp_path}/{name}report.html" for name in ("xstest/", "own/", "")]
+    assert capsys.readouterr().out.splitlines() == [f"page: {path}" for path in pages]
 
 
 @pytest.mark.slow
