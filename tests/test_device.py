@@ -26,6 +26,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_for))
 
@@ -45,6 +46,12 @@ CUDA_13 = {"driver": True, "node": True, "cuda": "13.0"}
 def test_a_gpu_is_taken(machine):
     machine(**CUDA_13, capability=(8, 6), built_for=["sm_75", "sm_80", "sm_90", "compute_120"])
     assert device.pick_device(3) == torch.device("cuda", 3)
+
+
+def test_more_ranks_than_gpus_are_refused(machine):
+    machine(**CUDA_13, capability=(9, 0), built_for=["sm_90"])
+    with pytest.raises(UserError, match="rank 4 of this machine has no GPU: expected --nproc-per-node 4"):
+        device.pick_device(4)
 
 
 @pytest.mark.parametrize("cuda, build", [("13.0", "CUDA 13.0"), (None, "CPUs only")])
