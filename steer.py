@@ -18,6 +18,7 @@ TARGET is one of
     a name, names or a group of configs/pairs.py
     two models, SFT then DPO: folders or hub names, or a LoRA adapter on its base; they need --out_dir
     a folder that extract wrote (not for extract and validate)
+extract and validate take several configs and names; their settings but for the pair must be the same.
 
 Keys stand in the sections steer and aqi of a config, or on the command line as --key=value; COMMAND --help
 lists them. extract and sweep do nothing when their folder already holds the result of the same inputs
@@ -203,22 +204,25 @@ class SteerConfig(Section):
 # ---------------------------------------------------------------- targets
 
 
-def find_pairs(targets, config):
+def find_pairs(targets, config, configs=None):
     """{name: its SteerConfig, with sft_path, dpo_path and out_dir filled in} of the command line's TARGETs.
 
-    A key of the config or of the command line wins over what the target says. UserError when a target is
-    none.
+    A key of the config or of the command line wins over what the target says. configs: {path: SteerConfig} of
+    the configs among several targets. UserError when a target is none, or two have one name or one folder.
     """
+    configs = configs or {}
     if len(targets) == 1 and targets[0].endswith(".py"):
         return _pair_of_config(targets[0], config)
     file = runpy.run_path(str(Path(__file__).parent / "configs/pairs.py"))
     pairs, groups = file["PAIRS"], file["GROUPS"]
     known = pairs | groups
-    if len(targets) == 2 and not known.keys() & set(targets):
+    if len(targets) == 2 and not configs and not known.keys() & set(targets):
         return _pair_of_models(targets, config)
 
     names = []
     for target in targets:
+        if target in configs:
+            continue
         if target not in known:
             near = difflib.get_close_matches(target, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f": one of {', '.join(known)}"
@@ -229,8 +233,27 @@ def find_pairs(targets, config):
     for name in names:
         if "not_representable" in pairs[name]:
             raise UserError(f"pair={name!r}: {pairs[name]['not_representable']}")
-        found[name] = _pair_of_table(name, pairs[name], config, is_alone=len(names) == 1)
+        is_alone = len(names) == 1 and not configs
+        found[name] = _pair_of_table(name, pairs[name], config, is_alone)
+    for path, own in configs.items():
+        name = Path(path).stem
+        if name in found:
+            raise UserError(f"target {path!r}: a second pair named {name!r}; expected another file name")
+        if config.out_dir is not None:
+            own = dataclasses.replace(own, out_dir=f"{config.out_dir}/{name}_{own.mode}")
+        found |= _pair_of_config(path, own)
+    _require_own_folders(found)
     return found
+
+
+def _require_own_folders(pairs):
+    """UserError where two pairs would write to one folder."""
+    owners = {}
+    for name, pair in pairs.items():
+        other = owners.setdefault(Path(pair.out_dir).resolve(), name)
+        if other != name:
+            problem = f"of pair {other!r} and of pair {name!r}"
+            raise UserError(f"out_dir={pair.out_dir!r}: {problem}; expected --out_dir, a folder above both")
 
 
 def _pair_of_config(path, config):
@@ -289,9 +312,9 @@ def find_vector(targets, config):
 # ---------------------------------------------------------------- extract, spectrum, generate, bake
 
 
-def run_extract(targets, config, _):
+def run_extract(targets, config, _, configs=None):
     """The vector of each target's pair."""
-    pairs = find_pairs(targets, config)
+    pairs = find_pairs(targets, config, configs)
     for name, pair in pairs.items():
         extract(pair, name)
 
@@ -745,13 +768,13 @@ def run_power(targets, config, measure):
 # ---------------------------------------------------------------- validate
 
 
-def run_validate(targets, config, measure):
+def run_validate(targets, config, measure, configs=None):
     """Pairs through extract, spectrum, sweep and verdict, all on one scale.
 
     What is finished is not done again. All sweeps are put on one page, report.html. A finished pair is a line
     of `python -m reports.ladder`, which reads the folders.
     """
-    pairs = find_pairs(targets, config)
+    pairs = find_pairs(targets, config, configs)
     if len(pairs) > 1 and measure.report_dir is not None:
         raise UserError(
             f"report_dir={measure.report_dir!r}: one folder for {len(pairs)} sweeps; expected --out_dir"
@@ -787,9 +810,9 @@ def _forget(pair, to_come):
             print(f"deleted the weights of {path} from the cache: {freed / 1e9:.2f} GB")
 
 
-def run_check(targets, config, measure, gpu=None):
+def run_check(targets, config, measure, configs=None, gpu=None):
     """The pairs of `validate TARGET ... --check [--gpu NAME]`, by name, config and size."""
-    return atlas.check(find_pairs(targets, config), gpu, measure.nulls or null_count(config.mode))
+    return atlas.check(find_pairs(targets, config, configs), gpu, measure.nulls or null_count(config.mode))
 
 
 def _write_pages(pairs, measure):
@@ -893,6 +916,8 @@ COMMANDS = {
     ),
 }
 _SECTIONS = ("steer", "aqi")
+# What may differ between the configs of several targets. All else makes the pairs comparable.
+_OF_A_PAIR = ("sft_path", "dpo_path", "template", "texts", "out_dir")
 
 
 def help_text(name=None):
@@ -932,14 +957,51 @@ def parse(argv):
     if not targets:
         raise UserError(f"{name}: no TARGET; expected {usage}")
     command = COMMANDS[name]
-    path = targets[0] if len(targets) == 1 and targets[0].endswith(".py") else None
     options = [arg for arg in argv if arg.startswith("-")]
-    sections = load_sections(path, _SECTIONS, options, command.keys, command.required)
     if asked.check and name != "validate":
         raise UserError(f"{name} --check: expected validate, the command that takes pairs")
     if asked.check:
         command = command._replace(run=functools.partial(run_check, gpu=asked.gpu))
+    paths = [target for target in targets if target.endswith(".py")]
+    if paths and len(targets) > 1:
+        if name not in ("extract", "validate"):
+            raise UserError(f"targets {', '.join(targets)}: expected one; extract and validate take several")
+        return _parse_several(command, targets, paths, options)
+    path = paths[0] if paths else None
+    sections = load_sections(path, _SECTIONS, options, command.keys, command.required)
     return command, targets, sections["steer"], sections["aqi"]
+
+
+def _parse_several(command, targets, paths, options):
+    """As parse, for several targets of which `paths` are configs.
+
+    UserError for keys that are not the same for all, so that one page would compare unlike measurements.
+    """
+    found = {}
+    for path in paths:
+        found[path] = load_sections(path, _SECTIONS, options, command.keys, command.required)
+    configs = {path: sections["steer"] for path, sections in found.items()}
+    has_names = len(paths) < len(targets)
+    given = load_sections(None, _SECTIONS, options, command.keys, command.required if has_names else ())
+    if has_names:
+        found["the other targets"] = given
+    values = {}
+    for source, sections in found.items():
+        values[source] = config_dict(sections["steer"]) | config_dict(sections["aqi"])
+    problems = []
+    first, *others = values
+    for key in command.keys:
+        for source in others:
+            if key not in _OF_A_PAIR and values[source][key] != values[first][key]:
+                both = f"{key}={values[first][key]!r} in {first}, {values[source][key]!r} in {source}"
+                problems.append(f"{both}: expected the same, for example by --{key}=")
+    if problems:
+        raise UserError("\n".join(problems))
+    command = command._replace(run=functools.partial(command.run, configs=configs))
+    config = given["steer"]
+    if not has_names:  # --out_dir is a folder above, a config's own out_dir is not
+        config = dataclasses.replace(found[first]["steer"], out_dir=config.out_dir)
+    return command, targets, config, found[first]["aqi"]
 
 
 def main(argv):

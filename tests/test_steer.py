@@ -1347,6 +1347,84 @@ def test_a_config_is_its_own_pair(lab, capsys, monkeypatch):
         steer.main(["extract", f"{lab}/own.py", f"--sft_path={lab}/nowhere", f"--out_dir={lab}/none"])
 
 
+def write_own(root, name, lab, dpo, **steer_keys):
+    """root/name.py, whose DPO run went from lab's sft to its `dpo`."""
+    steer_keys = dict(texts=f"{lab}/texts.jsonl", count=8, layers=2, max_new_tokens=6) | steer_keys
+    run = dict(
+        max_seq_len=64, data={"x.jsonl": 1.0}, global_batch_size=2, tokens_per_microbatch=256, lr=1e-5,
+        model_path=f"{lab}/sft", out_dir=f"{root}/{name}/dpo",
+    )  # fmt: skip
+    shutil.copytree(lab / dpo, root / name / "dpo/final")
+    path = root / f"{name}.py"
+    path.write_text(f"dpo = {run!r}\nsteer = {steer_keys!r}\n")
+    return str(path)
+
+
+def patched_pairs(monkeypatch, lab):
+    """configs/pairs.py with one pair of the test's own; other files are read as they are."""
+    run_path, table = steer.runpy.run_path, {"far": dict(sft=f"{lab}/sft", dpo=f"{lab}/far", template=None)}
+    monkeypatch.setattr(
+        steer.runpy,
+        "run_path",
+        lambda path: dict(PAIRS=table, GROUPS={}) if Path(path).name == "pairs.py" else run_path(path),
+    )
+
+
+@pytest.mark.slow
+def test_validate_compares_configs_and_registered_pairs(lab, monkeypatch, tmp_path, capsys):
+    """One's own two runs and a registered pair on one page, each in its own folder."""
+    monkeypatch.setattr(steer, "_plot", lambda *_: None)
+    patched_pairs(monkeypatch, lab)
+    paths = [write_own(tmp_path, "one", lab, "dpo"), write_own(tmp_path, "two", lab, "far")]
+    keys = [
+        f"--prompts={lab}/prompts.csv",
+        "--lambdas=0,1",
+        f"--texts={lab}/texts.jsonl",
+        "--count=8",
+        "--layers=2",
+    ]
+    steer.main(["validate", *paths, *keys, *SHORT])
+    out = capsys.readouterr().out
+    one, two = (line.split() for line in out.splitlines()[-2:])
+    assert (one[0], two[0]) == ("one", "two") and one[1] == two[1] and one[2] != two[2]
+    text = (tmp_path / "one/report.html").read_text()
+    assert f"page: {tmp_path}/one/report.html" in out
+    assert "one/steer_sanity/sweep_cumulative" in text and "two/steer_sanity/sweep_cumulative" in text
+
+    steer.main(["validate", paths[0], "far", *keys, *SHORT, f"--out_dir={tmp_path}/v"])
+    far, again = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert (far[0], far[1:]) == ("far", two[1:]) and again == one
+    text = (tmp_path / "v/report.html").read_text()
+    assert "far_sanity/sweep_cumulative" in text and "one_sanity/sweep_cumulative" in text
+
+
+def test_configs_that_cannot_be_compared_are_refused(lab, monkeypatch, tmp_path):
+    patched_pairs(monkeypatch, lab)
+    one, two = write_own(tmp_path, "one", lab, "dpo"), write_own(tmp_path, "two", lab, "far", layers=3)
+    far = str(shutil.copy(one, tmp_path / "far.py"))
+    same = str(shutil.copy(one, tmp_path / "same.py"))
+    prompts, given = (
+        f"--prompts={lab}/prompts.csv",
+        [f"--texts={lab}/texts.jsonl", "--count=8", "--max_new_tokens=6"],
+    )
+    for argv, message in (
+        (["validate", one, two, prompts], f"layers=2 in {one}, 3 in {two}: expected the same, .* by --layers="),
+        (["validate", one, "far", prompts, *given], f"layers=2 in {one}, 5 in the other targets"),
+        (["validate", one, "far", prompts], "missing 'texts'"),
+        (["validate", one, two], f"{one}: aqi: missing 'prompts'"),
+        (["validate", one, two, prompts, "--layers=2", "--texts=none"], f"{one}: steer: missing 'texts'"),
+        (["validate", one, "nowhere", prompts, *given, "--layers=2"], "target 'nowhere': expected a config"),
+        (["validate", one, str(lab / "dpo"), prompts, *given, "--layers=2"], "target '.*dpo': expected a config"),
+        (["validate", one, same, prompts], "out_dir='.*one/steer_sanity': of pair 'one' and of pair 'same'"),
+        (["extract", far, "far", *given], "max_new_tokens: a key that this command does not read"),
+        (["extract", far, "far", *given[:2]], "target '.*far.py': a second pair named 'far'"),
+        (["sweep", one, two, prompts], "targets .*one.py, .*two.py: expected one; extract and validate"),
+        (["validate", one, two, prompts, "--layers=2", "--report_dir=x"], "report_dir='x': one folder for 2"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            steer.main(argv)
+
+
 def test_targets_that_are_none(pairs, lab):
     with pytest.raises(
         ValueError, match="target 'nowhere': expected a config .*: one of near, far, odd, both"
