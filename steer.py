@@ -849,19 +849,18 @@ def _plot(folder, lambdas, found, embeddings, prompts):
 
 
 def _plot_axioms_of_pairs(folder, reports, lambdas):
-    """A heat map of axioms over pairs, at the last lambda."""
+    """A heat map of axioms over pairs: the change from the first lambda to the last."""
     if importlib.util.find_spec("matplotlib") is None:
         return
     from reports import plots
 
+    title = f"change of the separation, lambda {lambdas[0]:g} to {lambdas[-1]:g}"
     columns = [report["verdicts"] for report in reports.values()]
     categories = [found["category"] for found in columns[0]]
     values = []
     for line in zip(*columns, strict=True):
-        values.append([found["estimate"][-1] for found in line])
-    plots.plot_heatmap(
-        f"{folder}/axioms.png", categories, list(reports), values, f"separation at lambda {lambdas[-1]:g}"
-    )
+        values.append([found["change"] for found in line])
+    plots.plot_heatmap(f"{folder}/axioms.png", categories, list(reports), values, title)
 
 
 # ---------------------------------------------------------------- command line

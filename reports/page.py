@@ -240,11 +240,17 @@ def steering_section(folders):
 
 
 def named_sweeps(folders):
-    """[(name, what its aqi.json holds)]."""
+    """[(name, what its aqi.json holds)].
+
+    The names are the pairs', or the folders' where a pair was swept twice.
+    """
     paths = {}
     for folder in folders:
         paths |= folder.sweeps
-    return list(zip(short_names(paths), paths.values())) if paths else []
+    pairs = {sweep.get("pair") for sweep in paths.values()} - {None}
+    if len(pairs) == len(paths):
+        return [(sweep["pair"], sweep) for sweep in paths.values()]
+    return list(zip(short_names(paths), paths.values()))
 
 
 def named_spectra(folders):
@@ -259,7 +265,7 @@ def named_spectra(folders):
 def verdicts(sweeps):
     """A table of every verdict, category by category."""
     head = ["axiom", "sweep", "verdict", "decision", "change", "its interval", "level", "p", "in sd of nulls"]
-    head.append("groups")
+    head.append("groups of the rarer label")
     rows = []
     for category, found in verdicts_of(sweeps).items():
         for _, name, _, verdict in found:

@@ -6,6 +6,7 @@ matplotlib is imported here only.
 from pathlib import Path
 
 from reports.charts import smoothed, widened
+from reports.figures import POINT
 
 
 def plot_chart(path, chart):
@@ -52,16 +53,20 @@ def _draw_line(ax, line):
 
 
 def plot_heatmap(path, rows, columns, values, title):
-    """values[r][c] as coloured, labelled cells."""
+    """values[r][c], changes of a separation, as labelled cells: red above 0, blue below.
+
+    Full colour is the largest change, and one point at least: changes that do not matter stay pale.
+    """
+    most = max([POINT, *(max(map(abs, line)) for line in values)])
 
     def draw(figure, ax):
-        image = ax.imshow(values, cmap="viridis", aspect="auto")
+        image = ax.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
         ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
         ax.set_yticks(range(len(rows)), rows)
         for r, line in enumerate(values):
             for c, value in enumerate(line):
-                colour = "white" if image.norm(value) < 0.6 else "black"  # viridis ends in yellow
-                ax.text(c, r, f"{value:.1f}", ha="center", va="center", color=colour, fontsize="small")
+                colour = "white" if abs(value) > 0.6 * most else "black"
+                ax.text(c, r, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize="small")
         ax.set_title(title)
         figure.colorbar(image, ax=ax)
 

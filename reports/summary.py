@@ -171,7 +171,7 @@ def tables(report, indices):
         "p",
         "sd",
         "P(monotone)",
-        "groups",
+        "groups of rarer label",
         "decision",
         "because",
     ]

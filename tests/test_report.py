@@ -358,7 +358,7 @@ def test_steering(tmp_path):
             "level",
             "p",
             "in sd of nulls",
-            "groups",
+            "groups of the rarer label",
         ],
         [
             "overall",
@@ -466,6 +466,20 @@ def test_a_sweeps_own_folder(tmp_path):
         and len(shown) == 2 * 4
     )
     assert ("Steering", "Effective rank") not in page.figures
+
+
+def test_sweeps_are_named_by_their_pairs_where_these_differ(tmp_path):
+    folders = [write_steering(tmp_path / name) for name in ("a", "b")]
+    for folder, pair in zip(folders, ("dpo", "ipo"), strict=True):
+        path = folder / "sweep_matched/aqi.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pair": pair}))
+    found = [read(folder) for folder in folders]
+    assert [name for name, _ in report.named_sweeps(found)] == ["dpo", "ipo"]
+    assert [name for name, _ in report.named_sweeps([found[0], found[0]])] == ["dpo"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pair": "dpo"}))
+    found = [read(folder) for folder in folders]
+    assert [name for name, _ in report.named_sweeps(found)] == ["a/sweep_matched", "b/sweep_matched"]
+    assert report.named_sweeps([]) == []
 
 
 # ---------------------------------------------------------------- errors
