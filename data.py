@@ -365,6 +365,19 @@ class Pairs:
         shared = [common_prefix(chosen, rejected[:-1]) for chosen, rejected in zip(all_chosen, all_rejected)]
         return np.array(shared, dtype=np.int64)
 
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """(n,) int64 which prompt a pair answers, numbered by first appearance.
+
+        Two are one prompt where the tokens before chosen's first trained one are equal.
+        """
+        numbers, found = {}, []
+        for i in range(len(self)):
+            ids, is_trained = self.chosen[i]
+            prompt = ids[: is_trained.argmax()].tobytes()
+            found.append(numbers.setdefault(prompt, len(numbers)))
+        return np.array(found, dtype=np.int64)
+
     @property
     def lengths(self) -> np.ndarray:
         """(n,) tokens of a stream that a pair takes."""

@@ -246,6 +246,7 @@ METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+BOUNDED = ("rewards/margins", "rewards/accuracies")  # whose held-out means have an interval
 
 
 def pair_metrics(losses, chosen_rewards, rejected_rewards, policy_logps):
@@ -292,8 +293,9 @@ def forward_backward(model, pairs, reference, ids, config, world):
 def evaluate(model, pairs, reference, config, world, log):
     """Means over the held-out pairs; of accuracy and margin also half of a 95 % interval (1.96 errors).
 
-    Pairs count as independent: where several share a prompt, the interval is too narrow.
+    Prompts count as independent, the pairs of one prompt do not: standard errors are cluster-robust.
     """
+    table = np.zeros((len(pairs), len(BOUNDED)))
     sums = torch.zeros(2, len(METRICS), dtype=torch.float64)  # of the values and of their squares
     for ids in log.progress("evaluate", in_order(len(pairs), config.global_batch_size)):
         micro_batches = local_batches(pairs, ids, model.config, config.tokens_per_microbatch, world)
@@ -303,18 +305,33 @@ def evaluate(model, pairs, reference, config, world, log):
             losses_and_rewards = preference_loss(config, policy_logps, ref_logps, counts)
             values = pair_metrics(*losses_and_rewards, policy_logps).double().cpu()
             sums += torch.stack([values.sum(dim=1), values.square().sum(dim=1)])
+            table[micro_batch_ids] = values[[METRICS.index(name) for name in BOUNDED]].T
     parallel.release(model)
     # E[x^2] - E[x]^2 cancels, in float64 at 1e-16 of the squares: enough for rewards of some nats
     sums = torch.tensor(parallel.sum_across_ranks(sums.flatten().tolist()), dtype=torch.float64)
     means, squares = sums.view(2, -1) / len(pairs)
-    errors = 1.96 * ((squares - means.square()).clamp(min=0) / len(pairs)).sqrt()
+    variances = (squares - means.square()).clamp(min=0) / len(pairs)  # of the means
     metrics = {f"eval/{name}": mean.item() for name, mean in zip(METRICS, means, strict=True)}
     if config.sft_weight:  # as in training: the token mean over all chosen answers
         tokens = int(pairs.chosen.num_targets.sum())
         metrics["eval/loss"] -= config.sft_weight * len(pairs) * metrics["eval/logps/chosen"] / tokens
-    for name in ("rewards/margins", "rewards/accuracies"):
-        metrics[f"eval/{name}_ci95"] = errors[METRICS.index(name)].item()
+    # A pair is on one rank and zero on the others, so the tables' sum is exact.
+    table = np.reshape(parallel.sum_across_ranks(table.flatten().tolist()), table.shape)
+    for name, column in zip(BOUNDED, table.T, strict=True):
+        index = METRICS.index(name)
+        shared = same_prompt_products(column - means[index].item(), pairs.prompts) / len(pairs) ** 2
+        metrics[f"eval/{name}_ci95"] = 1.96 * (variances[index] + shared).clamp(min=0).sqrt().item()
     return metrics
+
+
+def same_prompt_products(deviations, prompts):
+    """Sum of d_i d_j over pairs i != j of one prompt; exactly 0 where no two share one.
+
+    deviations (n,) from the mean, prompts (n,) numbered by first appearance. On top of the sum of d_i^2 it
+    makes the variance of n times the mean robust to clusters (Liang & Zeger 1986).
+    """
+    sums = np.bincount(prompts, weights=deviations)
+    return np.square(sums).sum() - np.square(deviations).sum()
 
 
 # ---------------------------------------------------------------- the reference cache

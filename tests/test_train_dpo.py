@@ -403,9 +403,9 @@ def test_reference_is_without_adapters(world, tmp_path, ranks):
 
 
 @pytest.mark.slow
-def test_evaluation_by_hand(stage):
-    """Means and 95 % intervals over all held-out pairs: 1.96 times the standard deviation over pairs /
-    sqrt(n).
+def test_evaluation_by_hand(stage, world):
+    """Means over all held-out pairs, and 95 % intervals over their prompts, of which some occur twice: 1.96
+    times the root of the sum of squares of each prompt's summed deviations, over n.
     """
     reference = fake_reference(stage.pairs)
     result = train_dpo.evaluate(stage.model, stage.pairs, reference, stage.config, stage.ranks, SilentLog())
@@ -415,6 +415,15 @@ def test_evaluation_by_hand(stage):
     counts = np.stack([stage.pairs.chosen.num_targets, stage.pairs.rejected.num_targets])
     rewards = 5.0 * (policy.numpy() - reference.T) / counts
     margins = rewards[0] - rewards[1]
+    asked = [json.loads(line)["prompt"] for line in (world / "pref.jsonl").read_text().splitlines()]
+    assert len(set(asked)) < len(asked) == len(margins)
+
+    def half(values):
+        sums = dict.fromkeys(asked, 0.0)
+        for prompt, value in zip(asked, values, strict=True):
+            sums[prompt] += value - values.mean()
+        return 1.96 * sum(total**2 for total in sums.values()) ** 0.5 / len(values)
+
     expected = {
         "eval/loss": np.log1p(np.exp(-margins)).mean(),
         "eval/rewards/chosen": rewards[0].mean(),
@@ -423,10 +432,63 @@ def test_evaluation_by_hand(stage):
         "eval/rewards/accuracies": (margins > 0).mean(),
         "eval/logps/chosen": policy[0].mean().item(),
         "eval/logps/rejected": policy[1].mean().item(),
-        "eval/rewards/margins_ci95": 1.96 * margins.std() / len(margins) ** 0.5,
-        "eval/rewards/accuracies_ci95": 1.96 * (margins > 0).std() / len(margins) ** 0.5,
+        "eval/rewards/margins_ci95": half(margins),
+        "eval/rewards/accuracies_ci95": half(margins > 0),
     }
     assert result == pytest.approx(expected, rel=2e-6)
+
+
+def test_pairs_of_one_prompt_by_hand():
+    """Deviations 1, 1, -2 of prompts 0, 0, 1: products 1 * 1 twice. Their variance sum is 1 + 1 + 4 + 2 = 8,
+    that of the groups 2^2 + 2^2.
+    """
+    deviations = np.array([1.0, 1.0, -2.0])
+    assert train_dpo.same_prompt_products(deviations, np.array([0, 0, 1])) == 2
+    assert train_dpo.same_prompt_products(deviations, np.array([0, 0, 0])) == -6, (
+        "0 in all: the mean is fixed"
+    )
+    noise = np.random.default_rng(0).normal(size=1000)
+    assert train_dpo.same_prompt_products(noise, np.arange(1000)) == 0, "to the bit"
+
+
+@pytest.mark.slow
+def test_intervals_are_over_prompts(stage, monkeypatch):
+    """Every pair four times: the means stay, and so do the intervals, which would halve over pairs. Of pairs
+    that are alone the numbers are those without groups, bit for bit.
+    """
+    n, pairs = len(stage.pairs), stage.pairs
+    reference = fake_reference(pairs)
+    rest = stage.config, stage.ranks, SilentLog()
+
+    def evaluated(pairs, reference):
+        return train_dpo.evaluate(stage.model, pairs, reference, *rest)
+
+    vars(pairs)["prompts"] = np.arange(n)
+    alone = evaluated(pairs, reference)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dpo, "same_prompt_products", lambda *_: 0.0)
+        assert evaluated(pairs, reference) == alone
+    rows = np.tile(np.arange(n), 4)
+    repeated = Repeated(pairs, rows)
+    four = evaluated(repeated, reference[rows])
+    assert four == pytest.approx(alone, rel=1e-5)
+
+
+class Repeated:
+    """The pairs `rows` of others, each with its prompt."""
+
+    def __init__(self, pairs, rows):
+        self.pairs, self.rows, self.prompts = pairs, rows, rows
+        self.lengths, self.row_ids = pairs.lengths[rows], pairs.row_ids[rows]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def flops(self, config, ids):
+        return self.pairs.flops(config, self.rows[ids])
+
+    def pack(self, ids):
+        return self.pairs.pack(self.rows[ids])
 
 
 @pytest.mark.slow
