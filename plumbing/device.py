@@ -23,7 +23,9 @@ def pick_device(local_rank=0):
         )
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"rank {local_rank} of this machine has no GPU: expected --nproc-per-node {count}")
+            raise UserError(
+                f"rank {local_rank} of this machine has no GPU: expected --nproc-per-node {count}"
+            )
         check_architecture(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
         return torch.device("cuda", local_rank)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
