@@ -1,9 +1,9 @@
-"""Compile every Triton launch for a GPU that is not there, for test_compile.py: `compile_kernels.py ARCH...`
+"""Compile every Triton launch for a GPU that is not there, for test_triton.py: `compile_kernels.py ARCH...`
 prints JSON.
 
 Triton asks a driver which GPU to compile for; the one below only names it. warmup=True compiles and does not
 launch. Prints {arch: [{kernel, shared, spilled (bytes), registers, threads}]}, of the metadata and of ptxas's
-own log. `--large-tile` compiles one kernel with a tile that does not fit, to see that it is noticed.
+own log; and "large tile", a kernel whose tile does not fit.
 """
 
 import contextlib
@@ -69,23 +69,37 @@ def compile_only(kernel, grid, found):
     return launch
 
 
-def compile_for(arch):
+def compile_for(arch, launch):
+    """The rows of what launch() launches."""
     found = []
     triton.runtime.driver.set_active(NamedTarget(arch))
     JITFunction.__getitem__ = functools.partialmethod(compile_only, found=found)
-    if "--large-tile" in sys.argv:
-        triton_block._TILE = (1024, 128)
-        triton_block.quantize_transposed(empty(4096, 4096), empty(4096, dtype=torch.float32))
-        return found
+    launch()
+    return found
+
+
+def launch_everything(arch):
     for dtype in (torch.bfloat16, torch.float32):
         launch_all(LLAMA_8B, dtype)
     launch_tsne(LLAMA_8B)
     if arch >= 89:  # e4m3 exists from Ada on
         launch_float8(LLAMA_8B)
-        assert {row["kernel"] for row in found} == kernel_names()
-    return found
+
+
+def launch_large_tile():
+    triton_block._TILE = (1024, 128)
+    triton_block.quantize_transposed(empty(4096, 4096), empty(4096, dtype=torch.float32))
+
+
+def main(architectures):
+    triton.knobs.nvidia.dump_ptxas_log = True
+    compiled = {}
+    for arch in map(int, architectures):
+        compiled[arch] = compile_for(arch, functools.partial(launch_everything, arch))
+        assert arch < 89 or {row["kernel"] for row in compiled[arch]} == kernel_names()
+    compiled["large tile"] = compile_for(90, launch_large_tile)
+    json.dump(compiled, sys.stdout)
 
 
 if __name__ == "__main__":
-    triton.knobs.nvidia.dump_ptxas_log = True
-    json.dump({arch: compile_for(int(arch)) for arch in sys.argv[1:] if arch.isdigit()}, sys.stdout)
+    main(sys.argv[1:])
