@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import select
 import signal
 import sys
 import time
@@ -181,17 +182,23 @@ def run(main, argv):
     """main(argv), then leave the process group. Returns the exit code.
 
     UserErrors, numbers that are not finite, refusals of the disk and Ctrl-C are one line; every other
-    exception keeps its traceback.
+    exception keeps its traceback. A command whose reader has gone (`--help | head -1`) ends without a word,
+    but for a training, which is not finished then.
     """
     try:
-        return main(argv)
+        code = main(argv)
+        sys.stdout.flush()  # else a reader that has gone is met by the interpreter's end, which prints it
+        return code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             kept = "what was finished is kept, and the same command goes on from there"
             print(f"\nstopped by Ctrl-C; {kept}", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
     except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and not error.code:  # --help
+        is_done = isinstance(error, SystemExit) and not error.code  # --help
+        if _lost_reader() and (is_done or isinstance(error, BrokenPipeError)) and not dist.is_initialized():
+            return 128 + signal.SIGPIPE
+        if is_done:
             raise
         message = _message(error)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -206,6 +213,16 @@ def run(main, argv):
         watchdog.stop()
         lock.unlock()
         shutdown()
+
+
+def _lost_reader():
+    """Whether stdout is a pipe that nobody reads any more. What is left of it is dropped then."""
+    poll = select.poll()
+    poll.register(1, 0)  # POLLERR is reported unasked
+    is_lost = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_lost:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return is_lost
 
 
 def _message(error):

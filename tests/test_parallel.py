@@ -101,6 +101,37 @@ def test_a_disk_that_refuses_is_one_line_with_its_path(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, code, said",
+    [
+        ("print('x' * 100_000)", 141, ""),  # more than a buffer: print itself fails
+        ("print('x'); raise SystemExit(0)", 141, ""),  # --help
+        ("print('x')", 141, ""),
+        ("print('x'); raise UserError('beta=-1')", 1, "error: beta=-1\n"),
+        ("parallel.init(); print('x', flush=True)", 1, "[rank0]: Traceback"),  # a training is not done
+    ],
+)
+def test_a_reader_that_has_gone(command, code, said):
+    """`COMMAND | head -1`: SIGPIPE's status and not a word; an error is still said."""
+    lines = ["from plumbing import parallel", "from plumbing.files import UserError", "def main(argv):"]
+    lines += [f"    {command}", "raise SystemExit(parallel.run(main, []))"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert result.returncode == code
+    assert result.stderr.startswith(said) and (said or not result.stderr), result.stderr
+    assert "Exception ignored" not in result.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_torchrun_ends_with_the_message(failure):
     """One line on the screen, from one rank, and the same line as the last of torchrun's own summary."""
