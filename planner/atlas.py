@@ -125,20 +125,19 @@ def _plan(whole, models, card, gpu, nulls):
     files = {model.base: look_up(model.base).gb for model in models.values() if model.base}
     files |= {path: model.gb for path, model in models.items()}
     pair_gb = {name: sft.gb + dpo.gb for name, (_, sft, dpo) in whole.items()}
-    largest = max(models.values(), key=lambda model: model.parameters)
     states = [_state_bytes(pair, sft.config) for pair, sft, _ in whole.values()]
     lines = [
         f"disk     {sum(files.values()):.1f} GB of weights, or {max(pair_gb.values()):.1f} at a time with "
         f"--keep_weights=false; {sum(states) / GB:.2f} GB of states",
-        f"memory   {2 * largest.parameters / GIB + CONTEXT_GIB:.1f} GiB of GPU and activations, in bf16: "
-        f"one model at a time, the largest {largest.path}",
+        _memory_line(max(models.values(), key=lambda model: model.parameters), card),
     ]
     if card is None:
         return [*lines, "time     --gpu NAME says hours and dollars"]
     hours = {}
     for name, (pair, sft, _) in whole.items():
         hours[name] = _flops(pair, sft, nulls) / (card.tflops * 1e12 * MATMUL * FORWARD) / 3600
-        lines.append(f"         {hours[name]:7.3f} h  {name}")
+        dtype = "fp32" if _is_precise(sft, card) else "bf16"
+        lines.append(f"         {hours[name]:7.3f} h  {name}; extract in {dtype}")
         if 2 * sft.parameters / GIB + CONTEXT_GIB > card.gib:
             lines[-1] += f"; does not fit on one {gpu}"
     total = sum(hours.values())
@@ -146,8 +145,23 @@ def _plan(whole, models, card, gpu, nulls):
     return [
         *lines,
         f"time     {total:.2f} h on one {gpu}, ${low:.2f}-{high:.2f} (prices assumed); not counted: "
-        "downloads, loading, answers",
+        "downloads, loading, answers, nor that fp32 is slower than bf16",
     ]
+
+
+def _memory_line(model, card):
+    """What the largest model takes. families.load_model decides on fp32 by the memory that it finds free."""
+    fp32, bf16 = [f"{width * model.parameters / GIB + CONTEXT_GIB:.1f} GiB" for width in (4, 2)]
+    extract = f"{fp32} in fp32 on a card of {8 * model.parameters / GIB + CONTEXT_GIB:.1f} GiB, else as sweep"
+    if card is not None:
+        extract = f"{fp32} in fp32" if _is_precise(model, card) else f"{bf16} in bf16, too large for fp32"
+    one = f"one model at a time, the largest {model.path}"
+    return f"memory   of GPU beside activations, {one}: extract {extract}; sweep {bf16} in bf16"
+
+
+def _is_precise(model, card):
+    """Whether extract reads the Model in fp32 on an empty card."""
+    return families.fits_in_fp32(model.config, (card.gib - CONTEXT_GIB) * GIB)
 
 
 def _state_bytes(pair, config):

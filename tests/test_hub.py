@@ -18,7 +18,9 @@ from world import ROOT, change_weights, launch, metrics, write_config
 
 import families
 import steer
-from model import apply_lora
+from model import LlamaConfig, apply_lora
+from planner import atlas
+from planner.budget import find_gpu
 from plumbing import adapters, hub, weights
 from plumbing.files import UserError
 from plumbing.sources import open_source
@@ -461,6 +463,7 @@ def test_check_reads_no_weights(server, world, monkeypatch, tmp_path, capsys):
     assert (
         "one model at a time, the largest org/sft" in out
         and "h on one h100, $" in out
+        and out.count("; extract in fp32\n") == 2
         and "2 pairs: no problem found" in out
     )
 
@@ -480,6 +483,22 @@ def test_check_reads_no_weights(server, world, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(steer.runpy, "run_path", lambda path: dict(PAIRS=table, GROUPS={}))
     assert steer.main([argv[0], "llama", *argv[2:], "--check"]) == 1
     assert "problem: pair 'llama': template='llama3'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "gpu, said",
+    [
+        ("a40", "extract 15.6 GiB in bf16, too large for fp32; sweep 15.6 GiB in bf16"),
+        ("h100", "extract 30.5 GiB in fp32; sweep 15.6 GiB in bf16"),
+        (None, "extract 30.5 GiB in fp32 on a card of 60.4 GiB, else as sweep; sweep 15.6 GiB in bf16"),
+    ],
+)
+def test_check_says_what_extract_reads_in(gpu, said):
+    """fp32 where the weights take half of the memory: of 8.03e9 parameters 59.8 GiB and CUDA's own 0.6."""
+    shape = LlamaConfig.preset("llama-3.1-8b")
+    count = sum(param.numel() for param in families.skeleton(shape).parameters())
+    model = atlas.Model("org/8b", "", shape, None, count, 16.1, None)
+    assert atlas._memory_line(model, gpu and find_gpu(gpu)).endswith(f"the largest org/8b: {said}")
 
 
 def test_weights_of_a_finished_pair_are_deleted(server, world, monkeypatch, tmp_path, capsys):
