@@ -537,6 +537,11 @@ def _check_keys(fields, given):
             value = float(value)  # 5 and 5.0 are one config, so they have one hash
         elif isinstance(value, str) and fields[name].metadata["unit"].startswith("path"):
             value = os.path.expanduser(value)  # no shell expands --out_dir=~/runs: it would be ./~/runs
+        elif isinstance(value, dict):
+            expanded = {os.path.expanduser(source): amount for source, amount in value.items()}
+            if len(expanded) < len(value):
+                problems.append(f"{name}={value!r}: one source twice, with ~ and without; expected it once")
+            value = expanded
         values[name] = value
     return values, problems
 

@@ -579,3 +579,10 @@ def test_a_tilde_is_the_home_folder(write, monkeypatch):
         "/home/somebody/base",
         "a~b",
     )
+    write("sft |= dict(data={'~/a.jsonl[train]': 3, '~': 1.0, 'a~b': 1}, data_eval={'~/b/*.jsonl': 9})")
+    config = load("sft", ["x.py"])
+    assert config.data == {"/home/somebody/a.jsonl[train]": 3, "/home/somebody": 1.0, "a~b": 1}
+    assert config.data_eval == {"/home/somebody/b/*.jsonl": 9}
+    write("sft |= dict(data={'~/a.jsonl': 3, '/home/somebody/a.jsonl': 4})")
+    with pytest.raises(ValueError, match="sft: data=.*: one source twice, with ~ and without"):
+        load("sft", ["x.py"])
