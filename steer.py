@@ -66,7 +66,7 @@ from analysis.sweep import (
 from analysis.vector import MODELS, MODES, Vector, bar, encoder, extract, is_done, plain_document
 from analysis.verdict import judge, power
 from data import encode_chat
-from families import device_of, load_model, locate
+from families import device_of, dtype_for, load_model, locate, model_config
 from model import generate
 from planner import atlas
 from plumbing import hub, parallel
@@ -518,6 +518,7 @@ def _sweep_inputs(vector, config, measure, prompts, documents):
     inputs["vector"] = hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest()
     inputs["prompts"] = hashlib.sha256(repr(labelled).encode()).hexdigest()
     inputs["groups"] = hashlib.sha256(repr(prompts.group.tolist()).encode()).hexdigest()
+    inputs["dtype"] = str(dtype_for(model_config(locate(vector.manifest["sft_path"])[0])))
     # The vector's bytes do not show lm_head, EOS, which texts are held out, or which of their tokens count.
     return inputs | {key: vector.manifest[key] for key in ("sft", "dpo", "tokens", "template")}
 

@@ -30,7 +30,7 @@ from analysis.steering import (
     read_states,
 )
 from data import encode_chat, resolve_template
-from families import device_of, load_model, locate, model_config, weights_hash
+from families import device_of, dtype_for, load_model, locate, model_config, weights_hash
 from formats import find_schema
 from plumbing import hub
 from plumbing.files import (
@@ -277,6 +277,7 @@ def _inputs(config, count, total):
     if shapes["sft"] != shapes["dpo"]:
         wanted = f"those of sft={config.sft_path!r}, {shapes['sft']}"
         raise UserError(f"dpo={config.dpo_path!r}: {shapes['dpo']} layers and hidden size; expected {wanted}")
+    inputs["dtype"] = str(dtype_for(model_config(locate(config.sft_path)[0]), is_precise=True))
     if inputs["sft"] == inputs["dpo"]:
         same = f"the same weights as sft={config.sft_path!r}"
         raise UserError(f"dpo={config.dpo_path!r}: {same}; expected a model that training moved")

@@ -71,13 +71,7 @@ def load_model(path, is_precise=False):
     is_precise: in fp32 on a GPU too, where that fits: bf16 loses small differences of two models' states.
     """
     folder, adapter = locate(path)
-    device = pick_device()
-    dtype = torch.float32
-    if device.type == "cuda":
-        check_bf16(torch.cuda.get_device_capability(device))
-        free, _ = torch.cuda.mem_get_info(device)
-        if not (is_precise and fits_in_fp32(model_config(folder), free)):
-            dtype = torch.bfloat16
+    device, dtype = pick_device(), dtype_for(model_config(folder), is_precise)
     model, tokenizer = load_pretrained(folder, dtype, device)
     if adapter is not None:
         adapters.merge_adapter(model, adapter)
@@ -87,9 +81,22 @@ def load_model(path, is_precise=False):
     return model, tokenizer
 
 
-def fits_in_fp32(config, free):
-    """Whether a model's weights in fp32 take at most half of `free` bytes; the rest is for states."""
-    return 8 * sum(param.numel() for param in skeleton(config).parameters()) <= free
+def dtype_for(config, is_precise=False):
+    """What `load_model` reads a model of this config in.
+
+    A rule of the card's size and not of what is free now: both models of a pair must be read alike.
+    """
+    device = pick_device()
+    if device.type == "cpu":
+        return torch.float32
+    check_bf16(torch.cuda.get_device_capability(device))
+    _, total = torch.cuda.mem_get_info(device)
+    return torch.float32 if is_precise and fits_in_fp32(config, total) else torch.bfloat16
+
+
+def fits_in_fp32(config, room):
+    """Whether a model's weights in fp32 take at most half of `room` bytes; the rest is for states."""
+    return 8 * sum(param.numel() for param in skeleton(config).parameters()) <= room
 
 
 def device_of(model):

@@ -167,6 +167,14 @@ def test_a_vector_is_read_in_fp32_where_that_fits(lab, monkeypatch):
     config = families.model_config(lab / "sft")
     count = sum(p.numel() for p in families.load_pretrained(lab / "sft")[0].parameters())
     assert families.fits_in_fp32(config, 8 * count) and not families.fits_in_fp32(config, 8 * count - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(families, "pick_device", lambda: torch.device("cuda", 0))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        for total, dtype in ((8 * count, torch.float32), (8 * count - 1, torch.bfloat16)):
+            # what is free does not count: the models of a pair are read alike
+            patch.setattr(torch.cuda, "mem_get_info", lambda device, total=total: (0, total))
+            assert families.dtype_for(config, is_precise=True) == dtype
+        assert families.dtype_for(config) == torch.bfloat16
     asked = []
     monkeypatch.setattr(
         vectors,
@@ -1004,6 +1012,18 @@ def test_what_the_vector_does_not_show_is_another_sweep(lab, capsys):
         }  # no text of the vector has a 9
         (lab / f"unseen_{name}/tokenizer.json").write_text(json.dumps(core))
     assert "made from other prompts: done again" in run()[2] and "finished" in run()[2]
+
+
+@pytest.mark.slow
+def test_a_sweep_in_another_precision_is_another(lab, swept, monkeypatch, capsys):
+    """What a GPU has measured in bf16 is not finished on a CPU, which reads float32."""
+    shutil.copytree(lab / "swept", lab / "swept_elsewhere")
+    with monkeypatch.context() as patch:
+        patch.setattr(steer, "dtype_for", lambda config: torch.bfloat16)
+        assert sweep(lab, "swept_elsewhere")["inputs"]["dtype"] == "torch.bfloat16"
+    capsys.readouterr()
+    assert sweep(lab, "swept_elsewhere")["inputs"]["dtype"] == "torch.float32"
+    assert "made from other dtype: done again" in capsys.readouterr().out
 
 
 @pytest.mark.slow
