@@ -3,9 +3,6 @@
 import gc
 
 import pytest
-from world import make_world
-
-from plumbing import parallel
 
 LONGEST = (
     "test_commands",
@@ -32,11 +29,15 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with base/, sft.jsonl and pref.jsonl, for everyone to read and no one to write to."""
+    from world import make_world  # not above: the process that hands out the tests needs no torch
+
     return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
 def ranks():
     """A process group of one."""
+    from plumbing import parallel
+
     yield parallel.init()
     parallel.shutdown()

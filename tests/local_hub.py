@@ -18,7 +18,6 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 from urllib.parse import unquote, urlsplit
 
-import datasets
 from huggingface_hub import close_session, constants
 
 WRITER, READER = "hf_writer", "hf_reader"  # tokens; without one everything may be read too
@@ -102,6 +101,8 @@ def use(url, cache, token="", setattr=setattr, setenv=os.environ.__setitem__):
     """The same for this process, whose clients have read their variables already. setattr, setenv:
     monkeypatch's, which undo it.
     """
+    import datasets  # over a second of CPU time, when tests are run and not when they are collected
+
     for name, value in environment(url, cache, token).items():
         setenv(name, value)
     setattr(constants, "ENDPOINT", url)
@@ -117,6 +118,8 @@ def use(url, cache, token="", setattr=setattr, setenv=os.environ.__setitem__):
 
 def set_offline(is_offline, setattr=setattr):
     """HF_HUB_OFFLINE of this process."""
+    import datasets
+
     setattr(constants, "HF_HUB_OFFLINE", is_offline)
     setattr(datasets.config, "HF_HUB_OFFLINE", is_offline)
 

@@ -100,6 +100,7 @@ raw_rows = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(raw_rows)
 @settings(deadline=None, max_examples=50)
 def test_per_run_stays_in_its_range(rows):
@@ -364,6 +365,7 @@ def test_prompts_are_sampled_as_pandas_does(tmp_path):
     assert len(said) == 1 and said[0].endswith("2 axioms, 400 of 600 texts; 0 dropped")
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_asked_are_taken_and_counted(tmp_path):
     said = []
     rows = [*litmus(150), ("", "safe", "no axiom"), ("Duty", "safe", " ")]

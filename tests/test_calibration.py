@@ -79,6 +79,7 @@ def test_no_interval_is_given_where_one_text_carries_the_variance():
         assert given == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("points", [0.5, 20.0])
 def test_the_planted_separation_is_the_populations(points):
     generator = torch.Generator().manual_seed(0)

@@ -143,6 +143,7 @@ def test_either_sharding_reads_the_other(root, ranks, tmp_path):
     life(root, "fifth", "last", ranks, "optimizer", kinds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_resumed_training_is_bitwise_the_uninterrupted_one(root, ranks, tmp_path, kind):
     model, optimizer = build(kind, root / "base")
@@ -204,6 +205,7 @@ def restart(tmp_path, model, optimizer):
     return step, whole_tensors(model, optimizer)
 
 
+@pytest.mark.slow
 def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
     """The writer is held until the live tensors have changed: what it writes is what they were at save()."""
     checkpointer, model, optimizer, _ = run
@@ -253,6 +255,7 @@ def test_when_a_save_is_due(ranks):
     assert due(3, 6, save_minutes=5.0, save_every=2) and due(4, 0, save_minutes=5.0, save_every=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["write_safetensors", "write_json", "publish", "sync", "_delete"])
 def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
     """The writer dies in front of each of its file operations (write_json is called twice): the next start
@@ -286,6 +289,7 @@ def test_killed_before_any_write(run, monkeypatch, tmp_path, call):
         assert_equal(found, trained[step])
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_kill_are_removed_and_ignored(run, tmp_path):
     checkpointer, model, optimizer, saved = run
     finished = checkpointer.latest()
@@ -299,6 +303,7 @@ def test_leftovers_of_a_kill_are_removed_and_ignored(run, tmp_path):
     assert_equal(found, saved)
 
 
+@pytest.mark.slow
 def test_full_disk_loses_nothing_and_the_next_save_works(run, tmp_path):
     checkpointer, model, optimizer, saved = run
     fill_the_disk(checkpointer, 2, rank=0)
@@ -325,6 +330,7 @@ def test_truncated_checkpoint_is_named(run, size):
         checkpointer.load(checkpointer.latest(), model, optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", '{"step": 1, "run_ident'])
 def test_torn_index_is_named(run, content):
     checkpointer = run[0]
@@ -334,6 +340,7 @@ def test_torn_index_is_named(run, content):
         checkpointer.latest()
 
 
+@pytest.mark.slow
 def test_missing_rank_file_is_named(run):
     checkpointer, model, optimizer, _ = run
     (checkpointer.latest() / "rank_00000.safetensors").unlink()
@@ -341,6 +348,7 @@ def test_missing_rank_file_is_named(run):
         checkpointer.load(checkpointer.latest(), model, optimizer)
 
 
+@pytest.mark.slow
 def test_rows_that_no_file_holds(run):
     checkpointer, model, optimizer, _ = run
     file = checkpointer.latest() / "rank_00000.safetensors"
@@ -368,6 +376,7 @@ def flipped(data, bit):
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_the_small_files_are_found(run):
     """checkpoint.json and COMPLETED: the checkpoint is not taken for what was written."""
     path = run[0].latest()
@@ -408,6 +417,7 @@ def two_checkpoints(run, tmp_path):
     return checkpointer, model, optimizer, saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "checkpoint.json", "COMPLETED"])
 def test_the_newest_intact_checkpoint_is_used_and_the_lost_steps_are_said(run, tmp_path, name, capsys):
     checkpointer, model, optimizer, saved = two_checkpoints(run, tmp_path)
@@ -426,6 +436,7 @@ def test_the_newest_intact_checkpoint_is_used_and_the_lost_steps_are_said(run, t
     assert [path.name for path in after.folder.iterdir()] == ["step_000002"]
 
 
+@pytest.mark.slow
 def test_a_rank_file_of_another_step_is_not_read(run, tmp_path):
     """Also when its hash was written into checkpoint.json: its own header says which step it is of."""
     checkpointer, model, optimizer, _ = two_checkpoints(run, tmp_path)
@@ -440,6 +451,7 @@ def test_a_rank_file_of_another_step_is_not_read(run, tmp_path):
     assert checkpointer.latest() == first
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["param", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -455,6 +467,7 @@ def test_what_is_not_finite_is_not_saved(run, where, value):
     assert checkpointer.latest().name == "step_000001"
 
 
+@pytest.mark.slow
 def test_a_save_that_failed_is_an_error_at_the_next_step(run):
     checkpointer, model, optimizer, _ = run
     checkpointer.check()
@@ -483,6 +496,7 @@ def test_another_model_is_refused_by_its_tensors(run, root):
         checkpointer.load(checkpointer.latest(), *build("full", root / "base"))
 
 
+@pytest.mark.slow
 def test_keep_last_and_fresh(run, tmp_path):
     _, model, optimizer, _ = run
     checkpointer = Checkpointer(tmp_path / "run", 2, IDENTITY)
@@ -493,6 +507,7 @@ def test_keep_last_and_fresh(run, tmp_path):
     assert Checkpointer(tmp_path / "run", 2, IDENTITY, fresh=True).latest() is None
 
 
+@pytest.mark.slow
 def test_copies_by_other_names_are_left_alone(run, tmp_path):
     """`cp -r step_000001 step_000001_good` is no checkpoint to go on from, and no later save and no --fresh
     deletes it.

@@ -274,6 +274,7 @@ def write_other_tokenizer(folder, kind):
     return Tokenizer.from_dir(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama 2", "unigram", "normaliser"])
 def test_other_tokenizers_mask_what_transformers_masks(tmp_path, kind):
     """100 conversations of awkward pieces, special tokens among them: ids and mask."""
@@ -320,6 +321,7 @@ CONVERSATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("template", data.TEMPLATES)
 def test_transformers_renders_the_exported_template_to_the_same_ids(tokenizer, tmp_path, template, name):

@@ -27,6 +27,7 @@ def prompts(stem):
     return {row["prompt"] for row in WORLD[stem]}
 
 
+@pytest.mark.slow
 def test_the_world_is_the_same_every_time_and_another_with_another_seed():
     assert axioms.generate() == WORLD
     assert axioms.generate(seed=1) != WORLD
@@ -84,6 +85,7 @@ def test_aqi_rows_are_balanced_in_every_axiom():
     assert len({row["group"] for row in WORLD["aqi"]}) == 7 * 2 * 4  # pieces of advice
 
 
+@pytest.mark.slow
 def test_files_hold_the_rows(tmp_path):
     assert axioms.write(tmp_path) == {stem: len(rows) for stem, rows in WORLD.items()}
     assert (tmp_path / "pretrain.txt").read_text().splitlines() == WORLD["pretrain"]

@@ -25,6 +25,7 @@ def flipped(data, bit):
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_hashes_of_a_folder(tmp_path):
     (tmp_path / "config.json").write_text('{"a": 1}')
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -203,6 +203,7 @@ def build(fp8, lora=False, **config):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=("full", "lora"))
 def test_gradients_point_where_bf16_points(lora):
     """Every tensor's gradient; the base under adapters has none. A recomputed block repeats every bit."""
@@ -228,6 +229,7 @@ def rounded_forward(linear, x):
     return nn.functional.linear(x8, w8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, QWEN3, OLMO2], ids=("llama", "qwen3", "olmo2"))
 def test_gradients_are_those_of_the_rounded_function(config, monkeypatch):
     """Plain blocks whose linears round x and W, by autograd: what is left is the rounding of dy, and bf16's.

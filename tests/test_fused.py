@@ -67,7 +67,10 @@ def loss_and_gradients(model):
     [(), ("q_proj", "down_proj"), ("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")],
     ids=" ".join,
 )
-@pytest.mark.parametrize("recompute", ["none", "half", "full"])
+@pytest.mark.parametrize(
+    "recompute",
+    ["none", pytest.param("half", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)],
+)
 def test_fused_equals_plain(config, lora, recompute):
     """Loss and every gradient; under LoRA the frozen weights have none in either."""
     (loss, grads), (expected_loss, expected) = (

@@ -44,6 +44,7 @@ def test_texts_without_words():
     assert find_groups(["?!", "...", "?!", ""]).tolist() == [0, 1, 0, 2]
 
 
+@pytest.mark.slow
 def test_many_texts_of_one_template_are_one_group():
     """A bucket of 3,000 is compared with its first text, not pair by pair."""
     texts = [f"Tell me in a few words what people should know about number {i}" for i in range(3000)]

@@ -102,6 +102,7 @@ def test_a_pinned_model_keeps_its_weights(server, sharded, world, tmp_path):
             weights.resolve(name)
 
 
+@pytest.mark.slow
 def test_an_adapter_names_the_revision_of_its_base_as_peft_does(server, world, tmp_path):
     server.commit("models/org/name", world / "base", tag="v1")
     server.commit("models/org/name", {"config.json": b"{}"})
@@ -127,6 +128,7 @@ def test_a_dropped_connection_is_resumed_by_the_same_call(server, sharded, monke
     assert kept and server.downloads()[shard] == [(None, size // 2), (f"bytes={kept}-", size - kept)]
 
 
+@pytest.mark.slow
 def test_a_download_that_broke_off_keeps_its_finished_files(server, sharded, monkeypatch):
     """A reset connection ends the call. The next one takes the broken file from its start, as this client
     (1.33) keeps no part of it.
@@ -154,6 +156,7 @@ def test_a_download_that_broke_off_keeps_its_finished_files(server, sharded, mon
     assert hub.COMMITS == {"org/name@v1": commit}
 
 
+@pytest.mark.slow
 def test_offline_the_cache_is_all_there_is(server, sharded, tmp_path, monkeypatch):
     """Whole, it loads; without one shard, or with a torn one, it is refused by file."""
     commit = server.commit("models/org/name", sharded)
@@ -208,6 +211,7 @@ def test_data_is_read_at_its_commit(rows, world):
     }
 
 
+@pytest.mark.slow
 def test_a_key_that_some_rows_of_the_hub_lack_is_null_there(server):
     server.commit(
         "datasets/org/gaps", {"train.jsonl": b'{"text": "Hi", "label": "safe"}\n{"label": "unsafe"}\n'}
@@ -217,6 +221,7 @@ def test_a_key_that_some_rows_of_the_hub_lack_is_null_there(server):
     assert open_source("org/words")["text"] == ["None", None]  # only an empty cell of a csv is null
 
 
+@pytest.mark.slow
 def test_a_configuration_is_picked_by_name(server):
     """org/name[config/split]; without one, the error lists what there is."""
     card = "---\nconfigs:\n" + "".join(
@@ -248,6 +253,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_the_library_cannot_read_is_named_in_one_line(server, name):
     server.commit("datasets/org/broken", {name: BROKEN[name]})
@@ -255,6 +261,7 @@ def test_what_the_library_cannot_read_is_named_in_one_line(server, name):
         open_source("org/broken")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -276,6 +283,7 @@ def test_data_that_is_not_there_is_named(rows, name, message):
     assert not hub.COMMITS
 
 
+@pytest.mark.slow
 def test_data_whose_download_breaks_off_is_named(server, rows):
     server.cuts["train.jsonl"] = [(0.5, "reset")]
     with pytest.raises(
@@ -285,6 +293,7 @@ def test_data_whose_download_breaks_off_is_named(server, rows):
     assert not hub.COMMITS and len(open_source("org/rows@v1")) == 35
 
 
+@pytest.mark.slow
 def test_another_commit_than_the_pinned_one_is_refused(server, rows, monkeypatch):
     """Offline, `datasets` falls back on the copy it made last, with a warning."""
     old, new = rows
@@ -401,6 +410,7 @@ def test_a_push_needs_a_name(name):
         hub.open_for_push(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uploads", ["Request has expired", "Connection refused"])
 def test_an_upload_that_fails_says_how_to_try_again(server, sharded, uploads):
     run = sharded.parent
@@ -445,6 +455,7 @@ def validate_on_hub(server, world, monkeypatch, tmp_path, **changes):
     return ["validate", "both", "--texts=texts.jsonl", "--prompts=prompts.csv", f"--out_dir={tmp_path}/out"]
 
 
+@pytest.mark.slow
 def test_check_reads_no_weights(server, world, monkeypatch, tmp_path, capsys):
     """Names, commits, kinds, sizes, the plan with and without a card; then what a wrong name, a missing
     weight and a template say.
@@ -501,6 +512,7 @@ def test_check_says_what_extract_reads_in(gpu, said):
     assert atlas._memory_line(model, gpu and find_gpu(gpu)).endswith(f"the largest org/8b: {said}")
 
 
+@pytest.mark.slow
 def test_weights_of_a_finished_pair_are_deleted(server, world, monkeypatch, tmp_path, capsys):
     """Not those that the next pair needs; of a pair that is there as a folder nothing."""
     argv = validate_on_hub(server, world, monkeypatch, tmp_path)

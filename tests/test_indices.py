@@ -65,6 +65,7 @@ def test_equal_scikit_learns(metrics, case):
     assert silhouette(X, labels) == pytest.approx(metrics.silhouette_score(X, labels), rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.slow
 @given(cluster_cases)
 @settings(deadline=None, max_examples=60)
 def test_identity_1_chi_and_xb_are_one_statistic(case):
@@ -88,6 +89,7 @@ def test_identity_2_chi_grows_with_n_and_eta_squared_does_not(case, times):
     )
 
 
+@pytest.mark.slow
 @given(cluster_cases, st.lists(st.floats(-1e3, 1e3), min_size=12, max_size=12))
 @settings(deadline=None, max_examples=30)
 def test_identity_8_one_vector_added_to_every_point_changes_nothing(case, vector):
@@ -229,6 +231,7 @@ def test_auc_equals_scikit_learns_with_ties(metrics, rows):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [10, 300])
 def test_probe_is_as_good_as_logistic_regression(dims):
     """In the primal (D < n) and the dual (D > n) form."""
@@ -247,6 +250,7 @@ def test_probe_is_as_good_as_logistic_regression(dims):
     assert probe_auc(X, labels) == probe_auc(X, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [6, 90])
 def test_probe_is_sklearns_ridge_fold_by_fold(metrics, dims):
     """Labels far from balanced, so that the training folds have a mean of their own."""

@@ -335,6 +335,7 @@ def gradients_and_saved_bytes(mode):
     return gradients(model), sum(size for pointer, size in saved.items() if pointer not in parameters)
 
 
+@pytest.mark.slow
 def test_recompute_gives_the_same_gradients_from_fewer_saved_bytes():
     expected, all_bytes = gradients_and_saved_bytes("none")
     (half, half_bytes), (full, full_bytes) = map(gradients_and_saved_bytes, ("half", "full"))
@@ -565,6 +566,7 @@ def test_generation_stops_after_eos():
     assert len(answers[0]) <= 4 and max(map(len, answers)) == 12
 
 
+@pytest.mark.slow
 def test_sampling():
     """A seed is repeatable, another differs, and a temperature near 0 is greedy."""
     model = chaotic_llama()

@@ -197,6 +197,7 @@ def accepted(folder, name, read):
     return found
 
 
+@pytest.mark.slow
 def test_every_key_of_a_config(base):
     """What is read is what the key may be, or nothing that counts: 10 values for each key."""
     read = accepted(base, "config.json", lambda: load_pretrained(base))

@@ -56,6 +56,7 @@ def test_sign_flipped_directions_lie_in_the_span_of_the_differences():
     assert torch.equal(sign_flipped_directions(differences, add, 50)[1], found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", [False, True])
 def test_null_curves_are_those_of_steering_one_by_one(rescale, monkeypatch):
     """Three directions, three lambdas, several batches and several copies to a pass."""
@@ -156,6 +157,7 @@ def test_a_move_between_the_ends_must_stand_out_too():
     assert judge(erratic, nulls=ends)["verdict"] == "flat"
 
 
+@pytest.mark.slow
 def test_p_of_one_axiom_or_another_is_exact_over_all_axioms():
     """Curves that are nulls themselves: over 400 draws, 5 % have an axiom with p of 0.05, whatever the
     axioms' scales.

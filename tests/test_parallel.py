@@ -37,6 +37,7 @@ def one_process(check):
     return pytest.param(check, id=check.__name__.removeprefix("check_"), marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [one_process(check) for check in CHECKS + EXCHANGE_CHECKS])
 def test_one_process(check, ranks):
     assert ranks.size == 1 and ranks.main

@@ -698,6 +698,7 @@ def test_a_model_in_the_hubs_cache_is_found(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_training_script_plans_without_gpu_process_group_or_run_folder(
     no_gpu, monkeypatch, tmp_path, capsys
 ):

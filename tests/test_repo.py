@@ -43,7 +43,11 @@ HOUSE = sorted(
 SOURCES = HOUSE + sorted(
     path for folder in ("configs", "demo", "bench", "tools") for path in ROOT.glob(f"{folder}/**/*.py")
 )
-TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
+
+
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
 
 
 def room_of(path):
@@ -54,10 +58,11 @@ def per_file(paths):
     return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
 
 
+@functools.cache
 def imports(path):
     """Dotted names of everything that the file imports, at any depth: `from a import b` gives a and a.b."""
     names = set()
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -67,7 +72,7 @@ def imports(path):
 
 def functions(path):
     return [
-        node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
 
 
@@ -104,7 +109,7 @@ def test_the_specification_is_plain():
     assert not {name for name in imports(path) if name.split(".")[0] in ROOMS}
     assert not [
         node
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "cuda")
     ]
 
@@ -114,7 +119,7 @@ def test_only_plumbing_knows_torch_distributed(path):
     assert not [name for name in imports(path) if name.startswith("torch.distributed")]
     assert not [
         node
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
     ]
 
@@ -122,7 +127,7 @@ def test_only_plumbing_knows_torch_distributed(path):
 @per_file(SOURCES)
 def test_nothing_is_pickled_and_nothing_partly_loaded(path):
     assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "dill", "cloudpickle", "joblib"}
-    for call in [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Call)]:
+    for call in [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]:
         name = ast.unparse(call.func)
         assert name not in ("torch.load", "torch.save"), f"line {call.lineno}: {name} pickles"
         assert not name.endswith(("_object", "_object_list")), f"line {call.lineno}: {name} pickles"
@@ -135,10 +140,10 @@ def test_public_functions_say_what_they_do(path):
     """The file's docstring is main's too."""
     public = [
         node
-        for node in TREES[path].body
+        for node in tree_of(path).body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     ]
-    assert ast.get_docstring(TREES[path]) or not TREES[path].body, "no docstring of the file"
+    assert ast.get_docstring(tree_of(path)) or not tree_of(path).body, "no docstring of the file"
     assert not [
         f"{node.name} (line {node.lineno})"
         for node in public
@@ -168,7 +173,7 @@ COMMAND = re.compile(r"(python|torchrun|make|ls|rm|pip|hf|lm_eval) ")
 def constants():
     """All strings in the code."""
     found = set()
-    for tree in TREES.values():
+    for tree in map(tree_of, SOURCES):
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)
@@ -238,7 +243,7 @@ def defined(tree):
 
 @functools.cache
 def names_in(path):
-    return defined(TREES[path] if path in TREES else ast.parse(path.read_text()))
+    return defined(tree_of(path))
 
 
 @per_file(PAGES)

@@ -117,6 +117,7 @@ def test_an_answer_ends_before_the_end_of_turn(world, tmp_path, ranks, monkeypat
     assert answers == [tokenizer.decode(words[:3]), tokenizer.decode(words), "", tokenizer.decode(words)]
 
 
+@pytest.mark.slow
 def test_prompts_leave_room_in_a_sliding_window(world, tmp_path, ranks):
     """A window with room for the shorter prompts takes those, one that an answer fills takes none; neither
     stops the run.

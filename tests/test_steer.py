@@ -154,6 +154,7 @@ def test_the_vector_is_the_difference_of_mean_states(lab):
     )
 
 
+@pytest.mark.slow
 def test_documents_are_the_transcripts_with_bos(lab):
     tokenizer = Tokenizer.from_dir(lab / "sft")
     text = json.loads((lab / "texts.jsonl").read_text().splitlines()[0])["chosen"]
@@ -162,6 +163,7 @@ def test_documents_are_the_transcripts_with_bos(lab):
     assert vectors.plain_document(text, tokenizer, 5)[0].tolist() == ids[:5].tolist()
 
 
+@pytest.mark.slow
 def test_a_vector_is_read_in_fp32_where_that_fits(lab, monkeypatch):
     """4 bytes a weight, and as much again for states."""
     config = families.model_config(lab / "sft")
@@ -361,6 +363,7 @@ def test_nothing_is_extracted_twice_and_changes_are_noticed(lab, capsys):
         steer.Vector.load(lab / "sft")
 
 
+@pytest.mark.slow
 def test_a_failed_extraction_leaves_no_manifest_of_an_older_one(lab):
     shutil.copytree(lab / "dpo", lab / "nan_dpo")
     extract(lab, "broken", dpo="nan_dpo")
@@ -1087,12 +1090,14 @@ def test_one_label_only_is_refused(lab):
         sweep(lab, "none", f"--prompts={lab}/unsafe.csv")
 
 
+@pytest.mark.slow
 def test_embeddings_with_nan_are_refused(lab):
     """An addition that overflows float32 on its way through the last norm."""
     with pytest.raises(ValueError, match="NaN or infinity"):
         sweep(lab, "none", "--lambdas=0,1e38")
 
 
+@pytest.mark.slow
 def test_changed_texts_are_refused(lab):
     shutil.copy(lab / "texts.jsonl", lab / "edited.jsonl")
     extract(lab, "edited", texts="edited.jsonl")
@@ -1215,6 +1220,7 @@ def test_transformers_runs_the_baked_checkpoint(lab, model_type):
             assert relative_error(ours(*stream([ids])) @ ours.lm_head.weight.T, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_baking_a_negative_strength_starts_from_the_dpo_model(lab):
     steer.main(
         [

@@ -367,6 +367,7 @@ def test_two_ranks_have_the_gradient_of_one(world, tmp_path, ranks, ids):
     assert_gradients_equal(other, gradients)
 
 
+@pytest.mark.slow
 def test_train_mode_forwards_are_bit_equal(world, tmp_path, ranks):
     """CHECKS 8: with LoRA too, whose adapters are made to count."""
     config_path = write_config(tmp_path, world, lora_rank=4, lora_alpha=8.0)
@@ -656,6 +657,7 @@ def test_reference_values_and_hit(stage, reference):
     assert [len(ids) for ids in reference.computed] == [16, 16, 3]
 
 
+@pytest.mark.slow
 def test_reference_goes_on_part_way(reference):
     """CHECKS 6: killed after 2 of 3 steps; the next run verifies a step and computes the third. The table is
     the same to the bit.
@@ -683,6 +685,7 @@ def test_wrong_reference_is_refused(reference, change):
     assert load_file(reference.path)["logps"].tobytes() == table.tobytes()
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_reference_is_verified(reference):
     """Issue 13: in the pairs that are computed again and in those that are not, in the header, in the
     length.

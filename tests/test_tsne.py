@@ -199,6 +199,7 @@ def test_bad_values(bad):
         tsne(X, 10.0)
 
 
+@pytest.mark.slow
 def test_points_that_are_all_the_same():
     """Their first principal component has no standard deviation to bring to 1e-4: the embedding would be
     NaN.

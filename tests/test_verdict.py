@@ -82,6 +82,7 @@ def test_every_permutation_keeps_how_many_texts_of_an_axiom_are_safe():
         torch.testing.assert_close(draw, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_resamples_are_paired_over_lambdas_and_follow_the_seed():
     states, *rest = steered((1.0,))
     for resample in (bootstrap, permute):
