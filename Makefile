@@ -13,8 +13,9 @@ test test-fast demo smol torture: export TOKENIZERS_PARALLELISM = false
 # Compiled files are kept: without them every start of Python compiles this repository, .5 s of CPU time.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Three workers on two cores: tests of several ranks wait for each other.
 test: lint
-	.venv/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
 	.venv/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

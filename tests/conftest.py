@@ -9,9 +9,15 @@ LONGEST = (
     "test_runs",
     "test_parallel",
     "test_steer",
+    "test_triton",
     "test_checkpoint",
-    "test_train_dpo",
     "test_calibration",
+    "test_fp8",
+    "test_hub",
+    "test_samples",
+    "test_tsne",
+    "test_torture",
+    "test_train_dpo",
 )
 
 

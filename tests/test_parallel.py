@@ -101,35 +101,44 @@ def test_a_disk_that_refuses_is_one_line_with_its_path(capsys):
         assert caught.value is foreign
 
 
+READER_GONE = {  # command: (exit code, how stderr begins)
+    "print('x' * 100_000)": (141, ""),  # more than a buffer: print itself fails
+    "print('x'); raise SystemExit(0)": (141, ""),  # --help
+    "print('x')": (141, ""),
+    "print('x'); raise UserError('beta=-1')": (1, "error: beta=-1\n"),
+    "parallel.init(); print('x', flush=True)": (1, "[rank0]: Traceback"),  # a training is not done
+}
+# Each command in a process of its own, which is forked from one that has imported torch.
+READER_GONE_PROGRAM = """
+import os, sys
+from plumbing import parallel
+from plumbing.files import UserError
+
+def main(argv):
+    exec(argv[0])
+
+for number, command in enumerate(sys.argv[1:]):
+    if os.fork() == 0:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(os.open(f"{number}.err", os.O_WRONLY | os.O_CREAT), 2)
+        raise SystemExit(parallel.run(main, [command]))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command, code, said",
-    [
-        ("print('x' * 100_000)", 141, ""),  # more than a buffer: print itself fails
-        ("print('x'); raise SystemExit(0)", 141, ""),  # --help
-        ("print('x')", 141, ""),
-        ("print('x'); raise UserError('beta=-1')", 1, "error: beta=-1\n"),
-        ("parallel.init(); print('x', flush=True)", 1, "[rank0]: Traceback"),  # a training is not done
-    ],
-)
-def test_a_reader_that_has_gone(command, code, said):
+def test_a_reader_that_has_gone(tmp_path):
     """`COMMAND | head -1`: SIGPIPE's status and not a word; an error is still said."""
-    lines = ["from plumbing import parallel", "from plumbing.files import UserError", "def main(argv):"]
-    lines += [f"    {command}", "raise SystemExit(parallel.run(main, []))"]
-    reader, writer = os.pipe()
-    os.close(reader)
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": ""},
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(writer)
-    assert result.returncode == code
-    assert result.stderr.startswith(said) and (said or not result.stderr), result.stderr
-    assert "Exception ignored" not in result.stderr
+    program = [sys.executable, "-c", READER_GONE_PROGRAM, *READER_GONE]
+    environment = os.environ | {"PYTHONUNBUFFERED": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(code) for code, _ in READER_GONE.values()], done.stderr
+    for number, (_, said) in enumerate(READER_GONE.values()):
+        error = (tmp_path / f"{number}.err").read_text()
+        assert error.startswith(said) and (said or not error), error
+        assert "Exception ignored" not in error
 
 
 @pytest.mark.slow

@@ -352,6 +352,7 @@ def test_held_out_data_are_part_of_the_run(world, tmp_path):
 
 
 def interrupted(name):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     setattr(train_dpo, name, lambda *args, **keys: os.kill(os.getpid(), signal.SIGINT))
 
 
