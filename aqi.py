@@ -209,8 +209,7 @@ def read_prompts(source, mode="sanity", log=print):
 
 def _groups(rows, chosen, texts):
     """((n,) group of each chosen row, what it is by). A row whose group is empty stands alone."""
-    by_name = {column.lower(): column for column in reversed(rows.column_names)}
-    column = next((by_name[name] for name in GROUPS if name in by_name), None)
+    column = _first_column(GROUPS, rows.column_names)
     if column is None:
         return find_groups(texts), "near-duplicates"
     values = rows[column][:]
@@ -222,20 +221,32 @@ def _groups(rows, chosen, texts):
 
 
 def _find_column(source, role, columns):
-    by_name = {column.lower(): column for column in reversed(columns)}
-    for name in COLUMNS[role]:
+    column = _first_column(COLUMNS[role], columns)
+    if column is None:
+        wanted = f"expected one for the {role}: {', '.join(COLUMNS[role])}"
+        raise UserError(f"data {source!r}: columns {columns}; {wanted}")
+    return column
+
+
+def _first_column(names, columns):
+    """The column that the first of the names finds, in any case of letters; None when no name finds one."""
+    by_name = {}
+    for column in columns:
+        by_name.setdefault(column.lower(), column)
+    for name in names:
         if name in by_name:
             return by_name[name]
-    raise UserError(
-        f"data {source!r}: columns {columns}; expected one for the {role}: {', '.join(COLUMNS[role])}"
-    )
+    return None
 
 
 def _binary_labels(source, column, values):
     """0 or 1 for each value of the label column."""
     known = LABELS | (IS_SAFE if column.lower() == "is_safe" else {})
     spelled = [_spelling(value) for value in values]
-    unknown = Counter(repr(value) for value, text in zip(values, spelled, strict=True) if text not in known)
+    unknown = Counter()
+    for value, text in zip(values, spelled, strict=True):
+        if text not in known:
+            unknown[repr(value)] += 1
     if unknown:
         counts = ", ".join(f"{value} x {count:,}" for value, count in unknown.most_common(10))
         only = "0 and 1 only in a column named is_safe: elsewhere nothing says which one is safe"
@@ -346,7 +357,8 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
         groups[_run(row) if normalize == "per_run" else row["category"]].append(number)
     scored = [None] * len(rows)
     for numbers in groups.values():
-        chi_norm, xb_norm = _NORMALIZE[normalize]([rows[number] for number in numbers], anchors)
+        of_group = [rows[number] for number in numbers]
+        chi_norm, xb_norm = _NORMALIZE[normalize](of_group, anchors)
         for number, c, x in zip(numbers, chi_norm.tolist(), xb_norm.tolist(), strict=True):
             result = {"normalize": normalize, "gamma": gamma, "chi_norm": c, "xb_norm": x}
             result["aqi"] = gamma * c + (1 - gamma) * x
@@ -436,21 +448,25 @@ def warnings_for(rows):
     lambda, space, seed, tap ("post_norm": read after the final norm), injection ("cumulative": v added at
     several layers), control (True: a random direction).
     """
-    runs = {(row.get("model"), row.get("lambda")) for row in rows}
-    lambdas = {row["lambda"] for row in rows if row.get("lambda") not in (None, "")}
-    kinds = {row.get("normalize") for row in rows}
+    runs, saturated = set(), []
+    values = defaultdict(set)  # {key: what the rows have for it}
+    for row in rows:
+        runs.add((row.get("model"), row.get("lambda")))
+        for key in ("category", "lambda", "normalize", "seed", "space", "tap", "injection"):
+            values[key].add(row.get(key))
+        if row.get("normalize") == "per_run" and row["chi_norm"] == 100 and row["xb_norm"] == 10:
+            saturated.append(row)
+    kinds = values["normalize"]
     is_per_run = "per_run" in kinds
     found = []
     if kinds & {"per_run", "anchors"}:
         one = "CHI and XB of two clusters are one statistic, CHI x XB = (n - 2) n0 n1 / n^2"
         found.append(f"{one}: gamma does not blend two views")
-    scaled = [row for row in rows if row.get("normalize") == "per_run"]
-    full = [row for row in scaled if row["chi_norm"] == 100 and row["xb_norm"] == 10]
-    if full:
-        which = ", ".join(str(row["category"]) for row in full[:3])
-        saturated = f"AQI is saturated at {full[0]['aqi']:.2f} in {len(full)} rows ({which})"
-        found.append(f"{saturated}: the largest CHI of its run with XB at the floor, which measures nothing")
-    if is_per_run and any(row.get("category") == OVERALL for row in rows):
+    if saturated:
+        which = ", ".join(str(row["category"]) for row in saturated[:3])
+        where = f"AQI is saturated at {saturated[0]['aqi']:.2f} in {len(saturated)} rows ({which})"
+        found.append(f"{where}: the largest CHI of its run with XB at the floor, which measures nothing")
+    if is_per_run and OVERALL in values["category"]:
         grows = 'CHI grows with the number of texts and "overall" has the most'
         found.append(f"{grows}: per_run ranks it first at equal separation")
     if is_per_run and len(runs) > 1:
@@ -458,16 +474,16 @@ def warnings_for(rows):
         found.append(f"{own}: their AQIs do not compare; use sweep")
     if "anchors" in kinds:
         found.append("two anchors always score 26.9 and 73.1, however close they are")
-    seeds = {row.get("seed") for row in rows}
-    if any(row.get("space") == "tsne" for row in rows) and len(seeds) < 3:
+    if "tsne" in values["space"] and len(values["seed"]) < 3:
         moved = "a raw CHI of 23.8 became 10 to 18 over seeds, 14 to 34 over perplexities"
         found.append(f"one t-SNE is one draw: {moved}; take several")
-    if any(row.get("tap") == "post_norm" for row in rows):
+    if "post_norm" in values["tap"]:
         taps = "the last layer was read after the final norm and is written before it"
         found.append(f"{taps}: two different spaces")
-    if any(row.get("injection") == "cumulative" for row in rows):
+    if "cumulative" in values["injection"]:
         several = "the vector is added at several layers in a row"
         found.append(f"{several}, each on top of what the ones below made of it: see the shift")
+    lambdas = values["lambda"] - {None, ""}
     if len(lambdas) > 1 and not any(row.get("control") or row.get("nulls") for row in rows):
         bare = "no random direction of equal norm beside the curve"
         found.append(f"{bare}: one vector added to all texts moves no distance")
@@ -490,7 +506,9 @@ def table(rows):
     """
     present = set()
     for row in rows:
-        present |= {name for name, value in row.items() if value not in (None, "", False)}
+        for name, value in row.items():
+            if value not in (None, "", False):
+                present.add(name)
     if all(row.get("normalize") == "sweep" for row in rows):
         present -= {"chi_norm", "xb_norm", "aqi"}  # the same number
     shown = [name for name in COLUMNS_SHOWN if name in present]

@@ -43,8 +43,10 @@ def find_groups(texts):
 
 def number_groups(names):
     """(n,) int64, numbered by first appearance, of any hashable names, for example a column of a file."""
-    numbers = {}
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64)
+    numbers, group = {}, []
+    for name in names:
+        group.append(numbers.setdefault(name, len(numbers)))
+    return torch.tensor(group, dtype=torch.int64)
 
 
 def effective_size(group):
@@ -78,7 +80,10 @@ def _signatures(texts):
     """(n, HASHES): for each hash the smallest value over a text's shingles (MinHash; Broder 1997)."""
     numbers, rows = {}, []
     for text in texts:
-        rows.append([numbers.setdefault(shingle, len(numbers)) for shingle in _shingles(text)])
+        row = []
+        for shingle in _shingles(text):
+            row.append(numbers.setdefault(shingle, len(numbers)))
+        rows.append(row)
     values = np.random.RandomState(0).randint(1 << 31, size=(len(numbers), HASHES), dtype=np.int32)
     return np.stack([values[row].min(0) for row in rows])
 
@@ -89,7 +94,9 @@ def _buckets(signatures):
         keys = signatures[:, start : start + BAND].astype(np.int64) @ (1 << 32 >> np.arange(BAND))
         order = keys.argsort(kind="stable")
         ends = np.flatnonzero(np.diff(keys[order])) + 1
-        yield from (bucket for bucket in np.split(order, ends) if len(bucket) > 1)
+        for bucket in np.split(order, ends):
+            if len(bucket) > 1:
+                yield bucket
 
 
 def _root(roots, row):

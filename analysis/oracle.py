@@ -36,8 +36,9 @@ def split_groups(group, labels, seed=SEED):
     for label in (0, 1):
         names = sorted(set(group[labels == label].tolist()) - taken)
         order = torch.randperm(len(names), generator=generator).tolist()
-        chosen = torch.tensor([names[i] for i in order[: (len(names) + 1) // 2]])
-        is_first |= torch.isin(group, chosen)
+        half = (len(names) + 1) // 2
+        chosen = [names[i] for i in order[:half]]
+        is_first |= torch.isin(group, torch.tensor(chosen))
         taken |= set(names)
     return is_first
 
@@ -124,8 +125,10 @@ def _ascend(top, additions, labels):
     X = top.embeddings(additions).float().requires_grad_()
     share = explained_share(X, labels)
     (by_text,) = torch.autograd.grad(share, X)  # (n, D)
-    leaves = {layer: addition.clone().requires_grad_() for layer, addition in additions.items()}
-    gradients = {layer: torch.zeros_like(addition) for layer, addition in additions.items()}
+    leaves, gradients = {}, {}
+    for layer, addition in additions.items():
+        leaves[layer] = addition.clone().requires_grad_()
+        gradients[layer] = torch.zeros_like(addition)
     for index, (rows, _, _) in enumerate(top.batches):
         found = top.run(index, leaves)
         parts = torch.autograd.grad(
@@ -141,8 +144,10 @@ def oracle_curve(model, documents, additions, lambdas, device, embed, rescale=Fa
     top = TopBlocks(model, documents, min(additions), device, embed)
     curve = []
     for strength in lambdas:
-        tap = steering_tap(additions, strength, rescale)
-        moved = {} if tap is None else {layer: strength * a.to(device) for layer, a in additions.items()}
+        moved = {}
+        if steering_tap(additions, strength, rescale) is not None:
+            for layer, addition in additions.items():
+                moved[layer] = strength * addition.to(device)
         curve.append(top.embeddings(moved).float().cpu())
     return torch.stack(curve)
 
@@ -161,6 +166,8 @@ def ceiling(model, documents, prompts, additions, config, embed):
     best = find_oracle(model, seen, prompts.label[is_seen], additions, device, embed)
     curve = oracle_curve(model, unseen, best, config.lambdas, device, embed, config.rescale)
     values = [separation_of(X, prompts.label[~is_seen]) for X in curve]
-    cosines = {layer: torch.cosine_similarity(a, best[layer], dim=0).item() for layer, a in additions.items()}
+    cosines = {}
+    for layer, addition in additions.items():
+        cosines[layer] = torch.cosine_similarity(addition, best[layer], dim=0).item()
     change = values[-1] - values[0]
     return {"lambdas": list(config.lambdas), "separation": values, "change": change, "cosine": cosines}

@@ -59,7 +59,11 @@ def _small_files(path):
     """(folder that holds the configs, commit, {file of the top folder: bytes}) of a folder or hub name."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return folder, "", {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+        sizes = {}
+        for file in folder.iterdir():
+            if file.is_file():
+                sizes[file.name] = file.stat().st_size
+        return folder, "", sizes
     if (name := hub.parse(path)) is None:
         raise UserError(f"model_path={path!r}: no such folder, and not a hub name")
     repository, revision = name
@@ -75,9 +79,10 @@ def _small_files(path):
 
 def problem_of(pair, sft, dpo):
     """Why a pair (SteerConfig) of two Models cannot be validated, or None."""
-    shapes = [(model.config.num_hidden_layers, model.config.hidden_size) for model in (sft, dpo)]
-    if shapes[0] != shapes[1]:
-        return f"layers and hidden size {shapes[0]} and {shapes[1]}; expected the same"
+    sft_shape = (sft.config.num_hidden_layers, sft.config.hidden_size)
+    dpo_shape = (dpo.config.num_hidden_layers, dpo.config.hidden_size)
+    if sft_shape != dpo_shape:
+        return f"layers and hidden size {sft_shape} and {dpo_shape}; expected the same"
     try:
         if pair.template is not None:
             for model in (sft, dpo):
@@ -116,19 +121,28 @@ def check(pairs, gpu, nulls):
             whole[name] = pair, sft, dpo
     if whole:
         print("\n".join(_plan(whole, models, card, gpu, nulls)))
-    print("\n".join(f"problem: {problem}" for problem in problems) or f"{len(pairs)} pairs: no problem found")
+    for problem in problems:
+        print(f"problem: {problem}")
+    if not problems:
+        print(f"{len(pairs)} pairs: no problem found")
     return 1 if problems else 0
 
 
 def _plan(whole, models, card, gpu, nulls):
     """Lines: disk, memory and, with a card, time and cost of {name: (SteerConfig, Model, Model)}."""
-    files = {model.base: look_up(model.base).gb for model in models.values() if model.base}
-    files |= {path: model.gb for path, model in models.items()}
-    pair_gb = {name: sft.gb + dpo.gb for name, (_, sft, dpo) in whole.items()}
-    states = [_state_bytes(pair, sft.config) for pair, sft, _ in whole.values()]
+    files = {}  # {folder or name: GB}; a base that several adapters share counts once
+    for model in models.values():
+        if model.base:
+            files[model.base] = look_up(model.base).gb
+    for path, model in models.items():
+        files[path] = model.gb
+    pair_gb, state_bytes = [], 0
+    for pair, sft, dpo in whole.values():
+        pair_gb.append(sft.gb + dpo.gb)
+        state_bytes += _state_bytes(pair, sft.config)
     lines = [
-        f"disk     {sum(files.values()):.1f} GB of weights, or {max(pair_gb.values()):.1f} at a time with "
-        f"--keep_weights=false; {sum(states) / GB:.2f} GB of states",
+        f"disk     {sum(files.values()):.1f} GB of weights, or {max(pair_gb):.1f} at a time with "
+        f"--keep_weights=false; {state_bytes / GB:.2f} GB of states",
         _memory_line(max(models.values(), key=lambda model: model.parameters), card),
     ]
     if card is None:
@@ -141,17 +155,19 @@ def _plan(whole, models, card, gpu, nulls):
         if 2 * sft.parameters / GIB + CONTEXT_GIB > card.gib:
             lines[-1] += f"; does not fit on one {gpu}"
     total = sum(hours.values())
-    low, high = [total * price for price in card.usd_per_hour]
+    low, high = card.usd_per_hour
+    price = f"${total * low:.2f}-{total * high:.2f} (prices assumed)"
     return [
         *lines,
-        f"time     {total:.2f} h on one {gpu}, ${low:.2f}-{high:.2f} (prices assumed); not counted: "
-        "downloads, loading, answers, nor that fp32 is slower than bf16",
+        f"time     {total:.2f} h on one {gpu}, {price}; not counted: downloads, loading, answers, nor that "
+        "fp32 is slower than bf16",
     ]
 
 
 def _memory_line(model, card):
     """What the largest model takes. families.load_model decides on fp32 by the memory that it finds free."""
-    fp32, bf16 = [f"{width * model.parameters / GIB + CONTEXT_GIB:.1f} GiB" for width in (4, 2)]
+    fp32 = f"{4 * model.parameters / GIB + CONTEXT_GIB:.1f} GiB"
+    bf16 = f"{2 * model.parameters / GIB + CONTEXT_GIB:.1f} GiB"
     extract = f"{fp32} in fp32 on a card of {8 * model.parameters / GIB + CONTEXT_GIB:.1f} GiB, else as sweep"
     if card is not None:
         extract = f"{fp32} in fp32" if _is_precise(model, card) else f"{bf16} in bf16, too large for fp32"

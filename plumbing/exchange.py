@@ -77,8 +77,9 @@ class Exchange:
         entries += [(block, f"model.layers.{i}.") for i, block in enumerate(model.model.layers)]
         units = []
         for module, prefix in entries:
-            units.append(Unit(module, [name for name in left if name.startswith(prefix)]))
-            left = [name for name in left if not name.startswith(prefix)]
+            names = [name for name in left if name.startswith(prefix)]
+            units.append(Unit(module, names))
+            left = [name for name in left if name not in names]
         units.append(Unit(model.model.norm, left))
         return [unit for unit in units if unit.names]  # under LoRA the first and the last have none
 
@@ -122,7 +123,8 @@ class Exchange:
         """Start sending this rank's rows to all ranks, and receiving theirs; none changes before `wait`."""
         for unit in self.units:
             wholes = [self._padded(self.params[name].detach()) for name in unit.names]
-            unit.arriving = all_gather(wholes, [self._own(whole) for whole in wholes]), wholes
+            owns = [self._own(whole) for whole in wholes]
+            unit.arriving = all_gather(wholes, owns), wholes
 
     def wait(self):
         """For all weights: call it before anything but the model's forward pass reads them."""

@@ -21,8 +21,12 @@ class Run:
 
     def points(self, metric):
         """([step], [value]) of the lines that have the metric."""
-        found = [line for line in self.lines if metric in line]
-        return [line["step"] for line in found], [line[metric] for line in found]
+        steps, values = [], []
+        for line in self.lines:
+            if metric in line:
+                steps.append(line["step"])
+                values.append(line[metric])
+        return steps, values
 
     def last(self, metric):
         """Its last value; None without any."""
@@ -32,8 +36,10 @@ class Run:
     def clipped(self):
         """Number of steps whose gradient was longer than max_grad_norm."""
         limit = self.config["max_grad_norm"]
+        if limit is None:
+            return 0
         _, norms = self.points("grad_norm")
-        return 0 if limit is None else sum(norm > limit for norm in norms)
+        return sum(norm > limit for norm in norms)
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,10 @@ def _read_run(folder):
         if has_reference and "rewards/chosen" in line:
             for side in ("chosen", "rejected"):
                 line[f"logratios/{side}"] = line[f"rewards/{side}"] / config["beta"]
-    samples = folder / "samples.jsonl"
-    return Run(folder, config, manifest, lines, _json_lines(samples) if samples.is_file() else [])
+    samples = []
+    if (folder / "samples.jsonl").is_file():
+        samples = _json_lines(folder / "samples.jsonl")
+    return Run(folder, config, manifest, lines, samples)
 
 
 def _read_steering(folder):
@@ -82,7 +90,9 @@ def _read_steering(folder):
     if (folder / "spectrum.json").is_file():
         for layer in read_json(folder / "spectrum.json")["layers"]:
             spectrum.append(layer | {"centred": layer["explained_centred"][0]})
-    sweeps = {path.parent: read_verified_json(path) for path in sorted(folder.glob("*/aqi.json"))}
+    sweeps = {}
+    for path in sorted(folder.glob("*/aqi.json")):
+        sweeps[path.parent] = read_verified_json(path)
     if not sweeps and not spectrum:
         raise UserError(
             f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run"

@@ -28,7 +28,7 @@ from reports.figures import (
     training_charts,
     verdicts_of,
 )
-from reports.folders import Run, Steering, read, short_names
+from reports.folders import Run, read, short_names
 from reports.html import COLOURS, page, sentences, table
 from reports.summary import BASELINES, sentence, two_digits
 
@@ -60,7 +60,7 @@ SPECTRUM = "Spectrum of the differences between the two models"
 
 def training_section(stage, runs):
     """(title, [(heading, table or charts)]) of the runs of one stage, drawn over each other."""
-    names = short_names([run.folder for run in runs])
+    names = names_of(runs)
     parts = [("Outcome", outcomes(names, runs)), ("Warnings", warnings(names, runs))]
     if len(runs) > 1:
         configs = [dict(run.config) for run in runs]
@@ -72,6 +72,11 @@ def training_section(stage, runs):
         if run.samples:
             parts.append((f"Greedy answers: {name}", answers(run)))
     return stage.upper(), parts
+
+
+def names_of(found):
+    """A short name for each Run or Steering: its folder's."""
+    return short_names([one.folder for one in found])
 
 
 def outcomes(names, runs):
@@ -92,7 +97,8 @@ def warnings(names, runs):
     """A table of what the runs said of their own numbers; nothing without any."""
     rows = []
     for name, run in zip(names, runs):
-        rows += [[name, text] for text in warnings_of(run.lines)]
+        for text in warnings_of(run.lines):
+            rows.append([name, text])
     return table(["run", "warning"], rows, text=2, kind="settings") if rows else ""
 
 
@@ -172,10 +178,12 @@ def comparison(names, dicts, only_differing=False):
     keys = {}
     for column in columns:
         keys |= column
-    rows = []
+    rows, differing = [], []
     for key in keys:
-        rows.append([key, *(column.get(key, "–") for column in columns)])
-    differing = [row for row in rows if len(set(row[1:])) > 1]
+        texts = [column.get(key, "–") for column in columns]
+        rows.append([key, *texts])
+        if len(set(texts)) > 1:
+            differing.append(rows[-1])
     shown, marked = (differing, ()) if only_differing else (rows, differing)
     return table(["", *names], shown, text=len(names) + 1, marked=marked, kind="settings")
 
@@ -198,18 +206,22 @@ def manifests(runs, steered):
     parts = []
     made = [one for one in steered if one.manifest]
     if made:
-        parts.append(
-            ("Vectors", comparison(short_names([one.folder for one in made]), [one.manifest for one in made]))
-        )
-    sweeps = named_sweeps(steered)
-    if sweeps:
-        inputs = [sweep["inputs"] for _, sweep in sweeps]
-        parts.append(("Settings of the sweeps", comparison([name for name, _ in sweeps], inputs)))
+        parts.append(("Vectors", manifest_table(made)))
+    names, inputs = [], []
+    for name, sweep in named_sweeps(steered):
+        names.append(name)
+        inputs.append(sweep["inputs"])
+    if inputs:
+        parts.append(("Settings of the sweeps", comparison(names, inputs)))
     for stage, found in runs.items():
         if found:
-            names = short_names([run.folder for run in found])
-            parts.append((stage.upper(), comparison(names, [run.manifest for run in found])))
+            parts.append((stage.upper(), manifest_table(found)))
     return "Manifests", parts
+
+
+def manifest_table(found):
+    """A table of the manifests of Runs or Steerings beside each other."""
+    return comparison(names_of(found), [one.manifest for one in found])
 
 
 # ---------------------------------------------------------------- steering
@@ -220,9 +232,10 @@ def steering_section(folders):
     sweeps, spectra = named_sweeps(folders), named_spectra(folders)
     parts = []
     if sweeps:
+        said = [f"{name}: {sentence(sweep)}" for name, sweep in sweeps]
         overall, *axioms = separation_charts(sweeps)
         parts += [
-            ("Verdict", sentences(f"{name}: {sentence(sweep)}" for name, sweep in sweeps)),
+            ("Verdict", sentences(said)),
             ("Separation over lambda", [overall]),
             ("Effect sizes", [effects_forest(sweeps)]),
             ("Behaviour over lambda", behaviour_charts(sweeps)),
@@ -256,7 +269,7 @@ def named_sweeps(folders):
 def named_spectra(folders):
     """[(name, rows over layers)] of the folders that have one."""
     found = []
-    for name, one in zip(short_names([one.folder for one in folders]), folders):
+    for name, one in zip(names_of(folders), folders):
         if one.spectrum:
             found.append((name, one.spectrum))
     return found
@@ -296,7 +309,8 @@ def by_lambda(sweeps):
             values = [f"{shift['lambda']:g}", overall["estimate"][k], interval, *states]
             rows.append([name, *values, *_entries(entry)])
         separation = sweep["dpo"]["separation"][overall["category"]]
-        rows.append([name, "DPO", separation, *[None] * 4, *_entries(sweep["dpo"])])
+        unmeasured = [None] * 4  # the interval and the three of the states
+        rows.append([name, "DPO", separation, *unmeasured, *_entries(sweep["dpo"])])
     return table([*head, *ENTRIES], rows)
 
 
@@ -324,7 +338,8 @@ def notes(sweeps):
     """A table of the warnings; nothing without any."""
     rows = []
     for name, sweep in sweeps:
-        rows += [[name, note] for note in [*sweep.get("notes", []), *sweep["warnings"]]]
+        for note in sweep.get("notes", []) + sweep["warnings"]:
+            rows.append([name, note])
     return table(["sweep", "note"], rows, text=2, kind="settings") if rows else ""
 
 
@@ -335,7 +350,8 @@ def errors(sweeps):
     """
     rows = []
     for name, sweep in sweeps:
-        rows += [[name, inject, *error.values()] for inject, error in sweep["errors"].items()]
+        for inject, error in sweep["errors"].items():
+            rows.append([name, inject, *error.values()])
     if not rows:
         return ""
     return table(["sweep", "injection", "on the vector's texts", "on held-out texts"], rows, text=2)
@@ -346,19 +362,27 @@ def errors(sweeps):
 
 def sections(found):
     """All of the page, from what `folders.read` returned, in its order."""
-    runs = {"dpo": [], "sft": []}
-    for run in [one for one in found if isinstance(one, Run)]:
-        runs[run.manifest["stage"]].append(run)
-    steered = [one for one in found if isinstance(one, Steering)]
-    largest = max(len(runs["sft"]), len(runs["dpo"]), len(steered), sum(len(one.sweeps) for one in steered))
+    runs, steered, num_sweeps = {"dpo": [], "sft": []}, [], 0
+    for one in found:
+        if isinstance(one, Run):
+            runs[one.manifest["stage"]].append(one)
+        else:
+            steered.append(one)
+            num_sweeps += len(one.sweeps)
+    largest = max(len(runs["sft"]), len(runs["dpo"]), len(steered), num_sweeps)
     if largest > len(COLOURS):
         limit = f"at most {len(COLOURS)}, as many as colours can tell apart"
         raise UserError(f"{largest} runs, or sweeps, of one kind; expected {limit}")
-    out = [steering_section(steered)] if steered else []
+    out = []
+    if steered:
+        out.append(steering_section(steered))
     for stage, of_stage in runs.items():
-        out += [training_section(stage, of_stage)] if of_stage else []
+        if of_stage:
+            out.append(training_section(stage, of_stage))
     title, parts = manifests(runs, steered)
-    return [*out, (title, parts)] if parts else out
+    if parts:
+        out.append((title, parts))
+    return out
 
 
 def main(argv):
@@ -376,7 +400,8 @@ def main(argv):
 def write(folders, out):
     """The page of run and steering folders, as the file `out`."""
     found = [read(folder) for folder in folders]
-    out.write_text(page("Report", [str(folder) for folder in folders], sections(found)))
+    lead = [str(folder) for folder in folders]
+    out.write_text(page("Report", lead, sections(found)))
 
 
 if __name__ == "__main__":
