@@ -716,6 +716,9 @@ def _notes(vector, prompts, measure, found):
     share = vector.manifest["rounding_share"]
     if share is not None and share > 0.1:
         moves = f"both models are rounded to bf16, which alone moves the mean state by {share:.2f} |v|"
+        equal = vector.manifest["share_of_equal_weights"]
+        if equal is not None:
+            moves += f" and left {equal:.0%} of the weights equal"
         notes.append(f"{moves}: keep final/ in float32")
     return notes
 

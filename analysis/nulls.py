@@ -14,7 +14,7 @@ import torch
 
 from analysis.curves import explained
 from analysis.indices import OVERALL, SEED, Moments
-from analysis.steering import TOKENS_PER_BATCH, packed_batches, pool
+from analysis.steering import TOKENS_PER_BATCH, add_vector, packed_batches, pool
 from plumbing.files import UserError
 
 
@@ -142,12 +142,7 @@ def _steered_copies(model, batch, entry, first, added, rescale, embed):
     def tap(layer, hidden):
         if layer not in added:
             return hidden
-        old = hidden.float().view(copies, tokens, -1)
-        new = old + added[layer][:, None]
-        if rescale:  # norms in float64, as steering.steering_tap
-            before = torch.linalg.vector_norm(old, dim=-1, keepdim=True, dtype=torch.float64)
-            after = torch.linalg.vector_norm(new, dim=-1, keepdim=True, dtype=torch.float64)
-            new = new * (before / after).float()
+        new = add_vector(hidden.view(copies, tokens, -1), added[layer][:, None], rescale)
         return new.view(copies * tokens, -1).to(hidden.dtype)
 
     starts = batch.cu_seqlens[:-1] + tokens * torch.arange(copies, device=entry.device)[:, None]  # (m, N)

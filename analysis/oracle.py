@@ -10,7 +10,7 @@ import torch
 
 from analysis.baselines import separation_of
 from analysis.indices import SEED
-from analysis.steering import packed_batches, steering_tap
+from analysis.steering import add_vector, packed_batches
 from families import device_of
 
 STEPS = 20
@@ -49,8 +49,8 @@ class TopBlocks:
     7,000 prompts of 50 tokens at D = 4,096 keep 2.9 GB in bf16.
     """
 
-    def __init__(self, model, documents, first, device, embed):
-        self.model, self.first, self.embed = model, first, embed
+    def __init__(self, model, documents, first, device, embed, rescale):
+        self.model, self.first, self.embed, self.rescale = model, first, embed, rescale
         self.count = len(documents)
         self.batches = []  # (rows (N,), batch, the stream (T, D) after block `first`)
         for rows, batch in packed_batches(documents, device):
@@ -72,7 +72,7 @@ class TopBlocks:
         def tap(layer, hidden):
             if layer not in additions:
                 return hidden
-            return (hidden.float() + additions[layer]).to(hidden.dtype)
+            return add_vector(hidden, additions[layer], self.rescale).to(hidden.dtype)
 
         resume = self.first + 1, tap(self.first, entry)
         hidden = self.model(
@@ -92,7 +92,7 @@ class TopBlocks:
         return out
 
 
-def find_oracle(model, documents, labels, additions, device, embed, steps=STEPS):
+def find_oracle(model, documents, labels, additions, device, embed, rescale=False, steps=STEPS):
     """{layer: (D,)}: at each steered layer the direction that raises eta^2 of the texts.
 
     It is as long as the addition there. Ascent on the product of spheres, from the gradient at no steering at
@@ -101,7 +101,7 @@ def find_oracle(model, documents, labels, additions, device, embed, steps=STEPS)
     the memory of one batch. Costs 3 passes through the top blocks a step.
     """
     lengths = {layer: addition.norm().item() for layer, addition in additions.items()}
-    top = TopBlocks(model, documents, min(additions), device, embed)
+    top = TopBlocks(model, documents, min(additions), device, embed, rescale)
     model.requires_grad_(False)
     size = next(iter(additions.values())).shape[0]
     units = {layer: torch.zeros(size, device=device) for layer in additions}
@@ -141,11 +141,11 @@ def _ascend(top, additions, labels):
 
 def oracle_curve(model, documents, additions, lambdas, device, embed, rescale=False):
     """Embeddings (K, n, D) of texts along the oracle's additions, at each lambda."""
-    top = TopBlocks(model, documents, min(additions), device, embed)
+    top = TopBlocks(model, documents, min(additions), device, embed, rescale)
     curve = []
     for strength in lambdas:
         moved = {}
-        if steering_tap(additions, strength, rescale) is not None:
+        if strength:
             for layer, addition in additions.items():
                 moved[layer] = strength * addition.to(device)
         curve.append(top.embeddings(moved).float().cpu())
@@ -163,7 +163,7 @@ def ceiling(model, documents, prompts, additions, config, embed):
     for document, is_mine in zip(documents, is_seen.tolist(), strict=True):
         half = seen if is_mine else unseen
         half.append(document)
-    best = find_oracle(model, seen, prompts.label[is_seen], additions, device, embed)
+    best = find_oracle(model, seen, prompts.label[is_seen], additions, device, embed, config.rescale)
     curve = oracle_curve(model, unseen, best, config.lambdas, device, embed, config.rescale)
     values = [separation_of(X, prompts.label[~is_seen]) for X in curve]
     cosines = {}

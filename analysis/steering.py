@@ -184,11 +184,21 @@ def mean_states(model, documents, device, tap=None):
     return total / len(documents)
 
 
+def add_vector(hidden, addition, rescale):
+    """hidden (.., D) + addition (.., D), in float32. rescale: each token keeps its norm, as published."""
+    old = hidden.float()
+    new = old + addition
+    if rescale:  # squares summed in float64: in float32 they overflow from 1.8e19 on, in float16 from 256
+        before = torch.linalg.vector_norm(old, dim=-1, keepdim=True, dtype=torch.float64)
+        after = torch.linalg.vector_norm(new, dim=-1, keepdim=True, dtype=torch.float64)
+        new = new * (before / after).float()
+    return new
+
+
 def steering_tap(additions, strength, rescale=False):
     """tap(layer, hidden) adding strength * additions[layer] to every token, in float32.
 
-    None when there is nothing to add. rescale: bring each token back to its old norm, as the published sweep
-    does.
+    None when there is nothing to add. rescale: as in `add_vector`.
     """
     if strength == 0 or not additions:
         return None
@@ -199,13 +209,7 @@ def steering_tap(additions, strength, rescale=False):
             return hidden
         if layer not in on_device:
             on_device[layer] = strength * additions[layer].to(hidden.device, torch.float32)
-        old = hidden.float()
-        new = old + on_device[layer]
-        if rescale:  # squares summed in float64: in float32 they overflow from 1.8e19 on, in float16 from 256
-            before = torch.linalg.vector_norm(old, dim=-1, keepdim=True, dtype=torch.float64)
-            after = torch.linalg.vector_norm(new, dim=-1, keepdim=True, dtype=torch.float64)
-            new = new * (before / after).float()
-        return new.to(hidden.dtype)
+        return add_vector(hidden, on_device[layer], rescale).to(hidden.dtype)
 
     return tap
 

@@ -46,6 +46,7 @@ from plumbing.lock import lock
 from plumbing.sources import open_source
 from plumbing.tensors import open_safetensors
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import stored_weights
 
 SIDES = ("chosen", "rejected")
 MODELS = ("sft", "dpo")
@@ -205,7 +206,10 @@ def extract(config, name):
             _accumulate(sums, side, states[:, rows], new, keep[rows], rows >= count)
             states[:, rows] = new - states[:, rows]
         states.flush()
-    rounding = rounding_noise(model, documents["chosen"][:count])
+    rounding = {"share_of_equal_weights": None, "noise": None}
+    if _is_rounded(model):
+        rounding["share_of_equal_weights"] = share_of_equal_weights(model, config.sft_path)
+        rounding["noise"] = rounding_noise(model, documents["chosen"][:count])  # last: it changes the model
     _write_vector(config, name, sums, keep[:count], inputs, shape, rounding)
     write_hashes(folder, written)
 
@@ -239,12 +243,14 @@ def _write_vector(config, name, sums, keep, inputs, shape, rounding):
         equal = f"its states equal those of sft={config.sft_path!r} on all texts"
         raise UserError(f"dpo={config.dpo_path!r}: {equal}; expected a model that training moved")
     (folder / "vector.safetensors").write_bytes(save(tensors))
+    noise = rounding["noise"]
     made = {
         "pair": name,
         "layers": shape[2],
         "hidden_size": shape[3],
         "kept": kept,
-        "rounding_share": rounding and rounding / float(np.linalg.norm(tensors["chosen_last"][-1])),
+        "share_of_equal_weights": rounding["share_of_equal_weights"],
+        "rounding_share": noise and noise / float(np.linalg.norm(tensors["chosen_last"][-1])),
         "torch": torch.__version__,
         "hub": hub.COMMITS,
     }
@@ -317,16 +323,38 @@ def is_done(path, inputs):
     return not differing
 
 
+def _is_rounded(model):
+    """Whether every weight is a value of bf16."""
+    return all(torch.equal(param, param.bfloat16().to(param.dtype)) for param in model.parameters())
+
+
+@torch.no_grad()
+def share_of_equal_weights(model, sft_path):
+    """Share of the model's weights that have the same value in the SFT model's files; None for an adapter.
+
+    A step of DPO that is smaller than half of bf16's spacing leaves a rounded weight where it was.
+    """
+    folder, adapter = locate(sft_path)
+    if adapter is not None:
+        return None
+    stored, _ = stored_weights(folder)
+    equal = total = 0
+    for name, param in model.named_parameters():
+        if name in stored:  # one of two tied weights is in no file
+            before = stored[name][:].to(param.device, param.dtype)
+            equal += (param == before).sum().item()
+            total += param.numel()
+    return equal / total
+
+
 @torch.no_grad()
 def rounding_noise(model, documents):
     """By how much rounding to bf16 of two models' weights moves a mean state.
 
-    It is the last layer's mean last-token state; None for finer weights. A bf16 weight stands for all values
+    It is the last layer's mean last-token state. A bf16 weight stands for all values
     within half a step of it. Moving each weight by a uniform draw from that interval and reading again shows
     one rounding; two independent ones are sqrt(2) of it. The model is changed: the caller is done with it.
     """
-    if not all(torch.equal(param, param.bfloat16().to(param.dtype)) for param in model.parameters()):
-        return None
     device = device_of(model)
     before = mean_states(model, documents, device)[0, -1]
     generator = torch.Generator(device).manual_seed(0)

@@ -10,7 +10,7 @@ from tiny_models import random_documents, random_llama, tiny_config
 from analysis import baselines
 from analysis.behaviour import is_refusal, mean_kl, preferences, wilson
 from analysis.oracle import explained_share, find_oracle, oracle_curve, split_groups
-from analysis.steering import text_mean
+from analysis.steering import steered_runs, text_mean
 from analysis.sweep import coordinate_scale
 
 LABELS = torch.arange(40) % 2
@@ -115,26 +115,43 @@ def test_no_group_is_in_both_halves():
     assert [is_first[labels == y].sum().item() for y in (0, 1)] == [10, 10]
 
 
-@pytest.mark.slow
-def test_the_oracle_climbs():
-    """On its own texts far above any random direction of its length; its gradient is autograd's through the
-    whole model.
-    """
+@pytest.fixture(scope="module")
+def steered():
+    """(model, documents, {layer: addition}) of four blocks, ten texts and the last two layers."""
     config = tiny_config(num_hidden_layers=4)
-    model = random_llama(config)
     ids = random_documents(config.vocab_size, [5, 9, 7, 6, 8, 4, 9, 5, 7, 6], seed=3)
     documents = [(x.numpy(), np.ones(len(x), dtype=bool)) for x in ids]
-    labels = torch.arange(10) % 2
     add = {
         layer: torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(layer))
         for layer in (2, 3)
     }
+    return random_llama(config), documents, add
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_oracle_is_added_as_a_sweep_adds(steered, rescale):
+    model, documents, add = steered
+    expected = torch.zeros(3, len(documents), model.config.hidden_size)
+    for run in steered_runs(model, documents, add, [0.0, 0.5, 1.0], "cpu", rescale):
+        expected[run.index, torch.from_numpy(run.rows)] = text_mean(run.hidden, run.batch.cu_seqlens)
+    curve = oracle_curve(model, documents, add, [0.0, 0.5, 1.0], "cpu", text_mean, rescale)
+    torch.testing.assert_close(curve, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_oracle_climbs(steered, rescale):
+    """On its own texts far above any random direction of its length; its gradient is autograd's through the
+    whole model.
+    """
+    model, documents, add = steered
+    config, labels = model.config, torch.arange(10) % 2
 
     def share(additions):
-        start, end = oracle_curve(model, documents, additions, [0.0, 1.0], "cpu", text_mean)
+        start, end = oracle_curve(model, documents, additions, [0.0, 1.0], "cpu", text_mean, rescale)
         return explained_share(start, labels).item(), explained_share(end, labels).item()
 
-    best = find_oracle(model, documents, labels, add, "cpu", text_mean)
+    best = find_oracle(model, documents, labels, add, "cpu", text_mean, rescale)
     assert all(
         best[layer].norm().item() == pytest.approx(add[layer].norm().item(), rel=1e-5) for layer in add
     )

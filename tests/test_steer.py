@@ -201,8 +201,13 @@ def test_weights_that_are_rounded_are_noted(lab):
         vector.manifest["rounding_share"] > 0.1
         and steer.Vector.load(lab / "steer").manifest["rounding_share"] is None
     )
+    before, after = [load_file(lab / name / "model.safetensors") for name in ("sft16", "dpo16")]
+    equal = sum((before[name] == after[name]).sum().item() for name in before)
+    share = equal / sum(tensor.size for tensor in before.values())
+    assert 0 < share < 1 and vector.manifest["share_of_equal_weights"] == share
     notes = sweep(lab, "swept16", "--lambdas=0,1", folder="steer16")["notes"]
-    assert any("both models are rounded to bf16" in note for note in notes)
+    said = f" |v| and left {share:.0%} of the weights equal: keep final/ in float32"
+    assert any("both models are rounded to bf16" in note and said in note for note in notes)
 
 
 @pytest.mark.slow
