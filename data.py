@@ -374,6 +374,7 @@ class Pairs:
         numbers, found = {}, []
         for i in range(len(self)):
             ids, is_trained = self.chosen[i]
+            # argmax of booleans: the first that is true
             prompt = ids[: is_trained.argmax()].tobytes()
             found.append(numbers.setdefault(prompt, len(numbers)))
         return np.array(found, dtype=np.int64)

@@ -542,6 +542,7 @@ class Llama(nn.Module):
         assert cache is None or shared is None, "a cache holds whole documents"
         # what a block calls to mix tokens: everything about documents is bound here
         attend = functools.partial(attention, shared=shared, kernel=self.attention_kernel)
+        # a sweep runs the blocks below the first steered one once, and those above it for each lambda
         if resume is not None:
             first, hidden = resume
         else:
@@ -550,6 +551,7 @@ class Llama(nn.Module):
             if cache is not None:
                 attend = functools.partial(cache.attend, index)
             hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen, attend)  # (T, D)
+            # behind the block, where Hugging Face's output_hidden_states[index + 1] is read
             if tap is not None:
                 hidden = tap(index, hidden)
         return self.model.norm(hidden)

@@ -295,6 +295,7 @@ def evaluate(model, pairs, reference, config, world, log):
 
     Prompts count as independent, the pairs of one prompt do not: standard errors are cluster-robust.
     """
+    # each pair's own values: the pairs of one prompt may be on several ranks
     table = np.zeros((len(pairs), len(BOUNDED)))
     sums = torch.zeros(2, len(METRICS), dtype=torch.float64)  # of the values and of their squares
     for ids in log.progress("evaluate", in_order(len(pairs), config.global_batch_size)):
