@@ -1,5 +1,5 @@
-"""`make demo` with a sixth of the pretraining and a quarter of the prompts, for test_commands.py: the same
-commands and files, and numbers that are none of the demo's. The demo itself is run by .ci/run.
+"""`make demo` with a sixth of the pretraining and fewer rows, for test_commands.py: the same commands and files,
+and numbers that are none of the demo's. The demo itself is run by .ci/run.
 """
 
 import functools
@@ -10,17 +10,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from demo import axioms, run, tiny
 
-
-def write(folder):
-    """demo.axioms.write, and of the labelled prompts every fourth pair of labels."""
-    counts = write_all(folder)
-    prompts = folder / "aqi.jsonl"
-    lines = prompts.read_text().splitlines(keepends=True)
-    prompts.write_text("".join(line for i, line in enumerate(lines) if i // 2 % 4 == 0))
-    return counts
+KEPT = {"sft": 3, "preferences": 3, "preferences_eval": 2}  # every so many rows
 
 
-write_all, axioms.write = axioms.write, write
+def generate(seed=0):
+    """demo.axioms.generate, fewer rows; of the labelled prompts every fourth pair of labels."""
+    files = generate_all(seed)
+    for stem, step in KEPT.items():
+        files[stem] = files[stem][::step]
+    files["aqi"] = [row for i, row in enumerate(files["aqi"]) if i // 2 % 4 == 0]
+    return files
+
+
+generate_all, axioms.generate = axioms.generate, generate
 tiny.pretrain = functools.partial(tiny.pretrain, steps=100)
 run.EXPECTED.clear()
 sys.exit(run.main([]))
