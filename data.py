@@ -369,13 +369,15 @@ class Pairs:
     def prompts(self) -> np.ndarray:
         """(n,) int64 which prompt a pair answers, numbered by first appearance.
 
-        Two are one prompt where the tokens before chosen's first trained one are equal.
+        Two are one prompt where the tokens before chosen's last trained answer are equal: an opening that
+        many conversations share is none.
         """
         numbers, found = {}, []
         for i in range(len(self)):
             ids, is_trained = self.chosen[i]
-            # argmax of booleans: the first that is true
-            prompt = ids[: is_trained.argmax()].tobytes()
+            # where an answer begins: trained, behind a token that is not
+            starts = np.flatnonzero(np.diff(is_trained, prepend=False) & is_trained)
+            prompt = ids[: starts[-1]].tobytes()
             found.append(numbers.setdefault(prompt, len(numbers)))
         return np.array(found, dtype=np.int64)
 

@@ -156,19 +156,29 @@ class DPOConfig(Config):
         "loss", "name", "dpo_norm: DPO on per-token mean log-probs", default="dpo_norm"
     )
     beta: float | None = setting(
-        "loss", "1/nat", "strength of the tie to the reference; None: the loss's own (dpo_norm 5, dpo 0.1)",
-        default=None, above=0,
+        "loss",
+        "1/nat",
+        "strength of the tie to the reference; None: the loss's own (dpo_norm 5, dpo 0.1)",
+        default=None,
+        above=0,
     )
     label_smoothing: float = setting(
-        "loss", "probability", "that a label is wrong; dpo_norm, dpo and simpo",
-        default=0.0, minimum=0, below=0.5,
+        "loss",
+        "probability",
+        "that a label is wrong; dpo_norm, dpo and simpo",
+        default=0.0,
+        minimum=0,
+        below=0.5,
     )
     gamma_beta_ratio: float | None = setting(
         "loss", "nat/token", "target margin / beta; simpo only", default=None, minimum=0
     )
     share_prefix: bool = setting(
-        "machine", "flag", "compute what chosen and rejected begin with once: faster, the same to rounding",
-        default=True, affects_results=False,
+        "machine",
+        "flag",
+        "compute what chosen and rejected begin with once: faster, the same to rounding",
+        default=True,
+        affects_results=False,
     )
     sft_weight: float = setting(
         "loss", "-", "weight of an added token-mean NLL of the chosen answers", default=0.0, minimum=0
@@ -293,7 +303,8 @@ def forward_backward(model, pairs, reference, ids, config, world):
 def evaluate(model, pairs, reference, config, world, log):
     """Means over the held-out pairs; of accuracy and margin also half of a 95 % interval (1.96 errors).
 
-    Prompts count as independent, the pairs of one prompt do not: standard errors are cluster-robust.
+    Prompts count as independent, the pairs of one prompt do not: standard errors are cluster-robust. With few
+    prompts they are still too small: an interval of 5 prompts covers 90 %. Of one prompt there is none.
     """
     # each pair's own values: the pairs of one prompt may be on several ranks
     table = np.zeros((len(pairs), len(BOUNDED)))
@@ -318,10 +329,15 @@ def evaluate(model, pairs, reference, config, world, log):
         metrics["eval/loss"] -= config.sft_weight * len(pairs) * metrics["eval/logps/chosen"] / tokens
     # A pair is on one rank and zero on the others, so the tables' sum is exact.
     table = np.reshape(parallel.sum_across_ranks(table.flatten().tolist()), table.shape)
+    prompts = int(pairs.prompts.max()) + 1
+    if prompts == 1:  # of one prompt nothing is known about others
+        return metrics
+    # The spread of few groups is (G - 1) / G of the population's; left out where every pair is its own group.
+    few = 1.0 if prompts == len(pairs) else prompts / (prompts - 1)
     for name, column in zip(BOUNDED, table.T, strict=True):
         index = METRICS.index(name)
         shared = same_prompt_products(column - means[index].item(), pairs.prompts) / len(pairs) ** 2
-        metrics[f"eval/{name}_ci95"] = 1.96 * (variances[index] + shared).clamp(min=0).sqrt().item()
+        metrics[f"eval/{name}_ci95"] = 1.96 * (few * (variances[index] + shared).clamp(min=0)).sqrt().item()
     return metrics
 
 

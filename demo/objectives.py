@@ -3,9 +3,9 @@
     python -m demo.objectives [--small] [--prompts=FILE]
 
 After `make smol`. Every variant starts from runs/smol/sft/final and takes the steps of configs/smol.py on the
-same pairs in the same order, at the same learning rate: only its row of VARIANTS differs. Four rows are
-controls: exchanged answers, other seeds of DPO and of SFT, and the model with itself. On a GPU the runs share
-it, 8 GiB each; on a CPU they come one after another.
+same pairs in the same order, at the same learning rate: only its row of VARIANTS differs. Three rows are
+controls, exchanged answers and other seeds of DPO and of SFT; the model with itself is two lines below them.
+On a GPU the runs share it, 8 GiB each; on a CPU they come one after another.
 --prompts: labelled texts of the sweeps; default XSTest's, of make smol's --xstest. --small: as in make smol.
 """
 
@@ -255,7 +255,7 @@ def with_interval(values, form):
 def parse(argv):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m demo.objectives", description=__doc__, formatter_class=form
+        prog="python -m demo.objectives", description=__doc__, formatter_class=form, allow_abbrev=False
     )
     parser.add_argument("--prompts", type=Path, default=smol.ROOT / "data/xstest.csv")
     parser.add_argument("--small", action="store_true", help="short texts, 12 steps of 8 pairs")
@@ -265,10 +265,10 @@ def parse(argv):
 def main(argv):
     args = parse(argv)
     changes = smol.SMALL if args.small else {}
-    for path in (SFT / "config.json", args.prompts):
+    (source,) = load("dpo", [smol.CONFIG]).data
+    for path in (SFT / "config.json", Path(source), args.prompts):
         if not path.exists():
             raise UserError(f"{path}: not there; expected `make smol` to have run, with --xstest=FILE")
-    (source,) = load("dpo", [smol.CONFIG]).data
     names = list(VARIANTS)
     if not has_several_answers(source):
         print(f"{source}: one answer a conversation, so its last turn is every turn: no last_turn")

@@ -18,7 +18,7 @@ from planner.plan import AXIOMS, CONTEXT_GIB, GIB, PROMPT_TOKENS, PROMPTS, sweep
 from plumbing import adapters, hub
 from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
-from plumbing.weights import ADAPTER_CONFIG, check_vocabulary
+from plumbing.weights import ADAPTER_CONFIG, check_sizes, check_vocabulary
 
 GB = 1e9
 TEXT_TOKENS = 250  # of a text of the vector: assumed, hh-rlhf's mean
@@ -40,6 +40,9 @@ class Model:
 def look_up(path):
     """The Model at a folder, hub name or LoRA adapter. UserError for what could not be loaded."""
     folder, commit, sizes = _small_files(path)
+    is_local = not commit
+    if is_local:
+        families.locate(folder)  # which refuses what is no one model
     weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
     if not weights:
         raise UserError(f"model_path={path!r}: no .safetensors file; pickles are never loaded")
@@ -51,6 +54,8 @@ def look_up(path):
     else:
         config, tokenizer = families.model_config(folder), Tokenizer.from_dir(folder)
         check_vocabulary(config, tokenizer)
+        if is_local:
+            check_sizes(config, folder)
         parameters = sum(param.numel() for param in families.skeleton(config).parameters())
     return Model(path, commit, config, tokenizer, parameters, sum(weights.values()) / GB, base)
 

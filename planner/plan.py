@@ -47,7 +47,7 @@ from plumbing import hub, parallel
 from plumbing.config import check_capability, check_world_size, load, sections_of
 from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
-from plumbing.weights import resolve
+from plumbing.weights import check_sizes, has_weights, resolve
 
 GIB = 2**30
 CONTEXT_GIB = 0.6  # CUDA context and libraries, beside what the allocator counts
@@ -118,7 +118,10 @@ def find_model(stage, config, path):
             shape, folder, origin = find_model("sft", before, path)
             return shape, folder, f"{config.model_path}, to come from {origin}"
     if folder is not None:
-        return LlamaConfig.from_hf(folder), folder, config.model_path
+        shape = LlamaConfig.from_hf(folder)
+        if has_weights(folder):  # a config and a tokenizer alone can be planned
+            check_sizes(shape, folder)
+        return shape, folder, config.model_path
     name = hub.repository(config.model_path)
     if name not in SHAPES:
         known = f"a folder (its config.json is enough), or one of {', '.join(SHAPES)}"

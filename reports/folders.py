@@ -62,7 +62,7 @@ def read(folder):
     if (folder / "vector.safetensors").is_file():
         return _read_steering(folder)
     if (folder / "aqi.json").is_file():
-        return Steering(folder, {}, [], {folder: read_verified_json(folder / "aqi.json")})
+        return Steering(folder, {}, [], {folder: _read_sweep(folder / "aqi.json")})
     expected = "a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)"
     raise UserError(f"{folder}: expected {expected}")
 
@@ -92,7 +92,7 @@ def _read_steering(folder):
             spectrum.append(layer | {"centred": layer["explained_centred"][0]})
     sweeps = {}
     for path in sorted(folder.glob("*/aqi.json")):
-        sweeps[path.parent] = read_verified_json(path)
+        sweeps[path.parent] = _read_sweep(path)
     if not sweeps and not spectrum:
         raise UserError(
             f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run"
@@ -115,3 +115,11 @@ def short_names(folders):
     folders = [Path(folder).resolve() for folder in folders]
     parent = os.path.commonpath([folder.parent for folder in folders])
     return [str(folder.relative_to(parent)) for folder in folders]
+
+
+def _read_sweep(path):
+    """What an aqi.json holds. UserError for one of a version that had no null directions."""
+    report = read_verified_json(path)
+    if "nulls" not in report["verdicts"][0]:
+        raise UserError(f"{path}: of an older version, without null directions; expected a new sweep")
+    return report

@@ -61,7 +61,7 @@ def find(root):
 
     {stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name]. Names are folders relative to
     `root`. A run without an export, still training or stopped, is none. A sweep is left out when its vector
-    was made anew since, or a model of its pair is deleted.
+    was made anew since, a model of its pair is deleted, or an older version measured it.
     """
     runs, sweeps, outdated = {"sft": {}, "dpo": {}}, [], []
     for path in sorted(root.rglob("manifest.json")):
@@ -77,7 +77,8 @@ def find(root):
         for aqi in sorted(folder.glob("*/aqi.json")):
             report = read_json(aqi)
             named = f"{name} ({report['inputs']['inject']})"
-            if has_models and report["inputs"]["vector"] == vector:
+            is_ours = "nulls" in report["verdicts"][0]  # an older version's sweep had none
+            if is_ours and has_models and report["inputs"]["vector"] == vector:
                 sweeps.append(Sweep(named, inputs["sft"], inputs["dpo"], report))
             else:
                 outdated.append(named)
@@ -175,7 +176,8 @@ def main(argv):
     )
     print(table(HEAD, [*rows(runs, sweeps, pairs), *published], left=(0, -2, -1)))
     if outdated:
-        print(f"left out, of a vector or a model that is there no more: {', '.join(outdated)}")
+        why = "of a vector or a model that is there no more, or of an older version"
+        print(f"left out, {why}: {', '.join(outdated)}")
     print(
         "per_run: every lambda on its own scale, 55.00 is saturation; compare verdicts, not values, with "
         "the lines above."

@@ -1038,12 +1038,15 @@ def test_a_fingerprint_is_of_ids_masks_and_boundaries():
     assert len({Pairs(*pair).fingerprint for pair in sides}) == 3
 
 
-def test_prompts_of_pairs_are_what_stands_before_the_first_answer():
-    """7 8 | 1, 7 8 | 2 3 and 7 | 8: of the tokens 7 8, two are a prompt and one prompt is 7 alone."""
-    ids = np.array([7, 8, 1, 7, 8, 2, 3, 7, 8], dtype=np.int32)
-    mask = np.array([0, 0, 1, 0, 0, 1, 1, 0, 1], dtype=bool)
-    chosen = Documents(ids, mask, np.array([0, 3, 7, 9]), np.array(["a#0", "a#1", "a#2"]))
-    assert Pairs(chosen, chosen).prompts.tolist() == [0, 0, 1]
+def test_prompts_of_pairs_are_what_stands_before_the_last_answer():
+    """7 8 | 1, 7 8 | 2 3 and 7 | 8 are of the prompts 7 8, 7 8 and 7; 7 | 8 | 7 | 1 and 7 | 8 | 9 | 1, whose
+    second and fourth tokens are trained, of 7 8 7 and 7 8 9.
+    """
+    ids = np.array([7, 8, 1, 7, 8, 2, 3, 7, 8, 7, 8, 7, 1, 7, 8, 9, 1], dtype=np.int32)
+    mask = np.array([0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1], dtype=bool)
+    names = np.array([f"a#{i}" for i in range(5)])
+    chosen = Documents(ids, mask, np.array([0, 3, 7, 9, 13, 17]), names)
+    assert Pairs(chosen, chosen).prompts.tolist() == [0, 0, 1, 2, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------------- formats

@@ -13,8 +13,9 @@ from world import ROOT, launch, write_config
 
 from families import load_pretrained
 from plumbing.config import section
+from plumbing.files import UserError
 from plumbing.weights import fingerprint
-from reports import card, ladder
+from reports import card, folders, ladder
 
 PAIRS = runpy.run_path(str(ROOT / "configs/pairs.py"))["PAIRS"]
 
@@ -135,7 +136,20 @@ def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
 def test_a_sweep_along_an_earlier_vector_is_named(tmp_path, capsys):
     write_sweep(tmp_path / "old", "s", "d", vector=b"another")
     assert ladder.main([str(tmp_path)]) == 0
-    assert "left out, of a vector or a model that is there no more: old (matched)" in capsys.readouterr().out
+    assert "there no more, or of an older version: old (matched)" in capsys.readouterr().out
+
+
+def test_a_sweep_of_an_older_version_is_named(tmp_path, capsys):
+    """Before the null directions a verdict had no such key."""
+    write_sweep(tmp_path / "old", "s", "d")
+    path = tmp_path / "old/sweep_matched/aqi.json"
+    report = json.loads(path.read_text())
+    del report["verdicts"][0]["nulls"]
+    path.write_text(json.dumps(report))
+    assert ladder.main([str(tmp_path)]) == 0
+    assert "of an older version: old (matched)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="aqi.json: of an older version, without null directions"):
+        folders.read(path.parent)
 
 
 def test_published_curves_are_those_of_the_published_rows():

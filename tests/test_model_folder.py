@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from world import write_model, write_tokenizer
 import families
 from families import load_pretrained
 from model import apply_lora
+from planner import atlas, plan
 from plumbing import weights
 from plumbing.adapters import save_adapter
 from plumbing.files import UserError
@@ -85,8 +87,20 @@ def test_a_folder_that_could_mean_two_models_is_refused_by_every_reader(base, tm
     )
     load_pretrained(base)
     spoil(base)
-    for read in (resolve, load_pretrained, families.locate, families.weights_hash):
+    for read in (resolve, load_pretrained, families.locate, families.weights_hash, atlas.look_up):
         with pytest.raises(ValueError, match=f"{base}.*{message}"):
+            read(base)
+
+
+def test_sizes_that_do_not_fit_the_weights_are_refused_by_a_plan_and_a_check(base):
+    """As by a run, from the files' headers."""
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | {"intermediate_size": 999}))
+    config = SimpleNamespace(model_path=str(base))
+    for read in (load_pretrained, atlas.look_up, lambda _: plan.find_model("sft", config, "none.py")):
+        with pytest.raises(
+            ValueError, match=f"{base}/config.json does not fit the weights: intermediate_size"
+        ):
             read(base)
 
 

@@ -423,7 +423,8 @@ def test_evaluation_by_hand(stage, world):
         sums = dict.fromkeys(asked, 0.0)
         for prompt, value in zip(asked, values, strict=True):
             sums[prompt] += value - values.mean()
-        return 1.96 * sum(total**2 for total in sums.values()) ** 0.5 / len(values)
+        few = len(sums) / (len(sums) - 1)
+        return 1.96 * (few * sum(total**2 for total in sums.values())) ** 0.5 / len(values)
 
     expected = {
         "eval/loss": np.log1p(np.exp(-margins)).mean(),
@@ -472,7 +473,14 @@ def test_intervals_are_over_prompts(stage, monkeypatch):
     rows = np.tile(np.arange(n), 4)
     repeated = Repeated(pairs, rows)
     four = evaluated(repeated, reference[rows])
+    for key in alone:
+        if key.endswith("_ci95"):
+            four[key] /= (n / (n - 1)) ** 0.5  # whose spread is taken for that of all
     assert four == pytest.approx(alone, rel=1e-5)
+    repeated.prompts = np.zeros(len(rows), dtype=np.int64)
+    assert four.keys() - evaluated(repeated, reference[rows]).keys() == {
+        "eval/rewards/margins_ci95", "eval/rewards/accuracies_ci95"
+    }  # fmt: skip  # one prompt has no interval
 
 
 class Repeated:
