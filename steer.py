@@ -36,6 +36,7 @@ import importlib.util
 import inspect
 import itertools
 import math
+import os
 import runpy
 import sys
 from dataclasses import dataclass
@@ -801,7 +802,7 @@ def run_validate(targets, config, measure, configs=None):
     _write_pages(pairs, measure)
     print(summary.comparison(reports, config.lambdas))
     if len(pairs) > 1:
-        _plot_axioms_of_pairs(Path(next(iter(pairs.values())).out_dir).parent, reports, config.lambdas)
+        _plot_axioms_of_pairs(_above(pairs), reports, config.lambdas)
 
 
 def _forget(pair, to_come):
@@ -819,13 +820,19 @@ def run_check(targets, config, measure, configs=None, gpu=None):
     return atlas.check(find_pairs(targets, config, configs), gpu, measure.nulls or null_count(config.mode))
 
 
+def _above(pairs):
+    """The folder that holds the folders of several pairs."""
+    parents = {Path(pair.out_dir).parent for pair in pairs.values()}
+    return parents.pop() if len(parents) == 1 else Path(os.path.commonpath([p.absolute() for p in parents]))
+
+
 def _write_pages(pairs, measure):
     """One page of all sweeps, in the folder of the pair or the one above several; more where colours end."""
     folders = [Path(measure.report_dir or f"{pair.out_dir}/sweep_{pair.inject}") for pair in pairs.values()]
     # One pair may be swept over several sets of prompts, each into its own report_dir.
     above = Path(measure.report_dir or next(iter(pairs.values())).out_dir)
     if len(pairs) > 1:
-        above = above.parent
+        above = _above(pairs)
     most = len(COLOURS)
     for number, start in enumerate(range(0, len(folders), most), 1):
         out = above / ("report.html" if number == 1 else f"report_{number}.html")

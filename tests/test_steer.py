@@ -1418,8 +1418,8 @@ def test_validate_compares_configs_and_registered_pairs(lab, monkeypatch, tmp_pa
     out = capsys.readouterr().out
     one, two = (line.split() for line in out.splitlines()[-2:])
     assert (one[0], two[0]) == ("one", "two") and one[1] == two[1] and one[2] != two[2]
-    text = (tmp_path / "one/report.html").read_text()
-    assert f"page: {tmp_path}/one/report.html" in out
+    text = (tmp_path / "report.html").read_text()
+    assert f"page: {tmp_path}/report.html" in out, "in the folder of both, and in no run of theirs"
     assert "one/steer_sanity/sweep_cumulative" in text and "two/steer_sanity/sweep_cumulative" in text
 
     steer.main(["validate", paths[0], "far", *keys, *SHORT, f"--out_dir={tmp_path}/v"])
