@@ -351,9 +351,9 @@ def share_of_equal_weights(model, sft_path):
 def rounding_noise(model, documents):
     """By how much rounding to bf16 of two models' weights moves a mean state.
 
-    It is the last layer's mean last-token state. A bf16 weight stands for all values
-    within half a step of it. Moving each weight by a uniform draw from that interval and reading again shows
-    one rounding; two independent ones are sqrt(2) of it. The model is changed: the caller is done with it.
+    It is the last layer's mean last-token state. A bf16 weight stands for all values within half a step of
+    it. Moving each weight by a uniform draw from that interval and reading again shows one rounding; two
+    independent ones are sqrt(2) of it. The model is changed: the caller is done with it.
     """
     device = device_of(model)
     before = mean_states(model, documents, device)[0, -1]

@@ -108,8 +108,8 @@ def find_model(stage, config, path):
     """(LlamaConfig, its folder or None, where it is from) of config.model_path.
 
     A folder that SFT has yet to write is taken to be as what SFT starts from. Nothing is downloaded, and of
-    weights only headers are read. UserError when the shape is not known here, or a folder is none that a run
-    could start from.
+    weights only headers are read. UserError when the shape is not known here, or a folder holds weights that
+    a run would refuse; one without any .safetensors file is planned by its config.
     """
     folder = _folder(config.model_path)
     if folder is None and stage == "dpo" and "sft" in sections_of(path):

@@ -117,9 +117,14 @@ def short_names(folders):
     return [str(folder.relative_to(parent)) for folder in folders]
 
 
+def has_nulls(report):
+    """Whether a sweep was compared with random directions; older versions' sweeps were not."""
+    return "nulls" in report["verdicts"][0]
+
+
 def _read_sweep(path):
     """What an aqi.json holds. UserError for one of a version that had no null directions."""
     report = read_verified_json(path)
-    if "nulls" not in report["verdicts"][0]:
+    if not has_nulls(report):
         raise UserError(f"{path}: of an older version, without null directions; expected a new sweep")
     return report

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from plumbing import parallel
 from plumbing.files import UserError, read_json, table
-from reports.folders import read
+from reports.folders import has_nulls, read
 from reports.summary import two_digits
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -77,8 +77,7 @@ def find(root):
         for aqi in sorted(folder.glob("*/aqi.json")):
             report = read_json(aqi)
             named = f"{name} ({report['inputs']['inject']})"
-            is_ours = "nulls" in report["verdicts"][0]  # an older version's sweep had none
-            if is_ours and has_models and report["inputs"]["vector"] == vector:
+            if has_nulls(report) and has_models and report["inputs"]["vector"] == vector:
                 sweeps.append(Sweep(named, inputs["sft"], inputs["dpo"], report))
             else:
                 outdated.append(named)

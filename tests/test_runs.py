@@ -105,6 +105,14 @@ def test_any_number_of_ranks(world, tmp_path, baseline, case, count):
     assert rates == pytest.approx([1e-2 * factor for factor in (0, 1, 0.8, 0.6, 0.4, 0.2)])
 
 
+def run_as_typed(command):
+    """What a command prints, given as a user gives it; it must end well."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_torchrun(world, tmp_path, baseline):
     """The command of the README, with torchrun's own processes."""
     config = write_config(tmp_path, world, **SIX_STEPS)
@@ -117,15 +125,7 @@ def test_torchrun(world, tmp_path, baseline):
         "train_dpo.py",
         str(config),
     ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    run_as_typed(command)
     assert_same_run(tmp_path / "dpo", baseline("dpo"))
 
 
@@ -133,16 +133,7 @@ def test_one_process_without_torchrun(world, tmp_path, baseline):
     """`python train_sft.py CONFIG --key=value`."""
     config = write_config(tmp_path, world, **SIX_STEPS | {"max_steps": 2})
     command = [sys.executable, "train_sft.py", str(config), "--max_steps=6"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "; 6 steps on 1 rank(s) of cpu\n" in done.stdout
+    assert "; 6 steps on 1 rank(s) of cpu\n" in run_as_typed(command)
     assert final_bytes(tmp_path / "sft") == final_bytes(baseline("sft"))
 
 
