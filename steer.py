@@ -48,13 +48,14 @@ from safetensors.numpy import save_file
 
 import aqi
 from analysis.baselines import baselines, probe, separation_of, warnings_of
-from analysis.behaviour import asked_prompts, final_logits, model_behaviour, steered_behaviour
+from analysis.behaviour import KL_TEXTS, asked_prompts, final_logits, model_behaviour, steered_behaviour
 from analysis.curves import bootstrap, permute
 from analysis.groups import effective_size
 from analysis.nulls import Nulls, isotropic_directions, null_count, null_curves, sign_flipped_directions
 from analysis.oracle import ceiling
 from analysis.steering import STEERED_LAYERS, bake, packed_batches, pool, spectrum, steering_tap
 from analysis.sweep import (
+    CONTINUED,
     continuations,
     coordinate_scale,
     direction_curve,
@@ -588,6 +589,7 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
         pair=vector.manifest["pair"],
         inputs=inputs,
         texts=_counts(prompts),
+        behaviour_of=_behaviour_counts(texts),
         shifts=shifts,
         profile=aqi.score(profile, "sweep"),
         errors=injection_errors(model, vector.texts(tokenizer)[config.side], vector, config),
@@ -674,6 +676,18 @@ def _counts(prompts):
         "groups": groups,
         "effective": effective,
         "grouped_by": prompts.grouped_by,
+    }
+
+
+def _behaviour_counts(texts):
+    """How many pairs, texts and prompts the shares and means of a sweep's "behaviour" are of."""
+    pairs = len(texts.held_out["chosen"])
+    return {
+        "pairs": pairs,
+        "kl_texts": min(pairs, KL_TEXTS),
+        "continued": min(pairs, CONTINUED),
+        "unsafe": len(texts.asked["unsafe"]),
+        "safe": len(texts.asked["safe"]),
     }
 
 

@@ -24,6 +24,8 @@ from analysis.steering import (
 from families import device_of
 from model import generate
 
+CONTINUED = 8  # held-out texts whose second halves are written by the steered model
+
 
 def embed(model, documents, prompts, add, vector, config, log_progress):
     """(embeddings (K + 1, n, D) float32: unsteered, then at each lambda; shifts; a layer profile).
@@ -163,8 +165,8 @@ def injection_errors(model, texts, vector, config):
 
 
 def continuations(model, texts, add, config):
-    """Repetition, a share per lambda, in greedy continuations of the first halves of eight texts."""
-    beginnings = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in texts[:8]]
+    """Repetition, a share per lambda, in greedy continuations of the first halves of CONTINUED texts."""
+    beginnings = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in texts[:CONTINUED]]
     found = []
     for strength in config.lambdas:
         tap = steering_tap(add, strength, config.rescale)

@@ -39,6 +39,7 @@ def summary(report):
         "",
         _texts(report["texts"]),
         _by_lambda(report),
+        behaviour_counts(report),
         "",
         f"{_change(overall)}{_beside_oracle(report)}",
         _baseline_line(report),
@@ -106,6 +107,16 @@ def _by_lambda(report):
     dpo = report["dpo"]
     rows.append(["DPO", f"{dpo['separation'][OVERALL]:.2f}", "", *_behaviour_cells(dpo, 1.0)])
     return table(head, rows)
+
+
+def behaviour_counts(report):
+    """What the shares and means of the columns of behaviour are of, in words."""
+    counts = report.get("behaviour_of")
+    if counts is None:
+        return "behaviour: a sweep before 2026-11-29, whose numbers of pairs and prompts are not known"
+    asked = f"refusals of {counts['unsafe']:,} unsafe and {counts['safe']:,} safe prompts"
+    texts = f"KL of {counts['kl_texts']} texts, repeats of {counts['continued']} continuations"
+    return f"behaviour of {counts['pairs']:,} held-out pairs; {asked}; {texts}"
 
 
 def _behaviour_cells(entry, shift):

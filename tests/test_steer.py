@@ -704,6 +704,9 @@ def test_what_a_sweep_measures(lab, swept):
     assert errors["matched"]["calibration"] < 1e-3 < errors["cumulative"]["calibration"]
     assert all(0 < error["held_out"] < 10 for error in errors.values())
     first, last = swept["behaviour"][0], swept["behaviour"][-1]
+    counts = swept["behaviour_of"]
+    of_texts = dict.fromkeys(("pairs", "kl_texts", "continued"), HELD_OUT)
+    assert counts == of_texts | {"unsafe": 12, "safe": 12}
     assert first["logp_chosen"] != last["logp_chosen"] and first["perplexity_chosen"] == pytest.approx(
         np.exp(-first["logp_chosen"])
     )
