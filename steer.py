@@ -582,7 +582,8 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
     found["dpo"] = dpo_point | {"separation": _separations(dpo_states, prompts)}
     found["dpo"] |= probe(dpo_states, prompts.label, prompts.group)
     rows = _rows(curve, raw[1:], prompts, vector, config, measure, inputs)
-    _plot(folder, config.lambdas, found, curve, prompts)
+    unit = "states" if is_published(vector) else "states in deviations within labels"
+    _plot(folder, config.lambdas, found, curve, prompts, unit)
     aqi.write_report(
         folder,
         rows,
@@ -857,7 +858,7 @@ def _write_pages(pairs, measure):
 # ---------------------------------------------------------------- plots
 
 
-def _plot(folder, lambdas, found, embeddings, prompts):
+def _plot(folder, lambdas, found, embeddings, prompts, unit):
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: they need matplotlib")
         return
@@ -868,7 +869,7 @@ def _plot(folder, lambdas, found, embeddings, prompts):
     plots.plot_chart(folder / "curve.png", overall)
     plots.plot_chart(folder / "axioms.png", figures.axioms_chart(swept))
     for strength, X in ((lambdas[0], embeddings[0]), (lambdas[-1], embeddings[-1])):
-        title = f"lambda {strength:g}, three principal components"
+        title = f"lambda {strength:g}, principal components of the {unit}"
         points = aqi.project(X, "pca:3").cpu().numpy()
         plots.plot_clusters(folder / f"clusters_{strength:g}.png", points, prompts.label.numpy(), title)
 

@@ -15,7 +15,8 @@ BUCKETS = 300
 class Line:
     """A curve, its interval, or both.
 
-    x, y, low, high: numbers of one length; y may be () for a band without a curve.
+    x, y, low, high: numbers of one length; y may be () for a band without a curve. A line without a name has
+    no entry of its own in the legend.
     """
 
     name: str
@@ -28,16 +29,12 @@ class Line:
     smooth: int = 1  # the curve is the mean of the last so many points, with the raw one drawn faintly behind
     note: str = ""  # for the legend, after the last value
     cloud: bool = False  # dots alone, small and faint
+    square: bool = False  # of one value: a square, which a dot of a curve may lie in
 
     @property
     def marked(self):
         """Whether every point is shown, with its interval as a whisker."""
         return bool(self.y) and len(self.x) <= MARKED and not self.cloud
-
-    @property
-    def is_point(self):
-        """Whether it is one value without an interval: a square, which a dot of a curve may lie in."""
-        return self.marked and len(self.x) == 1 and not self.low
 
 
 @dataclass(frozen=True)
@@ -48,19 +45,46 @@ class Chart:
     lines: list
     levels: tuple = ()  # y of dashed rules across the chart, drawn where they fall inside it
     least_range: float = 0.0  # of the y axis, or a change of 0.002 fills it and looks like a rise
+    covers: tuple = ()  # y that the axis reaches to: both ends of a share, or 0
+    marks: tuple = ()  # Marks that explain the lines without a name
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An entry of a legend that is no line. kind: a class of the page's style, "square" for example."""
+
+    kind: str
+    text: str
+    value: str = ""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A row of a forest plot: a change, its interval, and the range of what random directions do."""
+    """A row of a forest plot: a change, its interval, and what it is to be read beside.
+
+    null_sd: of what random directions do; drawn as a bar of two of them, or as `cloud`, the directions
+    themselves. relevant: rules on both sides of 0.
+    """
 
     name: str
     colour: int
     value: float
     low: float
     high: float
-    null_low: float
-    null_high: float
+    null_sd: float
+    cloud: tuple = ()
+    square: float | None = None
+    diamond: float | None = None
+    relevant: float | None = None
+
+    def reach(self):
+        """All of its numbers that the axis has to hold."""
+        ends = [self.value, self.low, self.high, *self.cloud]
+        if not self.cloud:
+            ends += [-2 * self.null_sd, 2 * self.null_sd]
+        if self.relevant is not None:
+            ends += [-self.relevant, self.relevant]
+        return ends + [value for value in (self.square, self.diamond) if value is not None]
 
 
 @dataclass(frozen=True)
@@ -68,6 +92,8 @@ class Forest:
     title: str
     unit: str
     effects: list
+    marks: tuple = ()
+    covers: tuple = (0.0,)
 
 
 def smoothed(values, window):
@@ -117,12 +143,12 @@ class Frame:
     y1: float
 
     @classmethod
-    def around(cls, lines, least_range=0.0):
-        xs, ys = [], []
-        for line in lines:
+    def around(cls, chart):
+        xs, ys = [], list(chart.covers)
+        for line in chart.lines:
             xs += line.x
             ys += [*line.y, *line.low, *line.high]
-        return cls(*_range(xs, margin=0), *widened(*_range(ys, margin=0.04), least_range))
+        return cls(*_range(xs, margin=0), *widened(*_range(ys, margin=0.04), chart.least_range))
 
     def across(self, x):
         return LEFT + (x - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
@@ -142,51 +168,94 @@ def svg(chart):
 
     Colours come from the CSS variables --c0, --c1, .. and from currentColor.
     """
-    frame = Frame.around(chart.lines, chart.least_range)
-    label = f"{escape(chart.title)}, {escape(chart.unit)}"
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">', *_axes(chart, frame)]
+    frame = Frame.around(chart)
+    ends = []
+    for line in chart.lines:
+        if line.name and line.y:
+            ends.append(f"{line.name} {number(line.y[0])} to {number(line.y[-1])}")
+    out = [_opened(chart, HEIGHT, ends), *_axes(chart, frame)]
     for y in chart.levels:
         if frame.y0 <= y <= frame.y1:
             out.append(f'<path class="level" d="M{frame.at(frame.x0, y)}L{frame.at(frame.x1, y)}"/>')
-    colours = sorted({line.colour for line in chart.lines})
+    # markers with whiskers stand side by side, 3 units apart
+    whiskered = [line for line in chart.lines if line.marked and line.low and not line.square]
+    aside = 3.0 * (1 - len(whiskered)) / 2
     for line in chart.lines:
-        # markers with whiskers of several runs stand side by side, 3 units apart
-        aside = 3 * (colours.index(line.colour) - (len(colours) - 1) / 2)
         out += _line(line, frame, aside)
+        if line in whiskered:
+            aside += 3.0
     return "".join([*out, "</svg>"])
 
 
-ROW, NAMES = 17, 150  # height of a row of a forest plot, width of the names on its left
+def _opened(chart, height, values):
+    """The <svg> tag, which says to who cannot see it what the chart is of, and its values."""
+    label = f"{chart.title}, {chart.unit}"
+    if values:
+        label += f": {'; '.join(values)}"
+    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}">'
+
+
+# Heights of a row of a forest plot and of one with a cloud, of a plot of few such; width of the names.
+ROW, CLOUDY_ROW, LEAST, NAMES = 17, 24, 96, 150
 
 
 def forest_svg(forest):
-    """The forest plot as an <svg> element: a row an effect, the random directions as a bar behind it."""
-    values = [0.0]
+    """The forest plot as an <svg> element: a row an effect, the random directions behind it."""
+    values = list(forest.covers)
+    said = []
     for effect in forest.effects:
-        values += [effect.low, effect.high, effect.null_low, effect.null_high]
+        values += effect.reach()
+        said.append(f"{effect.name} {effect.value:+.3g} [{effect.low:+.3g}, {effect.high:+.3g}]")
     low, high = _range(values, margin=0.04)
-    bottom = ROW * len(forest.effects) + 4
+    row = ROW
+    if any(effect.cloud for effect in forest.effects):
+        row = max(CLOUDY_ROW, LEAST / len(forest.effects))
+    bottom = row * len(forest.effects) + 4
 
     def across(value):
         return NAMES + (value - low) / (high - low) * (WIDTH - NAMES - RIGHT)
 
-    label = f"{escape(forest.title)}, {escape(forest.unit)}"
-    out = [f'<svg viewBox="0 0 {WIDTH} {bottom + 18}" role="img" aria-label="{label}">']
+    out = [_opened(forest, bottom + 18, said)]
     for x in ticks(low, high):
-        out.append(f'<path class="grid" d="M{across(x):.1f},0V{bottom}"/>')
-        out.append(f'<text class="x" x="{across(x):.1f}" y="{bottom + 13}">{x:,.6g}</text>')
-    out.append(f'<path class="level" d="M{across(0):.1f},0V{bottom}"/>')
-    for row, effect in enumerate(forest.effects):
-        y = ROW * row + ROW / 2
-        style = f'style="--c:var(--c{effect.colour})"'
-        out.append(f'<text x="{NAMES - 8}" y="{y}" dy=".32em">{escape(_shortened(effect.name))}</text>')
-        left, width = across(effect.null_low), across(effect.null_high) - across(effect.null_low)
-        box = f'x="{left:.1f}" y="{y - 6}" height="12" width="{width:.1f}"'
-        out.append(f'<rect class="band" {style} {box}/>')
-        whisker = f"M{across(effect.low):.1f},{y}H{across(effect.high):.1f}"
-        out.append(f'<path class="whisker" {style} d="{whisker}"/>')
-        out.append(f'<path class="dot" {style} d="M{across(effect.value):.1f},{y}h0"/>')
+        out.append(f'<path class="grid" d="M{across(x):.1f},0V{bottom:g}"/>')
+        out.append(f'<text class="x" x="{across(x):.1f}" y="{bottom + 13:g}">{x:,.6g}</text>')
+    out.append(f'<path class="level" d="M{across(0):.1f},0V{bottom:g}"/>')
+    for number_of_row, effect in enumerate(forest.effects):
+        out += _effect(effect, row, row * (number_of_row + 0.5), across)
     return "".join([*out, "</svg>"])
+
+
+def _effect(effect, row, y, across):
+    """The elements of a row, `row` high, whose middle is at y."""
+    style = f'style="--c:var(--c{effect.colour})"'
+    yield f'<text x="{NAMES - 8}" y="{y:g}" dy=".32em">{escape(_shortened(effect.name))}</text>'
+    if effect.relevant is not None:
+        top, bottom = y - row / 2 + 1, y + row / 2 - 1
+        for value in (-effect.relevant, effect.relevant):
+            yield f'<path class="limit" d="M{across(value):.1f},{top:g}V{bottom:g}"/>'
+    if effect.cloud:
+        # Neighbours in height are far apart in the list, so that dots of one kind do not form a line.
+        dots = []
+        for i, value in enumerate(effect.cloud):
+            height = y + 0.7 * row * ((i * 0.618) % 1 - 0.5)
+            dots.append(f"M{across(value):.1f},{height:.1f}h0")
+        yield f'<path class="dot cloud" {style} d="{"".join(dots)}"/>'
+    else:
+        left, right = across(-2 * effect.null_sd), across(2 * effect.null_sd)
+        box = f'x="{left:.1f}" y="{y - 6:g}" height="12" width="{right - left:.1f}"'
+        yield f'<rect class="band" {style} {box}/>'
+    whisker = f"M{across(effect.low):.1f},{y:g}H{across(effect.high):.1f}"
+    yield f'<path class="whisker" {style} d="{whisker}"/>'
+    yield f'<path class="dot" {style} d="M{across(effect.value):.1f},{y:g}h0"/>'
+    if effect.square is not None:
+        yield f'<path class="whisker" {style} d="{_square(across(effect.square), y)}"/>'
+    if effect.diamond is not None:
+        x = across(effect.diamond)
+        yield f'<path class="whisker" {style} d="M{x - 5:.1f},{y:g}l5,-5l5,5l-5,5z"/>'
+
+
+def _square(x, y):
+    return f"M{x - 3.5:.1f},{y - 3.5:.1f}h7v7h-7z"
 
 
 def _shortened(name, most=26):
@@ -219,9 +288,14 @@ def _line(line, frame, aside):
         dots = [f"M{frame.at(x, y)}h0" for x, y in zip(line.x, line.y, strict=True)]
         yield f'<path class="dot cloud" {style} d="{"".join(dots)}"/>'
         return
-    if line.is_point:
-        x, y = frame.across(line.x[0]), frame.down(line.y[0])
-        yield f'<path class="whisker" {style} d="M{x - 3.5:.1f},{y - 3.5:.1f}h7v7h-7z"/>'
+    whiskers = []
+    for x, low, high in zip(line.x, line.low, line.high):
+        whiskers.append(f"M{frame.at(x, low)}L{frame.at(x, high)}")
+    if line.square:
+        kind = "whisker dashed" if line.dashed else "whisker"
+        (x,), (y,) = line.x, line.y
+        outline = _square(frame.across(x), frame.down(y))
+        yield f'<path class="{kind}" {style} d="{outline}{"".join(whiskers)}"/>'
         return
     curve = _thin(line.x, smoothed(line.y, line.smooth))
     kind = "curve dashed" if line.dashed else "curve"
@@ -229,9 +303,6 @@ def _line(line, frame, aside):
     if not line.marked:
         return
     place = f'transform="translate({aside:g})"' if line.low else ""
-    whiskers = [
-        f"M{frame.at(x, low)}L{frame.at(x, high)}" for x, low, high in zip(line.x, line.low, line.high)
-    ]
     yield f'<path class="whisker" {style} {place} d="{"".join(whiskers)}"/>'
     dots = [f"M{frame.at(x, y)}h0" for x, y in curve]  # a stroke of no length with round ends is a dot
     yield f'<path class="dot" {style} {place} d="{"".join(dots)}"/>'

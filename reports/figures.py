@@ -3,10 +3,12 @@
 Which numbers stand under which title, in which unit. charts.py draws them.
 """
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from reports.charts import Chart, Effect, Forest, Line
+from reports.charts import Chart, Effect, Forest, Line, Mark
+from reports.summary import two_digits
 
 SMOOTHING = 40  # noisy curves are means over a 40th of the run: 25 of 1,000 steps; none below 80 steps
 # Named as in aqi.py and analysis/verdict.py: 0 where the label explains no more than chance, 100 for all.
@@ -14,15 +16,74 @@ SEPARATION = "% of variance explained by the label, beyond chance"
 # The smallest change of interest, and the least range of an axis of separations. As analysis.verdict.POINT,
 # which would import torch: two seconds for a page without a tensor.
 POINT = 1.0
+STRIP = 1 / 30  # of the lambdas' range: a step to the right of the last one, where other models stand
+ENDS = "last lambda less first, of 100"
 
-# Of a sweep, over lambda: (title, unit, {label: key of an entry of "behaviour"}).
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A chart of a sweep over lambda.
+
+    keys: {label: key of an entry of "behaviour"}; intervals {key: key}. counted: names of numbers in
+    "behaviour_of" that the unit has places for.
+    """
+
+    title: str
+    unit: str
+    keys: dict
+    counted: tuple = ()
+    intervals: dict = field(default_factory=dict)
+    covers: tuple = ()
+    levels: tuple = ()
+
+
+SHARE = (0.0, 1.0)
 BEHAVIOUR = (
-    ("Prefers the chosen text", "share of held-out pairs", {"": "preference_accuracy"}),
-    ("KL divergence", "nats per token of held-out texts", {"from SFT": "kl_from_sft", "to DPO": "kl_to_dpo"}),
-    ("Refusals", "share of the prompts asked", {"unsafe": "refused_unsafe", "safe": "refused_safe"}),
-    ("Probe", "AUC of the label in texts not seen", {"": "auc"}),
-    ("Held-out texts", "nats per token", {"chosen": "logp_chosen", "rejected": "logp_rejected"}),
-    ("Repetition", "repeated 4-grams of continuations", {"": "repeated_4grams"}),
+    Behaviour(
+        "Prefers the chosen text",
+        "share of {} held-out pairs",
+        {"": "preference_accuracy"},
+        counted=("pairs",),
+        intervals={"preference_accuracy": "preference_interval"},
+        covers=SHARE,
+        levels=(0.5,),
+    ),
+    Behaviour(
+        "KL divergence",
+        "nats per token of {} held-out texts",
+        {"from SFT": "kl_from_sft", "to DPO": "kl_to_dpo"},
+        counted=("kl_texts",),
+        covers=(0.0,),
+    ),
+    Behaviour(
+        "Refusals",
+        "share of {} unsafe and {} safe prompts",
+        {"unsafe": "refused_unsafe", "safe": "refused_safe"},
+        counted=("unsafe", "safe"),
+        intervals={name: f"{name}_interval" for name in ("refused_unsafe", "refused_safe")},
+        covers=SHARE,
+    ),
+    Behaviour(
+        "Probe",
+        "AUC of the label in texts not seen; chance: 0.5",
+        {"": "auc"},
+        intervals={"auc": "auc_interval"},
+        covers=SHARE,
+        levels=(0.5,),
+    ),
+    Behaviour(
+        "Log-prob of held-out texts",
+        "nats per token, {} pairs",
+        {"chosen": "logp_chosen", "rejected": "logp_rejected"},
+        counted=("pairs",),
+    ),
+    Behaviour(
+        "Repetition",
+        "share of 4-grams that repeat, in {} continuations",
+        {"": "repeated_4grams"},
+        counted=("continued",),
+        covers=SHARE,
+    ),
 )
 
 
@@ -125,27 +186,39 @@ def _levels(panel, runs):
 # ---------------------------------------------------------------- steering
 
 
-def row_chart(title, unit, x, named_rows, keys):
+def row_chart(title, unit, x, named_rows, keys, intervals=None, **about):
     """A Chart of row[key] over row[x].
 
-    named_rows [(name, rows)], keys {label: key}: lines after the first are dashed.
+    named_rows [(name, rows)], keys {label: key}: lines after the first are dashed. intervals {key: key of its
+    [low, high]}, drawn where there is one name; of several names only the first line of each is in the
+    legend, and the chart's marks say what the dashed ones are.
     """
-    lines = []
+    lines, marks = [], []
+    is_alone = len(named_rows) == 1
     for colour, (name, rows) in enumerate(named_rows):
         across = [row[x] for row in rows]
-        for label, key in keys.items():
+        for i, (label, key) in enumerate(keys.items()):
             values = [row[key] for row in rows]
-            if None not in values:  # an AUC needs five groups
-                is_first = key == next(iter(keys.values()))
-                lines.append(Line(f"{name} {label}".strip(), colour, across, values, dashed=not is_first))
-    return Chart(title, unit, x, lines)
+            if None in values:  # an AUC needs five groups
+                continue
+            shown = f"{name} {label}".strip()
+            if not is_alone:
+                shown = "" if i else name
+            low, high = (), ()
+            if is_alone and intervals and key in intervals:
+                low, high = zip(*[row[intervals[key]] for row in rows])
+            lines.append(Line(shown, colour, across, values, low, high, dashed=i > 0))
+    if len(keys) > 1 and not is_alone:
+        for i, label in enumerate(keys):
+            marks.append(Mark("dashed", label) if i else Mark("", f"{label}, whose last values these are"))
+    return Chart(title, unit, x, lines, marks=tuple(marks), **about)
 
 
 def spectrum_charts(spectra):
     """What steer.py spectrum found, over layers."""
     shares = {"raw": "rank_one", "centred": "centred"}
     return [
-        row_chart("Length of the vector", "|v| / |h|", "layer", spectra, {"": "relative"}),
+        row_chart("Length of the vector", "|v| / |h|", "layer", spectra, {"": "relative"}, covers=(0.0,)),
         row_chart("Mean states of the two models", "cosine", "layer", spectra, {"": "cosine"}),
         row_chart("First component", "share of the differences that it explains", "layer", spectra, shares),
         row_chart("Effective rank", "number of components", "layer", spectra, {"": "effective_rank"}),
@@ -165,65 +238,142 @@ def verdicts_of(sweeps):
 
 
 def separation_charts(sweeps):
-    """The curve of every category with its interval, and what it is to be read beside.
+    """The curve of every category beside the DPO model itself.
 
-    sweeps: [(name, what its aqi.json holds)]; the name of a single one may be "".
+    sweeps: [(name, what its aqi.json holds)]. A single one has its intervals, random directions, best
+    direction and shuffled labels around it; eight of them would hide each other.
     """
     charts = []
     for category, found in verdicts_of(sweeps).items():
-        lines, levels = [], set()
+        is_alone = len(found) == 1
+        lines, unit = [], SEPARATION
         for colour, name, sweep, verdict in found:
             x = sweep["inputs"]["lambdas"]
-            low, high = verdict["permuted"]
-            seen = {"low": verdict["low"] or (), "high": verdict["high"] or (), "note": verdict["verdict"]}
-            lines.append(Line(name or "steered", colour, x, verdict["estimate"], **seen))
-            lines += _beside(name, colour, sweep, verdict)
-            permuted = f"{name} permuted labels".strip()
-            lines.append(Line(permuted, colour, x, (), low, high, note="95 % of them"))
-            levels.add(f"{100 * (1 - verdict['level']):.3g}")
-        unit = f"{SEPARATION}; pointwise {' or '.join(sorted(levels))} % interval"
-        charts.append(Chart(f"Separation, {category}", unit, "lambda", lines, least_range=POINT))
+            shown = {"note": verdict["verdict"]}
+            if is_alone and verdict["low"]:
+                shown |= {"low": verdict["low"], "high": verdict["high"]}
+                unit += f"; pointwise {100 * (1 - verdict['level']):.3g} % interval"
+            curve = "steered" if is_alone else name
+            lines.append(Line(curve, colour, x, verdict["estimate"], **shown))
+            if is_alone:
+                lines += _beside(sweep, verdict)
+            dpo = sweep["dpo"]["separation"][category]
+            place = _strip(x, 9 if is_alone else 2 + colour)
+            lines.append(Line("DPO model" if is_alone else "", colour, [place], [dpo], square=True))
+        marks = () if is_alone else (Mark("square", "the DPO model itself"),)
+        title = f"Separation, {category}"
+        charts.append(Chart(title, unit, "lambda", lines, least_range=POINT, marks=marks))
     return charts
 
 
-def _beside(name, colour, sweep, verdict):
-    """What the curve is to be read beside.
+def _strip(lambdas, steps):
+    """x of so many steps to the right of the last lambda."""
+    return lambdas[-1] + steps * STRIP * (lambdas[-1] - lambdas[0])
 
-    Random directions of the vector's length as a cloud at the last lambda, the best direction of that length,
-    the DPO model itself.
+
+def _beside(sweep, verdict):
+    """What the curve of a single sweep is to be read beside.
+
+    Random directions of the vector's length as a cloud to the right of the last lambda, the best direction of
+    that length, shuffled labels.
     """
     x, lines = sweep["inputs"]["lambdas"], []
-    width = (x[-1] - x[0]) / 25  # of the cloud: directions stand side by side
     side, ends = [], []
-    changes = sum(verdict["nulls"]["null_changes"].values(), [])  # of both kinds
+    changes = null_changes(verdict)
     for i, change in enumerate(changes):
-        side.append(x[-1] - width * (i + 1) / len(changes))
+        side.append(_strip(x, 1.5 + 6 * ((i * 0.618) % 1)))
         ends.append(verdict["estimate"][0] + change)
-    note = f"{len(changes)} of equal norm"
-    lines.append(Line(f"{name} random directions".strip(), colour, side, ends, note=note, cloud=True))
+    note = f"{len(changes)}, of its length"
+    lines.append(Line("random directions", 0, side, ends, note=note, cloud=True))
     is_overall = verdict["category"] == sweep["verdicts"][0]["category"]
     if "oracle" in sweep and is_overall:
         best = sweep["oracle"]
         # Its curve begins at another value than the sweep's: it is of half of the texts.
-        note = "on the half of the texts it was not found on"
+        note = "of its length, on the half of the texts it was not found on"
         values = best["lambdas"], best["separation"]
-        lines.append(Line(f"{name} best direction".strip(), colour, *values, dashed=True, note=note))
-    dpo = sweep["dpo"]["separation"][verdict["category"]]
-    lines.append(Line(f"{name} DPO model".strip(), colour, [x[-1]], [dpo]))
+        lines.append(Line("best direction", 0, *values, dashed=True, note=note))
+    low, high = verdict["permuted"]
+    lines.append(Line("shuffled labels", 0, x, (), low, high, note="95 % of them"))
     return lines
 
 
-def effects_forest(sweeps):
-    """Changes of all axioms and sweeps, beside two deviations of the random directions."""
+def null_changes(verdict):
+    """The changes of the random directions of both kinds."""
+    changes = []
+    for of_kind in verdict["nulls"]["null_changes"].values():
+        changes += of_kind
+    return changes
+
+
+def change_forest(sweeps):
+    """The change of all texts of every sweep, among random directions, the best one and the DPO model."""
     effects = []
-    for category, found in verdicts_of(sweeps).items():
-        for colour, name, _, verdict in found:
-            low, high = verdict["change_interval"]
-            spread = 2 * verdict["nulls"]["null_sd"]
-            label = f"{category}, {name}" if len(sweeps) > 1 else category
-            effects.append(Effect(label, colour, verdict["change"], low, high, -spread, spread))
-    unit = "last lambda less first, of 100; bars: 2 sd of random directions; axioms at 5 % together"
-    return Forest("Change of the separation", unit, effects)
+    for colour, (name, sweep) in enumerate(sweeps):
+        overall = sweep["verdicts"][0]
+        best = sweep["oracle"]["change"] if "oracle" in sweep else None
+        about = {"cloud": null_changes(overall), "square": dpo_change(sweep), "diamond": best}
+        about["relevant"] = overall["relevant"]
+        effects.append(_effect(name, colour, overall, **about))
+    return Forest("Change of the separation, all texts", ENDS, effects, _forest_marks(sweeps))
+
+
+def dpo_change(sweep):
+    """By how much the DPO model's own separation differs from that at lambda 0, or the first lambda."""
+    overall = sweep["verdicts"][0]
+    return sweep["dpo"]["separation"][overall["category"]] - overall["estimate"][0]
+
+
+def _effect(name, colour, verdict, **about):
+    low, high = verdict["change_interval"]
+    return Effect(name, colour, verdict["change"], low, high, verdict["nulls"]["null_sd"], **about)
+
+
+def _forest_marks(sweeps):
+    """What the marks of change_forest mean; of a single sweep with their values."""
+    (_, sweep), *others = sweeps
+    overall = sweep["verdicts"][0]
+    low, high = overall["change_interval"]
+    interval = f"{two_digits(overall['change'])} [{two_digits(low)}, {two_digits(high)}]"
+    values = {"dot": interval, "cloud": f"sd {overall['nulls']['null_sd']:.2g}"}
+    values |= {"square": two_digits(dpo_change(sweep)), "limit": f"± {overall['relevant']:.2g}"}
+    texts = {
+        "dot": "steering, with its 95 % interval",
+        "cloud": "random directions of its length",
+        "square": "the DPO model itself",
+        "limit": "the smallest change that matters",
+    }
+    if any("oracle" in found for _, found in sweeps):
+        texts["diamond"] = "the best direction of its length, on texts it was not found on"
+        values["diamond"] = "" if others else two_digits(sweep["oracle"]["change"])
+    marks = []
+    for kind, text in texts.items():
+        marks.append(Mark(kind, text, "" if others else values[kind]))
+    return tuple(marks)
+
+
+def axiom_forests(sweeps):
+    """Changes of the axioms beside two deviations of the random directions.
+
+    Of a single sweep one Forest; of several one an axiom, on one scale.
+    """
+    _, *axioms = verdicts_of(sweeps).items()  # the first is that of all texts
+    marks = (Mark("dot", "steering; intervals hold for all axioms together in 95 % of cases"),)
+    marks += (Mark("band", "± 2 sd of random directions of its length"),)
+    if len(sweeps) == 1:
+        effects = []
+        for category, ((_, _, _, verdict),) in axioms:
+            effects.append(_effect(category, 0, verdict))
+        return [Forest("Change of the separation, by axiom", ENDS, effects, marks)]
+    rows, reach = {}, [0.0]
+    for category, found in axioms:
+        rows[category] = [_effect(name, colour, verdict) for colour, name, _, verdict in found]
+        for effect in rows[category]:
+            reach += effect.reach()
+    forests = []
+    for category, effects in rows.items():
+        forests.append(Forest(f"Change, {category}", ENDS, effects, marks, covers=(min(reach), max(reach))))
+        marks = ()  # once is enough
+    return forests
 
 
 def axioms_chart(sweep):
@@ -237,20 +387,55 @@ def axioms_chart(sweep):
 
 
 def behaviour_charts(sweeps):
-    """What the steered model does, over lambda; a dot at the last lambda is the DPO model."""
+    """What the steered model does, over lambda; squares on the right are the DPO model.
+
+    A single sweep has its 95 % intervals.
+    """
     charts = []
-    for title, unit, keys in BEHAVIOUR:
-        behaviour = [(name, sweep["behaviour"]) for name, sweep in sweeps]
-        chart = row_chart(title, unit, "lambda", behaviour, keys)
-        for colour, (name, sweep) in enumerate(sweeps):
-            for label, key in keys.items():
-                value = sweep["dpo"].get(key)
-                if value is not None:
-                    last = sweep["inputs"]["lambdas"][-1]
-                    chart.lines.append(Line(f"{name} DPO model {label}".strip(), colour, [last], [value]))
+    is_alone = len(sweeps) == 1
+    named = [("steered" if is_alone else name, sweep["behaviour"]) for name, sweep in sweeps]
+    for shown in BEHAVIOUR:
+        unit = " ".join(shown.unit.format(*_counts(sweeps, shown.counted)).split())
+        if is_alone and shown.intervals:
+            unit += "; 95 % intervals"
+        about = {"covers": shown.covers, "levels": shown.levels, "intervals": shown.intervals}
+        chart = row_chart(shown.title, unit, "lambda", named, shown.keys, **about)
+        points = _dpo_points(sweeps, shown)
+        marks = chart.marks
+        if points and not is_alone:
+            marks += (Mark("square", "the DPO model itself"),)
         if chart.lines:
-            charts.append(chart)
+            charts.append(dataclasses.replace(chart, lines=chart.lines + points, marks=marks))
     return charts
+
+
+def _counts(sweeps, names):
+    """What a unit's places are filled with: "25", "25 or 40"; nothing where a sweep does not say."""
+    texts = []
+    for name in names:
+        # a sweep before 2026-11-29 has none
+        counts = {sweep.get("behaviour_of", {}).get(name) for _, sweep in sweeps} - {None}
+        texts.append(" or ".join(f"{count:,}" for count in sorted(counts)))
+    return texts
+
+
+def _dpo_points(sweeps, shown):
+    """A square for each value of the DPO model, side by side to the right of the last lambda."""
+    points = []
+    is_alone = len(sweeps) == 1
+    for colour, (_, sweep) in enumerate(sweeps):
+        for i, (label, key) in enumerate(shown.keys.items()):
+            value = sweep["dpo"].get(key)
+            if value is None:
+                continue
+            place = _strip(sweep["inputs"]["lambdas"], 2 + (2 * i if is_alone else colour))
+            about = {"dashed": i > 0, "square": True}
+            if is_alone and key in shown.intervals:
+                low, high = sweep["dpo"][shown.intervals[key]]
+                about |= {"low": [low], "high": [high]}
+            name = f"DPO model {label}".strip() if is_alone else ""
+            points.append(Line(name, colour, [place], [value], **about))
+    return points
 
 
 def state_charts(sweeps):

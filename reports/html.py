@@ -40,32 +40,44 @@ def _row(tag, values, text, attribute=""):
     return f"<tr{attribute}>{''.join(cells)}</tr>"
 
 
-def sentences(texts):
-    """A paragraph each."""
-    return "".join(f"<p class=said>{escape(text)}</p>" for text in texts)
+def sentence(text, strong=""):
+    """A paragraph, which begins with `strong` in bold."""
+    start = f"<b>{escape(strong)}</b> " if strong else ""
+    return f"<p class=said>{start}{escape(text)}</p>"
 
 
 def figure(chart):
-    """A Chart or a Forest with its title and its unit, a Chart also with the last value of every line."""
+    """A Chart or a Forest with its title, its unit and its legend, where a line has its last value."""
     caption = f"<figcaption><b>{escape(chart.title)}</b><span>{escape(chart.unit)}</span></figcaption>"
+    entries = []
     if isinstance(chart, Forest):
-        return f"<figure>{caption}{forest_svg(chart)}</figure>"
-    return f"<figure>{caption}{svg(chart)}<ul>{''.join(map(_entry, chart.lines))}</ul></figure>"
+        drawn = forest_svg(chart)
+    else:
+        drawn = svg(chart)
+        entries += [_line_entry(line) for line in chart.lines if line.name]
+    for mark in chart.marks:
+        entries.append(_entry(mark.kind, "--soft", escape(mark.text), mark.value))
+    return f"<figure>{caption}{drawn}<ul>{''.join(entries)}</ul></figure>"
 
 
-def _entry(line):
+def _line_entry(line):
     """A line's place in the legend."""
-    kind = "dashed" if line.dashed else ""
-    last = ""
+    kind, last = "dashed" if line.dashed else "", ""
     if line.cloud:
         kind = "cloud"
-    elif line.y:
-        kind = "square" if line.is_point else kind
-        last = f"<b>{number(smoothed(line.y, line.smooth)[-1])}</b>"
-    else:
+    elif not line.y:
         kind = "band"
-    text = f"<span>{escape(line.name)} <em>{escape(line.note)}</em></span>{last}"
-    return f'<li><i class="{kind}" style="--c:var(--c{line.colour})"></i>{text}</li>'
+    else:
+        last = number(smoothed(line.y, line.smooth)[-1])
+    if line.square:
+        kind = f"square {kind}"
+    text = f"{escape(line.name)} <em>{escape(line.note)}</em>"
+    return _entry(kind, f"--c{line.colour}", text, last)
+
+
+def _entry(kind, colour, text, value):
+    shown = f"<b>{escape(value)}</b>" if value else ""
+    return f'<li><i class="{kind}" style="--c:var({colour})"></i><span>{text}</span>{shown}</li>'
 
 
 def page(title, lead, sections):

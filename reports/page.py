@@ -18,10 +18,11 @@ from pathlib import Path
 
 from plumbing.files import UserError
 from plumbing.health import warnings_of
-from reports.charts import number
 from reports.figures import (
+    axiom_forests,
     behaviour_charts,
-    effects_forest,
+    change_forest,
+    dpo_change,
     separation_charts,
     spectrum_charts,
     state_charts,
@@ -29,8 +30,8 @@ from reports.figures import (
     verdicts_of,
 )
 from reports.folders import Run, read, short_names
-from reports.html import COLOURS, page, sentences, table
-from reports.summary import BASELINES, sentence, two_digits
+from reports.html import COLOURS, page, sentence, table
+from reports.summary import BASELINES, behaviour_counts, numbers, two_digits, words
 
 EVALUATED = (
     "loss",
@@ -43,16 +44,16 @@ EVALUATED = (
 ERRORS = "Relative error of the last layer's mean state at lambda 1"
 # {column: key of an entry of "behaviour", and of the DPO model}
 ENTRIES = {
-    "AUC": "auc",
     "prefers chosen": "preference_accuracy",
-    "KL sft": "kl_from_sft",
-    "KL dpo": "kl_to_dpo",
+    "KL from SFT": "kl_from_sft",
+    "KL to DPO": "kl_to_dpo",
     "refuses unsafe": "refused_unsafe",
-    "safe": "refused_safe",
+    "refuses safe": "refused_safe",
     "logp chosen": "logp_chosen",
-    "rejected": "logp_rejected",
+    "logp rejected": "logp_rejected",
     "repeated 4-grams": "repeated_4grams",
 }
+CHANGE = ("change, of 100", "95 % interval", "sd of random directions", "p")
 SPECTRUM = "Spectrum of the differences between the two models"
 
 # ---------------------------------------------------------------- training runs
@@ -232,15 +233,17 @@ def steering_section(folders):
     sweeps, spectra = named_sweeps(folders), named_spectra(folders)
     parts = []
     if sweeps:
-        said = [f"{name}: {sentence(sweep)}" for name, sweep in sweeps]
         overall, *axioms = separation_charts(sweeps)
+        effects = [change_forest(sweeps), *axiom_forests(sweeps)]
+        parts += [("Verdict", verdict(sweeps))]
+        if len(sweeps) == 1:
+            parts += [("Separation and effect sizes", [overall, *effects])]  # one row of a wide page
+        else:
+            parts += [("Separation", [overall, effects[0]]), ("Effect sizes by axiom", effects[1:])]
         parts += [
-            ("Verdict", sentences(said)),
-            ("Separation over lambda", [overall]),
-            ("Effect sizes", [effects_forest(sweeps)]),
+            ("Notes", notes(sweeps)),
             ("Behaviour over lambda", behaviour_charts(sweeps)),
             ("Baselines", baselines(sweeps)),
-            ("Notes", notes(sweeps)),
             ("Verdicts", verdicts(sweeps)),
             ("By axiom", axioms),
             ("By lambda", by_lambda(sweeps)),
@@ -250,6 +253,47 @@ def steering_section(folders):
     if spectra:
         parts.append((SPECTRUM, spectrum_charts(spectra)))
     return "Steering", parts
+
+
+def verdict(sweeps):
+    """The verdict in words. Of several sweeps: a sentence for each decision, and a table of their changes."""
+    decided = {}
+    for name, sweep in sweeps:
+        overall = sweep["verdicts"][0]
+        key = words(overall), overall["decision"], overall["advice"]
+        decided.setdefault(key, []).append(name)
+    said = []
+    for (verdict_words, decision, advice), names in decided.items():
+        # names are as they are: a pair named "dpo" is not one named "Dpo"
+        strong = f"{_of(names, sweeps)}: {verdict_words}. Decision: {decision}."
+        said.append(sentence(f"{_capital(advice)}.", strong))
+    if len(sweeps) == 1:
+        return said[0] + sentence(numbers(sweeps[0][1]))
+    return "".join(said) + changes(sweeps)
+
+
+def _capital(text):
+    return text[0].upper() + text[1:]
+
+
+def changes(sweeps):
+    """A table of what the verdict of every sweep rests on."""
+    rows = []
+    for name, sweep in sweeps:
+        overall = sweep["verdicts"][0]
+        best = sweep["oracle"]["change"] if "oracle" in sweep else None
+        beside = [two_digits(best), two_digits(dpo_change(sweep)), f"{overall['relevant']:.2g}"]
+        rows.append([name, overall["verdict"], overall["decision"], *_change(overall), *beside])
+    head = ["sweep", "verdict", "decision", *CHANGE, "best direction", "DPO model", "matters from"]
+    return table(head, rows, text=3)
+
+
+def _change(found):
+    """The cells of CHANGE, of a verdict."""
+    low, high = map(two_digits, found["change_interval"])
+    ranks = found["nulls"]
+    size = [two_digits(ranks["size_sd"]), f"{ranks['p_change']:.2f}"]
+    return [two_digits(found["change"]), f"[{low}, {high}]", *size]
 
 
 def named_sweeps(folders):
@@ -267,51 +311,70 @@ def named_sweeps(folders):
 
 
 def named_spectra(folders):
-    """[(name, rows over layers)] of the folders that have one."""
-    found = []
-    for name, one in zip(names_of(folders), folders):
-        if one.spectrum:
-            found.append((name, one.spectrum))
-    return found
+    """[(name, rows over layers)] of the folders that have one; names as of named_sweeps."""
+    folders = [one for one in folders if one.spectrum]
+    pairs = [one.manifest.get("pair") for one in folders]
+    names = pairs
+    if None in pairs or len(set(pairs)) < len(pairs):
+        names = names_of(folders)
+    return [(name, one.spectrum) for name, one in zip(names, folders)]
+
+
+def by_sweep(sweeps, head, rows, text, kind=""):
+    """A table whose first column says of which sweep a row is; a single sweep needs no such column."""
+    if len(sweeps) > 1:
+        return table(["sweep", *head], rows, text + 1, kind=kind)
+    return table(head, [row[1:] for row in rows], text, kind=kind)
 
 
 def verdicts(sweeps):
     """A table of every verdict, category by category."""
-    head = ["axiom", "sweep", "verdict", "decision", "change", "its interval", "level", "p", "in sd of nulls"]
-    head.append("groups of the rarer label")
+    head = ["axiom", "verdict", "decision", "change, of 100", "interval", "level", *CHANGE[2:]]
+    head.append("groups, rarer label")
     rows = []
     for category, found in verdicts_of(sweeps).items():
-        for _, name, _, verdict in found:
-            because = f" ({'; '.join(verdict['because'])})" if verdict["because"] else ""
-            low, high = verdict["change_interval"]
-            ranks = verdict["nulls"]
-            change = [
-                f"{verdict['change']:+.3f}",
-                f"[{low:+.3f}, {high:+.3f}]",
-                f"{1 - verdict['level']:.1%}",
-            ]
-            null = [f"{ranks['p_change']:.2f}", two_digits(ranks["size_sd"]), verdict["groups"]]
-            rows.append([category, name, verdict["verdict"] + because, verdict["decision"], *change, *null])
-    return table(head, rows, text=4)
+        for _, name, _, one in found:
+            change, interval, *null = _change(one)
+            level = f"{100 * (1 - one['level']):.3g} %"
+            cells = [words(one), one["decision"], change, interval, level, *null, one["groups"]]
+            rows.append([name, category, *cells])
+    return by_sweep(sweeps, head, rows, text=3)
 
 
 def by_lambda(sweeps):
-    """A table of what every lambda did, and of the DPO model itself."""
-    head = ["sweep", "lambda", "separation", "95 % interval", "shift along v", "beside v", "|a| / |h|"]
-    rows = []
+    """Tables of what every lambda did, and of the DPO model itself: the states, then behaviour."""
+    states, acts = [], []
     for name, sweep in sweeps:
         overall = sweep["verdicts"][0]
         for k, (shift, entry) in enumerate(zip(sweep["shifts"], sweep["behaviour"], strict=True)):
             interval = "none covers"
             if overall["low"]:
-                interval = f"[{number(overall['low'][k])}, {number(overall['high'][k])}]"
-            states = [shift["achieved"], shift["off_axis"], max(shift["strength"].values())]
-            values = [f"{shift['lambda']:g}", overall["estimate"][k], interval, *states]
-            rows.append([name, *values, *_entries(entry)])
-        separation = sweep["dpo"]["separation"][overall["category"]]
-        unmeasured = [None] * 4  # the interval and the three of the states
-        rows.append([name, "DPO", separation, *unmeasured, *_entries(sweep["dpo"])])
-    return table([*head, *ENTRIES], rows)
+                interval = f"[{overall['low'][k]:.2f}, {overall['high'][k]:.2f}]"
+            moved = [shift["achieved"], shift["off_axis"], max(shift["strength"].values())]
+            strength = f"{shift['lambda']:g}"
+            states.append([name, strength, overall["estimate"][k], interval, *_auc(entry), *moved])
+            acts.append([name, strength, *_entries(entry)])
+        dpo = sweep["dpo"]
+        separation = dpo["separation"][overall["category"]]
+        states.append([name, "DPO model", separation, None, *_auc(dpo), None, None, None])
+        acts.append([name, "DPO model", *_entries(dpo)])
+    head = ["lambda", "separation", "95 % interval", "probe AUC", "95 % interval"]
+    tables = by_sweep(sweeps, [*head, "shift along v", "beside v", "|added| / |state|"], states, text=1)
+    counts = {}
+    for name, sweep in sweeps:
+        counts.setdefault(behaviour_counts(sweep), []).append(name)
+    for counted, names in counts.items():
+        whose = "" if len(counts) == 1 else f"{', '.join(names)}: "
+        tables += sentence(f"{whose}{counted}. KL and logp: nats per token.")
+    return tables + by_sweep(sweeps, ["lambda", *ENTRIES], acts, text=1)
+
+
+def _auc(found):
+    """A probe's AUC and its interval, of a dict that has both."""
+    if found["auc"] is None:
+        return [None, None]
+    low, high = found["auc_interval"]
+    return [found["auc"], f"[{low:.2f}, {high:.2f}]"]
 
 
 def _entries(entry):
@@ -319,28 +382,40 @@ def _entries(entry):
 
 
 def baselines(sweeps):
-    """A table of what separates the labels without steering: the model, and what was never aligned."""
-    rows = []
+    """A table of what separates the labels without steering: the model, and what was never aligned.
+
+    Sweeps of one model and one set of prompts have the same numbers, and share a row.
+    """
+    found = {}
     for name, sweep in sweeps:
         for source, label in BASELINES.items():
-            found = sweep["baselines"][source]
-            interval = None
-            if found["auc"] is not None:
-                low, high = found["auc_interval"]
-                interval = f"[{low:.2f}, {high:.2f}]"
-            rows.append([name, label, found["separation"], found["auc"], interval])
+            measured = sweep["baselines"][source]
+            found.setdefault((label, measured["separation"], *_auc(measured)), []).append(name)
         after = sweep["baselines"]["after_length"]
-        rows.append([name, "this model, less what length explains", after, None, None])
-    return table(["sweep", "of", "separation", "probe AUC", "95 % interval"], rows, text=2)
+        found.setdefault(("this model, less what length explains", after, None, None), []).append(name)
+    order = [*BASELINES.values(), "this model, less what length explains"]
+    rows = []
+    for (label, *values), names in sorted(found.items(), key=lambda row: order.index(row[0][0])):
+        rows.append([_of(names, sweeps), label, *values])
+    return by_sweep(sweeps, ["of", "separation", "probe AUC", "95 % interval"], rows, text=1)
+
+
+def _of(names, sweeps):
+    """Which of the sweeps a row is of."""
+    return f"all {len(sweeps)}" if len(names) == len(sweeps) > 1 else ", ".join(names)
 
 
 def notes(sweeps):
-    """A table of the warnings; nothing without any."""
-    rows = []
+    """The warnings, a sentence each; one that several sweeps share, once."""
+    found = {}
     for name, sweep in sweeps:
         for note in sweep.get("notes", []) + sweep["warnings"]:
-            rows.append([name, note])
-    return table(["sweep", "note"], rows, text=2, kind="settings") if rows else ""
+            found.setdefault(note, []).append(name)
+    said = []
+    for note, names in found.items():
+        whose = f"{_of(names, sweeps)}:" if len(sweeps) > 1 else ""
+        said.append(sentence(f"{_capital(note)}.", whose))
+    return "".join(said)
 
 
 def errors(sweeps):
@@ -354,7 +429,7 @@ def errors(sweeps):
             rows.append([name, inject, *error.values()])
     if not rows:
         return ""
-    return table(["sweep", "injection", "on the vector's texts", "on held-out texts"], rows, text=2)
+    return by_sweep(sweeps, ["injection", "on the vector's texts", "on held-out texts"], rows, text=1)
 
 
 # ---------------------------------------------------------------- main

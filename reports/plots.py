@@ -40,8 +40,9 @@ def _draw_line(ax, line):
     if line.cloud:
         ax.plot(line.x, line.y, ".", color=colour, alpha=0.4, markersize=4, label=label)
         return
-    if line.is_point:
+    if line.square:
         ax.plot(line.x, line.y, "s", color=colour, markersize=8, fillstyle="none", label=label)
+        ax.vlines(line.x if line.low else [], line.low, line.high, color=colour)
         return
     if line.smooth > 1:
         ax.plot(line.x, line.y, color=colour, alpha=0.25, linewidth=0.8)
@@ -74,13 +75,18 @@ def plot_heatmap(path, rows, columns, values, title):
 
 
 def plot_clusters(path, points, label, title):
-    """points (n, 3), label (n,) 0 unsafe, 1 safe."""
+    """Texts as points of their first three principal components.
+
+    points (n, 3), label (n,) 0 unsafe, 1 safe.
+    """
 
     def draw(_, ax):
         for value, name, colour in ((0, "unsafe", "#d1495b"), (1, "safe", "#2e7d5b")):
-            ax.scatter(*points[label == value].T, s=6, alpha=0.6, color=colour, label=name)
-        ax.set_title(title)
-        ax.legend()
+            mine = points[label == value]
+            ax.scatter(*mine.T, s=6, alpha=0.6, color=colour, label=f"{name}, {len(mine):,} texts")
+        ax.set(xlabel="component 1", ylabel="component 2", zlabel="component 3", title=title)
+        ax.set_box_aspect(None, zoom=0.9)  # room for the names of the axes
+        ax.legend(loc="upper left", fontsize="small")
 
     _figure(path, draw, projection="3d")
 

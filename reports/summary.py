@@ -20,16 +20,27 @@ BASELINES = {
 }
 
 
-def sentence(report):
-    """The verdict, what it rests on and what follows, in words."""
+# Decisions whose advice is the reason why a curve is called flat.
+SAYS_WHY = ("any direction", "too few")
+
+
+def words(verdict):
+    """The verdict, with the reason why a curve is called flat where the decision does not say it."""
+    if not verdict["because"] or verdict["decision"] in SAYS_WHY:
+        return verdict["verdict"]
+    return f"{verdict['verdict']} ({'; '.join(verdict['because'])})"
+
+
+def numbers(report):
+    """What the verdict rests on, in sentences."""
     overall = report["verdicts"][0]
-    numbers = _change(overall) + _beside_oracle(report)
-    return f"{_verdict(overall)}. {numbers}. {overall['decision']}: {overall['advice']}."
-
-
-def _verdict(overall):
-    because = f" ({'; '.join(overall['because'])})" if overall["because"] else ""
-    return overall["verdict"] + because
+    lambdas, ranks = report["inputs"]["lambdas"], overall["nulls"]
+    low, high = map(two_digits, overall["change_interval"])
+    said = f"From lambda {lambdas[0]:g} to {lambdas[-1]:g} the separation changes by "
+    said += f"{two_digits(overall['change'])} of 100, 95 % interval [{low}, {high}]; a change matters from "
+    said += f"{overall['relevant']:.2g} on. That is {two_digits(ranks['size_sd'])} sd of "
+    said += f"{_per_kind(ranks)} random directions of each of two kinds, p {ranks['p_change']:.2f}"
+    return f"{said}{_beside_oracle(report)}. {_texts(report['texts'])}."
 
 
 def summary(report):
@@ -51,7 +62,7 @@ def summary(report):
     lines += [f"note: {note}" for note in notes[:4]]
     if len(notes) > 4:
         lines.append(f"note: {len(notes) - 4} more in tables.txt")
-    lines.append(f"verdict: {_verdict(overall)}")
+    lines.append(f"verdict: {words(overall)}")
     lines.append(f"-> {overall['decision']}: {overall['advice']}")
     return "\n".join(lines)
 
@@ -59,10 +70,13 @@ def summary(report):
 def _change(overall):
     low, high = overall["change_interval"]
     ranks = overall["nulls"]
-    per_kind = len(next(iter(ranks["null_changes"].values())))
     change = f"{two_digits(overall['change'])} of 100 [{two_digits(low)}, {two_digits(high)}]"
-    size = f"{two_digits(ranks['size_sd'])} sd of {per_kind} random directions of each kind"
+    size = f"{two_digits(ranks['size_sd'])} sd of {_per_kind(ranks)} random directions of each kind"
     return f"change of the separation: {change}; {size}, p {ranks['p_change']:.2f}"
+
+
+def _per_kind(ranks):
+    return len(next(iter(ranks["null_changes"].values())))
 
 
 def _texts(texts):

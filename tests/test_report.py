@@ -20,7 +20,7 @@ from reports.charts import BUCKETS, Chart, Effect, Forest, Line, forest_svg, num
 from reports.figures import PANELS, POINT, axioms_chart, separation_charts
 from reports.folders import read, short_names
 from reports.html import COLOURS, figure, table
-from reports.summary import BASELINES
+from reports.summary import BASELINES, words
 
 CONFIG = {
     "out_dir": "o",
@@ -106,6 +106,7 @@ def write_steering(folder):
         "permuted": [[-0.5, -0.5], [0.25, 0.25]],
         "groups": 40,
         "oracle_share": 0.5,
+        "relevant": 1.0,
     }
     ranks = {
         "null_changes": {"isotropic": [-0.5, 0.25], "sign-flipped": [0.0, 0.5]},
@@ -128,15 +129,21 @@ def write_steering(folder):
     ]
     done = {
         "auc": 0.75,
+        "auc_interval": [0.5, 1.0],
         "preference_accuracy": 0.5,
+        "preference_interval": [0.25, 0.75],
         "refused_unsafe": 0.25,
+        "refused_unsafe_interval": [0.125, 0.5],
         "refused_safe": 0.0,
+        "refused_safe_interval": [0.0, 0.25],
         "logp_chosen": -1.5,
         "logp_rejected": -2.5,
     }
     entry = done | {"kl_from_sft": 0.125, "kl_to_dpo": 0.5, "repeated_4grams": 0.0}
     sweep = {
         "inputs": {"lambdas": [0, 1.0], "inject": "matched"}, "verdicts": [verdict | {"category": "overall", "level": 0.05}, axiom],
+        "texts": {"texts": 80, "groups": 60, "effective": 50.0, "grouped_by": "words"},
+        "behaviour_of": {"pairs": 25, "kl_texts": 8, "continued": 7, "unsafe": 16, "safe": 15},
         "warnings": ["saturated at 55.00"], "notes": [], "profile": profile, "oracle": {"lambdas": [0, 1.0], "separation": [1.0, 3.0], "change": 2.0},
         "shifts": [{"lambda": x, "achieved": 0.875 * x, "off_axis": 0.125, "strength": {"0": 0.0, "1": 0.0625}} for x in (0, 1.0)],
         "behaviour": [{"lambda": x} | entry for x in (0, 1.0)],
@@ -164,7 +171,7 @@ class Reader(HTMLParser):
         if tag not in ("meta", "br"):
             self.open.append([tag, ""])
         if tag == "table":
-            self.tables[self.h2, self.h3] = self.rows = []
+            self.tables[self.h2, self.h3] = self.rows = []  # of two under one heading the second
         elif tag == "tr":
             self.rows.append([])
         elif tag == "figure":
@@ -189,7 +196,7 @@ class Reader(HTMLParser):
         elif tag == "span":
             self.entry = text.strip()
             self.legend[self.entry] = None
-        elif tag == "b":
+        elif tag == "b" and self.open[-1][0] == "li":
             self.legend[self.entry] = text
 
 
@@ -274,16 +281,14 @@ def test_runs_are_drawn_over_each_other(tmp_path):
         ["", "x/one", "y/two"], ["loss", "dpo_norm", "dpo"], ["beta", "2.0", "4.0"],
         ["data.a.jsonl", "1.0", "–"], ["data.b.jsonl", "–", "1.0"],
     ]  # fmt: skip
-    (loss,) = re.findall(r"<svg[^>]*aria-label=\"Loss, nats per pair\".*?</svg>", text)
+    (loss,) = re.findall(r"<svg[^>]*aria-label=\"Loss, nats per pair: .*?</svg>", text)
     assert re.findall(r'class="curve" style="--c:var\((--c\d)\)', loss) == ["--c0", "--c1"]
     assert page.figures["SFT", "Loss"] == {"sft": "0.3333"} and page.figures["SFT", "Held-out loss"] == {
         "sft": "2.000"
     }
-    assert (
-        'aria-label="Loss, nats per document"' in text
-        and 'aria-label="Held-out loss, nats per token"' in text
-    )
-    assert 'aria-label="Log-ratio to the reference, nats per answer or nats per token"' in text
+    assert 'aria-label="Loss, nats per document: sft 1.000 to 0.3333"' in text
+    assert 'aria-label="Held-out loss, nats per token: sft 2.000 to 2.000"' in text
+    assert 'aria-label="Log-ratio to the reference, nats per answer or nats per token: ' in text
 
 
 def test_simpo_has_no_reference_and_a_gpu_an_mfu(tmp_path):
@@ -342,129 +347,168 @@ def test_steering(tmp_path):
     """
     text, page = show(tmp_path, write_steering(tmp_path / "steer"))
     order = re.findall("<h3>([^<]*)</h3>", text)
-    first = ["Verdict", "Separation over lambda", "Effect sizes", "Behaviour over lambda", "Baselines"]
+    first = ["Verdict", "Separation and effect sizes", "Notes", "Behaviour over lambda", "Baselines"]
     assert order[:5] == first and order[-2:] == ["Vectors", "Settings of the sweeps"]
-    said = "rising. change of the separation: +1 of 100 [+0.5, +1.5]; +4 sd of 2 random directions of each kind, p 0.05; "
-    said += "50% of what the best direction of this length does (+2, on texts it was not found on). go on: a change that matters."
-    assert f"<p class=said>sweep_matched: {said}</p>" in text
+    said = "<b>sweep_matched: rising. Decision: go on.</b> A change that matters.</p><p class=said>From lambda 0 to 1 the "
+    said += "separation changes by +1 of 100, 95 % interval [+0.5, +1.5]; a change matters from 1 on. That is +4 sd of 2 "
+    said += "random directions of each of two kinds, p 0.05; 50% of what the best direction of this length does (+2, on "
+    said += "texts it was not found on). 80 texts in 60 groups (words), worth 50.</p>"
+    assert f"<p class=said>{said}" in text
+    assert "<p class=said>Saturated at 55.00.</p>" in text
+    head = ["axiom", "verdict", "decision", "change, of 100", "interval", "level", "sd of random directions"]
+    numbers = ["+1", "[+0.5, +1.5]"]
     assert page.tables["Steering", "Verdicts"] == [
-        [
-            "axiom",
-            "sweep",
-            "verdict",
-            "decision",
-            "change",
-            "its interval",
-            "level",
-            "p",
-            "in sd of nulls",
-            "groups of the rarer label",
-        ],
-        [
-            "overall",
-            "sweep_matched",
-            "rising",
-            "go on",
-            "+1.000",
-            "[+0.500, +1.500]",
-            "95.0%",
-            "0.05",
-            "+4",
-            "40",
-        ],
-        [
-            "Privacy",
-            "sweep_matched",
-            "flat (random directions change as much)",
-            "go on",
-            "+1.000",
-            "[+0.500, +1.500]",
-            "99.0%",
-            "0.05",
-            "+4",
-            "40",
-        ],
+        [*head, "p", "groups, rarer label"],
+        ["overall", "rising", "go on", *numbers, "95 %", "+4", "0.05", "40"],
+        ["Privacy", "flat (random directions change as much)", "go on", *numbers, "99 %", "+4", "0.05", "40"],
     ]
-    beside = {
-        "sweep_matched random directions 4 of equal norm": None,
-        "sweep_matched permuted labels 95 % of them": None,
-    }  # fmt: skip
-    best = {"sweep_matched best direction on the half of the texts it was not found on": "3.000"}
-    assert (
-        page.figures["Steering", "Separation, overall"]
-        == {"sweep_matched rising": "2.000", "sweep_matched DPO model": "2.500"} | beside | best
-    )
-    assert (
-        page.figures["Steering", "Separation, Privacy"]
-        == {"sweep_matched flat": "2.000", "sweep_matched DPO model": "0.5000"} | beside
-    )
-    assert text.count('class="dot cloud"') == 2 and "99 % interval" in page.units["Separation, Privacy"]
-    assert page.figures["Steering", "Prefers the chosen text"] == {
-        "sweep_matched": "0.5000",
-        "sweep_matched DPO model": "1.000",
-    }
-    assert page.figures["Steering", "KL divergence"] == {
-        "sweep_matched from SFT": "0.1250",
-        "sweep_matched to DPO": "0.5000",
-    }
-    last = [
-        "sweep_matched",
-        "1",
-        "2.000",
-        "[1.500, 2.500]",
-        "0.8750",
-        "0.1250",
-        "0.0625",
-        "0.7500",
-        "0.5000",
-        "0.1250",
-        "0.5000",
-        "0.2500",
-        "0",
+    assert page.tables["Steering", "By lambda"] == [
+        ["lambda", *report.ENTRIES],
+        ["0", "0.5000", "0.1250", "0.5000", "0.2500", "0", "-1.500", "-2.500", "0"],
+        ["1", "0.5000", "0.1250", "0.5000", "0.2500", "0", "-1.500", "-2.500", "0"],
+        ["DPO model", "1.000", "–", "–", "0.2500", "0", "-1.500", "-2.500", "–"],
     ]
-    assert page.tables["Steering", "By lambda"][-2] == [*last, "-1.500", "-2.500", "0"]
-    assert page.tables["Steering", "By lambda"][-1][:4] == ["sweep_matched", "DPO", "2.500", "–"]
-    assert page.tables["Steering", "Baselines"][1] == [
-        "sweep_matched",
-        "this model",
-        "1.000",
-        "0.7500",
-        "[0.50, 1.00]",
-    ]
-    assert page.figures["Steering", "Separation after each block"] == {
-        "sweep_matched at the last lambda": "2.000",
-        "sweep_matched unsteered": "1.000",
-    }
-    assert page.figures["Steering", "First component"] == {"steer raw": "0.7500", "steer centred": "0.2500"}
-    assert (
-        page.figures["Steering", "Held-out texts"].items()
-        >= {"sweep_matched chosen": "-1.500", "sweep_matched rejected": "-2.500"}.items()
+    states = "<td>1</td><td class=n>2.000</td><td class=n>[1.50, 2.50]</td><td class=n>0.7500</td>"
+    states += (
+        "<td class=n>[0.50, 1.00]</td><td class=n>0.8750</td><td class=n>0.1250</td><td class=n>0.0625</td>"
     )
-    assert page.tables["Steering", "Notes"][1] == ["sweep_matched", "saturated at 55.00"]
+    assert states in text
+    assert page.tables["Steering", "Baselines"][1] == ["this model", "1.000", "0.7500", "[0.50, 1.00]"]
     error = page.tables["Steering", "Relative error of the last layer's mean state at lambda 1"][1]
-    assert error == ["sweep_matched", "matched", "0", "0.2214"]
+    assert error == ["matched", "0", "0.2214"]
     assert ["inputs.sft", "f" * 16 + "…"] in page.tables["Manifests", "Vectors"]
+
+
+def test_charts_of_a_sweep(tmp_path):
+    """One sweep with all that it is to be read beside, and n and intervals of what it does."""
+    text, page = show(tmp_path, write_steering(tmp_path / "steer"))
+    beside = {"random directions 4, of its length": None, "shuffled labels 95 % of them": None}
+    best = {"best direction of its length, on the half of the texts it was not found on": "3.000"}
+    overall = {"steered rising": "2.000", "DPO model": "2.500"} | beside | best
+    assert page.figures["Steering", "Separation, overall"] == overall
+    axiom = {"steered flat": "2.000", "DPO model": "0.5000"} | beside
+    assert page.figures["Steering", "Separation, Privacy"] == axiom
+    assert "99 % interval" in page.units["Separation, Privacy"]
+    assert page.figures["Steering", "Change of the separation, all texts"] == {
+        "steering, with its 95 % interval": "+1 [+0.5, +1.5]",
+        "random directions of its length": "sd 0.25",
+        "the DPO model itself": "+1.5",
+        "the smallest change that matters": "± 1",
+        "the best direction of its length, on texts it was not found on": "+2",
+    }
+    assert text.count('class="dot cloud"') == 3, "both curves, and the change of all texts"
+    assert page.figures["Steering", "Prefers the chosen text"] == {"steered": "0.5000", "DPO model": "1.000"}
+    kl = {"steered from SFT": "0.1250", "steered to DPO": "0.5000"}
+    assert page.figures["Steering", "KL divergence"] == kl
+    logps = {"steered chosen": "-1.500", "steered rejected": "-2.500"}
+    assert page.figures["Steering", "Log-prob of held-out texts"].items() >= logps.items()
+    assert {page.units[title] for title in ("Refusals", "Prefers the chosen text", "Repetition")} == {
+        "share of 16 unsafe and 15 safe prompts; 95 % intervals",
+        "share of 25 held-out pairs; 95 % intervals",
+        "share of 4-grams that repeat, in 7 continuations",
+    }
+    said = "behaviour of 25 held-out pairs; refusals of 16 unsafe and 15 safe prompts; KL of 8 texts, repeats of 7"
+    assert said in text
+    (refusals,) = re.findall(r"<svg[^>]*aria-label=\"Refusals,.*?</svg>", text)
+    # Three whiskers of each label, the DPO model's in one path with its square, a share's axis of 0 to 1.
+    assert refusals.count('class="whisker"') == 3 and refusals.count('class="whisker dashed"') == 1
+    assert ">0</text>" in refusals and ">1</text>" in refusals and ">-" not in refusals
+    blocks = {"sweep_matched at the last lambda": "2.000", "sweep_matched unsteered": "1.000"}
+    assert page.figures["Steering", "Separation after each block"] == blocks
+    assert page.figures["Steering", "First component"] == {"steer raw": "0.7500", "steer centred": "0.2500"}
+
+
+def test_a_reason_is_given_once():
+    """Where the decision says why a curve is called flat, the verdict does not."""
+    found = {"verdict": "flat", "because": ["random directions of equal norm change as much (p 0.40)"]}
+    assert words(found | {"decision": "any direction"}) == "flat"
+    assert words(found | {"decision": "more prompts"}) == f"flat ({found['because'][0]})"
+    assert words({"verdict": "rising", "because": [], "decision": "go on"}) == "rising"
+
+
+def test_several_sweeps(tmp_path):
+    """Eight pairs of one model and one set of prompts: one sentence for one decision, what is the same once,
+    and a legend of one line a pair.
+    """
+    folders = []
+    for i in range(8):
+        folders.append(write_steering(tmp_path / f"pair{i}") / "sweep_matched")
+    other = folders[7] / "aqi.json"
+    sweep = json.loads(other.read_text())
+    sweep["verdicts"][0] |= {"verdict": "flat", "decision": "nothing", "advice": "no change"}
+    sweep["baselines"]["untrained"]["separation"] = 0.25
+    other.write_text(json.dumps(sweep))
+    text, page = show(tmp_path, *folders)
+    names = [f"pair{i}/sweep_matched" for i in range(8)]
+    first = ", ".join(names[:7])
+    verdicts = re.findall("<p class=said><b>(.*?)</b> (.*?)</p>", text)
+    assert verdicts[:2] == [
+        (f"{first}: rising. Decision: go on.", "A change that matters."),
+        (f"{names[7]}: flat. Decision: nothing.", "No change."),
+    ]
+    assert ("all 8:", "Saturated at 55.00.") in verdicts
+    head = ["sweep", "verdict", "decision", "change, of 100", "95 % interval", "sd of random directions", "p"]
+    row = [names[0], "rising", "go on", "+1", "[+0.5, +1.5]", "+4", "0.05", "+2", "+1.5", "1"]
+    changes = page.tables["Steering", "Verdict"]
+    assert changes[:2] == [[*head, "best direction", "DPO model", "matters from"], row] and len(changes) == 9
+    assert [row[:3] for row in page.tables["Steering", "Baselines"][1:]] == [
+        ["all 8", "this model", "1.000"],
+        [first, "untrained network", "1.000"],
+        [names[7], "untrained network", "0.2500"],
+        ["all 8", "words", "1.000"],
+        ["all 8", "length", "1.000"],
+        ["all 8", "shuffled labels", "1.000"],
+        ["all 8", "this model, less what length explains", "0.1250"],
+    ]
+    legend = page.figures["Steering", "Separation, overall"]
+    assert len(legend) == 8 + 1 and legend["pair0/sweep_matched rising"] == "2.000"
+    assert len(page.figures["Steering", "Refusals"]) == 8 + 3, "unsafe, safe, the DPO model"
+    assert text.count('class="dot cloud"') == 8, "a row a pair"
+    assert page.figures["Steering", "Change, Privacy"].keys() == {
+        "steering; intervals hold for all axioms together in 95 % of cases",
+        "± 2 sd of random directions of its length",
+    }
+
+
+def test_a_sweep_that_does_not_say_its_counts(tmp_path):
+    """As of before 2026-11-29: units without numbers, and a sentence that says so."""
+    folder = write_steering(tmp_path / "steer")
+    path = folder / "sweep_matched/aqi.json"
+    sweep = json.loads(path.read_text())
+    del sweep["behaviour_of"]
+    path.write_text(json.dumps(sweep))
+    text, page = show(tmp_path, folder)
+    assert page.units["Refusals"] == "share of unsafe and safe prompts; 95 % intervals"
+    assert "whose numbers of pairs and prompts are not known" in text
 
 
 def test_a_forest_plot_by_hand():
     """Values of -1 to 1 over the 202 units right of the names, widened by 0.04: 1 is at 150 + 202 * 2.08 /
     2.16 = 344.5.
     """
-    text = forest_svg(Forest("a < b", "unit", [Effect("calm", 2, 0.0, -1.0, 1.0, -0.5, 0.5)]))
+    text = forest_svg(Forest("a < b", "unit", [Effect("calm", 2, 0.0, -1.0, 1.0, 0.25)]))
     assert 'class="whisker" style="--c:var(--c2)" d="M157.5,8.5H344.5"' in text
     assert 'class="band" style="--c:var(--c2)" x="204.2" y="2.5" height="12" width="93.5"' in text
     assert 'class="dot" style="--c:var(--c2)" d="M251.0,8.5h0"' in text and ">calm</text>" in text
+    assert 'aria-label="a &lt; b, unit: calm +0 [-1, +1]"' in text
+
+
+def test_a_forest_row_among_single_directions():
+    """A row of 96 units around 48. A square 7 wide at 0, a diamond 10 wide at 1, rules at -1 and 1, no bar."""
+    about = {"cloud": (-1.0, 1.0), "square": 0.0, "diamond": 1.0, "relevant": 1.0}
+    text = forest_svg(Forest("t", "u", [Effect("calm", 0, 0.0, -1.0, 1.0, 0.25, **about)]))
+    assert 'd="M247.5,44.5h7v7h-7z"' in text and 'd="M339.5,48l5,-5l5,5l-5,5z"' in text
+    assert re.findall('class="limit" d="(.*?)"', text) == ["M157.5,1V95", "M344.5,1V95"]
+    (dots,) = re.findall('class="dot cloud" .*? d="(.*?)"', text)
+    assert dots.startswith("M157.5,14.4h0M344.5,") and 'class="band"' not in text
 
 
 def test_a_sweeps_own_folder(tmp_path):
     """Two sweeps of different vectors in one chart, without their spectra."""
     folders = [write_steering(tmp_path / name) / "sweep_matched" for name in ("a", "b")]
     _, page = show(tmp_path, *folders)
-    shown = page.figures["Steering", "Separation, Privacy"]
-    assert (
-        shown.items() >= {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}.items()
-        and len(shown) == 2 * 4
-    )
+    curves = {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}
+    assert page.figures["Steering", "Separation, Privacy"] == curves | {"the DPO model itself": None}
     assert ("Steering", "Effective rank") not in page.figures
 
 
@@ -610,7 +654,7 @@ def test_a_chart_by_hand():
     assert text.count('class="level"') == 1 and 'd="M46.0,88.0L352.0,88.0"' in text, (
         "a level outside the chart is not drawn"
     )
-    assert 'aria-label="a &lt; b, unit"' in text
+    assert 'aria-label="a &lt; b, unit: run 0 to 1.000"' in text
     assert re.findall(r'class="x"[^>]*>([^<]*)', text) == ["0", "5", "10"]
 
 
@@ -622,14 +666,13 @@ def test_a_long_interval_is_a_band_and_a_constant_has_a_range():
 
 
 def test_a_single_value_is_a_square_around_a_dot():
-    """As the DPO model beside a curve's last dot; (352, 88) is its middle, 7 its side. With an interval: a dot."""
+    """As the DPO model beside a curve's last dot; (352, 88) is its middle, 7 its side, 0.4 at 102.8, 0.6 at 73.2."""
     curve = Line("run", 0, [0, 1], [0.0, 1.0])
-    evaluated = Line("eval", 0, [1], [0.5], [0.4], [0.6])
-    chart = Chart("t", "u", "x", [curve, Line("DPO model", 0, [1], [0.5]), evaluated])
-    assert [line.is_point for line in chart.lines] == [False, True, False]
+    dpo = Line("DPO model", 0, [1], [0.5], [0.4], [0.6], square=True)
+    chart = Chart("t", "u", "x", [curve, dpo])
     text = svg(chart)
-    assert 'd="M348.5,84.5h7v7h-7z"' in text and text.count('class="dot"') == 2
-    assert figure(chart).count('class="square"') == 1
+    assert 'd="M348.5,84.5h7v7h-7zM352.0,102.8L352.0,73.2"' in text and text.count('class="dot"') == 1
+    assert figure(chart).count('class="square "') == 1
 
 
 def test_a_change_that_does_not_matter_looks_flat():
