@@ -1,8 +1,14 @@
 """Fixtures of the tests that train."""
 
 import gc
+import os
 
 import pytest
+
+# Tests compute on the CPU, on every machine: their bounds are a CPU's, and they start more ranks than there may
+# be GPUs. test_gpu.py alone starts a process that sees the GPUs. Workers of xdist read this file once more.
+os.environ.setdefault("VISIBLE_TO_GPU_CHECKS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 LONGEST = (
     "test_commands",

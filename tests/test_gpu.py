@@ -1,17 +1,48 @@
 """The checks of gpu_checks.py, where there is a GPU."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import gpu_checks
 import pytest
 import torch
 from gpu_checks import CHECKS, check_attention_fp32, check_fp8_linear, why_skipped
 
+NAMES = [check.__name__.removeprefix("check_") for check in CHECKS]
+VISIBLE = os.environ["VISIBLE_TO_GPU_CHECKS"]  # of conftest.py
+HAS_GPU = shutil.which("nvidia-smi") is not None and VISIBLE not in ("", "-1")
+
+
+@pytest.fixture(scope="module")
+def lines(request):
+    """What gpu_checks.py prints, line by line, of a process that sees the GPUs: the tests do not."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": VISIBLE}
+    if VISIBLE == "all":
+        del environment["CUDA_VISIBLE_DEVICES"]
+    items = [item for item in request.session.items if item.get_closest_marker("gpu")]
+    command = [sys.executable, gpu_checks.__file__, *[item.callspec.params["name"] for item in items]]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipe) as process:
+        yield process.stdout
+        process.kill()
+
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_gpu(check):
-    if reason := why_skipped(check):
-        pytest.skip(reason)
-    check()
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU: no nvidia-smi, or CUDA_VISIBLE_DEVICES hides it")
+@pytest.mark.parametrize("name", NAMES)
+def test_gpu(name, lines):
+    printed = []
+    for line in lines:
+        printed.append(line)
+        if line.startswith(f"{name} "):
+            break
+    found = "".join(printed[-1:])
+    if reason := re.match(rf"{name} +skipped: (.*)", found):
+        pytest.skip(reason[1])
+    assert re.match(rf"{name} +ok ", found), "".join(printed) or "gpu_checks.py has ended"
 
 
 def test_a_check_is_skipped_where_its_gpu_cannot_run_it(monkeypatch):

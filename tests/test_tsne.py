@@ -219,7 +219,6 @@ def test_equal_distances_share_the_probability():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_checks.py runs the kernels themselves")
 def test_kernels_in_the_interpreter():
     """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported, and here another test
     may have done that.
