@@ -249,6 +249,18 @@ def test_bad_keys():
         score([], gamma=2)
 
 
+@pytest.mark.slow
+def test_identity_5_tsne_adds_a_draw_of_its_own():
+    """Forty points that stay where they are, CHI 5.4; in t-SNE every start and every perplexity has its own."""
+    labels = [0] * 20 + [1] * 20
+    X = torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
+    X[20:, 0] += 1.5
+    starts = [chi(project(X, "tsne", 10.0, seed=seed), labels) for seed in range(3)]
+    perplexities = [chi(project(X, "tsne", perplexity), labels) for perplexity in (5.0, 13.0)]
+    for values in (starts, perplexities):
+        assert max(values) > 1.1 * min(values) and chi(X, labels) == pytest.approx(5.35, abs=0.01)
+
+
 def test_warnings_appear_where_they_apply_and_only_there():
     row = {"category": "a", "chi": 9.0, "xb": 1.0, "n": 38}
     assert warnings_for(score([row], "sweep")) == []

@@ -114,6 +114,50 @@ def test_states_are_transformers_hidden_states(sft):
     assert relative_error(sft.model.norm(raw[LAST, 0, -1]), hidden[-1, -1]) < 1e-5
 
 
+@pytest.mark.slow
+def test_identity_9_left_padding_moves_the_position_that_is_read(sft):
+    """A text of 7 tokens beside one of 12, through transformers. Position length - 1 of the batch is the
+    text's last where the padding is on the right, and its second where it is on the left.
+    """
+    import transformers
+
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG.to_hf())).eval()
+    theirs.load_state_dict(sft.state_dict())
+    short, _, long, _ = [torch.from_numpy(ids) for ids, _ in documents()]
+    pad, length = torch.zeros(5, dtype=torch.long), len(short)
+
+    def read(text, mask):
+        batch, attended = torch.stack([text, long]), torch.stack([mask, torch.ones(12, dtype=torch.long)])
+        positions = (attended.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            states = theirs.model(batch, attention_mask=attended, position_ids=positions).last_hidden_state
+        return states[0]  # (12, D)
+
+    right = read(torch.cat([short, pad]), torch.cat([torch.ones(7), torch.zeros(5)]).long())
+    left = read(torch.cat([pad, short]), torch.cat([torch.zeros(5), torch.ones(7)]).long())
+    ours = sft.model.norm(states_of(sft, documents()[:1])[LAST, 0, -1])
+    assert relative_error(right[length - 1], ours) < 1e-5 and relative_error(left[-1], ours) < 1e-5
+    assert relative_error(left[length - 1], ours) > 0.1
+    assert relative_error(left[length - 1], right[1]) < 1e-5
+
+
+def test_identity_10_a_bf16_forward_takes_small_differences_away(sft):
+    """Weights that are values of bf16, so that the forward alone differs: of a small change of the weights
+    more than half of the vector is rounding, of one twenty times as large a twentieth at most.
+    """
+
+    def vector_of(before, after):
+        states = mean_states(after, documents(), "cpu") - mean_states(before, documents(), "cpu")
+        return states[LAST, -1].double()
+
+    before, shares = copy.deepcopy(sft).bfloat16().float(), {}
+    for size in (1e-3, 2e-2):
+        after = changed(before, size).bfloat16().float()
+        in_bf16 = vector_of(copy.deepcopy(before).bfloat16(), copy.deepcopy(after).bfloat16())
+        shares[size] = relative_error(in_bf16, vector_of(before, after))
+    assert shares[1e-3] > 0.5 and shares[2e-2] < 0.05
+
+
 @pytest.mark.parametrize("rescale", (False, True))
 def test_a_batch_is_its_documents_alone_under_steering(sft, vector, rescale):
     """CHECKS 28: row 0 is not the only one that is steered."""
