@@ -47,6 +47,7 @@ class Chart:
     least_range: float = 0.0  # of the y axis, or a change of 0.002 fills it and looks like a rise
     covers: tuple = ()  # y that the axis reaches to: both ends of a share, or 0
     marks: tuple = ()  # Marks that explain the lines without a name
+    last_x: float = math.inf  # where the numbers of the x axis end: what stands beyond it has no x
 
 
 @dataclass(frozen=True)
@@ -177,13 +178,14 @@ def svg(chart):
     for y in chart.levels:
         if frame.y0 <= y <= frame.y1:
             out.append(f'<path class="level" d="M{frame.at(frame.x0, y)}L{frame.at(frame.x1, y)}"/>')
-    # markers with whiskers stand side by side, 3 units apart
+    # markers with whiskers stand side by side, 3 units apart, many of them closer: near their x
     whiskered = [line for line in chart.lines if line.marked and line.low and not line.square]
-    aside = 3.0 * (1 - len(whiskered)) / 2
+    apart = min(3.0, 9.0 / max(1, len(whiskered)))
+    aside = apart * (1 - len(whiskered)) / 2
     for line in chart.lines:
         out += _line(line, frame, aside)
         if line in whiskered:
-            aside += 3.0
+            aside += apart
     return "".join([*out, "</svg>"])
 
 
@@ -272,7 +274,7 @@ def _axes(chart, frame):
     whole = True
     for line in chart.lines:
         whole = whole and all(isinstance(x, int) for x in line.x)
-    for x in ticks(frame.x0, frame.x1, whole=whole):
+    for x in ticks(frame.x0, min(frame.x1, chart.last_x), whole=whole):
         yield f'<text class="x" x="{frame.across(x):.1f}" y="{HEIGHT - 6}">{x:,.6g}</text>'
 
 

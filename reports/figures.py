@@ -124,16 +124,17 @@ PANELS = (
 
 
 def training_charts(names, runs):
-    """Those of PANELS that some run has values for, every run a colour."""
+    """Those of PANELS that some run has values for, every run a colour; losses of two units in two charts."""
     charts = []
     for panel in PANELS:
-        lines = []
+        by_unit = {}
         for colour, (name, run) in enumerate(zip(names, runs)):
             for metric, label in panel.metrics.items():
                 line = _metric_line(f"{name} {label}".strip(), colour, run, metric, panel.noisy)
-                lines += [line] if line.x else []
-        if lines:
-            charts.append(Chart(panel.title, _unit(panel, runs, lines), "step", lines, _levels(panel, runs)))
+                if line.x:
+                    by_unit.setdefault(panel.unit or _unit_of(panel.title, run), []).append(line)
+        for unit, lines in by_unit.items():
+            charts.append(Chart(panel.title, _windows(unit, lines), "step", lines, _levels(panel, runs)))
     return charts
 
 
@@ -158,11 +159,8 @@ def _metric_line(name, colour, run, metric, noisy):
     return Line(name, colour, x, y, low, high, dashed=name.endswith(" rejected"), smooth=smooth, note=note)
 
 
-def _unit(panel, runs, lines):
-    """Of the values, with the windows that the lines are smoothed over."""
-    unit = panel.unit
-    if unit is None:
-        unit = " or ".join(sorted({_unit_of(panel.title, run) for run in runs}))
+def _windows(unit, lines):
+    """The unit with the windows that the lines are smoothed over."""
     windows = {line.smooth for line in lines} - {1}
     if windows:
         unit += f"; mean of the last {' or '.join(map(str, sorted(windows)))} steps"
@@ -262,7 +260,8 @@ def separation_charts(sweeps):
             lines.append(Line("DPO model" if is_alone else "", colour, [place], [dpo], square=True))
         marks = () if is_alone else (Mark("square", "the DPO model itself"),)
         title = f"Separation, {category}"
-        charts.append(Chart(title, unit, "lambda", lines, least_range=POINT, marks=marks))
+        about = {"least_range": POINT, "marks": marks, "last_x": x[-1]}
+        charts.append(Chart(title, unit, "lambda", lines, **about))
     return charts
 
 
@@ -398,7 +397,8 @@ def behaviour_charts(sweeps):
         unit = " ".join(shown.unit.format(*_counts(sweeps, shown.counted)).split())
         if is_alone and shown.intervals:
             unit += "; 95 % intervals"
-        about = {"covers": shown.covers, "levels": shown.levels, "intervals": shown.intervals}
+        last = max(sweep["inputs"]["lambdas"][-1] for _, sweep in sweeps)
+        about = {"covers": shown.covers, "levels": shown.levels, "intervals": shown.intervals, "last_x": last}
         chart = row_chart(shown.title, unit, "lambda", named, shown.keys, **about)
         points = _dpo_points(sweeps, shown)
         marks = chart.marks

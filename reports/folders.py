@@ -111,10 +111,14 @@ def _json_lines(path):
 
 
 def short_names(folders):
-    """The folders as paths below their common parent."""
+    """The folders as paths below their common parent, without a last part that all have in common."""
     folders = [Path(folder).resolve() for folder in folders]
     parent = os.path.commonpath([folder.parent for folder in folders])
-    return [str(folder.relative_to(parent)) for folder in folders]
+    names = [folder.relative_to(parent) for folder in folders]
+    have_parents = all(len(name.parts) > 1 for name in names)
+    if have_parents and len({name.name for name in names}) == 1:
+        names = [name.parent for name in names]
+    return [str(name) for name in names]
 
 
 def has_nulls(report):

@@ -3,6 +3,7 @@
 matplotlib is imported here only.
 """
 
+import math
 from pathlib import Path
 
 from reports.charts import smoothed, widened
@@ -20,6 +21,8 @@ def plot_chart(path, chart):
         for level in chart.levels:
             if bottom <= level <= top:
                 ax.axhline(level, linestyle=":", color="grey")
+        if chart.last_x < math.inf:
+            ax.set_xticks([x for x in ax.get_xticks() if min(ax.get_xlim()) <= x <= chart.last_x])
         ax.set_xlabel(chart.xlabel)
         ax.set_title(chart.title, loc="left", fontweight="bold", pad=20)
         ax.text(0, 1.02, chart.unit, transform=ax.transAxes, fontsize="small")
@@ -69,7 +72,7 @@ def plot_heatmap(path, rows, columns, values, title):
                 colour = "white" if abs(value) > 0.6 * most else "black"
                 ax.text(c, r, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize="small")
         ax.set_title(title)
-        figure.colorbar(image, ax=ax)
+        figure.colorbar(image, ax=ax, label="of 100")
 
     _figure(path, draw, size=(2.5 + 0.8 * len(columns), 1.5 + 0.5 * len(rows)))
 
@@ -81,7 +84,7 @@ def plot_clusters(path, points, label, title):
     """
 
     def draw(_, ax):
-        for value, name, colour in ((0, "unsafe", "#d1495b"), (1, "safe", "#2e7d5b")):
+        for value, name, colour in ((0, "unsafe", "#c8571b"), (1, "safe", "#1f6fb2")):
             mine = points[label == value]
             ax.scatter(*mine.T, s=6, alpha=0.6, color=colour, label=f"{name}, {len(mine):,} texts")
         ax.set(xlabel="component 1", ylabel="component 2", zlabel="component 3", title=title)

@@ -217,7 +217,7 @@ def test_one_run(tmp_path, capsys):
     _, page = show(tmp_path, write_run(tmp_path / "one"))
     head, row = page.tables["DPO", "Outcome"]
     assert dict(zip(head, row)) == {
-        "run": "one", "steps": "3", "loss, step 1": "1.000", "last step": "0.3333", "held-out loss": "0.6000",
+        "run": "one", "steps": "3", "loss, step 1": "1.000", "loss, last step": "0.3333", "held-out loss": "0.6000",
         "held-out accuracy": "0.982 ± 0.016", "held-out margin": "2.00 ± 0.50", "clipped": "33%",
         "tokens/s": "4,000", "GiB": "2.000", "time of steps": "0:02:00",
     }  # fmt: skip
@@ -288,7 +288,12 @@ def test_runs_are_drawn_over_each_other(tmp_path):
     }
     assert 'aria-label="Loss, nats per document: sft 1.000 to 0.3333"' in text
     assert 'aria-label="Held-out loss, nats per token: sft 2.000 to 2.000"' in text
-    assert 'aria-label="Log-ratio to the reference, nats per answer or nats per token: ' in text
+    # each of the two losses has its unit: one chart for both would be of none
+    units = re.findall(r'aria-label="Log-ratio to the reference, ([^:]*): ([^;]*);', text)
+    assert units == [
+        ("nats per token", "x/one chosen 0.0500 to 0.1500"),
+        ("nats per answer", "y/two chosen 0.0250 to 0.0750"),
+    ]
 
 
 def test_simpo_has_no_reference_and_a_gpu_an_mfu(tmp_path):
@@ -439,7 +444,7 @@ def test_several_sweeps(tmp_path):
     sweep["baselines"]["untrained"]["separation"] = 0.25
     other.write_text(json.dumps(sweep))
     text, page = show(tmp_path, *folders)
-    names = [f"pair{i}/sweep_matched" for i in range(8)]
+    names = [f"pair{i}" for i in range(8)]
     first = ", ".join(names[:7])
     verdicts = re.findall("<p class=said><b>(.*?)</b> (.*?)</p>", text)
     assert verdicts[:2] == [
@@ -461,7 +466,7 @@ def test_several_sweeps(tmp_path):
         ["all 8", "this model, less what length explains", "0.1250"],
     ]
     legend = page.figures["Steering", "Separation, overall"]
-    assert len(legend) == 8 + 1 and legend["pair0/sweep_matched rising"] == "2.000"
+    assert len(legend) == 8 + 1 and legend["pair0 rising"] == "2.000"
     assert len(page.figures["Steering", "Refusals"]) == 8 + 3, "unsafe, safe, the DPO model"
     assert text.count('class="dot cloud"') == 8, "a row a pair"
     assert page.figures["Steering", "Change, Privacy"].keys() == {
@@ -507,7 +512,7 @@ def test_a_sweeps_own_folder(tmp_path):
     """Two sweeps of different vectors in one chart, without their spectra."""
     folders = [write_steering(tmp_path / name) / "sweep_matched" for name in ("a", "b")]
     _, page = show(tmp_path, *folders)
-    curves = {"a/sweep_matched flat": "2.000", "b/sweep_matched flat": "2.000"}
+    curves = {"a flat": "2.000", "b flat": "2.000"}
     assert page.figures["Steering", "Separation, Privacy"] == curves | {"the DPO model itself": None}
     assert ("Steering", "Effective rank") not in page.figures
 
@@ -522,7 +527,7 @@ def test_sweeps_are_named_by_their_pairs_where_these_differ(tmp_path):
     assert [name for name, _ in report.named_sweeps([found[0], found[0]])] == ["dpo"]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pair": "dpo"}))
     found = [read(folder) for folder in folders]
-    assert [name for name, _ in report.named_sweeps(found)] == ["a/sweep_matched", "b/sweep_matched"]
+    assert [name for name, _ in report.named_sweeps(found)] == ["a", "b"]
     assert report.named_sweeps([]) == []
 
 
@@ -658,6 +663,22 @@ def test_a_chart_by_hand():
     assert re.findall(r'class="x"[^>]*>([^<]*)', text) == ["0", "5", "10"]
 
 
+def test_numbers_of_an_axis_end_at_the_last_lambda():
+    """At 0.5; the square beyond it is no lambda. Without an end 0.6 would be one of the numbers."""
+    lines = [Line("run", 0, [0, 0.5], [0.0, 1.0]), Line("DPO model", 0, [0.65], [0.5], square=True)]
+    for last, shown in ((0.5, ["0", "0.2", "0.4"]), (math.inf, ["0", "0.2", "0.4", "0.6"])):
+        text = svg(Chart("t", "u", "lambda", lines, last_x=last))
+        assert re.findall(r'class="x"[^>]*>([^<]*)', text) == shown
+
+
+def test_whiskers_of_many_runs_stay_near_their_x():
+    """Two are 3 units apart, eight 9 / 8: within 4 of where they belong."""
+    for count, first in ((1, "0"), (2, "-1.5"), (8, "-3.9375")):
+        lines = [Line(f"{i}", i, [0, 1], [0.0, 1.0], [0.0, 0.5], [0.5, 1.0]) for i in range(count)]
+        places = re.findall(r'class="dot"[^>]*translate\(([^)]*)\)', svg(Chart("t", "u", "x", lines)))
+        assert len(places) == count and float(places[0]) == pytest.approx(float(first), abs=1e-4)
+
+
 def test_a_long_interval_is_a_band_and_a_constant_has_a_range():
     x = list(range(13))
     text = svg(Chart("t", "u", "step", [Line("run", 0, x, [2.0] * 13, [2.0] * 13, [2.0] * 13)]))
@@ -749,7 +770,9 @@ def test_tables():
 
 def test_short_names(tmp_path):
     assert short_names([tmp_path / "a/dpo"]) == ["dpo"]
-    assert short_names([tmp_path / "a/dpo", tmp_path / "b/dpo"]) == ["a/dpo", "b/dpo"]
+    assert short_names([tmp_path / "a/dpo", tmp_path / "b/dpo"]) == ["a", "b"]
+    assert short_names([tmp_path / "a/dpo", tmp_path / "b/dpo_2"]) == ["a/dpo", "b/dpo_2"]
+    assert short_names([tmp_path / "dpo", tmp_path / "b/dpo"]) == ["dpo", "b/dpo"]
 
 
 @pytest.mark.slow
