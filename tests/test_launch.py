@@ -15,7 +15,7 @@ SBATCH = {"job-name": r"\w+", "nodes": r"\d+(-\d+)?", "ntasks-per-node": r"\d+",
           "output": r"[\w%./-]+"}  # fmt: skip
 # sky/utils/schemas.py of SkyPilot 0.14.1, get_task_schema and get_resources_schema: the keys that the task
 # uses, and their types. The package brings eighty others, so it is not installed with the tests; its own
-# validator has not seen the file.
+# Task.from_yaml_config took the file, and refused it with a misspelt key, on 2026-11-29.
 TASK = {
     "name": str,
     "num_nodes": int,
