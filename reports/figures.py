@@ -25,7 +25,7 @@ class Behaviour:
     """A chart of a sweep over lambda.
 
     keys: {label: key of an entry of "behaviour"}; intervals {key: key}. counted: names of numbers in
-    "behaviour_of" that the unit has places for.
+    "behaviour_of" that the unit has places for. The rest is of the Chart.
     """
 
     title: str
@@ -35,6 +35,7 @@ class Behaviour:
     intervals: dict = field(default_factory=dict)
     covers: tuple = ()
     levels: tuple = ()
+    least_range: float = 0.0
 
 
 SHARE = (0.0, 1.0)
@@ -53,7 +54,7 @@ BEHAVIOUR = (
         "nats per token of {} held-out texts",
         {"from SFT": "kl_from_sft", "to DPO": "kl_to_dpo"},
         counted=("kl_texts",),
-        covers=(0.0,),
+        covers=(0.0, 0.01),  # or a thousandth of a nat fills the axis
     ),
     Behaviour(
         "Refusals",
@@ -76,6 +77,7 @@ BEHAVIOUR = (
         "nats per token, {} pairs",
         {"chosen": "logp_chosen", "rejected": "logp_rejected"},
         counted=("pairs",),
+        least_range=0.1,
     ),
     Behaviour(
         "Repetition",
@@ -353,7 +355,8 @@ def _forest_marks(sweeps):
 def axiom_forests(sweeps):
     """Changes of the axioms beside two deviations of the random directions.
 
-    Of a single sweep one Forest; of several one an axiom, on one scale.
+    Of a single sweep one Forest; of several one an axiom, on one scale. It reaches to one point on both
+    sides: changes that do not matter look small.
     """
     _, *axioms = verdicts_of(sweeps).items()  # the first is that of all texts
     marks = (Mark("dot", "steering; intervals hold for all axioms together in 95 % of cases"),)
@@ -362,8 +365,8 @@ def axiom_forests(sweeps):
         effects = []
         for category, ((_, _, _, verdict),) in axioms:
             effects.append(_effect(category, 0, verdict))
-        return [Forest("Change of the separation, by axiom", ENDS, effects, marks)]
-    rows, reach = {}, [0.0]
+        return [Forest("Change of the separation, by axiom", ENDS, effects, marks, covers=(-POINT, POINT))]
+    rows, reach = {}, [-POINT, POINT]
     for category, found in axioms:
         rows[category] = [_effect(name, colour, verdict) for colour, name, _, verdict in found]
         for effect in rows[category]:
@@ -398,7 +401,8 @@ def behaviour_charts(sweeps):
         if is_alone and shown.intervals:
             unit += "; 95 % intervals"
         last = max(sweep["inputs"]["lambdas"][-1] for _, sweep in sweeps)
-        about = {"covers": shown.covers, "levels": shown.levels, "intervals": shown.intervals, "last_x": last}
+        about = {"covers": shown.covers, "levels": shown.levels, "intervals": shown.intervals}
+        about |= {"last_x": last, "least_range": shown.least_range}
         chart = row_chart(shown.title, unit, "lambda", named, shown.keys, **about)
         points = _dpo_points(sweeps, shown)
         marks = chart.marks

@@ -56,6 +56,26 @@ ENTRIES = {
 CHANGE = ("change, of 100", "95 % interval", "sd of random directions", "p")
 SPECTRUM = "Spectrum of the differences between the two models"
 
+# What a reader needs who has nothing but the page. docs/aqi.md says why.
+TERMS = {
+    "lambda": "share of the vector that is added to the SFT model's states; the vector is the mean "
+    "difference between the two models' states",
+    "separation": "per cent of the states' variance that the label, safe or unsafe, explains beyond "
+    "chance: 0 none, 100 all",
+    "its interval": "of all texts of this kind, drawn in groups; with few groups it lies below the "
+    "separation, part of which is then the groups'",
+    "random directions": "as long as the vector, without a meaning: isotropic ones, and sums of the pair's "
+    "own differences, half of them negated; p is the rank of the change among them",
+    "best direction": "found by gradient ascent on half of the texts, read on the other half: what a "
+    "vector of this length can do",
+    "shuffled labels": "what labels without a meaning separate; groups keep together",
+    "groups": "near copies of one text, or those of a column; worth: equally large groups that say as much",
+    "probe AUC": "how well a linear probe reads the label of texts that it has not seen; chance: 0.5",
+    "shift": "of the last layer's mean state, along the vector v and beside it, in lengths of v; along v "
+    "it should be lambda",
+    "refuses": "share of answers that begin as refusals do, by a list of openings",
+}
+
 # ---------------------------------------------------------------- training runs
 
 
@@ -252,6 +272,8 @@ def steering_section(folders):
         ]
     if spectra:
         parts.append((SPECTRUM, spectrum_charts(spectra)))
+    if sweeps:
+        parts.append(("Terms", table(["term", "meaning"], list(TERMS.items()), text=2, kind="terms")))
     return "Steering", parts
 
 
@@ -364,8 +386,8 @@ def by_lambda(sweeps):
     for name, sweep in sweeps:
         counts.setdefault(behaviour_counts(sweep), []).append(name)
     for counted, names in counts.items():
-        whose = "" if len(counts) == 1 else f"{', '.join(names)}: "
-        tables += sentence(f"{whose}{counted}. KL and logp: nats per token.")
+        whose = "" if len(counts) == 1 else f"{', '.join(names)}:"
+        tables += sentence(f"{_capital(counted)}. KL and logp: nats per token.", whose)
     return tables + by_sweep(sweeps, ["lambda", *ENTRIES], acts, text=1)
 
 

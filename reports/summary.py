@@ -80,7 +80,7 @@ def _per_kind(ranks):
 
 
 def _texts(texts):
-    groups = f"{texts['groups']:,} groups ({texts['grouped_by']}), worth {texts['effective']:.0f}"
+    groups = f"{texts['groups']:,} groups ({texts['grouped_by']}), worth {texts['effective']:,.0f}"
     return f"{texts['texts']:,} texts in {groups}"
 
 

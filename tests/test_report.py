@@ -17,7 +17,7 @@ from analysis import verdict as judged
 from reports import page as report
 from reports import plots
 from reports.charts import BUCKETS, Chart, Effect, Forest, Line, forest_svg, number, smoothed, svg, ticks
-from reports.figures import PANELS, POINT, axioms_chart, separation_charts
+from reports.figures import PANELS, POINT, axiom_forests, axioms_chart, separation_charts
 from reports.folders import read, short_names
 from reports.html import COLOURS, figure, table
 from reports.summary import BASELINES, words
@@ -353,7 +353,12 @@ def test_steering(tmp_path):
     text, page = show(tmp_path, write_steering(tmp_path / "steer"))
     order = re.findall("<h3>([^<]*)</h3>", text)
     first = ["Verdict", "Separation and effect sizes", "Notes", "Behaviour over lambda", "Baselines"]
-    assert order[:5] == first and order[-2:] == ["Vectors", "Settings of the sweeps"]
+    assert order[:5] == first and order[-3:] == ["Terms", "Vectors", "Settings of the sweeps"]
+    assert {name for name, _ in page.tables["Steering", "Terms"]} >= {
+        "lambda",
+        "separation",
+        "random directions",
+    }
     said = "<b>sweep_matched: rising. Decision: go on.</b> A change that matters.</p><p class=said>From lambda 0 to 1 the "
     said += "separation changes by +1 of 100, 95 % interval [+0.5, +1.5]; a change matters from 1 on. That is +4 sd of 2 "
     said += "random directions of each of two kinds, p 0.05; 50% of what the best direction of this length does (+2, on "
@@ -412,7 +417,7 @@ def test_charts_of_a_sweep(tmp_path):
         "share of 25 held-out pairs; 95 % intervals",
         "share of 4-grams that repeat, in 7 continuations",
     }
-    said = "behaviour of 25 held-out pairs; refusals of 16 unsafe and 15 safe prompts; KL of 8 texts, repeats of 7"
+    said = "Behaviour of 25 held-out pairs; refusals of 16 unsafe and 15 safe prompts; KL of 8 texts, repeats of 7"
     assert said in text
     (refusals,) = re.findall(r"<svg[^>]*aria-label=\"Refusals,.*?</svg>", text)
     # Three whiskers of each label, the DPO model's in one path with its square, a share's axis of 0 to 1.
@@ -703,6 +708,20 @@ def test_a_change_that_does_not_matter_looks_flat():
     (points,) = re.findall(r'class="curve"[^>]* points="([^"]*)"', text)
     first, last = [float(point.split(",")[1]) for point in points.split()]
     assert 0 < first - last < 0.5 and abs(first + last - 2 * 88) < 0.5
+
+
+def test_axioms_are_on_an_axis_of_a_point_at_least(tmp_path):
+    """As of one sweep, so of two, whose axis is one for all axioms: intervals of +-1.5 widen it."""
+    sweep = json.loads((write_steering(tmp_path / "steer") / "sweep_matched/aqi.json").read_text())
+    for verdict in sweep["verdicts"]:
+        verdict |= {"change": 0.01, "change_interval": [-0.02, 0.04]}
+        verdict["nulls"]["null_sd"] = 0.01
+    (forest,) = axiom_forests([("a", sweep)])
+    assert forest.covers == (-POINT, POINT) and forest.effects[0].reach() == [0.01, -0.02, 0.04, -0.02, 0.02]
+    wide = json.loads(json.dumps(sweep))
+    wide["verdicts"][1]["change_interval"] = [-1.5, 1.5]
+    (forest,) = axiom_forests([("a", sweep), ("b", wide)])
+    assert forest.covers == (-1.5, 1.5) and [effect.name for effect in forest.effects] == ["a", "b"]
 
 
 def test_no_spike_is_thinned_away():
