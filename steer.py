@@ -323,14 +323,15 @@ def run_extract(targets, config, _, configs=None):
 
 def run_spectrum(targets, config, _):
     """What the vector is made of, layer by layer."""
-    print_spectrum(find_vector(targets, config), config)
+    vector = find_vector(targets, config)
+    print_spectrum(vector, config, vector.manifest["layers"])
 
 
-def print_spectrum(vector, config):
+def print_spectrum(vector, config, last):
     """Per layer: the vector's length, and how much of the texts' differences one direction explains.
 
-    A table; spectrum.json and spectrum.safetensors (components (L, C, D): layers, components, hidden size)
-    in the folder.
+    A table of so many last layers; of all of them spectrum.json and spectrum.safetensors (components
+    (L, C, D): layers, components, hidden size) in the folder.
     """
     lock(vector.folder)
     v, sft = vector.direction(config), vector.tensors[f"sft_{config.side}_{config.pooling}"]
@@ -363,7 +364,9 @@ def print_spectrum(vector, config):
         "effective rank",
         "explained by 1..5 (raw)",
     ]
-    print(table(head, lines, left=(-1,)))
+    print(table(head, lines[-last:], left=(-1,)))
+    if last < len(lines):
+        print(f"layers below: {vector.folder}/spectrum.json")
     write_json(
         vector.folder / "spectrum.json", {"side": config.side, "pooling": config.pooling, "layers": rows}
     )
@@ -810,7 +813,7 @@ def run_validate(targets, config, measure, configs=None):
         print(f"\n=== {name}")
         extract(pair, name)
         vector = Vector.load(pair.out_dir)
-        print_spectrum(vector, pair)
+        print_spectrum(vector, pair, pair.layers)
         reports[name] = sweep(vector, pair, measure)
         if not config.keep_weights:
             _forget(pair, [*pairs.values()][len(reports) :])

@@ -1304,6 +1304,7 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
         and near.split()[2] != far.split()[2]
     )
     assert near.startswith("near") and far.startswith("far")
+    assert first.count("layers below: ") == 2  # of a model of 32 the table would be longer than the verdict
     assert all(any(line.endswith(decision) for decision in DECISIONS) for line in (near, far))
     report = tmp_path / "v/near_sanity/sweep_cumulative/aqi.json"
     before = report.stat().st_mtime_ns
