@@ -205,6 +205,7 @@ def row_chart(title, unit, x, named_rows, keys, intervals=None, **about):
             if not is_alone:
                 shown = "" if i else name
             low, high = (), ()
+            # eight sweeps' whiskers at every lambda would hide the curves
             if is_alone and intervals and key in intervals:
                 low, high = zip(*[row[intervals[key]] for row in rows])
             lines.append(Line(shown, colour, across, values, low, high, dashed=i > 0))
@@ -244,8 +245,9 @@ def separation_charts(sweeps):
     direction and shuffled labels around it; eight of them would hide each other.
     """
     charts = []
+    is_alone = len(sweeps) == 1
+    first, last = _lambdas(sweeps)
     for category, found in verdicts_of(sweeps).items():
-        is_alone = len(found) == 1
         lines, unit = [], SEPARATION
         for colour, name, sweep, verdict in found:
             x = sweep["inputs"]["lambdas"]
@@ -258,18 +260,28 @@ def separation_charts(sweeps):
             if is_alone:
                 lines += _beside(sweep, verdict)
             dpo = sweep["dpo"]["separation"][category]
-            place = _strip(x, 9 if is_alone else 2 + colour)
+            # beyond the cloud of a single sweep; those of several side by side, for they are nearly equal
+            place = _strip(first, last, 9 if is_alone else 2 + colour)
             lines.append(Line("DPO model" if is_alone else "", colour, [place], [dpo], square=True))
         marks = () if is_alone else (Mark("square", "the DPO model itself"),)
         title = f"Separation, {category}"
-        about = {"least_range": POINT, "marks": marks, "last_x": x[-1]}
+        about = {"least_range": POINT, "marks": marks, "last_x": last}
         charts.append(Chart(title, unit, "lambda", lines, **about))
     return charts
 
 
-def _strip(lambdas, steps):
+def _lambdas(sweeps):
+    """The first and the last lambda of all sweeps."""
+    firsts, lasts = [], []
+    for _, sweep in sweeps:
+        firsts.append(sweep["inputs"]["lambdas"][0])
+        lasts.append(sweep["inputs"]["lambdas"][-1])
+    return min(firsts), max(lasts)
+
+
+def _strip(first, last, steps):
     """x of so many steps to the right of the last lambda."""
-    return lambdas[-1] + steps * STRIP * (lambdas[-1] - lambdas[0])
+    return last + steps * STRIP * (last - first)
 
 
 def _beside(sweep, verdict):
@@ -282,7 +294,8 @@ def _beside(sweep, verdict):
     side, ends = [], []
     changes = null_changes(verdict)
     for i, change in enumerate(changes):
-        side.append(_strip(x, 1.5 + 6 * ((i * 0.618) % 1)))
+        # spread by the golden ratio: directions of one kind, neighbours in the list, do not form a line
+        side.append(_strip(x[0], x[-1], 1.5 + 6 * ((i * 0.618) % 1)))
         ends.append(verdict["estimate"][0] + change)
     note = f"{len(changes)}, of its length"
     lines.append(Line("random directions", 0, side, ends, note=note, cloud=True))
@@ -335,20 +348,19 @@ def _forest_marks(sweeps):
     overall = sweep["verdicts"][0]
     low, high = overall["change_interval"]
     interval = f"{two_digits(overall['change'])} [{two_digits(low)}, {two_digits(high)}]"
-    values = {"dot": interval, "cloud": f"sd {overall['nulls']['null_sd']:.2g}"}
-    values |= {"square": two_digits(dpo_change(sweep)), "limit": f"± {overall['relevant']:.2g}"}
-    texts = {
-        "dot": "steering, with its 95 % interval",
-        "cloud": "random directions of its length",
-        "square": "the DPO model itself",
-        "limit": "the smallest change that matters",
-    }
-    if any("oracle" in found for _, found in sweeps):
-        texts["diamond"] = "the best direction of its length, on texts it was not found on"
-        values["diamond"] = "" if others else two_digits(sweep["oracle"]["change"])
-    marks = []
-    for kind, text in texts.items():
-        marks.append(Mark(kind, text, "" if others else values[kind]))
+    marks = [
+        Mark("dot", "steering, with its 95 % interval", interval),
+        Mark("cloud", "random directions of its length", f"sd {overall['nulls']['null_sd']:.2g}"),
+        Mark("square", "the DPO model itself", two_digits(dpo_change(sweep))),
+        Mark("limit", "the smallest change that matters", f"± {overall['relevant']:.2g}"),
+    ]
+    oracles = [found["oracle"]["change"] for _, found in sweeps if "oracle" in found]
+    if oracles:
+        best = "the best direction of its length, on texts it was not found on"
+        marks.append(Mark("diamond", best, two_digits(oracles[0])))
+    if others:
+        # the values of several are in the table above
+        marks = [Mark(mark.kind, mark.text) for mark in marks]
     return tuple(marks)
 
 
@@ -397,10 +409,11 @@ def behaviour_charts(sweeps):
     is_alone = len(sweeps) == 1
     named = [("steered" if is_alone else name, sweep["behaviour"]) for name, sweep in sweeps]
     for shown in BEHAVIOUR:
+        # split and joined: a place that nothing fills leaves two spaces
         unit = " ".join(shown.unit.format(*_counts(sweeps, shown.counted)).split())
         if is_alone and shown.intervals:
             unit += "; 95 % intervals"
-        last = max(sweep["inputs"]["lambdas"][-1] for _, sweep in sweeps)
+        _, last = _lambdas(sweeps)
         about = {"covers": shown.covers, "levels": shown.levels, "intervals": shown.intervals}
         about |= {"last_x": last, "least_range": shown.least_range}
         chart = row_chart(shown.title, unit, "lambda", named, shown.keys, **about)
@@ -427,12 +440,13 @@ def _dpo_points(sweeps, shown):
     """A square for each value of the DPO model, side by side to the right of the last lambda."""
     points = []
     is_alone = len(sweeps) == 1
+    first, last = _lambdas(sweeps)
     for colour, (_, sweep) in enumerate(sweeps):
         for i, (label, key) in enumerate(shown.keys.items()):
             value = sweep["dpo"].get(key)
             if value is None:
                 continue
-            place = _strip(sweep["inputs"]["lambdas"], 2 + (2 * i if is_alone else colour))
+            place = _strip(first, last, 2 + (2 * i if is_alone else colour))
             about = {"dashed": i > 0, "square": True}
             if is_alone and key in shown.intervals:
                 low, high = sweep["dpo"][shown.intervals[key]]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from plumbing.files import UserError
 from plumbing.health import warnings_of
+from reports.charts import number
 from reports.figures import (
     axiom_forests,
     behaviour_charts,
@@ -53,6 +54,7 @@ ENTRIES = {
     "logp rejected": "logp_rejected",
     "repeated 4-grams": "repeated_4grams",
 }
+AFTER_LENGTH = "this model, less what length explains"
 CHANGE = ("change, of 100", "95 % interval", "sd of random directions", "p")
 SPECTRUM = "Spectrum of the differences between the two models"
 
@@ -409,16 +411,16 @@ def baselines(sweeps):
     Sweeps of one model and one set of prompts have the same numbers, and share a row.
     """
     found = {}
-    for name, sweep in sweeps:
-        for source, label in BASELINES.items():
+    for source, label in (BASELINES | {"after_length": AFTER_LENGTH}).items():
+        for name, sweep in sweeps:
             measured = sweep["baselines"][source]
-            found.setdefault((label, measured["separation"], *_auc(measured)), []).append(name)
-        after = sweep["baselines"]["after_length"]
-        found.setdefault(("this model, less what length explains", after, None, None), []).append(name)
-    order = [*BASELINES.values(), "this model, less what length explains"]
-    rows = []
-    for (label, *values), names in sorted(found.items(), key=lambda row: order.index(row[0][0])):
-        rows.append([_of(names, sweeps), label, *values])
+            if source == "after_length":  # a number, without a probe
+                measured = {"separation": measured, "auc": None}
+            auc, interval = _auc(measured)
+            # compared as shown: on a GPU two runs of one model differ in later digits
+            shown = label, number(measured["separation"]), number(auc), interval
+            found.setdefault(shown, []).append(name)
+    rows = [[_of(names, sweeps), *shown] for shown, names in found.items()]
     return by_sweep(sweeps, ["of", "separation", "probe AUC", "95 % interval"], rows, text=1)
 
 
