@@ -206,6 +206,21 @@ class SteerConfig(Section):
 # ---------------------------------------------------------------- targets
 
 
+def _require_known(target, known):
+    """UserError for a target that is no name of configs/pairs.py, whose names and groups are `known`."""
+    if target not in known:
+        near = difflib.get_close_matches(target, known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f": one of {', '.join(known)}"
+        kinds = "a config (.py), a folder that extract wrote, two models, or a name of configs/pairs.py"
+        raise UserError(f"target {target!r}: expected {kinds}{hint}")
+
+
+def _pairs_file():
+    """(pairs, groups) of configs/pairs.py."""
+    file = runpy.run_path(str(Path(__file__).parent / "configs/pairs.py"))
+    return file["PAIRS"], file["GROUPS"]
+
+
 def find_pairs(targets, config, configs=None):
     """{name: its SteerConfig, with sft_path, dpo_path and out_dir filled in} of the command line's TARGETs.
 
@@ -215,22 +230,16 @@ def find_pairs(targets, config, configs=None):
     configs = configs or {}
     if len(targets) == 1 and targets[0].endswith(".py"):
         return _pair_of_config(targets[0], config)
-    file = runpy.run_path(str(Path(__file__).parent / "configs/pairs.py"))
-    pairs, groups = file["PAIRS"], file["GROUPS"]
+    pairs, groups = _pairs_file()
     known = pairs | groups
     if len(targets) == 2 and not configs and not known.keys() & set(targets):
         return _pair_of_models(targets, config)
 
     names = []
     for target in targets:
-        if target in configs:
-            continue
-        if target not in known:
-            near = difflib.get_close_matches(target, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f": one of {', '.join(known)}"
-            kinds = "a config (.py), a folder that extract wrote, two models, or a name of configs/pairs.py"
-            raise UserError(f"target {target!r}: expected {kinds}{hint}")
-        names += groups.get(target, [target])
+        if target not in configs:
+            _require_known(target, known)
+            names += groups.get(target, [target])
     found = {}
     for name in names:
         if "not_representable" in pairs[name]:
@@ -249,9 +258,15 @@ def find_pairs(targets, config, configs=None):
 
 
 def _require_own_folders(pairs):
-    """UserError where two pairs would write to one folder."""
+    """UserError where two pairs are one, or would write to one folder."""
     owners = {}
     for name, pair in pairs.items():
+        # --dpo_path on the command line is every target's
+        same = (pair.sft_path, pair.dpo_path, pair.texts, pair.template)
+        other = owners.setdefault(same, name)
+        if other != name:
+            problem = f"with the same sft_path, texts and template of pair {other!r} and of pair {name!r}"
+            raise UserError(f"dpo_path={pair.dpo_path!r}: {problem}; expected different pairs")
         other = owners.setdefault(Path(pair.out_dir).resolve(), name)
         if other != name:
             problem = f"of pair {other!r} and of pair {name!r}"
@@ -1005,6 +1020,10 @@ def _parse_several(command, targets, paths, options):
 
     UserError for keys that are not the same for all, so that one page would compare unlike measurements.
     """
+    pairs, groups = _pairs_file()
+    for target in targets:
+        if target not in paths:  # before its keys are missed
+            _require_known(target, pairs | groups)
     found = {}
     for path in paths:
         found[path] = load_sections(path, _SECTIONS, options, command.keys, command.required)

@@ -9,6 +9,7 @@ H K per visible pair forward, 2.5 times that backward). Head: token_logps of 8,1
 by the rows of a chunk. Prints three tables.
 """
 
+import argparse
 import importlib.util
 import sys
 import time
@@ -135,6 +136,10 @@ def head_table(chunks=(1024, 2048, 4096, 8192)):
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     about = (
         torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU: only to see that this script runs"
     )

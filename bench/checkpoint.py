@@ -3,6 +3,7 @@
 Seconds on this disk, and what hashing adds.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -56,8 +57,12 @@ def read_tokens(folder, size):
 
 
 def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("gb", metavar="GB", type=float, nargs="?", default=1.0, help="(default: %(default)s)")
+    size = int(parser.parse_args(argv).gb * 1e9)
     world = parallel.init()
-    size = int(float(argv[0]) * 1e9) if argv else 10**9
     # weights are a third of it, beside two moments
     model = torch.nn.Linear(4096, size // 3 // 4 // 4096, bias=False, device=world.device)
     optimizer = torch.optim.AdamW(model.parameters())

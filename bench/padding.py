@@ -7,6 +7,7 @@ waits for the longest stream of its micro-batch. Padded: micro-batches of 4 docu
 long as its longest, as a trainer without packing has them.
 """
 
+import argparse
 import platform
 import sys
 from pathlib import Path
@@ -24,6 +25,10 @@ RANKS, GLOBAL_BATCH, TOKENS, MICRO_BATCH, STEPS = 8, 128, 8192, 4, 100
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     lengths = tulu_like_lengths(np.random.default_rng(0), STEPS * GLOBAL_BATCH)
     ours, padded, config = [], [], LlamaConfig.preset("llama-3.1-8b")
     for step in range(STEPS):

@@ -20,10 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder: both have a tsne.py
 
 import torch
-from clocks import Clocks
-from record import append
 
 from analysis.tsne import joint_probabilities, principal_components, tsne
+from bench.clocks import Clocks
+from bench.record import append
 from kernels import triton_tsne
 from kernels.tsne import gradient_and_divergence
 

@@ -10,10 +10,10 @@ relation and topic.
     python -m demo.axioms runs/tiny/data
 """
 
+import argparse
 import json
 import random
 import re
-import sys
 from itertools import islice, product
 from pathlib import Path
 
@@ -261,5 +261,9 @@ def write(folder: Path, seed: int = 0) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for stem, count in write(Path(sys.argv[1])).items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
+    for stem, count in write(parser.parse_args().folder).items():
         print(f"{stem:<18}{count:>6} rows")

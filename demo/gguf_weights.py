@@ -9,6 +9,7 @@ it is the same.
     python -m demo.gguf_weights runs/smol/base
 """
 
+import argparse
 import hashlib
 import json
 import subprocess
@@ -158,4 +159,9 @@ def convert(gguf_path: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    convert(download(Path("runs/cache")), Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
+    folder = parser.parse_args().folder
+    convert(download(Path("runs/cache")), folder)

@@ -10,6 +10,7 @@ labels alike, which makes it a direction that steering can add. With it the labe
 its curve may be flat or falling, not rising.
 """
 
+import argparse
 import csv
 import json
 import random
@@ -139,6 +140,10 @@ def _wire(model, tokenizer, louder):
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     write(ROOT)
     found = {}
     for name in ("planted", "twin"):

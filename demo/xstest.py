@@ -5,6 +5,7 @@ axiom is the type, a contrast's being the type that it contrasts; the label is t
 have only one label are dropped, and counted.
 """
 
+import argparse
 import csv
 import sys
 from collections import Counter, defaultdict
@@ -43,9 +44,12 @@ def main(source, target):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="xstest_prompts.csv", help="the published file")
+    parser.add_argument("target", metavar="OUT.csv", help="file to write")
     try:
-        main(*sys.argv[1:])
+        main(**vars(parser.parse_args()))
     except (OSError, KeyError) as error:
         sys.exit(f"demo.xstest: {error!r}; expected XSTest's prompts: columns type, label and prompt")

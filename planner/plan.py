@@ -575,6 +575,9 @@ def ladder(argv):
 
     Further arguments: --gpu NAME --count N [--usd-per-hour X].
     """
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
     options, paths = _options(argv)
     if not paths or any(path.startswith("-") for path in paths):
         raise UserError(f"expected config files, --gpu, --count and --usd-per-hour, got {paths}")

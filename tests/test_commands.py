@@ -3,6 +3,7 @@ order of the documents.
 """
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -143,3 +144,22 @@ def test_no_exception_is_stale():
     assert not [start for start in NOT_RUN if not any(command.startswith(start) for command in DOCUMENTED)]
     assert not [old for old in REPLACED if not any(old in command for command in RUN)]
     assert any(DOCUMENTED[command] for command in RUN)
+
+
+SCRIPTS = []
+for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]):
+    if path.parent.name != "tests" and path.name != "torchrun.py" and '__name__ == "__main__"' in path.read_text():
+        SCRIPTS.append(path.relative_to(ROOT).as_posix())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_answers_help(script, tmp_path, monkeypatch, capsys):
+    """What a reader tries first; some took --help for a folder to write, or began their work."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(ROOT / script, run_name="__main__")
+    assert not ended.value.code and len(capsys.readouterr().out.splitlines()) > 2
+    assert not list(tmp_path.iterdir())

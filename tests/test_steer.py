@@ -1438,6 +1438,8 @@ def test_configs_that_cannot_be_compared_are_refused(lab, monkeypatch, tmp_path)
     one, two = write_own(tmp_path, "one", lab, "dpo"), write_own(tmp_path, "two", lab, "far", layers=3)
     far = str(shutil.copy(one, tmp_path / "far.py"))
     same = str(shutil.copy(one, tmp_path / "same.py"))
+    other = tmp_path / "other.py"
+    other.write_text(Path(one).read_text().replace("texts.jsonl", "others.jsonl"))
     prompts, given = (
         f"--prompts={lab}/prompts.csv",
         [f"--texts={lab}/texts.jsonl", "--count=8", "--max_new_tokens=6"],
@@ -1450,7 +1452,10 @@ def test_configs_that_cannot_be_compared_are_refused(lab, monkeypatch, tmp_path)
         (["validate", one, two, prompts, "--layers=2", "--texts=none"], f"{one}: steer: missing 'texts'"),
         (["validate", one, "nowhere", prompts, *given, "--layers=2"], "target 'nowhere': expected a config"),
         (["validate", one, str(lab / "dpo"), prompts, *given, "--layers=2"], "target '.*dpo': expected a config"),
-        (["validate", one, same, prompts], "out_dir='.*one/steer_sanity': of pair 'one' and of pair 'same'"),
+        (["validate", one, "nowhere", prompts], "target 'nowhere': expected a config"),
+        (["validate", one, same, prompts], "dpo_path='.*one/dpo/final': .* of pair 'one' and of pair 'same'"),
+        (["validate", one, two, prompts, "--layers=2", "--dpo_path=x"], "dpo_path='x': with the same sft_path"),
+        (["validate", one, str(other), prompts], "out_dir='.*one/steer_sanity': of pair 'one' and of pair 'other'"),
         (["extract", far, "far", *given], "max_new_tokens: a key that this command does not read"),
         (["extract", far, "far", *given[:2]], "target '.*far.py': a second pair named 'far'"),
         (["sweep", one, two, prompts], "targets .*one.py, .*two.py: expected one; extract and validate"),
