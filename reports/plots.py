@@ -6,7 +6,7 @@ matplotlib is imported here only.
 import math
 from pathlib import Path
 
-from reports.charts import smoothed, widened
+from reports.charts import smoothed, ticks, widened
 from reports.figures import POINT
 
 
@@ -22,7 +22,7 @@ def plot_chart(path, chart):
             if bottom <= level <= top:
                 ax.axhline(level, linestyle=":", color="grey")
         if chart.last_x < math.inf:
-            ax.set_xticks([x for x in ax.get_xticks() if min(ax.get_xlim()) <= x <= chart.last_x])
+            ax.set_xticks(ticks(min(ax.get_xlim()), chart.last_x))
         ax.set_xlabel(chart.xlabel)
         ax.set_title(chart.title, loc="left", fontweight="bold", pad=20)
         ax.text(0, 1.02, chart.unit, transform=ax.transAxes, fontsize="small")
