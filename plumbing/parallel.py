@@ -183,7 +183,7 @@ def run(main, argv):
 
     UserErrors, numbers that are not finite, refusals of the disk and Ctrl-C are one line; every other
     exception keeps its traceback. A command whose reader has gone (`--help | head -1`) ends without a word,
-    but for a training, which is not finished then.
+    but for a training, which says that it is not finished.
     """
     try:
         code = main(argv)
@@ -232,6 +232,8 @@ def _message(error):
     """
     if isinstance(error, UserError | FloatingPointError | OtherRankFailed):
         return str(error)
+    if isinstance(error, BrokenPipeError):
+        return "the pipe of the output is closed; the same command goes on from what is saved"
     if isinstance(error, OSError) and error.errno in DISK_REFUSES and error.filename:
         return f"{error.filename}: {error.strerror}"
     return None

@@ -106,7 +106,7 @@ READER_GONE = {  # command: (exit code, how stderr begins)
     "print('x'); raise SystemExit(0)": (141, ""),  # --help
     "print('x')": (141, ""),
     "print('x'); raise UserError('beta=-1')": (1, "error: beta=-1\n"),
-    "parallel.init(); print('x', flush=True)": (1, "[rank0]: Traceback"),  # a training is not done
+    "parallel.init(); print('x', flush=True)": (1, "error: the pipe of the output is closed"),  # a training is not done
 }
 # Each command in a process of its own, which is forked from one that has imported torch.
 READER_GONE_PROGRAM = """
