@@ -355,7 +355,11 @@ def exchange_seconds(size, count, gpu):
 
     Every one of `count` GPUs sends and receives its part of them.
     """
-    slowest_link = gpu.link_gb_s if count <= MACHINE else min(gpu.link_gb_s, gpu.network_gb_s)
+    slowest_link = gpu.link_gb_s
+    if count > MACHINE:
+        # NCCL runs a ring for each network card, and a ring enters and leaves a machine once: what a GPU gets
+        # over NVLink in all came over eight cards.
+        slowest_link = min(gpu.link_gb_s, MACHINE * gpu.network_gb_s)
     return size * (count - 1) / count / (slowest_link * 1e9 * LINK)
 
 
