@@ -19,8 +19,8 @@ IMPLICIT = {
     "clipping": "global L2 norm of the step's gradient, after accumulation, over all ranks",
     "loss_reduction": "sum over the step's examples on all ranks and micro-batches, divided once "
     "by their global count",
-    "parameter_dtype": "fp32 (in bf16 or fp8, unless sharding is full: a bf16 weight and its 16 low bits); "
-    "frozen weights: the compute precision",
+    "parameter_dtype": "fp32 (in bf16 or fp8, unless sharding is full or hybrid: a bf16 weight and its "
+    "16 low bits); frozen weights: the compute precision",
 }
 IMPLICIT_FP8 = {
     "fp8": "e4m3 for inputs, weights and gradients of the blocks' linears, a power-of-two scale a row, "

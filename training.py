@@ -189,7 +189,7 @@ def start(stage, config, load_data, facts):
     # First what takes milliseconds: names, keys, headers; then data and weights, which take minutes.
     # main_first: rank 0 does what writes to a shared disk, and the others find it done.
     world = parallel.init(config.deterministic)
-    check_world_size(config, world.size)
+    check_world_size(config, world.size, parallel.machine_size())
     watchdog.start(world, 0, watchdog.PREPARING)
     if config.push:  # a wrong name or token is found out before training, not after it
         parallel.main_first(world, lambda: hub.open_for_push(config.push) if world.main else None)
@@ -312,14 +312,15 @@ def load_model(config, directory, model_config, device):
             apply_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
     # The order matters: kernels replace forwards, recompute wraps those, sharding wraps the result.
     sharding = pick_sharding(config, model, device)
-    if sharding == "full" and not config.lora_rank:
+    uses_fsdp = sharding in ("full", "hybrid")
+    if uses_fsdp and not config.lora_rank:
         model.float()
     model.attention_kernel = config.attention
     if config.kernels == "fused":
         apply_fused(model, fp8=config.precision == "fp8")
     apply_recompute(model, config.recompute)
-    if sharding == "full":
-        parallel.shard(model, config.precision)
+    if uses_fsdp:
+        parallel.shard(model, config.precision, sharding)
     parallel.materialize(model, device)
     if sharding == "optimizer":
         parallel.share_optimizer(model)
@@ -346,7 +347,9 @@ def pick_sharding(config, model, device):
     free = -parallel.max_across_ranks(-free)
     # the largest stream there can be: every token supervised, and all of it a prefix that two documents share
     sizes = budget.Sizes.of(model)
-    sharding = budget.choose_sharding(model.config, config, sizes, count, tokens, tokens, 2 * tokens, free)
+    stream = (tokens, tokens, 2 * tokens)
+    machine = parallel.machine_size()
+    sharding = budget.choose_sharding(model.config, config, sizes, count, machine, *stream, free)
     if config.sharding == "auto":
         room = f"{free / 2**30:.1f} GiB free on a GPU" if free < math.inf else "no GPU"
         parallel.say(f"sharding={sharding}, picked for {room}")

@@ -22,6 +22,7 @@ import torch
 
 from kernels import token_logps
 from model import Llama, apply_lora, training_flops
+from plumbing.config import are_equal_machines
 from plumbing.files import UserError
 
 # ---------------------------------------------------------------- the GPUs
@@ -203,28 +204,40 @@ def is_whole(config, count):
     return count == 1 or config.sharding == "optimizer"
 
 
-def choose_sharding(shape, config, sizes, count, tokens, targets, keys, free):
-    """What config.sharding stands for on `count` GPUs.
+def sharers(config, count, machine=MACHINE):
+    """How many of `count` GPUs share out one copy of the state: all, or with "hybrid" those of a machine."""
+    return min(count, machine) if config.sharding == "hybrid" else count
 
-    "auto" is "optimizer" where that fits, or where bf16 moments or gradients want it. tokens, targets, keys:
-    as of peak_bytes. free: bytes, of the GPU that has the fewest.
+
+def choose_sharding(shape, config, sizes, count, machine, tokens, targets, keys, free):
+    """What config.sharding stands for on `count` GPUs, `machine` on each machine (0: unequally many).
+
+    "auto" is "optimizer" where that fits, or where bf16 moments or gradients want it, else "hybrid" where
+    that fits. tokens, targets, keys: as of peak_bytes. free: bytes, of the GPU that has the fewest.
     """
     if config.sharding != "auto":
         return config.sharding
     if "bf16" in (config.moments, config.gradients):
         return "optimizer"
-    whole = dataclasses.replace(config, sharding="optimizer")
-    _, terms = peak_bytes(shape, whole, sizes, count, tokens, targets, keys, accumulates=True)
-    return "optimizer" if sum(terms.values()) * (1 + ERROR) <= free else "full"
+    candidates = ["optimizer"]
+    if are_equal_machines(count, machine):
+        candidates.append("hybrid")
+    for sharding in candidates:
+        tried = dataclasses.replace(config, sharding=sharding)
+        holders = sharers(tried, count, machine)
+        _, terms = peak_bytes(shape, tried, sizes, holders, tokens, targets, keys, accumulates=True)
+        if sum(terms.values()) * (1 + ERROR) <= free:
+            return sharding
+    return "full"
 
 
 def state_bytes(config, sizes, count):
-    """{term: bytes on one GPU} of what lives as long as the run.
+    """{term: bytes on one GPU} of what lives as long as the run; count: GPUs that share it out (sharers).
 
     The gradients too, which come and go with each step.
     """
     moments, gradients = 8, 4
-    shared = {}  # over all GPUs, in either way of sharding
+    shared = {}  # over `count` GPUs, in each way of sharding
     if config.lora_rank:
         held = {"frozen weights": compute_width(config) * sizes.frozen, "adapters": 4 * sizes.trained}
     elif is_whole(config, count) and config.precision != "fp32":  # optim.keep_masters
@@ -274,7 +287,8 @@ def block_bytes(shape, config, tokens, keys):
 def peak_bytes(shape, config, sizes, count, tokens, targets, keys, *, accumulates):
     """(moment, {term: bytes on one GPU}) of a training step's peak.
 
-    Their sum is torch.cuda.max_memory_allocated. tokens, targets, keys: of the largest micro-batch.
+    Their sum is torch.cuda.max_memory_allocated. count: GPUs that share out one copy of the state (sharers).
+    tokens, targets, keys: of the largest micro-batch.
     accumulates: a step has several, so gradients are there from the second on; otherwise they appear while
     the activations go. The largest of three moments: lm_head's backward, the last block's, the end.
     """
@@ -363,8 +377,16 @@ def exchange_seconds(size, count, gpu):
     return size * (count - 1) / count / (slowest_link * 1e9 * LINK)
 
 
+def seconds_between_machines(size, machines, gpu):
+    """Seconds in which each GPU sums its `size` bytes over machines, by its own network card."""
+    return 2 * size * (machines - 1) / machines / (gpu.network_gb_s * 1e9 * LINK)
+
+
 def overlaps(gpu, count):
-    """Whether an exchange is taken to run beside computing: measured over NVLink in one machine only."""
+    """Whether an exchange of `count` GPUs is taken to run beside computing.
+
+    It was measured over NVLink in one machine only.
+    """
     return not gpu.pcie and count <= MACHINE
 
 
@@ -385,7 +407,7 @@ def sharded_seconds(compute, exchange, config, count, gpu):
     if not is_whole(config, count):  # measured on two, so their wait and their exchange are in the share
         share = SHARDED_LORA if config.lora_rank else SHARDED_FULL
         busy = busy / slowest_of(2) / share
-    if not overlaps(gpu, count):
+    if not overlaps(gpu, sharers(config, count)):
         return busy + exchange
     if is_whole(config, count):
         busy += INTERFERENCE * exchange

@@ -39,7 +39,9 @@ from planner.budget import (
     optimizer_seconds,
     overlaps,
     peak_bytes,
+    seconds_between_machines,
     sharded_seconds,
+    sharers,
     skeleton,
     training_seconds,
 )
@@ -250,7 +252,7 @@ class Plan:
         # a step that fills half of one micro-batch at the mean may now and then need two
         accumulates = self.microbatches > 0.5
         return peak_bytes(
-            self.shape, self.resolved, self.sizes, self.count, *self.stream, accumulates=accumulates
+            self.shape, self.resolved, self.sizes, self.sharers, *self.stream, accumulates=accumulates
         )
 
     @property
@@ -261,17 +263,23 @@ class Plan:
         keys = round(tokens * self.train.keys / self.train.tokens)
         return tokens, targets, keys
 
-    @property
+    @cached_property
     def resolved(self):
         """The config with what sharding="auto" stands for on these GPUs."""
         free = (self.gpu.gib - CONTEXT_GIB) * GIB
-        sharding = choose_sharding(self.shape, self.config, self.sizes, self.count, *self.stream, free)
+        gpus = (self.count, MACHINE)
+        sharding = choose_sharding(self.shape, self.config, self.sizes, *gpus, *self.stream, free)
         return dataclasses.replace(self.config, sharding=sharding)
 
     @property
     def is_whole(self):
         """Whether each GPU holds the whole model."""
         return is_whole(self.resolved, self.count)
+
+    @property
+    def sharers(self):
+        """GPUs that share out one copy of the state, and exchange it in every micro-batch or step."""
+        return sharers(self.resolved, self.count)
 
     @property
     def gib(self):
@@ -294,9 +302,9 @@ class Plan:
 
     @property
     def step(self):
-        """(seconds of one GPU's computing, seconds of its exchange with the others) in one step.
+        """(seconds of one GPU's computing, seconds of its exchange with the other sharers) in one step.
 
-        The optimizer's are not counted.
+        The optimizer's are not counted, nor those between machines that hold copies.
         """
         compute = training_seconds(self.trained, self.model, self.config, self.gpu) / self.count / self.steps
         if self.is_whole:  # gradients are summed and weights sent once a step
@@ -305,14 +313,25 @@ class Plan:
             return compute, exchange_seconds((weights + gradients) * self.sizes.trained, self.count, self.gpu)
         # weights are gathered for the forward and again for the backward, gradients summed in float32
         size = 2 * self.gathered + 4 * self.sizes.trained
-        return compute, self.turns * exchange_seconds(size, self.count, self.gpu)
+        return compute, self.turns * exchange_seconds(size, self.sharers, self.gpu)
+
+    @property
+    def between_machines(self):
+        """Seconds of a step in which machines that each hold all of the model sum their gradients.
+
+        FSDP2 does so during the last backward pass; nothing is known of how much that hides.
+        """
+        return seconds_between_machines(
+            4 * self.sizes.trained / self.sharers, self.count / self.sharers, self.gpu
+        )
 
     @property
     def seconds(self):
         """{part: seconds}."""
+        training = sharded_seconds(*self.step, self.resolved, self.count, self.gpu) + self.between_machines
         parts = {
-            "training": self.steps * sharded_seconds(*self.step, self.resolved, self.count, self.gpu),
-            "optimizer": self.steps * optimizer_seconds(self.resolved, self.sizes, self.count, self.gpu),
+            "training": self.steps * training,
+            "optimizer": self.steps * optimizer_seconds(self.resolved, self.sizes, self.sharers, self.gpu),
         }
         if self.stage == "dpo" and self.config.needs_reference:
             # pairs of the first epoch that some step trains
@@ -329,7 +348,7 @@ class Plan:
     def _without_gradients(self, work):
         """Seconds of a pass that only reads the weights."""
         passes = 0 if self.is_whole else work.examples / self.config.global_batch_size * self.turns
-        exchange = passes * exchange_seconds(self.gathered, self.count, self.gpu)
+        exchange = passes * exchange_seconds(self.gathered, self.sharers, self.gpu)
         return sharded_seconds(
             forward_seconds(work, self.gpu) / self.count, exchange, self.resolved, self.count, self.gpu
         )
@@ -395,7 +414,7 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     ValueError as a run's, and for a model or data of which nothing is known here.
     """
     card, config = find_gpu(gpu), load(stage, [path, *overrides])
-    check_world_size(config, count)
+    check_world_size(config, count, min(count, MACHINE))
     check_capability(config, card.capability, gpu)
     shape, folder, origin = find_model(stage, config, path)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
@@ -501,14 +520,18 @@ def _scaling_lines(plan):
         fitted += ", other cards and counts not measured"
     lines = [f"scaling  {share}, sharding={plan.resolved.sharding}; {fitted}"]
     times = f"exchange {exchange:.2f} s a step beside {compute:.2f} s of computing"
-    if not overlaps(plan.gpu, plan.count):
+    if not overlaps(plan.gpu, plan.sharers):
         times += ": the GPUs wait for it, as far as is known"
     else:
         times += ": hidden behind it" if exchange < compute else ": the GPUs wait for it"
     lines.append(f"         {_link(plan)}: {times}")
-    if not overlaps(plan.gpu, plan.count):
+    if not overlaps(plan.gpu, plan.sharers):
         where = "where that was measured, over NVLink in one machine"
         lines.append(f"         assumed: an exchange overlaps only {where}")
+    if plan.between_machines:
+        link = f"{plan.gpu.network_gb_s} GB/s a card between machines of {MACHINE}"
+        summed = f"gradients are summed in {plan.between_machines:.2f} s a step"
+        lines.append(f"         {link} (assumed): {summed}; hybrid was not measured")
     if plan.speedup < 1:
         lines.append(
             f"         SLOWER THAN ONE {plan.gpu_name}: larger steps or --lora_rank exchange less; NVLink "
@@ -518,9 +541,9 @@ def _scaling_lines(plan):
 
 
 def _link(plan):
-    """The slowest link between the plan's GPUs, with its rate."""
+    """The slowest link between GPUs that share out one copy of the state, with its rate."""
     gpu = plan.gpu
-    if plan.count > MACHINE:
+    if plan.sharers > MACHINE:
         return f"machines of {MACHINE}, {gpu.network_gb_s} GB/s a card between them (assumed)"
     return f"{'PCIe' if gpu.pcie else 'NVLink'}, {gpu.link_gb_s} GB/s by the datasheet"
 

@@ -383,7 +383,7 @@ def _shapes(tensors):
 
 
 def _local_rows(tensors):
-    """(key, (first row, this rank's rows)) of each tensor that has any here.
+    """(key, (first row, the rows that this rank owns)) of each tensor that has any here.
 
     A split master is one float32 tensor.
     """
@@ -393,7 +393,7 @@ def _local_rows(tensors):
 
     # The writer needs wider dtypes first; the sort is stable.
     for key, tensor in sorted(tensors.items(), key=width, reverse=True):
-        first, local = parallel.local_rows(tensor)
+        first, local = parallel.own_rows(tensor)
         if local.numel():
             if is_split(tensor):
                 local = join_master(local, tensor.master.low_bits)
@@ -454,11 +454,11 @@ class _StoredRows:
     """One tensor whose rows are spread over several files; [first:stop] reads just those."""
 
     name: str
-    pieces: list  # (first row, file slice) in row order
+    pieces: list  # (first row, file slice), in any order
 
     def __getitem__(self, rows):
         parts, row = [], rows.start
-        for start, piece in self.pieces:
+        for start, piece in sorted(self.pieces, key=lambda piece: piece[0]):
             stop = min(rows.stop, start + piece.get_shape()[0])
             if start <= row < stop:
                 parts.append(piece[row - start : stop - start])

@@ -169,10 +169,11 @@ class Config(Section):
         "machine", "name",
         "bf16 (full fine-tuning): 2 bytes a weight less, rounded every micro-batch (lm_head: 2,048 rows) "
         "and for every rank", default="fp32")
-    sharding: Literal["auto", "optimizer", "full"] = setting(
+    sharding: Literal["auto", "optimizer", "full", "hybrid"] = setting(
         "machine", "name",
         "what several GPUs share out: AdamW's state; or weights and gradients too, slower, for what does not "
-        "fit otherwise; auto: by arithmetic", default="auto", affects_results=False)
+        "fit otherwise (hybrid: among the GPUs of a machine); auto: by arithmetic",
+        default="auto", affects_results=False)
     deterministic: bool = setting(
         "machine", "flag",
         "the same command ends in the same bytes, also killed and resumed, on as many GPUs: slower",
@@ -247,8 +248,8 @@ class Config(Section):
         if c.kernels == "plain" and c.precision == "fp8":
             needs = "float8 is in the fused blocks only; expected kernels='fused'"
             yield ("kernels", "precision"), f"kernels='plain', precision='fp8': {needs}"
-        if "bf16" in (c.moments, c.gradients) and c.sharding == "full":
-            both = f"moments={c.moments!r}, gradients={c.gradients!r}, sharding='full'"
+        if "bf16" in (c.moments, c.gradients) and c.sharding in ("full", "hybrid"):
+            both = f"moments={c.moments!r}, gradients={c.gradients!r}, sharding={c.sharding!r}"
             needs = "FSDP2 keeps both in float32; expected sharding='optimizer' or 'auto'"
             yield ("moments", "gradients", "sharding"), f"{both}: {needs}"
         if c.attention == "flash4" and c.deterministic:
@@ -352,8 +353,20 @@ def _missing(cls, values, required):
     return messages
 
 
-def check_world_size(config, world_size):
-    """UserError if a step has fewer examples than the `world_size` ranks, or a key is for one rank only."""
+def are_equal_machines(world_size, machine_size):
+    """Whether the ranks are several machines of `machine_size` each, and more than one on each."""
+    return 1 < machine_size < world_size and world_size % machine_size == 0
+
+
+def check_world_size(config, world_size, machine_size):
+    """UserError if a step has fewer examples than the `world_size` ranks, or sharding does not suit them.
+
+    machine_size: ranks of each machine; 0 where machines differ.
+    """
+    if config.sharding == "hybrid" and not are_equal_machines(world_size, machine_size):
+        found = f"{world_size} ranks, {machine_size or 'not equally many'} a machine"
+        expected = "expected several machines with the same number of GPUs, two or more; or sharding='full'"
+        raise UserError(f"sharding='hybrid' on {found}: {expected}")
     if config.global_batch_size < world_size:
         problem = f"a batch that cannot be formed on {world_size} ranks"
         expected = f"expected at least {world_size}, or fewer ranks"

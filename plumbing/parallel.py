@@ -1,12 +1,14 @@
 """The process group and the sharding. Nothing outside plumbing/ imports `torch.distributed`.
 
 A single process is a group of one, and its parameters are plain tensors. On several, rank r owns rows
-[r*ceil(n/W), (r+1)*ceil(n/W)) of each trained parameter (dim 0), in one of two ways:
+[r*ceil(n/W), (r+1)*ceil(n/W)) of each trained parameter (dim 0), in one of three ways:
 
 "optimizer"  every rank holds all weights and gradients, and of the optimizer's state its rows (exchange.py).
              One exchange a step.
 "full"       every rank holds its rows of everything: FSDP2 DTensors. For what does not fit otherwise: weights
              are gathered, and gradients reduced, in every micro-batch.
+"hybrid"     "full" among the W ranks of each machine; gradients are summed over machines once a step. What
+             every micro-batch sends stays inside a machine, and each machine has to hold all of the model.
 """
 
 import errno
@@ -102,6 +104,16 @@ def _store_of_this_attempt(patience):
 def world_size():
     """Number of processes."""
     return dist.get_world_size()
+
+
+def machine_size():
+    """Number of ranks of each machine, as torchrun counts them; 0 where machines differ.
+
+    Collective. Without torchrun all ranks are taken to be on one machine.
+    """
+    mine = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    largest, smallest = max_across_ranks(mine), -max_across_ranks(-mine)
+    return mine if smallest == largest else 0
 
 
 def say(text):
@@ -268,25 +280,36 @@ def is_sharded(part):
     return isinstance(part, (FSDPModule, DTensor))
 
 
-def shard(model, precision):
-    """Apply FSDP2 to every block and to the model itself.
+def shard(model, precision, sharding="full"):
+    """Apply FSDP2 to every block and to the model itself; sharding: "full" or "hybrid".
 
     The embedding, the final norm and lm_head form the root's group. precision "fp32": all in float32. "bf16"
     and "fp8": weights are gathered as bf16, gradients reduced in float32, shards keep their dtype. The root
     stays gathered from its forward to its backward: lm_head.weight is read in between, outside of any
     module's forward.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    model.mesh = mesh = _mesh(sharding)  # sharding_of reads it
     dtypes = {} if precision == "fp32" else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     # inputs are not cast: cos and sin stay float32
     policy = MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def _mesh(sharding):
+    """The ranks in a row, or for "hybrid" (machines, ranks of a machine)."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    device_type, ranks = "cuda" if torch.cuda.is_available() else "cpu", dist.get_world_size()
+    if sharding == "full":
+        return init_device_mesh(device_type, (ranks,))
+    # torchrun numbers the ranks of a machine in a row
+    per_machine = machine_size()
+    shape = (ranks // per_machine, per_machine)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def materialize(model, device):
@@ -310,10 +333,12 @@ def share_optimizer(model):
 
 
 def sharding_of(model):
-    """What the ranks share out of this model: "none", "optimizer" or "full"."""
+    """How the ranks share out this model: "none", "optimizer", "full" or "hybrid"."""
     if _exchanges(model):
         return "optimizer"
-    return "full" if is_sharded(model) else "none"
+    if not is_sharded(model):
+        return "none"
+    return "hybrid" if model.mesh.ndim == 2 else "full"
 
 
 def shards(model):
@@ -339,14 +364,23 @@ def micro_batches(model, batches):
     """
     batches = iter(batches)
     batch = next(batches)
+    _set_last_backward(model, False)
     for following in batches:
         yield batch
         batch = following
-    if _exchanges(model):
-        model.exchange.in_last_backward = True
+    _set_last_backward(model, True)
     yield batch
     if _exchanges(model):
         model.exchange.finish_gradients()
+
+
+def _set_last_backward(model, is_last):
+    """Whether the next backward pass is the last of its step: that one sends what is sent once a step."""
+    if _exchanges(model):
+        model.exchange.in_last_backward = is_last
+    elif is_sharded(model):
+        # between machines; FSDP2 adds up each machine's sums until then
+        model.set_requires_all_reduce(is_last)
 
 
 def loss_scale(model):
@@ -403,11 +437,26 @@ def local_rows(param):
     """(first row, local tensor): this rank's rows of dim 0. A plain tensor is all rows, from 0."""
     if not is_sharded(param):
         return 0, param.detach()
-    rows = -(-param.shape[0] // param.device_mesh.size())  # rounded up: the last ranks may own fewer, or none
+    mesh, last = param.device_mesh, param.device_mesh.ndim - 1  # split over the last dimension of the mesh
+    rows = -(-param.shape[0] // mesh.size(last))  # rounded up: the last ranks may own fewer, or none
     local = param.to_local().detach()
-    first = min(rows * param.device_mesh.get_local_rank(), param.shape[0])
+    first = min(rows * mesh.get_local_rank(last), param.shape[0])
     assert local.shape[0] == max(0, min(rows, param.shape[0] - first)), (local.shape, param.shape)
     return first, local
+
+
+def own_rows(param):
+    """local_rows, but each row of a sharded tensor on one rank only: for what is counted or written once.
+
+    With "hybrid" every machine holds each row, and owns an equal part of them: so each copies and writes only
+    its part of a checkpoint.
+    """
+    first, local = local_rows(param)
+    if not is_sharded(param) or param.device_mesh.ndim == 1:
+        return first, local
+    per_machine = -(-len(local) // param.device_mesh.size(0))
+    skipped = min(per_machine * param.device_mesh.get_local_rank(0), len(local))
+    return first + skipped, local[skipped : skipped + per_machine]
 
 
 @torch.no_grad()
@@ -478,15 +527,17 @@ def clip_grad_norm(params, max_norm):
     Returns the norm before scaling, a float. Squares are summed in float32 within a tensor's rows of this
     rank, in float64 across tensors and ranks.
     """
-    grads = []
+    grads, owned = [], []
     for param in params:
         if param.grad is not None:
-            grad = param.grad.to_local() if is_sharded(param.grad) else param.grad
-            if grad.numel():  # a rank may own no row of a short parameter
-                grads.append(grad)
+            grads.append(local_rows(param.grad)[1])
+            owned.append(own_rows(param.grad)[1])
+    # a rank may own no row of a short parameter
+    grads = [rows for rows in grads if rows.numel()]
+    owned = [rows for rows in owned if rows.numel()]
     square = 0.0
-    if grads:
-        norms = torch._foreach_norm(grads, dtype=torch.float32)
+    if owned:
+        norms = torch._foreach_norm(owned, dtype=torch.float32)
         square = torch.stack(norms).double().square().sum().item()
     (square,) = sum_across_ranks([square])
     norm = square**0.5

@@ -828,8 +828,8 @@ def share_one_gpu():
     os.environ["LOCAL_RANK"] = "0"
     init, shard = dist.init_process_group, parallel.shard
 
-    def shard_through_host(model, precision):
-        shard(model, precision)
+    def shard_through_host(model, precision, sharding):
+        shard(model, precision, sharding)
         for module in (model, *model.model.layers):
             module.set_custom_all_gather(AllGather())
             module.set_custom_reduce_scatter(ReduceScatter())
@@ -1003,6 +1003,37 @@ def check_runs_on_two_gpus():
     with tempfile.TemporaryDirectory() as folder:
         root = make_world(folder)
         in_parallel(lambda case: compare(root, Path(folder), case), cases)
+    return worst
+
+
+def see_the_gpus_of_a_machine():
+    """For world.launch: ranks 0 and 1 see the first two GPUs, ranks 2 and 3 the next two."""
+    first = int(os.environ["RANK"]) // 2 * 2
+    os.environ["CUDA_VISIBLE_DEVICES"] = f"{first},{first + 1}"
+
+
+def check_hybrid_on_four_gpus():
+    """Two machines of two GPUs, which are four of this one, beside all four sharing out one copy: losses and
+    gradient norms of four steps, relative; final weights, absolute.
+    """
+    import world
+
+    worst = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_world(folder)
+        for stage, precision, keys, tolerance in (("sft", "fp32", {}, 1e-5), ("sft", "bf16", {}, 4e-2), ("dpo", "bf16", LORA, 4e-2)):  # fmt: skip
+            case = " ".join([stage, precision, *keys])
+            path = Path(folder) / case
+            config = world.write_config(path, root, precision=precision, **{stage: {"lr": 1e-3}}, **keys)
+            machines = dict(machine=2, prepare=see_the_gpus_of_a_machine)
+            for name, how in (("full", {}), ("hybrid", machines)):
+                folders = f"--out_dir={path}/{name}", f"--cache_dir={path}/{name}/cache"
+                world.launch(stage, config, f"--sharding={name}", *folders, ranks=4, **how).ok()
+            full, hybrid = (world.trace(path / name, "loss", "grad_norm") for name in ("full", "hybrid"))
+            worst[case] = ((hybrid - full).abs() / full).max().item()
+            assert len(full) == 4 and worst[case] < tolerance, worst
+            a, b = (world.final_weights(path / name) for name in ("full", "hybrid"))
+            worst[f"{case} weights"] = world.largest_difference(a, b)
     return worst
 
 
@@ -1187,8 +1218,9 @@ def why_skipped(check):
     """Why this GPU cannot run the check; None where it can."""
     if check is check_attention_flash4 and importlib.util.find_spec("flash_attn") is None:
         return "flash-attn-4 is not installed"
-    if check.__name__.endswith("two_gpus") and torch.cuda.device_count() < 2:
-        return "needs two GPUs"
+    for count, words in ((2, "two"), (4, "four")):
+        if check.__name__.endswith(f"{words}_gpus") and torch.cuda.device_count() < count:
+            return f"needs {words} GPUs"
     needed, found = NEEDS.get(check, (8, 0)), torch.cuda.get_device_capability()
     if found < needed:
         return f"needs compute capability {needed[0]}.{needed[1]}, this GPU has {found[0]}.{found[1]}"

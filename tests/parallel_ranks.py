@@ -1,7 +1,7 @@
 """Checks of plumbing/parallel.py that hold on any number of ranks, for test_parallel.py: a sharded model
 against the same plain model.
 
-Every rank runs every check and asserts.
+Every rank runs every check and asserts. On several machines the model is sharded in each ("hybrid").
 """
 
 import copy
@@ -9,9 +9,11 @@ import math
 import os
 import signal
 import sys
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tiny_models import (
     OLMO2,
     gradients,
@@ -46,7 +48,8 @@ def plain_model(lora=False, **config):
 
 def sharded(plain, precision="fp32"):
     model = copy.deepcopy(plain)
-    parallel.shard(model, precision)
+    is_one_machine = parallel.machine_size() == parallel.world_size()
+    parallel.shard(model, precision, "full" if is_one_machine else "hybrid")
     return model
 
 
@@ -58,7 +61,7 @@ def backward(model, ranks):
     """The summed NLL of all documents, each rank its own, in two micro-batches."""
     mine = DOCUMENTS[ranks.rank :: ranks.size]
     total = 0.0
-    for part in (mine[:1], mine[1:]):
+    for part in parallel.micro_batches(model, (mine[:1], mine[1:])):
         loss = nll_sum(model, part)
         (loss * ranks.size).backward()
         total += loss.item()
@@ -134,20 +137,61 @@ def check_norm_where_a_rank_owns_nothing(ranks):
 
 def check_rows(ranks):
     """The ranks' rows lie end to end and cover every parameter: 97 and 40 rows do not divide evenly, 2 rows
-    leave the third rank none.
+    leave the third rank none. Each machine has all of them, and all machines together own them once.
     """
     plain = plain_model(lora=True)
-    model = sharded(plain)
+    model, machine = sharded(plain), parallel.machine_size()
     expected = dict(plain.named_parameters())
     for name, param in model.named_parameters():
         first, local = parallel.local_rows(param)
-        per_rank = -(-param.shape[0] // ranks.size)
-        assert first == min(ranks.rank * per_rank, param.shape[0])
+        per_rank = -(-param.shape[0] // machine)
+        assert first == min(ranks.rank % machine * per_rank, param.shape[0])
         assert torch.equal(local, expected[name][first : first + per_rank]), name
         (covered,) = parallel.sum_across_ranks([local.shape[0]])
-        assert covered == param.shape[0]
+        assert covered == param.shape[0] * ranks.size / machine
+        first, own = parallel.own_rows(param)
+        assert torch.equal(own, expected[name][first : first + len(own)]), name
+        counts = torch.zeros(param.shape[0])
+        counts[first : first + len(own)] = 1
+        assert parallel.sum_across_ranks(counts.tolist()) == [1.0] * param.shape[0], name
     first, local = parallel.local_rows(expected["lm_head.weight"])
     assert first == 0 and torch.equal(local, expected["lm_head.weight"])
+
+
+def machines_sum_once_a_step(ranks):
+    """Summing over machines after the last of two micro-batches alone: one all-reduce for each block and one
+    for the root, and the gradients of summing after each, which are those of one plain process. Each row
+    counts once in the norm. Machines end with the same bits."""
+    from torch.distributed.fsdp import FSDPModule
+
+    plain, all_reduce, calls = plain_model(), dist.all_reduce, []
+    once, each = sharded(plain), sharded(plain)
+    assert parallel.sharding_of(once) == "hybrid"
+    between, in_each = once.mesh.get_group("replicate"), each.mesh.get_group("replicate")
+    groups = len(plain.model.layers) + 1
+
+    def counted(tensor, **how):
+        calls.append(how.get("group"))
+        return all_reduce(tensor, **how)
+
+    with mock.patch.object(dist, "all_reduce", counted):
+        backward(once, ranks)
+        assert calls.count(between) == groups
+        with mock.patch.object(FSDPModule, "set_requires_all_reduce"):
+            backward(each, ranks)
+        assert calls.count(in_each) == 2 * groups
+    nll_sum(plain, DOCUMENTS).backward()
+    assert_gradients(once, plain)
+    assert_gradients(each, plain)
+
+    expected = torch.stack([g.double().norm() for g in gradients(plain).values()]).norm().item()
+    for norm in (expected, expected / 8):
+        assert abs(parallel.clip_grad_norm(once.parameters(), expected / 8) / norm - 1) < 1e-5
+    for name, grad in gradients(once).items():
+        _, rows = parallel.local_rows(grad)
+        of_first = rows.clone()
+        dist.broadcast(of_first, group=between, group_src=0)
+        assert torch.equal(rows, of_first), name
 
 
 def check_materialize_and_assign(ranks):
@@ -294,6 +338,7 @@ def check_stop_signal(ranks):
 
 
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
+ON_MACHINES = [check_rows, machines_sum_once_a_step]
 
 
 def run_checks(checks):

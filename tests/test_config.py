@@ -497,9 +497,25 @@ def test_hash_does_not_depend_on_how_it_was_written():
 
 def test_check_world_size():
     config = SFTConfig(**VALUES)
-    check_world_size(config, 8)
+    check_world_size(config, 8, 8)
     with pytest.raises(ValueError, match="global_batch_size=8: a batch that cannot be formed on 9 ranks"):
-        check_world_size(config, 9)
+        check_world_size(config, 9, 9)
+
+
+@pytest.mark.parametrize(
+    "ranks, machine, found",
+    [
+        (8, 8, "8 ranks, 8 a machine"),
+        (6, 4, "6 ranks, 4 a machine"),
+        (3, 0, "3 ranks, not equally many a machine"),
+        (2, 1, "2 ranks, 1 a machine"),
+    ],
+)
+def test_hybrid_needs_several_equal_machines(ranks, machine, found):
+    config = SFTConfig(**VALUES, sharding="hybrid")
+    check_world_size(config, 8, 4)
+    with pytest.raises(ValueError, match=f"sharding='hybrid' on {found}: expected several machines with the"):
+        check_world_size(config, ranks, machine)
 
 
 def test_names_agree_with_the_modules_that_own_them():

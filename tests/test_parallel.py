@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from exchange_ranks import CHECKS as EXCHANGE_CHECKS
 from failing_ranks import FAILURES
-from parallel_ranks import CHECKS, run_checks
+from parallel_ranks import CHECKS, ON_MACHINES, run_checks
 from world import spawn
 
 from plumbing import parallel
@@ -162,3 +162,9 @@ def test_torchrun_ends_with_the_message(failure):
 def test_processes(num_ranks, checks, tmp_path):
     done = spawn(partial(run_checks, checks), tmp_path / "logs", num_ranks).ok()
     assert done.out[0].count(f"holds on {num_ranks} rank(s)") == len(checks)
+
+
+@pytest.mark.slow
+def test_two_machines_of_two(tmp_path):
+    done = spawn(partial(run_checks, ON_MACHINES), tmp_path / "logs", ranks=4, machine=2).ok()
+    assert done.out[0].count("holds on 4 rank(s)") == len(ON_MACHINES)

@@ -369,6 +369,51 @@ def test_sharding_is_picked_by_what_fits():
         assert planned.resolved.sharding == expected, (gpu, keys)
 
 
+def of_70b(gpu, count, **keys):
+    """The Plan of a step with four documents of 4,096 tokens on each GPU."""
+    shape = dataclasses.replace(
+        SHAPE, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    )
+    config = SFTConfig(**VALUES | dict(recompute="full", global_batch_size=4 * count) | keys)
+    work = Pass.of(shape, [documents(4096, targets=[3085])]).times(4 * count)
+    return plan.Plan("sft", config, gpu, count, (1.0, 1.0), shape, work, None)
+
+
+@pytest.mark.slow
+def test_a_70b_is_sharded_in_each_machine_where_that_fits():
+    """LoRA: 141 GB of frozen weights over eight h100. All weights: 16 bytes each, 1,129 GB, fit eight b200 and
+    not eight h100. One machine, and 12 GPUs, are not machines of eight.
+    """
+    for gpu, count, keys, expected in (("h100", 16, LORA, "hybrid"), ("h100", 64, LORA, "hybrid"), ("h100", 8, LORA, "full"),
+                                       ("h100", 12, LORA, "full"), ("h100", 64, {}, "full"), ("b200", 64, {}, "hybrid"),
+                                       ("b200", 16, LORA, "optimizer")):  # fmt: skip
+        planned = of_70b(gpu, count, **keys)
+        assert (planned.resolved.sharding, planned.fits) == (expected, True), (gpu, count, keys)
+
+
+@pytest.mark.slow
+def test_machines_that_hold_copies_sum_their_gradients_once_a_step():
+    """64 b200: memory and exchange of one machine of eight. Then each GPU sends and receives 7/8 of the float32
+    gradients of its rows, 35 GB, by its own card, beside no computing.
+    """
+    planned = of_70b("b200", 64, sharding="hybrid")
+    one_machine = of_70b("b200", 8, sharding="full")
+    assert planned.peak == one_machine.peak
+    assert planned.step == pytest.approx(one_machine.step)
+    compute, exchange = planned.step
+    between = 2 * 7 / 8 * 4 * planned.sizes.trained / 8 / (50e9 * 0.6)
+    busy = compute / budget.SHARDED_FULL * budget.slowest_of(64) / budget.slowest_of(2)
+    assert busy > exchange
+    assert planned.seconds["training"] == pytest.approx(busy + between)
+    ours, theirs = planned.seconds["optimizer"], one_machine.seconds["optimizer"]
+    assert ours == pytest.approx(theirs)
+    lines = "\n".join(plan._scaling_lines(planned))
+    assert "sharding=hybrid" in lines and "NVLink, 900 GB/s by the datasheet: exchange 1.83 s" in lines
+    assert "50 GB/s a card between machines of 8 (assumed): gradients are summed in 2.06 s a step" in lines
+    assert "hybrid was not measured" in lines
+    assert "hybrid" not in "\n".join(plan._scaling_lines(one_machine))
+
+
 @pytest.mark.parametrize("keys, tokens, targets, keys_and_values, measured", [
     pytest.param(FULL, 12288, 9174, 12288, 103.7, id="SFT"), pytest.param(LORA, 12288, 9174, 12288, 53.6, id="LoRA SFT"),
     pytest.param(FULL, 8272, 5500, 11000, 92.7, id="DPO, 11 pairs")])  # fmt: skip
@@ -762,6 +807,14 @@ def test_a_training_script_plans_without_gpu_process_group_or_run_folder(
                 "--sharding=full",
             ],
             "expected sharding='optimizer'",
+        ),
+        (
+            [str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--count", "8", "--sharding=hybrid"],
+            "sharding='hybrid' on 8 ranks, 8 a machine: expected several machines",
+        ),
+        (
+            [str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--moments=bf16", "--sharding=hybrid"],
+            "sharding='hybrid': FSDP2 keeps both in float32",
         ),
         (
             [str(CONFIGS / "tulu10.py"), "--gpu", "a100-80", "--precision=fp8"],

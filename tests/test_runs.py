@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from world import (
@@ -38,7 +39,7 @@ from world import (
 import model
 import train_dpo
 import train_sft
-from plumbing import logbook, watchdog
+from plumbing import checkpoint, logbook, watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +104,48 @@ def test_any_number_of_ranks(world, tmp_path, baseline, case, count):
     assert_same_run(tmp_path / stage, baseline(case))
     rates = trace(tmp_path / stage, "lr").flatten().tolist()
     assert rates == pytest.approx([1e-2 * factor for factor in (0, 1, 0.8, 0.6, 0.4, 0.2)])
+
+
+def copy_after(step, folder):
+    """For launch: copy the run folder once that step is saved, which is what a kill would leave."""
+    save_at_once()
+    save = checkpoint.Checkpointer.save
+
+    def hooked(self, done, *args):
+        save(self, done, *args)
+        if done == step and dist.get_rank() == 0:
+            shutil.copytree(self.run_dir, folder)
+
+    checkpoint.Checkpointer.save = hooked
+
+
+def test_two_machines(world, tmp_path, baseline):
+    """Shards in each machine of two ranks: the numbers of one process. Their checkpoint has each row once; what
+    goes on from it ends in the same bytes on the two machines, and in the same numbers on one process."""
+    config = write_config(tmp_path, world, save_every=3, **SIX_STEPS)
+    hybrid, on_two_machines = "--sharding=hybrid", dict(ranks=4, machine=2)
+    copies = [tmp_path / "two", tmp_path / "one"]
+    launch("sft", config, hybrid, **on_two_machines, prepare=partial(copy_after, 3, copies[0])).ok()
+    assert_same_run(tmp_path / "sft", baseline("sft"))
+    assert json.loads((tmp_path / "sft/manifest.json").read_text())["sharding"] == "hybrid"
+
+    shutil.copytree(*copies)
+    files = [load_tensors(path) for path in copies[0].glob("checkpoints/step_000003/rank_*.safetensors")]
+    rows = [len(rows["param/model.embed_tokens.weight"]) for rows in files]
+    assert len(rows) == 4 and sum(rows) == len(final_weights(tmp_path / "sft")["model.embed_tokens.weight"])
+    assert first_step(launch("sft", config, hybrid, f"--out_dir={copies[0]}", **on_two_machines)) == 4
+    assert final_bytes(copies[0]) == final_bytes(tmp_path / "sft")
+    assert first_step(launch("sft", config, f"--out_dir={copies[1]}")) == 4
+    assert_same_run(copies[1], baseline("sft"))
+
+
+def test_two_machines_go_on_where_one_process_was_killed(world, tmp_path, baseline):
+    """LoRA, DPO: steps 4 to 6, the export and its merged adapters are theirs."""
+    stage, keys = CASES["dpo_lora"]
+    config = write_config(tmp_path, world, save_every=3, **SIX_STEPS, **keys)
+    launch(stage, config, prepare=partial(save_at_once, kill_after=3))
+    assert first_step(launch(stage, config, "--sharding=hybrid", ranks=4, machine=2)) == 4
+    assert_same_run(tmp_path / stage, baseline("dpo_lora"))
 
 
 def run_as_typed(command):

@@ -1,12 +1,15 @@
-"""tools/torchrun.py, which `make` puts in place of .venv/bin/torchrun."""
+"""tools/torchrun.py, which `make` puts in place of .venv/bin/torchrun; and what torchrun tells two machines."""
 
 import os
 import re
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from world import run_script
 
 from tools.torchrun import expand
 
@@ -47,3 +50,26 @@ def test_what_make_installs_starts_two_ranks(tmp_path):
     done = subprocess.run([installed, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+@pytest.mark.slow
+def test_two_machines_number_their_ranks_in_a_row(tmp_path):
+    """sharding="hybrid" takes ranks 0 and 1 for a machine, and LOCAL_WORLD_SIZE for its size: so does world.py,
+    which stands for torchrun in other tests.
+    """
+    (tmp_path / "who.py").write_text(
+        "import os\n"
+        "names = ('GROUP_RANK', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'WORLD_SIZE')\n"
+        "line = ' '.join(os.environ[name] for name in names) + '\\n'\n"
+        "os.write(1, line.encode())\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "1"]
+    command = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", *rendezvous, "who.py"]
+    with ThreadPoolExecutor(2) as pool:
+        agents = [pool.submit(run_script, command, tmp_path, {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    done = [agent.result() for agent in agents]
+    assert [agent.returncode for agent in done] == [0, 0], [agent.stderr for agent in done]
+    ranks = sorted("".join(agent.stdout for agent in done).splitlines())
+    assert ranks == ["0 0 0 2 4", "0 1 1 2 4", "1 2 0 2 4", "1 3 1 2 4"]

@@ -161,22 +161,24 @@ class Outcome:
         return self
 
 
-def launch(stage, config, *args, ranks=1, prepare=None, logs="logs"):
+def launch(stage, config, *args, ranks=1, machine=None, prepare=None, logs="logs"):
     """Run train_<stage>.py CONFIG args on so many processes; prepare() is called in each first. Returns its
     Outcome.
     """
-    return spawn(partial(_train, stage, [str(config), *args], prepare), Path(config).parent / logs, ranks)
+    work = partial(_train, stage, [str(config), *args], prepare)
+    return spawn(work, Path(config).parent / logs, ranks, machine)
 
 
-def spawn(work, logs, ranks=1):
+def spawn(work, logs, ranks=1, machine=None):
     """Call work() -> exit code in so many processes that parallel.init joins to a group; work must be
-    picklable. Returns its Outcome.
+    picklable. Returns its Outcome. machine: the processes of each machine; None: all are on one.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs.mkdir(exist_ok=True)
     context = _fork_server()
     processes = [
-        context.Process(target=_rank, args=(rank, ranks, store.port, logs, work)) for rank in range(ranks)
+        context.Process(target=_rank, args=(rank, ranks, machine or ranks, store.port, logs, work))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -195,7 +197,7 @@ def run_script(arguments, folder, environment):
     """
     with tempfile.TemporaryDirectory() as logs:
         work = partial(_script, arguments, folder, environment)
-        process = _fork_server().Process(target=_rank, args=(0, 1, None, Path(logs), work))
+        process = _fork_server().Process(target=_rank, args=(0, 1, 1, None, Path(logs), work))
         process.start()
         process.join(SECONDS)
         out, err = ((Path(logs) / f"0.{kind}").read_text() for kind in ("out", "err"))
@@ -230,13 +232,14 @@ def _fork_server():
     return context
 
 
-def _rank(rank, ranks, port, logs, work):
+def _rank(rank, ranks, machine, port, logs, work):
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(logs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     torch.set_num_threads(1)
     if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"LOCAL_RANK": str(rank % machine), "LOCAL_WORLD_SIZE": str(machine)}
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
