@@ -24,11 +24,11 @@ from packing import padding_waste, plan_step, step_examples
 RANKS, GLOBAL_BATCH, TOKENS, MICRO_BATCH, STEPS = 8, 128, 8192, 4, 100
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.parse_args(argv)
     lengths = tulu_like_lengths(np.random.default_rng(0), STEPS * GLOBAL_BATCH)
     ours, padded, config = [], [], LlamaConfig.preset("llama-3.1-8b")
     for step in range(STEPS):
@@ -55,4 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -139,11 +139,11 @@ def _wire(model, tokenizer, louder):
     mlp.down_proj.weight[ANSWER, 0] = 0.5
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.parse_args(argv)
     write(ROOT)
     found = {}
     for name in ("planted", "twin"):
@@ -156,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
