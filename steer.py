@@ -253,11 +253,11 @@ def find_pairs(targets, config, configs=None):
         if config.out_dir is not None:
             own = dataclasses.replace(own, out_dir=f"{config.out_dir}/{name}_{own.mode}")
         found |= _pair_of_config(path, own)
-    _require_own_folders(found)
+    _require_different(found)
     return found
 
 
-def _require_own_folders(pairs):
+def _require_different(pairs):
     """UserError where two pairs are one, or would write to one folder."""
     owners = {}
     for name, pair in pairs.items():

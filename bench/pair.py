@@ -1,4 +1,4 @@
-"""A pair of models of a real shape to its verdict: seconds of each stage, and the most memory that it took.
+"""A pair of models of a real shape to its verdict: how long that takes, and the most memory.
 
     python bench/pair.py [--preset llama-3.1-8b] [--key=value ..]
 
@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("runs/bench/pair")

@@ -444,6 +444,8 @@ def _copy_tensors(path, index, model, optimizer):
         for key, first in json.loads(header["first_rows"]).items():
             rows = stored.setdefault(key, _StoredRows(f"{path}: {key}", []))
             rows.pieces.append((first, file.get_slice(key)))
+    for rows in stored.values():  # with sharding="hybrid" files are not in the order of their rows
+        rows.pieces.sort(key=lambda piece: piece[0])
     for key, tensor in _trained_tensors(model, optimizer).items():
         copy_rows(tensor, stored[key])
     parallel.share_weights(model)
@@ -454,11 +456,11 @@ class _StoredRows:
     """One tensor whose rows are spread over several files; [first:stop] reads just those."""
 
     name: str
-    pieces: list  # (first row, file slice), in any order
+    pieces: list  # (first row, file slice) in row order
 
     def __getitem__(self, rows):
         parts, row = [], rows.start
-        for start, piece in sorted(self.pieces, key=lambda piece: piece[0]):
+        for start, piece in self.pieces:
             stop = min(rows.stop, start + piece.get_shape()[0])
             if start <= row < stop:
                 parts.append(piece[row - start : stop - start])

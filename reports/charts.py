@@ -120,6 +120,14 @@ def number(value):
     return f"{value:.4f}" if abs(value) < 1 else f"{value:#.4g}"
 
 
+def scattered(i):
+    """A place in [0, 1) for dot i of a cloud, by the golden ratio.
+
+    Directions of one kind are neighbours in the list, and do not form a line.
+    """
+    return i * 0.618 % 1
+
+
 def ticks(low, high, count=4, whole=False):
     """About `count` round numbers in [low, high], 1, 2 or 5 times a power of ten apart. whole: integers."""
     rough = (high - low) / count
@@ -236,10 +244,9 @@ def _effect(effect, row, y, across):
         for value in (-effect.relevant, effect.relevant):
             yield f'<path class="limit" d="M{across(value):.1f},{top:g}V{bottom:g}"/>'
     if effect.cloud:
-        # Neighbours in height are far apart in the list, so that dots of one kind do not form a line.
         dots = []
         for i, value in enumerate(effect.cloud):
-            height = y + 0.7 * row * ((i * 0.618) % 1 - 0.5)
+            height = y + 0.7 * row * (scattered(i) - 0.5)
             dots.append(f"M{across(value):.1f},{height:.1f}h0")
         yield f'<path class="dot cloud" {style} d="{"".join(dots)}"/>'
     else:

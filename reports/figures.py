@@ -7,7 +7,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from reports.charts import Chart, Effect, Forest, Line, Mark
+from reports.charts import Chart, Effect, Forest, Line, Mark, scattered
 from reports.summary import two_digits
 
 SMOOTHING = 40  # noisy curves are means over a 40th of the run: 25 of 1,000 steps; none below 80 steps
@@ -294,8 +294,7 @@ def _beside(sweep, verdict):
     side, ends = [], []
     changes = null_changes(verdict)
     for i, change in enumerate(changes):
-        # spread by the golden ratio: directions of one kind, neighbours in the list, do not form a line
-        side.append(_strip(x[0], x[-1], 1.5 + 6 * ((i * 0.618) % 1)))
+        side.append(_strip(x[0], x[-1], 1.5 + 6 * scattered(i)))
         ends.append(verdict["estimate"][0] + change)
     note = f"{len(changes)}, of its length"
     lines.append(Line("random directions", 0, side, ends, note=note, cloud=True))

@@ -23,7 +23,8 @@ def lines(request):
     if VISIBLE == "all":
         del environment["CUDA_VISIBLE_DEVICES"]
     items = [item for item in request.session.items if item.get_closest_marker("gpu")]
-    command = [sys.executable, gpu_checks.__file__, *[item.callspec.params["name"] for item in items]]
+    names = [item.callspec.params["name"] for item in items]
+    command = [sys.executable, gpu_checks.__file__, *names]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **pipe) as process:
         yield process.stdout
