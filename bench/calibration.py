@@ -40,6 +40,9 @@ ALONE = {
     "low rank (3 directions)": {"rank": 3.0},
     "3 of 10 labels wrong": {"wrong": 0.3},
     "9 lambdas": {"lambdas": 9},
+    "separation 20, 1 axiom": {"points": 20.0, "axioms": 1},
+    "the same, 1 of 100 texts ten times as far out": {"points": 20.0, "axioms": 1, "outliers": (0.01, 10.0)},
+    "the same, 5 of 100": {"points": 20.0, "axioms": 1, "outliers": (0.05, 10.0)},
 }
 GROUPED = {
     "every text five times, nearly": {"templates": 20, "alike": 0.98},
@@ -107,12 +110,13 @@ def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=Fal
 
 
 def paths(generator, axiom, label, group, dims=32, points=2.0, change=0.0, lambdas=5, shared=0.9, tails=None,
-          rank=None, alike=0.9, wrong=0.0, safe=0.5):  # fmt: skip
+          rank=None, alike=0.9, wrong=0.0, safe=0.5, outliers=(0.0, 1.0)):  # fmt: skip
     """Yield states (n, D) at every lambda.
 
     The label explains `points` per cent at first, `change` more at last. Text i of label y at lambda k is y
     gap_k e + scale (sqrt(shared) z_i + sqrt(1 - shared) z_ik). In a group, z is sqrt(alike) of the group's
-    and sqrt(1 - alike) of the text's. wrong: share of texts whose label is drawn anew.
+    and sqrt(1 - alike) of the text's. wrong: share of texts whose label is drawn anew. outliers:
+    (share of texts, what all of their states are multiplied by).
     """
     scale = spectrum(dims, rank)
 
@@ -125,10 +129,14 @@ def paths(generator, axiom, label, group, dims=32, points=2.0, change=0.0, lambd
 
     is_wrong = torch.rand(len(label), generator=generator) < wrong
     truth = torch.where(is_wrong, torch.randint(2, label.shape, generator=generator), label)
+    share, times = outliers
+    # drawn only where asked for: other rows keep their random numbers
+    is_far = torch.rand(len(label), generator=generator) < share if share else torch.zeros_like(is_wrong)
     common = noise()
     for k in range(lambdas):
         x = scale * (shared**0.5 * common + (1 - shared) ** 0.5 * noise())
         x[:, dims // 2] += gap_of(points + change * k / max(lambdas - 1, 1), scale, safe) * truth
+        x[is_far] *= times
         yield x
 
 
