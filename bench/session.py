@@ -47,6 +47,7 @@ RUNS = {  # name: (stage, config, examples a step and GPU, keys)
     "dpo_lora": ("dpo", FIXED, 32, [*LORA, "--lr=5e-6"]),
     "sft_full_1b": ("sft", FIXED, 12, ONE_B),
     "sft_olmo1b": ("sft", FIXED, 12, OLMO),
+    "dpo_olmo1b": ("dpo", FIXED, 32, OLMO),
     "sft_olmo1b_plain": ("sft", FIXED, 12, [*OLMO, "--kernels=plain"]),
     "sft_olmo1b_llama": ("sft", FIXED, 12, OLMO_AS_LLAMA),
     "tulu10_sft": ("sft", TULU10, 16, []),
