@@ -70,4 +70,7 @@ def test_a_session_needs_no_weights(world, tmp_path, monkeypatch):
     path = write_config(tmp_path, world, model_path=str(folder))
     config, tokenizer = load("sft", [str(path)]), Tokenizer.from_dir(training.resolve(str(folder)))
     model_config = training.read_model_config(config, folder, tokenizer, torch.device("cpu"))
-    assert training.fingerprint(folder) == "random" and model_config.vocab_size == tokenizer.vocab_size
+    assert model_config.vocab_size == tokenizer.vocab_size
+    # A reference cache's key holds it: two shapes in one session must not share their log-probs.
+    assert training.fingerprint(folder) == training.fingerprint(str(folder))
+    assert training.fingerprint(folder) != training.fingerprint(tmp_path / "other/base")
