@@ -850,7 +850,8 @@ def _forget(pair, to_come):
 
 def run_check(targets, config, measure, configs=None, gpu=None):
     """The pairs of `validate TARGET ... --check [--gpu NAME]`, by name, config and size."""
-    return atlas.check(find_pairs(targets, config, configs), gpu, measure.nulls or null_count(config.mode))
+    nulls = measure.nulls or null_count(config.mode)
+    return atlas.check(find_pairs(targets, config, configs), gpu, nulls, measure.oracle)
 
 
 def _above(pairs):

@@ -13,8 +13,8 @@ import huggingface_hub
 
 import families
 from data import end_of_turn, resolve_template
-from planner.budget import FORWARD, MATMUL, find_gpu
-from planner.plan import AXIOMS, CONTEXT_GIB, GIB, PROMPT_TOKENS, PROMPTS, sweep_forwards, vector_texts
+from planner.budget import extracts_in_fp32, find_gpu
+from planner.plan import CONTEXT_GIB, GIB, steering_passes, vector_texts
 from plumbing import adapters, hub
 from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
@@ -97,10 +97,11 @@ def problem_of(pair, sft, dpo):
     return None
 
 
-def check(pairs, gpu, nulls):
+def check(pairs, gpu, nulls, oracle):
     """Print every model and pair of {name: SteerConfig}, and the plan; returns 1 if one cannot be loaded.
 
-    gpu: name or None; nulls: random directions of each of two kinds that a sweep runs.
+    gpu: name or None; nulls: random directions of each of two kinds that a sweep runs; oracle: whether it
+    finds the best direction.
     """
     card = gpu and find_gpu(gpu)
     models, problems, lines = {}, [], []
@@ -125,7 +126,7 @@ def check(pairs, gpu, nulls):
                 problems.append(f"pair {name!r}: {problem}")
             whole[name] = pair, sft, dpo
     if whole:
-        print("\n".join(_plan(whole, models, card, gpu, nulls)))
+        print("\n".join(_plan(whole, models, card, gpu, nulls, oracle)))
     for problem in problems:
         print(f"problem: {problem}")
     if not problems:
@@ -133,7 +134,7 @@ def check(pairs, gpu, nulls):
     return 1 if problems else 0
 
 
-def _plan(whole, models, card, gpu, nulls):
+def _plan(whole, models, card, gpu, nulls, oracle):
     """Lines: disk, memory and, with a card, time and cost of {name: (SteerConfig, Model, Model)}."""
     files = {}  # {folder or name: GB}; a base that several adapters share counts once
     for model in models.values():
@@ -154,8 +155,9 @@ def _plan(whole, models, card, gpu, nulls):
         return [*lines, "time     --gpu NAME says hours and dollars"]
     hours = {}
     for name, (pair, sft, _) in whole.items():
-        hours[name] = _flops(pair, sft, nulls) / (card.tflops * 1e12 * MATMUL * FORWARD) / 3600
-        dtype = "fp32" if _is_precise(sft, card) else "bf16"
+        passes = steering_passes(pair, sft.config, card, TEXT_TOKENS, nulls, oracle)
+        hours[name] = sum(seconds for _, seconds, _ in passes.values()) / 3600
+        dtype = "fp32" if extracts_in_fp32(sft.config, card) else "bf16"
         lines.append(f"         {hours[name]:7.3f} h  {name}; extract in {dtype}")
         if 2 * sft.parameters / GIB + CONTEXT_GIB > card.gib:
             lines[-1] += f"; does not fit on one {gpu}"
@@ -164,35 +166,23 @@ def _plan(whole, models, card, gpu, nulls):
     price = f"${total * low:.2f}-{total * high:.2f} (prices assumed)"
     return [
         *lines,
-        f"time     {total:.2f} h on one {gpu}, {price}; not counted: downloads, loading, answers, nor that "
-        "fp32 is slower than bf16",
+        f"time     {total:.2f} h on one {gpu}, {price}; not counted: downloads, loading, answers",
     ]
 
 
 def _memory_line(model, card):
-    """What the largest model takes. families.load_model decides on fp32 by the memory that it finds free."""
+    """What the largest model takes. families.load_model decides on fp32 by the card's size."""
     fp32 = f"{4 * model.parameters / GIB + CONTEXT_GIB:.1f} GiB"
     bf16 = f"{2 * model.parameters / GIB + CONTEXT_GIB:.1f} GiB"
-    extract = f"{fp32} in fp32 on a card of {8 * model.parameters / GIB + CONTEXT_GIB:.1f} GiB, else as sweep"
+    extract = f"{fp32} in fp32 on a card of {8 * model.parameters / GIB:.1f} GiB, else as sweep"
     if card is not None:
-        extract = f"{fp32} in fp32" if _is_precise(model, card) else f"{bf16} in bf16, too large for fp32"
+        extract = f"{bf16} in bf16, too large for fp32"
+        if extracts_in_fp32(model.config, card):
+            extract = f"{fp32} in fp32"
     one = f"one model at a time, the largest {model.path}"
     return f"memory   of GPU beside activations, {one}: extract {extract}; sweep {bf16} in bf16"
-
-
-def _is_precise(model, card):
-    """Whether extract reads the Model in fp32 on an empty card."""
-    return families.fits_in_fp32(model.config, (card.gib - CONTEXT_GIB) * GIB)
 
 
 def _state_bytes(pair, config):
     """Of both sides' differences, pooled in two ways, in float32."""
     return 2 * 2 * 4 * vector_texts(pair) * config.num_hidden_layers * config.hidden_size
-
-
-def _flops(pair, model, nulls):
-    """Matmuls of extract (two models, two sides) and sweep."""
-    extracted = 2 * 2 * vector_texts(pair) * min(TEXT_TOKENS, pair.max_text_tokens)
-    forwards = sweep_forwards(pair, model.config.num_hidden_layers, nulls)
-    swept = 2 * AXIOMS * PROMPTS[pair.mode] * PROMPT_TOKENS * forwards
-    return 2 * model.parameters * (extracted + swept)

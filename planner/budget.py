@@ -2,9 +2,9 @@
 
 Pure functions; no GPU is touched.
 
-Calibrated on the 8B shape on one and two H200s with torch 2.11: tests/test_plan.py holds the measured peaks
-(met within 1.5 % on one GPU, 3 % on two) and seconds of a step (within 4.5 %). Other GPUs are scaled by their
-datasheets: estimates.
+Calibrated on the 8B shape on one and two H200s with torch 2.11, and on OLMo 2's 1B shape on one:
+tests/test_plan.py holds the measured peaks (met within 1.5 % on one GPU, 3 % on two) and seconds of a step
+(within 4.5 %). Other GPUs are scaled by their datasheets: estimates.
 
 Letters as in model.py; sizes are bytes, rates per second. Reading order: the GPUs, a model's size, a pass
 over data, memory, time.
@@ -20,6 +20,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
+import families
 from kernels import token_logps
 from model import Llama, apply_lora, training_flops
 from plumbing.config import are_equal_machines
@@ -34,6 +35,7 @@ class GPU:
 
     gib: float  # memory, as torch reports it: 2 to 8 % less than on the datasheet
     tflops: float  # dense bf16 matmul with float32 sums, datasheet
+    fp32_tflops: float  # float32 without tensor cores (no TF32), datasheet
     tb_s: float  # memory bandwidth, datasheet
     link_gb_s: float  # to the other cards, one direction, datasheet: NVLink, or PCIe x16 where there is none
     capability: tuple[int, int]  # compute capability, for check_capability
@@ -56,26 +58,41 @@ class GPU:
 
 
 # The GeForce cards' TFLOP/s are of the whitepapers of GA102, AD102 and GB202: 71, 165.2 and 209.5 (half of
-# their "sparse" rates). PCIe is 4.0 (32 GB/s a direction), 5.0 (64) on the RTX 5090; an NVLink bridge between
-# RTX 3090s is not counted.
+# their "sparse" rates), and in float32 35.6, 82.6 and 104.8. The B200's are those in an HGX B200. PCIe is 4.0
+# (32 GB/s a direction), 5.0 (64) on the RTX 5090; an NVLink bridge between RTX 3090s is not counted.
 GPUS = {
-    "rtx3090": GPU(23.6, 71, 0.936, 32, (8, 6), (0.20, 0.50)),
-    "rtx4090": GPU(23.5, 165.2, 1.008, 32, (8, 9), (0.35, 0.80)),
-    "rtx5090": GPU(31.4, 209.5, 1.792, 64, (12, 0), (0.50, 1.20)),
-    "a40": GPU(44.4, 149.7, 0.696, 32, (8, 6), (0.40, 1.30)),
-    "l40s": GPU(44.4, 362.1, 0.864, 32, (8, 9), (0.80, 1.90)),
-    "a100-40": GPU(39.4, 312, 1.555, 300, (8, 0), (1.00, 2.00)),
-    "a100-80": GPU(79.2, 312, 2.039, 300, (8, 0), (1.20, 2.80)),
-    "h100": GPU(79.1, 989.4, 3.35, 450, (9, 0), (2.00, 4.50)),
-    "h200": GPU(139.8, 989.4, 4.8, 450, (9, 0), (2.50, 5.50)),
-    "b200": GPU(178.3, 2250, 7.7, 900, (10, 0), (4.00, 8.00)),
+    "rtx3090": GPU(23.6, 71, 35.6, 0.936, 32, (8, 6), (0.20, 0.50)),
+    "rtx4090": GPU(23.5, 165.2, 82.6, 1.008, 32, (8, 9), (0.35, 0.80)),
+    "rtx5090": GPU(31.4, 209.5, 104.8, 1.792, 64, (12, 0), (0.50, 1.20)),
+    "a40": GPU(44.4, 149.7, 37.4, 0.696, 32, (8, 6), (0.40, 1.30)),
+    "l40s": GPU(44.4, 362.1, 91.6, 0.864, 32, (8, 9), (0.80, 1.90)),
+    "a100-40": GPU(39.4, 312, 19.5, 1.555, 300, (8, 0), (1.00, 2.00)),
+    "a100-80": GPU(79.2, 312, 19.5, 2.039, 300, (8, 0), (1.20, 2.80)),
+    "h100": GPU(79.1, 989.4, 67, 3.35, 450, (9, 0), (2.00, 4.50)),
+    "h200": GPU(139.8, 989.4, 67, 4.8, 450, (9, 0), (2.50, 5.50)),
+    "b200": GPU(178.3, 2250, 75, 7.7, 900, (10, 0), (4.00, 8.00)),
 }
 
 # Shares of the datasheet's rates, measured on the H200.
-# 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; the next four are shares of this
+# 790 of 989 TFLOP/s: large bf16 products, what mfu is a share of; FULL to STATES and ATTENTION are of this
 MATMUL = 0.80
 # Forward and backward of blocks and lm_head, full fine-tuning and LoRA; forward only.
 FULL, LORA, FORWARD = 0.76, 0.69, 0.82
+# Texts of up to 512 tokens in bf16, attention included, over the blocks' FLOPs: a sweep's passes; extract,
+# which pools states after every block. The 8B shape extracted 40,000 to 42,500 tokens/s in four sessions.
+SWEEP, STATES = 0.79, 0.73
+# Extract in float32, a share of that datasheet rate. Tokens/s of texts of 512, 200 and 60 tokens: 8B 3,448,
+# 3,383, 3,447; Llama 3.2 1B 23,336, 22,491, 22,265.
+STATES_FP32 = 0.69
+# What a block does beside its matmuls grows with the hidden size, its matmuls with the square. So a FLOP of a
+# matmul takes so much longer at 2,048 than at 4,096, where the shares above were fitted (see slowed). OLMo 2
+# 1B, all weights: SFT 59,180 and 60,180 tokens/s, a step planned 2.5 and 4.2 % too long; DPO 84.5 pairs/s,
+# 4.4 % too short. LoRA, forward passes and sweeps are assumed to lose as much.
+NARROW = 0.125
+# Extract in bf16 loses more, to its pooling: Llama 3.2 1B read 239,356 tokens/s in a full batch of 16,384
+# tokens, planned 237,500. Batches of 12,800 and 8,160 are planned 7 and 12 % too fast, but only the last one
+# of a pass is partial.
+NARROW_STATES = 0.25
 # varlen_attn over long documents; tokens of a document at which it has half of that.
 ATTENTION, ATTENTION_HALF = 0.434, 916
 OPTIMIZER = 0.82  # of the memory bandwidth: 49 ms for 24 bytes a parameter, 8.03 B parameters
@@ -331,18 +348,58 @@ def compute_width(config):
 # ---------------------------------------------------------------- time
 
 
-def forward_seconds(work, gpu):
+def slowed(hidden_size, narrow):
+    """Time of a matmul's FLOP at this hidden size beside that at 4,096; narrow: NARROW or NARROW_STATES.
+
+    Fitted at 2,048 and 4,096; narrower is extrapolated, wider is taken as 4,096.
+    """
+    return 1 + narrow * max(0, 4096 / hidden_size - 1)
+
+
+def extracts_in_fp32(model_config, gpu):
+    """Whether steer.py extract reads a model in float32 on this GPU, as families.dtype_for decides."""
+    return families.fits_in_fp32(model_config, gpu.gib * 2**30)
+
+
+def extract_seconds(model_config, tokens, gpu):
+    """Seconds in which analysis.steering.read_states reads `tokens` tokens of texts, on one GPU.
+
+    model_config: of any family.
+    """
+    if extracts_in_fp32(model_config, gpu):
+        return _block_flops(model_config, tokens) / (gpu.fp32_tflops * 1e12 * STATES_FP32)
+    flops = _block_flops(model_config, tokens) * slowed(model_config.hidden_size, NARROW_STATES)
+    return flops / (gpu.tflops * 1e12 * MATMUL * STATES)
+
+
+def sweep_seconds(model_config, tokens, gpu):
+    """Seconds of a sweep's forward passes over `tokens` tokens of prompts, on one GPU, in bf16.
+
+    model_config: of any family.
+    """
+    flops = _block_flops(model_config, tokens) * slowed(model_config.hidden_size, NARROW)
+    return flops / (gpu.tflops * 1e12 * MATMUL * SWEEP)
+
+
+def _block_flops(model_config, tokens):
+    """Of the blocks' weights: all but embedding and lm_head."""
+    parameters = sum(parameter.numel() for parameter in families.skeleton(model_config).parameters())
+    tables = 1 if model_config.tie_word_embeddings else 2
+    return 2 * tokens * (parameters - tables * model_config.vocab_size * model_config.hidden_size)
+
+
+def forward_seconds(work, model_config, gpu):
     """Seconds of a forward pass without gradients, on one GPU."""
     rate = gpu.tflops * 1e12 * MATMUL
-    return (work.flops - work.attention) / (rate * FORWARD) + work.slow_attention / (rate * ATTENTION)
+    matmuls = (work.flops - work.attention) * slowed(model_config.hidden_size, NARROW)
+    return matmuls / (rate * FORWARD) + work.slow_attention / (rate * ATTENTION)
 
 
 def training_seconds(work, model, config, gpu):
     """Seconds of forward and backward, on one GPU."""
     rate, matmuls = gpu.tflops * 1e12 * MATMUL, work.flops - work.attention
-    matmuls_trained = training_flops(model, matmuls, work.tokens) / (
-        rate * (LORA if config.lora_rank else FULL)
-    )
+    flops = training_flops(model, matmuls, work.tokens) * slowed(model.config.hidden_size, NARROW)
+    matmuls_trained = flops / (rate * (LORA if config.lora_rank else FULL))
     # Backward: five products to forward's two, under LoRA too.
     attention = 3.5 * work.slow_attention / (rate * ATTENTION)
     # All but lm_head.
@@ -350,7 +407,7 @@ def training_seconds(work, model, config, gpu):
     return (
         matmuls_trained
         + attention
-        + {"none": 0, "half": 0.5, "full": 1}[config.recompute] * forward_seconds(again, gpu)
+        + {"none": 0, "half": 0.5, "full": 1}[config.recompute] * forward_seconds(again, model.config, gpu)
     )
 
 

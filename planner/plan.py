@@ -33,6 +33,8 @@ from planner.budget import (
     choose_sharding,
     compute_width,
     exchange_seconds,
+    extract_seconds,
+    extracts_in_fp32,
     find_gpu,
     forward_seconds,
     is_whole,
@@ -43,6 +45,7 @@ from planner.budget import (
     sharded_seconds,
     sharers,
     skeleton,
+    sweep_seconds,
     training_seconds,
 )
 from plumbing import hub, parallel
@@ -349,9 +352,8 @@ class Plan:
         """Seconds of a pass that only reads the weights."""
         passes = 0 if self.is_whole else work.examples / self.config.global_batch_size * self.turns
         exchange = passes * exchange_seconds(self.gathered, self.sharers, self.gpu)
-        return sharded_seconds(
-            forward_seconds(work, self.gpu) / self.count, exchange, self.resolved, self.count, self.gpu
-        )
+        compute = forward_seconds(work, self.shape, self.gpu) / self.count
+        return sharded_seconds(compute, exchange, self.resolved, self.count, self.gpu)
 
     @property
     def speedup(self):
@@ -666,13 +668,14 @@ def _steering_rows(path, plans):
 
     dpo = plans["dpo"]
     hours = sum(plan.hours for plan in plans.values())
-    gib = (2 * (dpo.sizes.trained + dpo.sizes.frozen)) / GIB + CONTEXT_GIB  # bf16, one model at a time
-    said = "on one GPU" if gib < dpo.gpu.gib else f"does not fit, {gib - dpo.gpu.gib:.1f} GiB too much"
     rows = []
-    config = load("steer", [path])
-    nulls = load("aqi", [path]).nulls or null_count(config.mode)
-    for stage, (tokens, seconds) in steering_passes(config, dpo, nulls).items():
+    config, measure = load("steer", [path]), load("aqi", [path])
+    nulls, mean = measure.nulls or null_count(config.mode), dpo.train.keys // (2 * dpo.train.examples)
+    passes = steering_passes(config, dpo.shape, dpo.gpu, mean, nulls, measure.oracle)
+    for stage, (tokens, seconds, width) in passes.items():
         hours += seconds / 3600
+        gib = width * (dpo.sizes.trained + dpo.sizes.frozen) / GIB + CONTEXT_GIB  # one model at a time
+        said = "on one GPU" if gib < dpo.gpu.gib else f"does not fit, {gib - dpo.gpu.gib:.1f} GiB too much"
         # The others are rented meanwhile.
         price = _usd([seconds / 3600 * price for price in dpo.usd_per_hour])
         rows.append([path, stage, "", f"{tokens:,.0f}*", f"{gib:.1f}", f"{seconds / 3600:.2f}", price, said])
@@ -683,35 +686,42 @@ def _steering_rows(path, plans):
     ]
 
 
-def steering_passes(config, dpo, nulls):
-    """{stage: (tokens read, seconds)} of the section steer, on one GPU.
+def steering_passes(config, shape, gpu, text_tokens, nulls, oracle):
+    """{stage: (tokens read, seconds, bytes of a weight)} of the section steer, on one GPU.
 
-    dpo: the Plan of the pair's second model; nulls: random directions of each kind. extract reads both texts
+    shape: the config of the pair's models, of any family; text_tokens: mean of a text of the vector; nulls:
+    random directions of each kind; oracle: whether a sweep finds the best direction. extract reads both texts
     of every pair with both models; sweep reads the prompts as `sweep_forwards` says.
     """
-    texts = 2 * vector_texts(config)
-    mean = min(config.max_text_tokens, dpo.train.keys // (2 * dpo.train.examples))
-    extracted = _states_pass(dpo.shape, texts, mean).times(2)
-    prompts = _states_pass(dpo.shape, 2 * AXIOMS * PROMPTS[config.mode], PROMPT_TOKENS)
-    swept = prompts.times(sweep_forwards(config, dpo.shape.num_hidden_layers, nulls))
+    extracted = 2 * 2 * vector_texts(config) * min(config.max_text_tokens, text_tokens)
+    prompts = 2 * AXIOMS * PROMPTS[config.mode] * PROMPT_TOKENS
+    swept = prompts * sweep_forwards(config, shape.num_hidden_layers, nulls, oracle)
+    width = 4 if extracts_in_fp32(shape, gpu) else 2
     return {
-        stage: (work.tokens, forward_seconds(work, dpo.gpu))
-        for stage, work in (("extract", extracted), ("sweep", swept))
+        "extract": (extracted, extract_seconds(shape, extracted, gpu), width),
+        "sweep": (swept, sweep_seconds(shape, swept, gpu), 2),
     }
 
 
-def sweep_forwards(config, layers, nulls):
+def sweep_forwards(config, layers, nulls, oracle):
     """Full forward passes over the prompts that a sweep's blocks amount to. layers: the model's.
 
     One each of the DPO model and the untrained network; one for the curve, and the top blocks for each
     lambda; one for each of two kinds of null directions, and the top blocks for each direction at the first
-    and the last lambda, where 0 is one point for all. Not counted: answers, held-out texts and --oracle.
+    and the last lambda, where 0 is one point for all. With `oracle`, one half of the prompts is read once and
+    three times by the top blocks in each step of the ascent, the other once and by them for each lambda; that
+    was not timed. Not counted: answers and held-out texts.
     """
+    from analysis.oracle import STEPS  # here: `--plan` of a training starts without it
+
     # What runs again is the blocks above the first steered one. Adding directions and pooling take about one
-    # block more: on an H200, 7,000 prompts of the 8B shape, 99 nulls of one kind took 151.7 s, planned 155.5.
+    # block more: on an H200, 7,000 prompts of the 8B shape, 99 nulls of one kind took 151.7 s, planned 155.9.
     again = min(config.layers, layers) / layers
     directions = sum(nulls if strength else 1 for strength in (config.lambdas[0], config.lambdas[-1]))
-    return 2 + (1 + len(config.lambdas) * again) + 2 * (1 + directions * again)
+    forwards = 2 + (1 + len(config.lambdas) * again) + 2 * (1 + directions * again)
+    if oracle:  # the ascent begins with a step at no steering
+        forwards += 1 + (3 * (STEPS + 1) + len(config.lambdas)) / 2 * again
+    return forwards
 
 
 def vector_texts(config):
@@ -720,11 +730,6 @@ def vector_texts(config):
 
     count = config.count or MODES[config.mode]
     return count + max(1, count // 4)
-
-
-def _states_pass(shape, count, length):
-    """`count` documents of `length` tokens, of which only hidden states are asked."""
-    return Pass.of(shape, [(np.full(count, length), np.zeros(count, dtype=np.int64))])
 
 
 def _options(argv):

@@ -21,6 +21,7 @@ import aqi
 import steer
 import train_dpo
 from data import load_preferences, load_sft
+from families.falcon import FalconConfig
 from model import LlamaConfig, training_flops
 from planner import budget, plan
 from planner.budget import (
@@ -29,13 +30,17 @@ from planner.budget import (
     Sizes,
     block_bytes,
     exchange_seconds,
+    extract_seconds,
+    extracts_in_fp32,
     find_gpu,
     forward_seconds,
     optimizer_seconds,
     peak_bytes,
     sharded_seconds,
     skeleton,
+    slowed,
     state_bytes,
+    sweep_seconds,
     training_seconds,
 )
 from plumbing.config import check_capability, load
@@ -47,6 +52,9 @@ from train_sft import SFTConfig
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 2**30
 SHAPE = LlamaConfig.preset("llama-3.1-8b")
+OLMO = LlamaConfig.preset("olmo-2-1b")
+H200 = GPUS["h200"]
+SMALL = dataclasses.replace(H200, gib=8.0)  # on which no model of these tests is read in fp32
 VALUES = dict(model_path="meta-llama/Llama-3.1-8B", out_dir="o", data={"a.jsonl": 1.0}, max_seq_len=4096, global_batch_size=16,
               tokens_per_microbatch=8192, lr=1e-5)  # fmt: skip
 FULL, LORA = dict(moments="bf16"), dict(lora_rank=64, lora_alpha=128.0)
@@ -132,15 +140,90 @@ def test_seconds_of_a_step_measured(keys, gpu, work, measured):
 
 def test_forward_and_optimizer_rates_measured_on_h200():
     hidden_states = Pass.of(SHAPE, [documents(4096, 4096, targets=[0, 0])])
-    assert 1 / forward_seconds(PAIR, GPUS["h200"]) == pytest.approx(56, rel=0.05), (
+    assert 1 / forward_seconds(PAIR, SHAPE, GPUS["h200"]) == pytest.approx(56, rel=0.05), (
         "pairs/s of the reference pass"
     )
-    assert 8192 / forward_seconds(hidden_states, GPUS["h200"]) == pytest.approx(39_700, rel=0.05), "tokens/s"
+    tokens_per_second = 8192 / forward_seconds(hidden_states, SHAPE, GPUS["h200"])
+    assert tokens_per_second == pytest.approx(39_700, rel=0.05)
     config, _, sizes = parts(**FULL)
     assert optimizer_seconds(config, sizes, 1, GPUS["h200"]) == pytest.approx(0.049, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "stage, measured",
+    [("sft", 49_152 / 59_180), ("sft", 49_152 / 60_180), ("dpo", 32 / 84.53)],
+)
+def test_seconds_of_a_step_of_olmo_2_1b_measured(stage, measured):
+    """On an H200, the optimizer's included. Pairs of 504 tokens share 252, as bench/world.py writes them."""
+    work = Pass.of(OLMO, [documents(4096, targets=[3085])]).times(12)
+    if stage == "dpo":
+        work = Pass.of(OLMO, [documents(504, targets=[250])] * 2, np.array([252])).times(32)
+    config = SFTConfig(**VALUES | FULL)
+    model = skeleton(OLMO, config)
+    seconds = training_seconds(work, model, config, GPUS["h200"])
+    seconds += optimizer_seconds(config, Sizes.of(model), 1, GPUS["h200"])
+    assert seconds == pytest.approx(measured, rel=0.045)
+
+
+@pytest.mark.parametrize(
+    "preset, gpu, measured, error",
+    [
+        pytest.param("llama-3.1-8b", SMALL, 40_370, 0.05, id="8B, bf16, 32 texts of 512"),
+        pytest.param("llama-3.1-8b", SMALL, 40_043, 0.05, id="8B, bf16, 136 texts of 60"),
+        pytest.param("llama-3.1-8b", SMALL, 42_470, 0.05, id="8B, bf16, 32 texts of 512, another session"),
+        pytest.param("llama-3.1-8b", H200, 3_448, 0.05, id="8B, fp32, 32 texts of 512"),
+        pytest.param("llama-3.1-8b", H200, 3_383, 0.05, id="8B, fp32, 64 texts of 200"),
+        pytest.param("llama-3.2-1b", SMALL, 239_356, 0.05, id="1B, bf16, 32 texts of 512"),
+        pytest.param("llama-3.2-1b", SMALL, 212_884, 0.12, id="1B, bf16, 136 texts of 60: half a batch"),
+        pytest.param("llama-3.2-1b", H200, 23_336, 0.05, id="1B, fp32, 32 texts of 512"),
+        pytest.param("llama-3.2-1b", H200, 22_265, 0.07, id="1B, fp32, 136 texts of 60: half a batch"),
+    ],
+)
+def test_rates_of_extract_measured_on_h200(preset, gpu, measured, error):
+    """read_states, tokens/s of one batch; steering.packed_batches fills them to 16,384 tokens."""
+    rate = 1e6 / extract_seconds(LlamaConfig.preset(preset), 1e6, gpu)
+    assert rate == pytest.approx(measured, rel=error)
+
+
 # ---------------------------------------------------------------- by hand
+
+
+def test_narrow_models_take_longer_for_a_flop():
+    """4,096 / 2,048 - 1 is 1, 4,096 / 1,024 - 1 is 3; wider than 4,096 is as 4,096."""
+    assert [slowed(size, 0.125) for size in (8192, 4096, 2048, 1024)] == [1, 1, 1.125, 1.375]
+
+
+def test_seconds_of_extract_and_sweep():
+    """Of the blocks alone: 32 of 218,112,000 parameters and a norm of 4,096; 16 of 60,821,504 (2 x 2048 x 2048
+    + 2 x 2048 x 512 + 3 x 2048 x 8192 + 2 norms of 2048), whose embedding is its lm_head.
+    """
+    blocks, small_blocks = 32 * 218_112_000 + 4096, 16 * 60_821_504 + 2048
+    small = LlamaConfig.preset("llama-3.2-1b")
+    assert extract_seconds(SHAPE, 1000, H200) == pytest.approx(2000 * blocks / (67e12 * 0.69))
+    bf16 = 989.4e12 * 0.8
+    assert extract_seconds(SHAPE, 1000, SMALL) == pytest.approx(2000 * blocks / (bf16 * 0.73))
+    expected = 2000 * small_blocks / (bf16 * 0.73) * 1.25
+    assert extract_seconds(small, 1000, SMALL) == pytest.approx(expected)
+    assert sweep_seconds(SHAPE, 1000, H200) == pytest.approx(2000 * blocks / (bf16 * 0.79))
+    expected = 2000 * small_blocks / (bf16 * 0.79) * 1.125
+    assert sweep_seconds(small, 1000, H200) == pytest.approx(expected)
+
+
+def test_seconds_of_extract_of_another_family():
+    """A block of Falcon-7B: q, k, v 4544 x 4672, o 4544 x 4544, MLP 2 x 4544 x 18176, one LayerNorm of 2 x
+    4544. So 207,070,080 parameters in each of 32, and a LayerNorm behind them.
+    """
+    falcon = FalconConfig(65_024, 4544, 18_176, 32, 71)
+    blocks = 32 * 207_070_080 + 2 * 4544
+    seconds = extract_seconds(falcon, 1000, GPUS["a100-80"])
+    assert seconds == pytest.approx(2000 * blocks / (19.5e12 * 0.69))
+
+
+@pytest.mark.parametrize("gpu, is_precise", [("rtx3090", False), ("a40", False), ("a100-80", True)])
+def test_the_cards_size_decides_whether_extract_reads_fp32(gpu, is_precise):
+    """8 bytes for each of 8.03e9 parameters are 59.8 GiB."""
+    assert extracts_in_fp32(SHAPE, GPUS[gpu]) == is_precise
+    assert extracts_in_fp32(OLMO, GPUS[gpu]), "1.48e9 parameters: 11.1 GiB"
 
 
 def test_sizes_and_flops_of_8b():
@@ -294,7 +377,9 @@ def test_seconds_of_eight_gpus_by_their_link():
         budget.slowest_of(8) / budget.slowest_of(2) / budget.SHARDED_FULL / 8
     )  # a GPU's seconds of one GPU's
     trained = training_seconds(PAIR.times(64), planned.model, planned.config, GPUS["a40"]) * busy
-    referred, evaluated = (forward_seconds(PAIR.times(count), GPUS["a40"]) * busy for count in (64 + 20, 20))
+    referred, evaluated = (
+        forward_seconds(PAIR.times(count), SHAPE, GPUS["a40"]) * busy for count in (64 + 20, 20)
+    )
     assert planned.seconds == pytest.approx({
         "training": 2 * 3 * (2 + 2 + 4) * pass_over + trained, "optimizer": 2 * optimizer_seconds(planned.config, planned.sizes, 8, GPUS["a40"]),
         "reference log-probs": (64 + 20) / 32 * 3 * 2 * pass_over + referred, "evaluation": 3 * (20 / 32 * 3 * 2 * pass_over + evaluated),
@@ -325,7 +410,7 @@ def test_recompute_trades_activations_for_time():
     # are 0.11
     assert memory == pytest.approx((23.14, 12.63, 2.11), abs=0.01)
     without_head = Pass.of(SHAPE, [documents(4096, targets=[0])]).times(2)
-    assert seconds[2] - seconds[0] == pytest.approx(forward_seconds(without_head, gpu))
+    assert seconds[2] - seconds[0] == pytest.approx(forward_seconds(without_head, SHAPE, gpu))
     assert seconds[1] == pytest.approx((seconds[0] + seconds[2]) / 2)
 
 
@@ -670,7 +755,7 @@ def test_evaluations_are_counted():
         planned = plan.Plan(
             "sft", dataclasses.replace(config, max_steps=steps), "h200", 1, (1.0, 1.0), shape, work, work
         )
-        assert planned.seconds["evaluation"] == pytest.approx(4 * forward_seconds(work, GPUS["h200"]))
+        assert planned.seconds["evaluation"] == pytest.approx(4 * forward_seconds(work, shape, GPUS["h200"]))
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -851,23 +936,36 @@ def test_the_steering_stages_are_planned():
     config = types.SimpleNamespace(
         mode="full", count=100, lambdas=(0, 0.25, 0.5, 0.75, 1), layers=5, max_text_tokens=400
     )
-    dpo = plan.Plan("dpo", DPOConfig(**VALUES), "h200", 8, (1.0, 1.0), SHAPE, WHOLE_PAIR.times(100), None)
-    passes = plan.steering_passes(config, dpo, 99)
+    passes = plan.steering_passes(config, SHAPE, GPUS["h200"], 500, 99, False)
     curve, kind = 1 + 5 * 5 / 32, 1 + 100 * 5 / 32
-    assert passes["sweep"][0] == pytest.approx(7000 * 60 * (2 + curve + 2 * kind))
-    one_pass = passes["sweep"][1] / (2 + curve + 2 * kind)
+    tokens, seconds, width = passes["sweep"]
+    assert (tokens, width) == (pytest.approx(7000 * 60 * (2 + curve + 2 * kind)), 2)
+    one_pass = seconds / (2 + curve + 2 * kind)
     assert one_pass == pytest.approx(9.84, rel=0.055)
     assert one_pass * curve == pytest.approx(19.86 - 3.4, rel=0.05)
     assert one_pass * kind == pytest.approx(151.7, rel=0.05)
-    assert passes["extract"][0] == 2 * 2 * 125 * 400, "two models, both texts of 125 pairs, cut at 400 tokens"
+    extracted = 2 * 2 * 125 * 400  # two models, both texts of 125 pairs, cut at 400 tokens
+    assert passes["extract"] == (extracted, extract_seconds(SHAPE, extracted, H200), 4)
+    *_, width = plan.steering_passes(config, SHAPE, GPUS["a40"], 500, 99, False)["extract"]
+    assert width == 2, "fp32 would take more than half of 44.4 GiB"
     assert {mode: aqi.MODES[steer.PROMPT_MODES[mode]] for mode in plan.PROMPTS} == plan.PROMPTS
 
 
 def test_null_directions_at_a_lambda_other_than_0_are_planned_at_both_ends():
     config = types.SimpleNamespace(lambdas=(0.5, 1), layers=8)
-    assert plan.sweep_forwards(config, 32, 19) == 2 + (1 + 2 / 4) + 2 * (1 + 38 / 4)
+    assert plan.sweep_forwards(config, 32, 19, False) == 2 + (1 + 2 / 4) + 2 * (1 + 38 / 4)
     deeper = types.SimpleNamespace(lambdas=(0, 1), layers=5)
-    assert plan.sweep_forwards(deeper, 4, 19) == 2 + (1 + 2) + 2 * (1 + 20), "all blocks of a small model"
+    expected = 2 + (1 + 2) + 2 * (1 + 20)
+    assert plan.sweep_forwards(deeper, 4, 19, False) == expected, "all blocks of a small model"
+
+
+def test_the_oracle_is_planned():
+    """Half of the prompts: once whole, and 21 times three passes through 8 of 32 blocks. The other half: once
+    whole, and those blocks for each of two lambdas. So 1 / 2 + 63 / 8 + 1 / 2 + 2 / 8 passes over all.
+    """
+    config = types.SimpleNamespace(lambdas=(0, 1), layers=8)
+    more = plan.sweep_forwards(config, 32, 19, True) - plan.sweep_forwards(config, 32, 19, False)
+    assert more == 1 / 2 + 63 / 8 + 1 / 2 + 2 / 8
 
 
 @pytest.mark.parametrize(
