@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from world import run_script
 
+TESTS = Path(__file__).parent
 # What is compiled for 80 also runs on 86 (A40, 3090). A second of CPU time compiles five launches.
 ARCHITECTURES = {"80": "A100", "89": "L40S, 4090", "90": "H100, H200", "100": "B200", "120": "5090"}
 pytestmark = [
@@ -20,11 +22,8 @@ pytestmark = [
 ]
 
 
-def run(script, *arguments, **environment):
-    """What a script beside this file prints. In a process of its own: Triton reads TRITON_INTERPRET when it
-    is imported."""
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *arguments]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+def printed(done):
+    """What a script printed as JSON; it must have ended well."""
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -38,7 +37,7 @@ def does_not_fit(row):
 @pytest.fixture(scope="module")
 def compiled():
     """{architecture: rows}, and "large tile": a kernel that must not fit."""
-    return run("compile_kernels.py", *ARCHITECTURES)
+    return printed(run_script([str(TESTS / "compile_kernels.py"), *ARCHITECTURES], TESTS, {}))
 
 
 def test_every_launch_compiles_and_fits_on_every_architecture(compiled):
@@ -59,7 +58,10 @@ def test_a_tile_that_does_not_fit_is_noticed(compiled):
 @pytest.fixture(scope="module")
 def launches():
     """{kernel: (launches, violations)} of all kernels, and of three that are there to be told apart."""
-    return run("check_addresses.py", TRITON_INTERPRET="1")
+    # In a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+    command = [sys.executable, "-W", "ignore", str(TESTS / "check_addresses.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return printed(subprocess.run(command, env=environment, capture_output=True, text=True))
 
 
 BROKEN = ("no_mask_kernel", "no_cast_kernel", "right_kernel")
