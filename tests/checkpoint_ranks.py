@@ -6,7 +6,7 @@ A life resumes one folder under ROOT and writes the next one; ROOT/base is the p
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import nll_sum, random_documents, stream
+from tiny_models import nll_sum, random_documents, stream, whole
 
 from kernels import is_split, join_master
 from model import Llama, LlamaConfig, apply_lora, init_lora
@@ -67,11 +67,8 @@ def whole_tensors(model, optimizer=None):
         states = optimizer.state.get(shard, {}) if optimizer else {}
         master = join_master(shard.detach(), shard.master.low_bits) if is_split(shard) else shard
         for key, tensor in {"param": master, **states}.items():
-            tensor = parallel.of_all_ranks(model, name, tensor) if tensor.ndim else tensor
-            tensors[f"{key}/{name}"] = (
-                (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-            )
-    return tensors
+            tensors[f"{key}/{name}"] = parallel.of_all_ranks(model, name, tensor) if tensor.ndim else tensor
+    return whole(tensors)
 
 
 def assert_equal(actual, expected):

@@ -5,11 +5,12 @@ Every rank runs every check and asserts.
 """
 
 import copy
+import hashlib
 import itertools
 
 import torch
-from parallel_ranks import DOCUMENTS, VARIANTS, plain_model, whole
-from tiny_models import nll_sum, random_documents, stream
+from parallel_ranks import DOCUMENTS, VARIANTS, plain_model
+from tiny_models import nll_sum, random_documents, stream, whole
 
 import optim
 from model import apply_fused, apply_recompute
@@ -85,25 +86,26 @@ def masters(model):
         first = shard.detach().float()
         if optim.kernels.is_split(shard):
             first = optim.kernels.join_master(shard.detach(), shard.master.low_bits)
-        tensors[name] = whole(parallel.of_all_ranks(model, name, first))
-    return tensors
+        tensors[name] = parallel.of_all_ranks(model, name, first)
+    return whole(tensors)
 
 
 def optimizer_tensors(model, optimizer):
     """{key in a checkpoint: whole tensor}."""
-    return {key: whole(tensor) for key, tensor in checkpoint._trained_tensors(model, optimizer).items()}
+    return whole(checkpoint._trained_tensors(model, optimizer))
 
 
 def assert_same_everywhere(model):
     """Every rank has the same whole weights, and of its rows those that its optimizer has."""
     parallel.settle(model)
-    for name, param in model.named_parameters():
-        (total,) = parallel.sum_across_ranks([param.detach().double().sum().item()])
-        mean = total / parallel.world_size()
-        assert param.detach().double().sum().item() == mean, name
-        assert torch.equal(
-            whole(parallel.of_all_ranks(model, name, parallel.shards(model)[name].detach())), param.detach()
-        ), name
+    params, shards = dict(model.named_parameters()), parallel.shards(model)
+    digest = hashlib.sha256()
+    for param in params.values():
+        digest.update(param.detach().view(torch.uint8).numpy())
+    assert len(set(parallel.gather_texts(digest.hexdigest()))) == 1
+    owned = whole({name: parallel.of_all_ranks(model, name, shards[name]) for name in params})
+    for name, param in params.items():
+        assert torch.equal(owned[name], param.detach()), name
 
 
 def check_steps_are_those_of_one_process(ranks):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from exchange_ranks import CHECKS as EXCHANGE_CHECKS
 from failing_ranks import FAILURES
 from parallel_ranks import CHECKS, ON_MACHINES, run_checks
-from world import spawn
+from world import run_script, spawn
 
 from plumbing import parallel
 from plumbing.weights import resolve
@@ -146,9 +146,8 @@ def test_a_reader_that_has_gone(tmp_path):
 def test_torchrun_ends_with_the_message(failure):
     """One line on the screen, from one rank, and the same line as the last of torchrun's own summary."""
     arguments = ["--standalone", "--nproc-per-node", "2", "tests/failing_ranks.py", failure]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    result = run_script(["-m", "torch.distributed.run", *arguments], ROOT, environment)
     assert result.returncode == 1
     assert result.stderr.count("error: beta=-1: expected float > 0\n") == 1, result.stderr
     summary = result.stderr.partition("Root Cause")[2]

@@ -1,9 +1,11 @@
 """Small random models and packed streams that several test files share."""
 
 import torch
+import torch.distributed as dist
 
 from kernels import token_logps
 from model import Llama, LlamaConfig
+from plumbing import parallel
 
 LENGTHS = (7, 1, 12, 3)  # documents of a stream: odd, and one that is a single token
 # what a config says of norms that are not Llama's
@@ -57,6 +59,28 @@ def nll_sum(model, documents, **kwargs):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def whole(tensors):
+    """{name: a copy with the rows of all ranks, where it is split}, of tensors of one mesh.
+
+    One sum over ranks, in float64, which holds all values: a gather of each tensor alone takes 4 ms.
+    """
+    split = {name: tensor for name, tensor in tensors.items() if parallel.is_sharded(tensor)}
+    found = {name: tensors[name].detach().clone() for name in tensors.keys() - split.keys()}
+    if not split:
+        return found
+    sums = torch.zeros(sum(tensor.numel() for tensor in split.values()), dtype=torch.float64)
+    parts = sums.split([tensor.numel() for tensor in split.values()])
+    for part, tensor in zip(parts, split.values(), strict=True):
+        first, local = parallel.local_rows(tensor)
+        part.view(tensor.shape)[first : first + len(local)] = local
+    mesh = tensor.device_mesh
+    # The last dimension of the mesh splits rows; another one holds copies.
+    dist.all_reduce(sums, group=mesh.get_group(mesh.ndim - 1))
+    for part, (name, tensor) in zip(parts, split.items(), strict=True):
+        found[name] = part.view(tensor.shape).to(tensor.dtype)
+    return found
 
 
 def relative_error(a, b):

@@ -23,7 +23,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tiny_models import random_llama, tiny_config
+from tiny_models import random_llama, tiny_config, whole
 
 import train_dpo
 import train_sft
@@ -330,9 +330,7 @@ def whole_gradients(model):
     for name, shard in parallel.shards(model).items():
         if shard.grad is not None:
             grads[name], shard.grad = parallel.of_all_ranks(model, name, shard.grad), None
-    return {
-        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()
-    }
+    return whole(grads)
 
 
 def assert_gradients_equal(a, b, tolerance=1e-6):
