@@ -1,28 +1,40 @@
-"""`make demo` with a sixth of the pretraining and fewer rows, for test_commands.py: the same commands and files,
+"""`make demo` with a tenth of the pretraining and fewer rows, for test_commands.py: the same commands and files,
 and numbers that are none of the demo's. The demo itself is run by .ci/run.
 """
 
 import functools
+import multiprocessing
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import world
 
-from demo import axioms, run, tiny
+from demo import axioms, common, run, tiny
 
-KEPT = {"sft": 3, "preferences": 3, "preferences_eval": 2}  # every so many rows
+KEPT = {"sft": 6, "preferences": 6, "preferences_eval": 2}  # every so many rows
 
 
 def generate(seed=0):
-    """demo.axioms.generate, fewer rows; of the labelled prompts every fourth pair of labels."""
+    """demo.axioms.generate, fewer rows; of the labelled prompts every tenth pair of labels."""
     files = generate_all(seed)
     for stem, step in KEPT.items():
         files[stem] = files[stem][::step]
-    files["aqi"] = [row for i, row in enumerate(files["aqi"]) if i // 2 % 4 == 0]
+    files["aqi"] = [row for i, row in enumerate(files["aqi"]) if i // 2 % 10 == 0]
     return files
 
 
+def run_script(script, *arguments):
+    """demo.common.run_script, in a fork of this process: a new Python would import torch."""
+    typed = [script, *arguments]
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=world.script_main, args=(typed, Path.cwd(), {}))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, script
+
+
+common.run_script = run_script
 generate_all, axioms.generate = axioms.generate, generate
-tiny.pretrain = functools.partial(tiny.pretrain, steps=100)
+tiny.pretrain = functools.partial(tiny.pretrain, steps=60)
 run.EXPECTED.clear()
 sys.exit(run.main([]))

@@ -16,7 +16,7 @@ from fake_open_instruct import write
 from test_diff_open_instruct import LOSSES, OTHER_LOSSES, run_logs
 from test_from_open_instruct import DPO as DPO_YAML
 from test_repo import PAGES, ROOT, commands
-from world import run_script, write_rows
+from world import run_script, run_torchrun, write_rows
 
 from demo import axioms
 from optim import learning_rate
@@ -31,6 +31,9 @@ REPLACED = {  # what a document leaves to its reader, what needs eight GPUs or t
     "python bench/checkpoint.py 0.5": "python bench/checkpoint.py 0.1",
     "MODEL": "base",
 }
+# No start of Python, which imports torch for two seconds of CPU time. What torchrun itself does is in
+# test_runs.py and test_torchrun.py.
+FORKED = {"python": run_script, "torchrun": run_torchrun}
 NOT_RUN = {  # commands that begin so: why
     "make test": "runs this file",
     "make torture": "takes minutes; tests/test_torture.py runs a short form",
@@ -80,10 +83,10 @@ def checkout(tmp_path_factory, world):
         root / "pairs.jsonl",
         [{side: turns.format(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in pairs],
     )
-    labelled = [
-        f'{i},"{row["input"]}",{row["axiom"]},{row["safety_label"]}' for i, row in enumerate(rows["aqi"][::9])
-    ]
-    (root / "labelled.csv").write_text("\n".join(["id,input,axiom,safety_label", *labelled]))
+    labelled = ["id,input,axiom,safety_label"]
+    for i, row in enumerate(rows["aqi"][::21]):
+        labelled.append(f'{i},"{row["input"]}",{row["axiom"]},{row["safety_label"]}')
+    (root / "labelled.csv").write_text("\n".join(labelled))
 
     theirs = write(root.parent / "open-instruct") / "configs/train_configs/tulu3"
     theirs.mkdir(parents=True)
@@ -98,15 +101,15 @@ def checkout(tmp_path_factory, world):
 
 
 def run(command, folder):
-    """What a shell makes of it. A script alone is run by world.run_script: a start of Python imports torch, two
-    seconds of CPU time. The demo and torchrun start it anew."""
+    """What a shell makes of it. Scripts and torchrun are run by processes that have imported torch already."""
     for old, new in REPLACED.items():
         command = command.replace(old, new)
     own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HOME": str(folder.parent / "hub"),
-           "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_STANDALONE": "1"}  # fmt: skip  # a free port
-    if command.startswith("python ") and not set(command) & set("|;&<>$*~"):
-        if " -c " not in command:
-            return run_script(shlex.split(command)[1:], folder, own)
+           "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    if not set(command) & set("|;&<>$*~") and " -c " not in command:
+        program, *arguments = shlex.split(command)
+        if program in FORKED:
+            return FORKED[program](arguments, folder, own)
     return subprocess.run(
         command, shell=True, cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=900
     )
@@ -148,7 +151,8 @@ def test_no_exception_is_stale():
 
 SCRIPTS = []
 for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]):
-    if path.parent.name != "tests" and path.name != "torchrun.py" and '__name__ == "__main__"' in path.read_text():
+    is_tool = path.parent.name != "tests" and path.name != "torchrun.py"
+    if is_tool and '__name__ == "__main__"' in path.read_text():
         SCRIPTS.append(path.relative_to(ROOT).as_posix())
 
 

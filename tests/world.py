@@ -196,7 +196,7 @@ def run_script(arguments, folder, environment):
     torch and the repository already.
     """
     with tempfile.TemporaryDirectory() as logs:
-        work = partial(_script, arguments, folder, environment)
+        work = partial(script_main, arguments, folder, environment)
         process = _fork_server().Process(target=_rank, args=(0, 1, 1, None, Path(logs), work))
         process.start()
         process.join(SECONDS)
@@ -204,7 +204,21 @@ def run_script(arguments, folder, environment):
     return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
 
 
-def _script(arguments, folder, environment):
+def run_torchrun(arguments, folder, environment):
+    """`torchrun ARGUMENTS`, as run_script: torchrun's parser, and the ranks that it would start."""
+    # Not above: the import takes a third of a second.
+    from torch.distributed.run import get_args_parser
+
+    typed = get_args_parser().parse_args(arguments)
+    script = [typed.training_script, *typed.training_script_args]
+    with tempfile.TemporaryDirectory() as logs:
+        done = spawn(partial(script_main, script, folder, environment), Path(logs), int(typed.nproc_per_node))
+    code = int(any(done.codes))
+    return subprocess.CompletedProcess(arguments, code, "".join(done.out), "".join(done.err))
+
+
+def script_main(arguments, folder, environment):
+    """Become `python ARGUMENTS` in that folder; returns when the script has ended."""
     os.chdir(folder)
     os.environ |= environment
     sys.path.insert(0, str(folder))
