@@ -587,7 +587,8 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
     if measure.oracle and _independent(prompts) >= 4:
         found["oracle"] = ceiling(model, documents, prompts, add, config, scaled)
     dpo_states = dpo_point.pop("embeddings").to(device) / scale
-    found["verdicts"] = _verdicts(curve, prompts, nulls, found.get("oracle"), measure)
+    scaled_by = None if is_published(vector) else raw[0] / scale
+    found["verdicts"] = _verdicts(curve, prompts, scaled_by, nulls, found.get("oracle"), measure)
     found["baselines"] = baselines(model, prompts, documents, raw[0] / scale)
     found["behaviour"] = steered_behaviour(
         model, tokenizer, texts.held_out, texts.asked, add, config, dpo_point.pop("logits")
@@ -663,10 +664,10 @@ def _nulls(model, texts, add, vector, config, count, scaled):
     return Nulls(curves, [0, len(config.lambdas) - 1])
 
 
-def _verdicts(curve, prompts, nulls, oracle, measure):
+def _verdicts(curve, prompts, scaled_by, nulls, oracle, measure):
     """verdict.judge's dicts, of all texts and of each axiom."""
     groups = prompts.axiom, prompts.label, prompts.axioms
-    drawn = bootstrap(curve, *groups, group=prompts.group)
+    drawn = bootstrap(curve, *groups, group=prompts.group, scaled_by=scaled_by)
     permuted = permute(curve, *groups, group=prompts.group)
     ceiling = oracle["change"] if oracle else None
     verdicts = [judge(drawn, permuted, nulls=nulls, oracle=ceiling, relevant=measure.relevant)]
@@ -799,7 +800,8 @@ def run_power(targets, config, measure):
         embed=scaled,
         log_progress=bar(f"{count} directions"),
     )
-    found = power(bootstrap(curve, *groups, group=prompts.group), nulls=Nulls({"isotropic": others}, [0, 1]))
+    drawn = bootstrap(curve, *groups, group=prompts.group, scaled_by=curve[0])
+    found = power(drawn, nulls=Nulls({"isotropic": others}, [0, 1]))
     print(summary.power(found, _counts(prompts), config))
 
 

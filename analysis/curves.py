@@ -8,7 +8,7 @@ chance. Texts of one group (see groups.py) are drawn, shuffled and left out toge
 groups, D hidden size, A axioms (column A is "overall"), K lambdas, R resamples, r of one block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,12 +37,13 @@ class Curve:
     estimate: torch.Tensor  # (K, A + 1) float64
     draws: torch.Tensor  # (R, K, A + 1) float64
     axioms: list[str]  # (A,)
-    groups: list[int]  # (A + 1,) of the label that has fewer
-    degrees: list[int]  # (A + 1,) of freedom: these groups, less one for each pool that they are drawn from
-    # (K, A + 1): centre and standard error of an interval of the level (`level_errors`); the error is NaN
-    # where none is given. None for permutations.
-    centre: torch.Tensor | None = None
-    error: torch.Tensor | None = None
+    groups: list[float]  # (A + 1,) equally large groups that the label is worth that is worth fewer
+    degrees: list[float]  # (A + 1,) of freedom: these groups, less one for each pool that they are drawn from
+    spread: list[float]  # (A + 1,) variance of a label's mean over that among resamples (`understated`)
+    # All three of `level_errors`, and None for permutations.
+    centre: torch.Tensor | None = None  # (K, A + 1) the estimate without what chance adds
+    error: torch.Tensor | None = None  # (K, A + 1) its standard error; NaN where no interval is given
+    influence: torch.Tensor | None = None  # (G, K, A + 1) what each group adds to the estimate
 
     def index(self, category):
         """Column of an axiom or "overall". UserError for another name."""
@@ -85,17 +86,17 @@ class Design:
         pools = torch.bincount(self.home, minlength=2 * len(axioms))
         if count < len(axiom) and pools[pools > 0].min() < FEWEST:
             self.home = self.home % 2
-        self.groups, self.degrees = [], []
-        for a in range(len(self.axioms) + 1):
-            unsafe = self.group[self.members(a) & (self.label == 0)].unique()
-            safe = self.group[self.members(a) & (self.label == 1)].unique()
-            rarer = min(unsafe, safe, key=len)
-            self.groups.append(len(rarer))
-            self.degrees.append(len(rarer) - self.home[rarer].unique().numel())
+        self.columns = []
+        for c in range(len(self.axioms) + 1):
+            self.columns.append(Column(torch.where(self.members(c))[0], self.label, self.group, self.home))
 
     def members(self, c):
         """(n,) bool: the texts of axiom c, or all for c = A, "overall"."""
         return (self.axiom == c) | (c == len(self.axioms))
+
+    def worth(self):
+        """groups, degrees and spread of `Curve`, a list of every column each."""
+        return [list(values) for values in zip(*(column.worth for column in self.columns))]
 
     def cells(self):
         """Texts of every cell, a list of 2A."""
@@ -113,20 +114,61 @@ class Design:
         return torch.cat([states, states.square().sum(1, keepdim=True)], 1)
 
 
+class Column:
+    """The texts of one axiom or of all, and what their groups are worth.
+
+    rows (m,): texts in order of their groups g, and of a group's labels. counts (g, 2): texts of a group with
+    each label. names (g,): the groups' numbers. pools (P, g): 1 where a group is drawn from a pool.
+    """
+
+    def __init__(self, rows, label, group, home):
+        self.names, number = torch.unique(group[rows], return_inverse=True)
+        slot = 2 * number + label[rows]
+        self.rows = rows[slot.argsort(stable=True)]
+        self.counts = torch.bincount(slot, minlength=2 * len(self.names)).view(-1, 2)
+        pool = home[self.names]
+        self.pools = (pool == pool.unique()[:, None]).double()
+        worth, self.spread = [], []
+        for sizes in self.counts.double().unbind(1):
+            independent = (sizes.sum().square() / sizes.square().sum()).item()
+            degrees = independent - int((self.pools @ sizes > 0).sum())
+            self.spread.append(understated(sizes, self.pools))
+            worth.append((independent, degrees, self.spread[-1]))
+        # Of the label that is worth fewer equally large groups (Kish 1965), in `Curve`.
+        self.worth = min(worth)
+
+
+def understated(sizes, pools):
+    """Variance of a mean over that among its resamples: G / (G - 1) for G equal groups.
+
+    sizes (G,), pools (P, G). A mean has the variance s^2 sum w^2 of shares w; a resample takes each group's
+    deviation from the mean of its own pool, which holds w of that deviation, so on average it has s^2 sum w^2
+    (1 - 2 w + sum w^2). 1.8 where one of 20 groups has a third of the texts; at most 4, where one is nearly
+    the whole.
+    """
+    share = sizes / (pools.T @ (pools @ sizes)).clamp(min=1)  # of the texts of its pool
+    kept = (sizes.square() * (1 - 2 * share + pools.T @ (pools @ share.square()))).sum()
+    whole = sizes.square().sum()
+    return (whole / torch.maximum(kept, whole / 4)).item()
+
+
 # ---------------------------------------------------------------- resamples and permutations
 
 
-def bootstrap(embeddings, axiom, label, axioms, draws=1000, seed=SEED, group=None, levels=True):
+def bootstrap(embeddings, axiom, label, axioms, draws=1000, seed=SEED, group=None, scaled_by=None):
     """Curve of K embeddings (n, D), any iterable, and of resamples of its texts.
 
     Groups of texts are drawn with replacement in every axiom and label. group (n,): None for texts that stand
-    alone. levels: with the errors of single points, which a null does not need. A resample is a vector of how
-    often each text counts, so its moments are one float32 product of counts and centred states: 2 R n D FLOPs
-    per lambda (57 G at n = 7,000, R = 1,000, D = 4,096: 3.4 s on one CPU core with everything around it),
-    exact, and only one lambda's states are copied. Less work would need a linearised statistic, which fails
-    at weak separation, or a Gram matrix (n^2 D).
+    alone. A resample is a vector of how often each text counts, so its moments are one float32 product of
+    counts and centred states: 2 R n D FLOPs per lambda (57 G at n = 7,000, R = 1,000, D = 4,096: 3.4 s on one
+    CPU core with everything around it), exact, and only one lambda's states are copied. Less work would need
+    a linearised statistic, which fails at weak separation, or a Gram matrix (n^2 D).
+
+    scaled_by (n, D): the states whose deviations within labels are the unit of all embeddings, in that unit
+    (`scale_excess`); None for embeddings in a unit of their own.
     """
     design = Design(axiom, label, axioms, group)
+    excess = None if scaled_by is None else scale_excess(scaled_by, design)
 
     def draw_weights(generator, draws):
         return draw_counts(design, generator, draws)
@@ -134,7 +176,7 @@ def bootstrap(embeddings, axiom, label, axioms, draws=1000, seed=SEED, group=Non
     def totals(counts, states):
         return cell_totals(counts, states, design)
 
-    return _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors=levels)
+    return _curve(embeddings, design, draws, seed, draw_weights, totals, True, excess)
 
 
 def permute(embeddings, axiom, label, axioms, draws=200, seed=SEED, group=None):
@@ -202,16 +244,17 @@ def cell_totals(weights, states, design):
     return torch.stack(n, 1).unflatten(1, (-1, 2)), torch.stack(sums, 1).unflatten(1, (-1, 2))
 
 
-def _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors):
-    estimates, drawn, centres, errors = [], [], [], []
+def _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors, excess=None):
+    estimates, drawn, centres, errors, influences = [], [], [], [], []
     for k, states in enumerate(embeddings):
         states = design.centred(states, k)
         # A curve is a few numbers, and what is compared with it may be of another device: on the CPU.
         estimates.append(separation(*cell_sums(states, design))[0].cpu())
         if with_errors:
-            centre, error = level_errors(states, design)
+            centre, error, influence = level_errors(states, design, excess)
             centres.append(centre.cpu())
             errors.append(error.cpu())
+            influences.append(influence.cpu())
         states = states.float()
         generator = torch.Generator().manual_seed(seed)  # the same resamples at every lambda
         separations = []
@@ -221,9 +264,11 @@ def _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors):
         drawn.append(torch.cat(separations).double().cpu())
     if len(estimates) < 2:
         raise UserError(f"curve: {len(estimates)} lambdas; expected at least two")
-    levels = (torch.stack(centres), torch.stack(errors)) if with_errors else (None, None)
-    sizes = design.groups, design.degrees
-    return Curve(torch.stack(estimates), torch.stack(drawn, 1), design.axioms, *sizes, *levels)
+    curve = Curve(torch.stack(estimates), torch.stack(drawn, 1), design.axioms, *design.worth())
+    if not with_errors:
+        return curve
+    influence = torch.stack(influences, 1)
+    return replace(curve, centre=torch.stack(centres), error=torch.stack(errors), influence=influence)
 
 
 def cell_sums(states, design):
@@ -257,63 +302,98 @@ def explained(n, totals):
 # ---------------------------------------------------------------- levels
 
 
-def level_errors(states, design):
-    """Centre (A + 1,) and standard error (A + 1,) of an interval of the population's separation.
+def level_errors(states, design, excess=None):
+    """Centre (A + 1,), standard error (A + 1,) of an interval of the population's separation, and influence.
 
-    NaN where no interval covers.
+    An error is NaN where no interval covers. influence (G, A + 1): how far leaving a group out moves the
+    separation, so that its squares sum to the jackknife's variance. excess (n, D): of `scale_excess`.
 
     The variance of a squared distance of two means has a part that is linear in the texts and one that is
     quadratic, and near separation 0, or in many dimensions, the second is all there is. Leaving groups out
     one by one counts it twice (Efron & Stein 1981); random signs on the texts' deviations have it alone. So
     the variance is the first less the second.
     """
-    squares = _squared_deviations(states, design)  # (n,)
+    squares, missing = _squared_deviations(states, design, excess)  # (n,), (n,)
     quadratic = _quadratic_variance(states, design)  # (A + 1,)
     centres, errors = [], []
-    for c in range(len(design.axioms) + 1):
-        mine = design.members(c)
-        centre, linear = _jackknife(states, design, mine)
+    influence = states.new_zeros(len(design.home), len(design.columns))
+    for c, column in enumerate(design.columns):
+        centre, moves = _jackknife(states, column, missing)
+        influence[column.names.to(states.device), c] = moves
+        linear = moves.square().sum()
         variance = torch.maximum(linear - quadratic[c], linear / 2)
-        own = squares[mine.to(squares.device)]
-        limit = FEW_TAILS if design.groups[c] < 50 else TAILS
-        is_covered = design.groups[c] >= FEWEST_LEVEL and own.max() < limit * own.median()
+        own = squares[column.rows.to(squares.device)]
+        groups = column.worth[0]
+        limit = FEW_TAILS if groups < 50 else TAILS
+        is_covered = round(groups) >= FEWEST_LEVEL and own.max() < limit * own.median()
         centres.append(centre)
         errors.append(variance.sqrt() if is_covered else torch.full_like(variance, torch.nan))
-    return torch.stack(centres), torch.stack(errors)
+    return torch.stack(centres), torch.stack(errors), influence
 
 
-def _jackknife(states, design, mine):
-    """(centre, variance) of a separation, from leaving groups out one by one.
+def scale_excess(scaled_by, design):
+    """(n, D): how much larger a text's squares would be, had its group not been in the scale.
 
-    It is the separation of the texts `mine` (n,) bool.
+    A coordinate is divided by its deviation s over n texts, which are the same texts: at the lambda that the
+    scale is of, their squares sum to n whatever s is, elsewhere to more, so a separation without any change
+    falls from there on. Without group g, 1 / s^2 is 1 + sum of (u^2 - 1) over g, / (n - 2), times as large: u
+    the group's deviations in units of s.
     """
-    where = torch.where(mine)[0]
-    group = torch.unique(design.group[where], return_inverse=True)
-    home, number = design.home[group[0]], group[1]
-    slot = 2 * number + design.label[where]  # group and label
-    order = slot.argsort(stable=True)
-    counts = torch.bincount(slot, minlength=2 * len(home)).to(states.device)
+    states, label = design.centred(scaled_by)[:, :-1], design.label.to(scaled_by.device)
+    for value in (0, 1):
+        states[label == value] -= states[label == value].mean(0)
+    order = design.group.argsort(stable=True).to(states.device)
+    sizes = torch.bincount(design.group).to(states.device)
+    of_groups = torch.segment_reduce(states[order].square() - 1, "sum", lengths=sizes, axis=0)
+    return of_groups[design.group.to(states.device)] / (len(states) - 2)
+
+
+def _jackknife(states, column, missing):
+    """(the separation without what chance adds, a scalar; moves (g,) of the groups) of a column's texts.
+
+    A move is what leaving the group out adds to the separation, so weighted that the squares sum to the
+    jackknife's variance.
+    """
+    rows, pools, counts = (x.to(states.device) for x in (column.rows, column.pools, column.counts))
     # Sorted segments: index_add is not deterministic on CUDA.
-    sums = torch.segment_reduce(states[where[order].to(states.device)], "sum", lengths=counts, axis=0)
-    sums, counts = sums.view(-1, 2, states.shape[1]), counts.view(-1, 2).to(states)  # (G, 2, D + 1), (G, 2)
+    sums = torch.segment_reduce(states[rows], "sum", lengths=counts.flatten(), axis=0)
+    sums, counts = sums.view(-1, 2, states.shape[1]), counts.to(states)  # (g, 2, D + 1), (g, 2)
     n, total = counts.sum(0), sums.sum(0)
-    estimate = explained(n, total)
     without = []
     for count, part in zip(counts.split(BLOCK), sums.split(BLOCK)):
         without.append(explained(n - count, total - part))
-    without = torch.cat(without)  # (G,)
-    variance, bias = 0.0, 0.0
-    for pool in home.unique():
-        left_out = without[(home == pool).to(without.device)]
-        size = len(left_out)
-        variance = variance + (size - 1) / size * (left_out - left_out.mean()).square().sum()
-        bias = bias + (size - 1) * (left_out.mean() - estimate)
-    # The correction takes off what groups add to the distance of means. What is left, 1 - (1 - eta^2) (N - 1)
-    # / (N - 2) of N independent texts, counts labels as drawn; omega^2 (Hays 1963) counts them as fixed, and
-    # has no bias of order 1 / N.
-    share = (estimate - bias) / 100
-    independent = len(home)
-    return 100 * (independent - 1) * share / (independent - share), variance
+    without = torch.cat(without)  # (g,)
+    size = pools.sum(1)
+    weight = pools.T @ ((size - 1) / size).sqrt()
+    moves = weight * (pools.T @ (pools @ without / size) - without)
+    # What is given back is the square that the scale took from each label (`scale_excess`).
+    gained = torch.segment_reduce(missing[rows], "sum", lengths=column.counts.flatten().to(rows.device))
+    total[:, -1] += gained.view(-1, 2).sum(0)
+    # Sums become deviations from the mean of the texts that are drawn together.
+    means = (pools @ sums.flatten(1)).view(-1, *sums.shape[1:]) / (pools @ counts).clamp(min=1)[..., None]
+    sums.addcmul_(counts[..., None], (pools.T @ means.flatten(1)).view_as(sums), value=-1)
+    return _population(n, total, sums[..., :-1], n.new_tensor(column.spread)), moves
+
+
+def _population(n, total, deviations, spread):
+    """The separation without what chance adds, a scalar.
+
+    n (2,), total (2, D + 1) of the labels, deviations (g, 2, D) of the groups' sums, spread (2,).
+
+    The error of a label's mean is a sum over groups, so |deviation / n|^2 summed over groups, `spread` times,
+    is its expected square. It is taken off the distance of the means and given back to the variance within,
+    which is about the sample's own mean. Labels that differ in variance, groups and groups of both labels are
+    all in it; for independent texts of one variance it is omega^2 (Hays 1963).
+    """
+    means = total[:, :-1] / n[:, None]
+    within = total[:, -1] / n - means.square().sum(1)  # (2,)
+    weights = spread.sqrt() / n
+    errors = deviations.square().sum((0, 2)) * weights.square()  # (2,) expected |error|^2 of the means
+    shared = (deviations[:, 0] * deviations[:, 1]).sum() * weights.prod()  # of groups with both labels
+    shares = n / n.sum()
+    between = shares.prod() * ((means[1] - means[0]).square().sum() - errors.sum() + 2 * shared)
+    within = (shares * (within + errors)).sum()
+    return (100 * between / (between + within)).nan_to_num(0.0)
 
 
 def _quadratic_variance(states, design):
@@ -350,9 +430,12 @@ def _slope(n, totals):
     return (100 * n.prod(1) / size * within / total.square()).nan_to_num(0.0)
 
 
-def _squared_deviations(states, design):
-    """(n,) squared distance of every text to the centre of its cell."""
-    squares = []
-    for block in states[:, :-1].split(design.cells()):
-        squares.append((block - block.mean(0)).square().sum(1))
-    return torch.cat(squares)
+def _squared_deviations(states, design, excess):
+    """(n,) squared distance of every text to the centre of its cell; (n,) how much of it the scale hides."""
+    squares, missing = [], []
+    excess = states.new_zeros(len(states), 1) if excess is None else excess
+    for block, own in zip(states[:, :-1].split(design.cells()), excess.split(design.cells())):
+        deviations = (block - block.mean(0)).square()
+        squares.append(deviations.sum(1))
+        missing.append((deviations * own).sum(1))
+    return torch.cat(squares), torch.cat(missing)

@@ -3,7 +3,7 @@
 One table in four parts, as docs/aqi.md keeps it: false alarms (anything but flat, where nothing changes)
 without and with groups of texts; of random directions of toy networks against 19 others of each kind; power
 for planted changes; coverage of the intervals of single points. Exit 1 if a row of false alarms is above 5 %
-by more than chance. Rows run in as many processes as there are cores: 6 minutes on 16.
+by more than chance. Rows run in as many processes as there are cores: 10 minutes on 16.
 """
 
 import argparse
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis.curves import Curve, Design, bootstrap, cell_sums, level_errors, separation
 from analysis.nulls import Nulls, isotropic_directions, sign_flipped_directions
+from analysis.sweep import coordinate_scale
 from analysis.verdict import judge, level_interval, power
 from plumbing.files import progress_bar
 
@@ -41,8 +42,26 @@ ALONE = {
     "3 of 10 labels wrong": {"wrong": 0.3},
     "9 lambdas": {"lambdas": 9},
     "separation 20, 1 axiom": {"points": 20.0, "axioms": 1},
-    "the same, 1 of 100 texts ten times as far out": {"points": 20.0, "axioms": 1, "outliers": (0.01, 10.0)},
-    "the same, 5 of 100": {"points": 20.0, "axioms": 1, "outliers": (0.05, 10.0)},
+    "the same, 1 of 100 texts ten times as far out": {"points": 20.0, "axioms": 1, "far": (0.01, 0.01)},
+    "the same, 5 of 100": {"points": 20.0, "axioms": 1, "far": (0.05, 0.05)},
+    "the same, 5 of 100 safe ones": {"points": 20.0, "axioms": 1, "far": (0.0, 0.05)},
+    "21 lambdas, separation 20": {"lambdas": 21, "axioms": 1, "points": 20.0},
+    "5 texts, separation 80": {"texts": 5, "axioms": 1, "points": 80.0},
+    "safe, 1 of 10, grows 3 times as wide, 576 dimensions": {
+        "axioms": 1,
+        "dims": 576,
+        "points": 0.0,
+        "safe": 0.1,
+        "wide": 3.0,
+    },
+    "in units of the first lambda, half of the noise new, 20 texts, 576 dimensions, separation 20": {
+        "texts": 20,
+        "axioms": 1,
+        "dims": 576,
+        "points": 20.0,
+        "shared": 0.5,
+        "scaled": True,
+    },
 }
 GROUPED = {
     "every text five times, nearly": {"templates": 20, "alike": 0.98},
@@ -61,9 +80,24 @@ GROUPED = {
     },  # fmt: skip
     "10 templates of unequal size, 1 axiom": {"templates": 10, "axioms": 1, "unequal": True},
     "2 templates a label and axiom": {"templates": 2},
+    "10 templates a label, 1 axiom, separation 20": {"templates": 10, "axioms": 1, "points": 20.0},
+    "1 of 20 templates has a third of a label, separation 20": {
+        "templates": 20,
+        "axioms": 1,
+        "points": 20.0,
+        "largest": 1 / 3,
+    },
+    "10 templates, texts of one grow alike (0 to .9), 576 dimensions": {
+        "templates": 10,
+        "axioms": 1,
+        "dims": 576,
+        "alike": 0.0,
+        "alike_last": 0.9,
+    },
 }
-TEXT_SETTINGS = ("texts", "axioms", "safe", "templates", "spans", "unequal")
+TEXT_SETTINGS = ("texts", "axioms", "safe", "templates", "spans", "unequal", "largest")
 PLANTED = list(itertools.product((0.5, 1.0, 2.0, 5.0), (50, 100, 500)))  # points, texts
+FAR = 10.0
 # texts, dimensions, separation
 LEVELS = list(itertools.product((10, 20, 100, 500), (32, 576, 4096), (0.0, 2.0, 20.0)))
 
@@ -93,8 +127,12 @@ def draw(generator, rows, dims, tails=None):
     return z / (chi2 / tails).sqrt() * ((tails - 2) / tails) ** 0.5
 
 
-def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=False, unequal=False):
-    """axiom, label and group (n,) of 2 * texts texts an axiom; group None where each stands alone."""
+def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=False, unequal=False,
+             largest=None):  # fmt: skip
+    """axiom, label and group (n,) of 2 * texts texts an axiom; group None where each stands alone.
+
+    largest: share of the texts that the first template has.
+    """
     n = 2 * texts * axioms
     axiom = torch.arange(n) // (2 * texts)
     label = (torch.arange(n) % (2 * texts) >= round(2 * texts * (1 - safe))).long()
@@ -105,58 +143,79 @@ def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=Fal
         template = torch.multinomial(weights, n, replacement=True, generator=generator)
     else:
         template = torch.arange(n) % templates
+    if largest is not None:
+        template = torch.where(torch.rand(n, generator=generator) < largest, 0, template)
     cell = label if spans else 2 * axiom + label
     return axiom, label, cell * templates + template
 
 
 def paths(generator, axiom, label, group, dims=32, points=2.0, change=0.0, lambdas=5, shared=0.9, tails=None,
-          rank=None, alike=0.9, wrong=0.0, safe=0.5, outliers=(0.0, 1.0)):  # fmt: skip
+          rank=None, alike=0.9, alike_last=None, wrong=0.0, safe=0.5, wide=1.0, far=(0.0, 0.0)):  # fmt: skip
     """Yield states (n, D) at every lambda.
 
     The label explains `points` per cent at first, `change` more at last. Text i of label y at lambda k is y
     gap_k e + scale (sqrt(shared) z_i + sqrt(1 - shared) z_ik). In a group, z is sqrt(alike) of the group's
-    and sqrt(1 - alike) of the text's. wrong: share of texts whose label is drawn anew. outliers:
-    (share of texts, what all of their states are multiplied by).
+    and sqrt(1 - alike) of the text's; alike_last: alike at the last lambda. wrong: share of texts whose label
+    is drawn anew. wide: how many times as wide as at first the safe texts are at last. far: the shares of
+    the unsafe and of the safe texts that lie FAR times as far out as the others.
     """
     scale = spectrum(dims, rank)
+    alike_last = alike if alike_last is None else alike_last
 
     def noise():
+        """Of each text, and of its group."""
         z = draw(generator, len(axiom), dims, tails)
         if group is None:
-            return z
-        common = draw(generator, int(group.max()) + 1, dims, tails)
-        return alike**0.5 * common[group] + (1 - alike) ** 0.5 * z
+            return z, torch.zeros_like(z)
+        return z, draw(generator, int(group.max()) + 1, dims, tails)[group]
 
     is_wrong = torch.rand(len(label), generator=generator) < wrong
     truth = torch.where(is_wrong, torch.randint(2, label.shape, generator=generator), label)
-    share, times = outliers
-    # drawn only where asked for: other rows keep their random numbers
-    is_far = torch.rand(len(label), generator=generator) < share if share else torch.zeros_like(is_wrong)
-    common = noise()
+    radius = torch.ones(len(label))
+    radius[torch.rand(len(label), generator=generator) < torch.tensor(far)[label]] = FAR
+    own, common = noise()
     for k in range(lambdas):
-        x = scale * (shared**0.5 * common + (1 - shared) ** 0.5 * noise())
-        x[:, dims // 2] += gap_of(points + change * k / max(lambdas - 1, 1), scale, safe) * truth
-        x[is_far] *= times
+        part = k / max(lambdas - 1, 1)
+        likeness = 0.0 if group is None else alike + part * (alike_last - alike)
+        width = 1 + part * (wide - 1)
+        new_own, new_common = noise()
+        z = shared**0.5 * own + (1 - shared) ** 0.5 * new_own
+        z_group = shared**0.5 * common + (1 - shared) ** 0.5 * new_common
+        x = scale * (likeness**0.5 * z_group + (1 - likeness) ** 0.5 * z)
+        x *= (radius * torch.where(label == 1, width, 1.0))[:, None]
+        unsafe_square, safe_square = (1 + share * (FAR**2 - 1) for share in far)
+        variance = (1 - safe) * unsafe_square + safe * width**2 * safe_square
+        x[:, dims // 2] += gap_of(points + change * part, variance**0.5 * scale, safe) * truth
         yield x
 
 
 def simulate(settings, trials, draws=300, seed=0):
-    """(Counter of the whole's verdicts, trials in which any axiom is not flat), without nulls.
+    """(Counter of the whole's verdicts, trials in which any axiom is not flat, or the change is covered).
 
-    settings: of texts_of and paths. The nulls could only turn an alarm into "flat".
+    Without nulls: they could only turn an alarm into "flat". settings: of texts_of and paths, and `scaled`:
+    in units of the first lambda's deviations, as steer.py measures.
     """
     generator = torch.Generator().manual_seed(seed)
     of_texts = {key: value for key, value in settings.items() if key in TEXT_SETTINGS}
     of_paths = {key: value for key, value in settings.items() if key not in of_texts or key == "safe"}
-    whole, axioms_alarmed = Counter(), 0
+    is_scaled = of_paths.pop("scaled", False)
+    whole, axioms_alarmed, covered = Counter(), 0, 0
     for trial in range(trials):
         axiom, label, group = texts_of(generator, **of_texts)
         names = [str(a) for a in range(int(axiom.max()) + 1)]
-        states = paths(generator, axiom, label, group, **of_paths)
-        curve = bootstrap(states, axiom, label, names, draws, seed=trial, group=group, levels=False)
-        whole[judge(curve)["verdict"]] += 1
+        states, scaled_by = paths(generator, axiom, label, group, **of_paths), None
+        if is_scaled:
+            states = list(states)
+            scale = coordinate_scale(states[0], label)
+            states = [x / scale for x in states]
+            scaled_by = states[0]
+        curve = bootstrap(states, axiom, label, names, draws, seed=trial, group=group, scaled_by=scaled_by)
+        found = judge(curve)
+        whole[found["verdict"]] += 1
         axioms_alarmed += any_axiom(curve)
-    return whole, axioms_alarmed
+        low, high = found["change_interval"]
+        covered += low <= settings.get("change", 0.0) <= high
+    return whole, axioms_alarmed, covered
 
 
 def any_axiom(curve, nulls=None):
@@ -224,7 +283,7 @@ def random_directions(trials, others=19, texts=100, axioms=3, dims=32, length=6.
         nulls = Nulls(curves, [0, 1, 2])
         for kind, found in counts.items():
             states = states_along(directions[kind][0])
-            curve = bootstrap(states, axiom, label, names, draws, seed=trial, levels=False)
+            curve = bootstrap(states, axiom, label, names, draws, seed=trial)
             found[0][judge(curve, nulls=nulls)["verdict"]] += 1
             found[1] += any_axiom(curve, nulls)
             found[2] += judge(curve)["verdict"] != "flat"
@@ -245,9 +304,9 @@ def coverage(n, dims, points, trials, tails=None, templates=None, seed=0):
         axiom, label, group = texts_of(generator, n, 1, templates=templates)
         (states,) = paths(generator, axiom, label, group, dims, points, lambdas=1, shared=1.0, tails=tails)
         design = Design(axiom, label, ["a"], group)
-        centre, error = level_errors(design.centred(states), design)
+        centre, error, _ = level_errors(design.centred(states), design)
         none = torch.empty(0, 1, 2)
-        curve = Curve(centre[None], none, ["a"], design.groups, design.degrees, centre[None], error[None])
+        curve = Curve(centre[None], none, ["a"], *design.worth(), centre[None], error[None])
         low, high = level_interval(curve, "a", 0.05)
         if low is not None:
             held.append(low[0] <= points <= high[0])
@@ -263,25 +322,29 @@ def per_cent(count, trials):
     return f"{100 * count / trials:.1f}"
 
 
-def alarm_row(name, work, trials):
+def alarm_row(name, trials, whole, axioms_alarmed, covered=None):
     """(cells, alarms of the whole, of any axiom)."""
-    whole, axioms_alarmed, *bare = work(trials)
     alarms = trials - whole["flat"]
     kinds = [per_cent(whole[verdict], trials) for verdict in ("rising", "falling", "erratic")]
-    without = [f"without nulls {per_cent(bare[0], trials)} %"] if bare else []
-    cells = [", ".join([name, *without]), per_cent(alarms, trials), *kinds, per_cent(axioms_alarmed, trials)]
-    return cells, alarms, axioms_alarmed
+    cells = [name, per_cent(alarms, trials), *kinds, per_cent(axioms_alarmed, trials)]
+    return [*cells, "" if covered is None else per_cent(covered, trials)], alarms, axioms_alarmed
 
 
 def power_row(planted, trials):
-    """Share of "rising" for a planted change, beside the change that `power` says is found with 80 %."""
+    """Share of "rising" for a planted change, beside the change that `power` says is found with 80 %.
+
+    And the share of "falling" where the change is turned round.
+    """
     size, texts = planted
-    whole, _ = simulate({"texts": texts, "axioms": 1, "change": size}, trials)
+    whole, _, covered = simulate({"texts": texts, "axioms": 1, "change": size}, trials)
+    mirror = {"texts": texts, "axioms": 1, "points": 2.0 + size, "change": -size}
+    fallen, _, _ = simulate(mirror, trials)
     axiom, label, _ = texts_of(None, texts, 1)
     states = paths(torch.Generator().manual_seed(1), axiom, label, None)
-    found = power(bootstrap(states, axiom, label, ["a"], 300, levels=False))
+    found = power(bootstrap(states, axiom, label, ["a"], 300))
     name = f"{size:g} points, {texts} texts a label"
-    return [name, per_cent(whole["rising"], trials), f"{found['detectable']:.2f}"]
+    shares = [per_cent(count, trials) for count in (whole["rising"], fallen["falling"], covered)]
+    return [name, *shares, f"{found['detectable']:.2f}"]
 
 
 def coverage_row(setting, trials):
@@ -309,10 +372,11 @@ def print_rows(head, work, items, pool):
 def alarm_item(trials, item):
     """A row of false alarms; item: a name with its settings, or a kind of random direction."""
     name, settings = item
-    if settings is None:
-        label = f"a random direction of a toy network, {name}, 19 nulls of each kind"
-        return alarm_row(label, lambda trials: random_directions(trials)[name], trials)
-    return alarm_row(name, partial(simulate, settings), trials)
+    if settings is not None:
+        return alarm_row(name, trials, *simulate(settings, trials))
+    whole, axioms_alarmed, bare = random_directions(trials)[name]
+    label = f"a random direction of a toy network, {name}, 19 nulls of each kind"
+    return alarm_row(f"{label}, without nulls {per_cent(bare, trials)} %", trials, whole, axioms_alarmed)
 
 
 def one_thread():
@@ -330,12 +394,12 @@ def main(argv):
         levels += [(n, dims, 20.0, {"tails": 3}) for n in (10, 20, 100, 500)]
     alarms = [*ALONE.items(), *GROUPED.items(), ("isotropic", None), ("sign-flipped", None)]
     with ProcessPoolExecutor(initializer=one_thread) as pool:
-        kinds = ("not flat, %", "rising", "falling", "erratic", "any axiom, %")
+        kinds = ("not flat, %", "rising", "falling", "erratic", "any axiom, %", "change covered, %")
         head = (f"nothing changes, {trials} trials", *kinds)
         rows = print_rows(head, partial(alarm_item, trials), alarms, pool)
         fewer = trials * 3 // 8
         first = f"planted change, 1 axiom, from 2 points, {fewer} trials"
-        head = (first, "rising, %", "found with 80 %, points")
+        head = (first, "rising, %", "falling, turned round", "change covered, %", "found with 80 %, points")
         print_rows(head, partial(power_row, trials=fewer), PLANTED, pool)
         head = (f"interval of one point, {trials} trials", "covers, %", "given, %", "mean width")
         print_rows(head, partial(coverage_row, trials=trials), levels, pool)

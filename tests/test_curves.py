@@ -5,7 +5,17 @@ recomputation.
 import pytest
 import torch
 
-from analysis.curves import Design, bootstrap, cell_sums, level_errors, permute, separation
+from analysis.curves import (
+    Design,
+    bootstrap,
+    cell_sums,
+    level_errors,
+    permute,
+    scale_excess,
+    separation,
+    understated,
+)
+from analysis.sweep import coordinate_scale
 
 
 def labelled(per_cell=12, axioms=2, dims=5, seed=0):
@@ -82,7 +92,7 @@ def test_groups_over_axioms_and_labels_are_drawn_as_one():
     for cell in range(4):
         pair[2 * axiom + label == cell] = torch.arange(12) + 100 * (cell // 2)
     design = Design(axiom, label, ["a", "b"], pair)
-    assert design.groups == [12, 12, 24] and design.home.tolist() == [0] * 12 + [2] * 12
+    assert design.worth()[0] == [12, 12, 24] and design.home.tolist() == [0] * 12 + [2] * 12
 
 
 @pytest.mark.parametrize("copies", [1, 3])
@@ -96,25 +106,27 @@ def test_errors_of_a_level_are_jackknife_less_random_signs(copies, monkeypatch):
     X = X[rows].double() + 0.1 * torch.randn(len(rows), 5, generator=torch.Generator().manual_seed(4))
     axiom, label = axiom[rows], label[rows]
     design = Design(axiom, label, ["a"], rows)
-    centre, error = level_errors(design.centred(X), design)
-    whole, without = plain(X, axiom, label, ["a"])[0], []
+    centre, error, influence = level_errors(design.centred(X), design)
+    without = []
     for group in range(32):
         kept = rows != group
         without.append(plain(X[kept], axiom[kept], label[kept], ["a"])[0])
     without = torch.stack(without)
     safe = label[::copies].bool()
-    linear, bias = 0.0, 0.0
+    linear = 0.0
     for side in (without[safe], without[~safe]):
         linear = linear + 15 / 16 * (side - side.mean()).square().sum()
-        bias = bias + 15 * (side.mean() - whole)
-    share = (whole - bias) / 100
-    torch.testing.assert_close(centre[0], 100 * 31 * share / (32 - share))
+    torch.testing.assert_close(influence[:, 0].square().sum(), linear)
     residual = torch.where(label[:, None] == 1, X - X[label == 1].mean(0), X - X[label == 0].mean(0))
     summed = torch.zeros(32, 5, dtype=torch.float64).index_add_(0, rows, residual) / (16 * copies)
     signs = torch.randint(2, (20000, 32), generator=torch.Generator().manual_seed(5)).double() * 2 - 1
     gap = (X[label == 1].mean(0) - X[label == 0].mean(0)).square().sum()
     within = residual.square().sum() / len(X)
     slope = 25 * within / (within + gap / 4).square()
+    # 16 equal groups of a label: the squared error of a mean is 16 / 15 of what their deviations show.
+    chance = 16 / 15 * summed.square().sum()
+    between, population = (gap - chance) / 4, within + chance / 2
+    torch.testing.assert_close(centre[0], 100 * between / (between + population))
     quadratic = slope.square() * (signs @ summed).square().sum(1).var()
     variance = torch.maximum(linear - quadratic, linear / 2)
     torch.testing.assert_close(error[0], variance.sqrt(), rtol=0.08, atol=0)
@@ -130,8 +142,38 @@ def test_no_error_of_a_level_with_few_groups_or_a_text_far_from_all_others():
         assert level_errors(design.centred(states), design)[1].isfinite().all() == is_given
 
 
-def test_errors_are_of_the_bootstrap_only_and_only_where_asked_for():
+def test_errors_are_of_the_bootstrap_only():
     X, axiom, label = labelled()
-    assert bootstrap([X, X], axiom, label, list("ab"), draws=5).error.shape == (2, 3)
-    assert bootstrap([X, X], axiom, label, list("ab"), draws=5, levels=False).error is None
+    curve = bootstrap([X, X], axiom, label, list("ab"), draws=5)
+    assert curve.centre.shape == curve.error.shape == (2, 3) and curve.influence.shape == (48, 2, 3)
     assert permute([X, X], axiom, label, list("ab"), draws=5).error is None
+
+
+def test_understated_is_what_resampling_shows():
+    """G / (G - 1) of equal groups; of one group with a third of the texts, the ratio of 20,000 resamples."""
+    one_pool = torch.ones(1, 21).double()
+    assert understated(torch.full((5,), 7.0).double(), one_pool[:, :5]) == pytest.approx(5 / 4)
+    two_pools = torch.eye(2).double().repeat_interleave(5, 1)
+    assert understated(torch.full((10,), 7.0).double(), two_pools) == pytest.approx(5 / 4)
+    sizes = torch.tensor([10] + [1] * 20).double()
+    generator = torch.Generator().manual_seed(0)
+    share = sizes / sizes.sum()
+    values = torch.randn(20_000, 21, generator=generator, dtype=torch.float64)
+    deviations = values - (values @ share)[:, None]
+    resampled = (share.square() * deviations.square()).sum(1).mean()
+    expected = share.square().sum() / resampled
+    assert understated(sizes, one_pool) == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_the_excess_of_a_scale_is_what_leaving_a_group_out_of_it_adds():
+    """1 / s^2 without a group over 1 / s^2 with it, to the first order in 1 / n."""
+    X, axiom, label = labelled(per_cell=200, axioms=1)
+    scale = coordinate_scale(X, label)
+    group = torch.arange(400) // 2
+    design = Design(axiom, label, ["a"], group)
+    excess = scale_excess(X / scale, design)
+    row = 17
+    kept = design.group != design.group[row]
+    without = coordinate_scale(X[design.order][kept], design.label[kept])
+    torch.testing.assert_close(excess[row], (scale / without).double().square() - 1, rtol=0.1, atol=1e-4)
+    assert torch.equal(excess[0], excess[(design.group == design.group[0]).nonzero()[1, 0]])

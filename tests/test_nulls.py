@@ -95,9 +95,8 @@ def curve_of(estimate, spread=0.05, seed=0):
         400, *estimate.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
     axioms = [str(a) for a in range(estimate.shape[1] - 1)]
-    return Curve(
-        estimate, estimate + spread * noise, axioms, [20] * estimate.shape[1], [19] * estimate.shape[1]
-    )
+    sizes = [20] * estimate.shape[1], [19] * estimate.shape[1], [20 / 19] * estimate.shape[1]
+    return Curve(estimate, estimate + spread * noise, axioms, *sizes)
 
 
 def test_rank():

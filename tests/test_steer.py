@@ -820,8 +820,14 @@ def test_verdicts_rank_among_random_directions(lab, monkeypatch):
     scale = within(plain, prompts.label)
     groups = prompts.axiom, prompts.label, prompts.axioms
     states = [plain / scale, embeddings(model, texts, steering_tap(add, 1.0)) / scale]
-    expected = bootstrap(states, *groups, group=prompts.group), permute(states, *groups, group=prompts.group)
+    expected = (
+        bootstrap(states, *groups, group=prompts.group, scaled_by=states[0]),
+        permute(states, *groups, group=prompts.group),
+    )
     (drawn, permuted), more = given[0]
+    assert relative_error(drawn.centre, expected[0].centre) < 1e-3
+    unscaled = bootstrap(states, *groups, group=prompts.group)
+    assert relative_error(unscaled.centre, expected[0].centre) > 1e-2
     assert more["nulls"].at == [0, 1] and more["nulls"].curves.keys() == {"isotropic", "sign-flipped"}
     for found, wanted in zip((drawn, permuted), expected, strict=True):
         assert relative_error(found.draws, wanted.draws) < 1e-3

@@ -138,7 +138,7 @@ def curve_of(estimate, draws):
     estimate, draws = (
         torch.as_tensor(x, dtype=torch.float64)[..., None].expand(*np.shape(x), 2) for x in (estimate, draws)
     )
-    return Curve(estimate, draws, ["a"], [10, 10], [9, 9])
+    return Curve(estimate, draws, ["a"], [10, 10], [9, 9], [10 / 9, 10 / 9])
 
 
 @pytest.mark.parametrize("level", (0.05, 0.2))
@@ -155,7 +155,8 @@ def test_numbers_of_a_verdict_are_numpys(level):
     )
     found = judge(curve_of(estimate, draws), permuted=curve_of(estimate, draws - 4), level=level)
     tails = [level / 2, 1 - level / 2]
-    top, bottom = 2 * (5.0 - 3.0) - np.quantile(draws[:, 3] - draws[:, 0], tails)
+    changes = draws[:, 3] - draws[:, 0]
+    top, bottom = 2.0 - np.quantile(changes - changes.mean(), tails)
     noise = np.stack([draws[:, j] - draws[:, i] for j in range(4) for i in range(j)], 1)
     noise -= noise.mean(0)
     # Ten groups: their spread is 9 / 10 of the population's and known to 9 degrees of freedom.
