@@ -748,6 +748,12 @@ def _notes(vector, prompts, measure, found):
     if overall["high"] and overall["high"][0] < overall["estimate"][0]:
         few = f"{overall['groups']} groups of a label are few, and part of the separation is theirs"
         notes.append(f"{few}: its interval, which is of all such groups, lies below it")
+    low, high = overall["change_interval"]
+    if not low <= overall["change"] <= high:
+        notes.append(
+            "the change lies outside its interval, which leaves out what chance adds: here the texts' own "
+            "spread changes with lambda, or how alike the texts of a group are"
+        )
     share = vector.manifest["rounding_share"]
     if share is not None and share > 0.1:
         moves = f"both models are rounded to bf16, which alone moves the mean state by {share:.2f} |v|"

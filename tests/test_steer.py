@@ -210,6 +210,24 @@ def test_weights_that_are_rounded_are_noted(lab):
     assert any("both models are rounded to bf16" in note and said in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    "change, interval, low, said",
+    [
+        (0.5, [0.2, 0.8], 1.0, []),
+        (0.9, [0.2, 0.8], 1.0, ["the change lies outside its interval"]),
+        (0.1, [0.2, 0.8], 0.2, ["6 groups of a label are few", "the change lies outside its interval"]),
+    ],
+)
+def test_an_interval_beside_its_number_is_noted(change, interval, low, said):
+    verdict = {"estimate": [0.5, 0.5 + change], "high": [low + 0.1] * 2, "groups": 6}
+    verdict |= {"change": change, "change_interval": interval}
+    no_words = {"length": {"auc": None}, "words": {"auc": None}}
+    vector = SimpleNamespace(manifest={"rounding_share": None})
+    found = {"verdicts": [verdict], "baselines": no_words}
+    notes = steer._notes(vector, None, SimpleNamespace(oracle=False), found)
+    assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
+
+
 @pytest.mark.slow
 def test_published_ids_are_transformers(lab):
     """The scripts' call, tokenizer(text), on the same folder: ids equal, none added and none left out."""
