@@ -3,6 +3,7 @@
 import gc
 import os
 
+import forks
 import pytest
 
 # Tests compute on the CPU, on every machine: their bounds are a CPU's, and they start more ranks than there may
@@ -25,6 +26,11 @@ LONGEST = (
     "test_torture",
     "test_train_dpo",
 )
+
+
+def pytest_configure():
+    """Before there are workers: all of them fork their processes from one server."""
+    forks.start()
 
 
 def pytest_collection_modifyitems(items):

@@ -29,6 +29,7 @@ from world import (
     largest_difference,
     launch,
     metrics,
+    run_script,
     save_at_once,
     signal_after,
     stage_parts,
@@ -148,27 +149,12 @@ def test_two_machines_go_on_where_one_process_was_killed(world, tmp_path, baseli
     assert_same_run(tmp_path / stage, baseline("dpo_lora"))
 
 
-def run_as_typed(command):
-    """What a command prints, given as a user gives it; it must end well."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_torchrun(world, tmp_path, baseline):
     """The command of the README, with torchrun's own processes."""
     config = write_config(tmp_path, world, **SIX_STEPS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "train_dpo.py",
-        str(config),
-    ]
-    run_as_typed(command)
+    arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "train_dpo.py", str(config)]
+    done = run_script(arguments, ROOT, {})
+    assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "dpo", baseline("dpo"))
 
 
@@ -176,7 +162,10 @@ def test_one_process_without_torchrun(world, tmp_path, baseline):
     """`python train_sft.py CONFIG --key=value`."""
     config = write_config(tmp_path, world, **SIX_STEPS | {"max_steps": 2})
     command = [sys.executable, "train_sft.py", str(config), "--max_steps=6"]
-    assert "; 6 steps on 1 rank(s) of cpu\n" in run_as_typed(command)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "; 6 steps on 1 rank(s) of cpu\n" in done.stdout
     assert final_bytes(tmp_path / "sft") == final_bytes(baseline("sft"))
 
 

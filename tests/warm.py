@@ -1,11 +1,16 @@
-"""What the fork server of world.py imports and computes once, for all the runs that it forks."""
+"""What the server of forks.py imports and computes once, for all the processes that it forks."""
 
+# The hub's client, the peers of tools/diff_open_instruct.py, and what torch imports with AdamW's first step.
+import datasets  # noqa: F401
 import pytest  # noqa: F401
-import scipy.io  # noqa: F401  with AdamW's first step
-import torch._dynamo  # noqa: F401  likewise
+import scipy.io  # noqa: F401
+import torch._dynamo  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
+import trl.trainer.dpo_trainer  # noqa: F401
 import world  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 import data
 
-data._token_code()  # kept; each run would hash the code again, half of the CPU time of four steps
+# Kept: each run would hash the code again, half of the CPU time of four steps.
+data._token_code()

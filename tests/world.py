@@ -1,13 +1,12 @@
 """A tiny base model, its tokenizer and data on disk, and whole runs of the training scripts on any number of
 processes.
 
-The processes are forked from one server that has imported everything already (warm.py): a run of 8 ranks
+The processes are forked from one server that has imported everything already (forks.py): a run of 8 ranks
 costs seconds, not 8 imports of torch. They do what torchrun's workers do (env:// rendezvous through a store
 that the parent holds); test_runs.py also starts the real torchrun.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import forks
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from training import load_model, read_model_config
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the a cat dog runs fast slow kind mean help please sorry thanks never always good bad answer question tell me about".split()
-SECONDS = 300  # a run that takes longer hangs
+SECONDS = 300  # a run that takes longer hangs: it is killed, and its test fails by the exit code
 NUM_ROWS = 35  # with 16 a step: 16, 16 and 3, the last one fewer than 4 or 8 ranks
 
 
@@ -175,20 +175,13 @@ def spawn(work, logs, ranks=1, machine=None):
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs.mkdir(exist_ok=True)
-    context = _fork_server()
-    processes = [
-        context.Process(target=_rank, args=(rank, ranks, machine or ranks, store.port, logs, work))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(SECONDS)
-        if process.is_alive():  # a hang: the test fails by the exit code
-            process.kill()
-            process.join()
+    processes = []
+    for rank in range(ranks):
+        arguments = rank, ranks, machine or ranks, store.port, logs, work
+        processes.append(forks.Process(partial(_rank, *arguments)))
+    codes = [process.wait(SECONDS) for process in processes]
     out, err = ([(logs / f"{rank}.{kind}").read_text() for rank in range(ranks)] for kind in ("out", "err"))
-    return Outcome([process.exitcode for process in processes], out, err)
+    return Outcome(codes, out, err)
 
 
 def run_script(arguments, folder, environment):
@@ -197,11 +190,9 @@ def run_script(arguments, folder, environment):
     """
     with tempfile.TemporaryDirectory() as logs:
         work = partial(script_main, arguments, folder, environment)
-        process = _fork_server().Process(target=_rank, args=(0, 1, 1, None, Path(logs), work))
-        process.start()
-        process.join(SECONDS)
+        code = forks.Process(partial(_rank, 0, 1, 1, None, Path(logs), work)).wait(SECONDS)
         out, err = ((Path(logs) / f"0.{kind}").read_text() for kind in ("out", "err"))
-    return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+    return subprocess.CompletedProcess(arguments, code, out, err)
 
 
 def run_torchrun(arguments, folder, environment):
@@ -230,22 +221,6 @@ def script_main(arguments, folder, environment):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _fork_server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
-    path = os.environ.get("PYTHONPATH")
-    os.environ |= {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }  # the server's: it has no sys.path of ours
-    multiprocessing.forkserver.ensure_running()
-    if path is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = path
-    return context
-
-
 def _rank(rank, ranks, machine, port, logs, work):
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(logs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -259,7 +234,7 @@ def _rank(rank, ranks, machine, port, logs, work):
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-    sys.exit(work())
+    return work()
 
 
 def _train(stage, argv, prepare):
