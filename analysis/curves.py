@@ -229,10 +229,9 @@ def draw_counts(design, generator, draws):
     for size in torch.bincount(design.home, minlength=2).tolist():
         rows = torch.randint(max(size, 1), (draws, size), generator=generator)
         blocks.append(torch.zeros(rows.shape).scatter_add_(1, rows, torch.ones(rows.shape)))
-    order = design.home.argsort(stable=True)
-    counts = torch.empty(draws, len(order))
-    counts[:, order] = torch.cat(blocks, 1)
-    return counts[:, design.group]
+    # A block holds the groups of one pool, in their order.
+    place = design.home.argsort(stable=True).argsort()
+    return torch.cat(blocks, 1).index_select(1, place[design.group])
 
 
 def cell_totals(weights, states, design):
