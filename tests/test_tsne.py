@@ -185,7 +185,7 @@ def test_exaggeration_ends_after_250_steps(monkeypatch, steps, taken):
 @pytest.mark.parametrize("n", [4, 5, 6, 7, 8])
 def test_a_few_points_stay_together(n):
     """A learning rate of 50 threw nearly all sets of 4 points, and some of 5 to 7, out to NaN."""
-    for seed in range(20):
+    for seed in range(6):
         X = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
         Y, kl = tsne(X, n - 2, seed=seed if seed % 2 else None)
         assert Y.abs().max() < 1000 and 0 <= kl < 2, (seed, Y, kl)
