@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from world import WORDS, change_weights, make_world, write_model, write_rows, wr
 
 import families
 import steer
+from analysis import behaviour
 from analysis import sweep as sweeps
 from analysis import vector as vectors
 from analysis.curves import bootstrap, permute
@@ -89,7 +91,9 @@ def extract(lab, out, *more, **changes):
 
 
 def sweep(lab, out, *more, folder="steer", plots=False):
-    """The report of steer.py sweep into lab/out; without plots, which are half of its time here."""
+    """The report of steer.py sweep into lab/out; without plots, which are half of its time here, and with the
+    first two tokens of each answer, which are a quarter.
+    """
     argv = [
         "sweep",
         f"{lab}/{folder}",
@@ -102,6 +106,7 @@ def sweep(lab, out, *more, folder="steer", plots=False):
     with pytest.MonkeyPatch.context() as patch:
         if not plots:
             patch.setattr(steer, "_plot", lambda *_: None)
+            patch.setattr(behaviour, "refusals", partial(behaviour.refusals, max_tokens=2))
         assert steer.main(argv) == 0
     return json.loads((lab / out / "aqi.json").read_text())
 
