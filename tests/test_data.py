@@ -413,6 +413,7 @@ SPELLINGS = {  # as tokenizer_config.json has them, or a script: with a newline 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_another_spelling_of_a_template_is_known(tokenizer, tmp_path, name):
     """Those in SAME_TEXT: transformers renders each to the text of ours, with and without a generation

@@ -78,6 +78,7 @@ def test_each_row_has_the_wanted_perplexity():
     assert torch.equal(p.diagonal(), torch.zeros(60, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_joint_probabilities_equal_scikit_learns():
     oracle = pytest.importorskip("sklearn.manifold._t_sne")
     squareform = pytest.importorskip("scipy.spatial.distance").squareform

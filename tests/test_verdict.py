@@ -141,6 +141,7 @@ def curve_of(estimate, draws):
     return Curve(estimate, draws, ["a"], [10, 10], [9, 9], [10 / 9, 10 / 9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", (0.05, 0.2))
 def test_numbers_of_a_verdict_are_numpys(level):
     """Skewed draws that lie off the estimate, with a spread of their own at each lambda."""
