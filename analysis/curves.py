@@ -131,7 +131,7 @@ class Column:
         worth, self.spread = [], []
         for sizes in self.counts.double().unbind(1):
             independent = (sizes.sum().square() / sizes.square().sum()).item()
-            degrees = independent - int((self.pools @ sizes > 0).sum())
+            degrees = max(independent - int((self.pools @ sizes > 0).sum()), 1.0)
             self.spread.append(understated(sizes, self.pools))
             worth.append((independent, degrees, self.spread[-1]))
         # Of the label that is worth fewer equally large groups (Kish 1965), in `Curve`.
@@ -291,11 +291,11 @@ def explained(n, totals):
 
     n (..., 2), totals (..., 2, D + 1) -> (...). It also holds where a resample drew one text of each label
     over and over, so that CHI is infinite (100), or two texts that are the same (0: there is nothing to
-    explain).
+    explain), or two texts of an axiom and no more (0: n - 2 is 0).
     """
     indices = two_cluster_indices(n, totals[..., :-1], totals[..., -1])
     unexplained = (1 - indices["eta2"]) * (indices["n"] - 1) / (indices["n"] - 2)
-    return (100 * (1 - unexplained)).nan_to_num(0.0)
+    return (100 * (1 - unexplained)).nan_to_num(0.0, 0.0, 0.0)
 
 
 # ---------------------------------------------------------------- levels
@@ -305,7 +305,8 @@ def level_errors(states, design, excess=None):
     """Centre (A + 1,), standard error (A + 1,) of an interval of the population's separation, and influence.
 
     An error is NaN where no interval covers. influence (G, A + 1): how far leaving a group out moves the
-    separation, so that its squares sum to the jackknife's variance. excess (n, D): of `scale_excess`.
+    separation, so that its squares sum to the jackknife's variance. excess (G, D): of `scale_excess`; the
+    scale is then of the texts that are left.
 
     The variance of a squared distance of two means has a part that is linear in the texts and one that is
     quadratic, and near separation 0, or in many dimensions, the second is all there is. Leaving groups out
@@ -314,12 +315,13 @@ def level_errors(states, design, excess=None):
     """
     squares, missing = _squared_deviations(states, design, excess)  # (n,), (n,)
     quadratic = _quadratic_variance(states, design)  # (A + 1,)
+    # A scale is of all texts, so a group moves the separation of every axiom by it.
+    influence = _scale_influence(states, design, excess)  # (G, A + 1)
     centres, errors = [], []
-    influence = states.new_zeros(len(design.home), len(design.columns))
     for c, column in enumerate(design.columns):
         centre, moves = _jackknife(states, column, missing)
-        influence[column.names.to(states.device), c] = moves
-        linear = moves.square().sum()
+        influence[column.names.to(states.device), c] += moves
+        linear = influence[:, c].square().sum()
         variance = torch.maximum(linear - quadratic[c], linear / 2)
         own = squares[column.rows.to(squares.device)]
         groups = column.worth[0]
@@ -331,20 +333,51 @@ def level_errors(states, design, excess=None):
 
 
 def scale_excess(scaled_by, design):
-    """(n, D): how much larger a text's squares would be, had its group not been in the scale.
+    """(G, D): how much larger a group's squares would be, had it not been in the scale: s^2 / s_rest^2 - 1.
 
     A coordinate is divided by its deviation s over n texts, which are the same texts: at the lambda that the
     scale is of, their squares sum to n whatever s is, elsewhere to more, so a separation without any change
-    falls from there on. Without group g, 1 / s^2 is 1 + sum of (u^2 - 1) over g, / (n - 2), times as large: u
-    the group's deviations in units of s.
+    falls from there on. Squares over the variance s_rest^2 of the other groups have one mean at every lambda.
+    Where one group has nearly all of a coordinate's variance, that is taken for a quarter of s^2 at least.
     """
-    states, label = design.centred(scaled_by)[:, :-1], design.label.to(scaled_by.device)
+    states = design.centred(scaled_by)[:, :-1]
+    order = design.group.argsort(stable=True)
+    whole, lost = 0.0, 0.0  # sums of squares (D,), and what goes of them with each group (G, D)
     for value in (0, 1):
-        states[label == value] -= states[label == value].mean(0)
-    order = design.group.argsort(stable=True).to(states.device)
-    sizes = torch.bincount(design.group).to(states.device)
-    of_groups = torch.segment_reduce(states[order].square() - 1, "sum", lengths=sizes, axis=0)
-    return of_groups[design.group.to(states.device)] / (len(states) - 2)
+        rows = order[design.label[order] == value]
+        sizes = torch.bincount(design.group[rows], minlength=len(design.home)).to(states.device)
+        own = states[rows.to(states.device)]
+        own = own - own.mean(0)
+        squares = torch.segment_reduce(own.square(), "sum", lengths=sizes, axis=0)
+        # The mean of the label's other texts is another one.
+        others = (len(rows) - sizes).clamp(min=1)[:, None]
+        moved = torch.segment_reduce(own, "sum", lengths=sizes, axis=0).square() / others
+        lost = lost + squares + moved
+        whole = whole + squares.sum(0)
+    degrees = len(states) - 2
+    left = (degrees - torch.bincount(design.group)).clamp(min=1)[:, None].to(states.device)
+    rest = (1 - lost / whole) * degrees / left  # s_rest^2 / s^2
+    return torch.where(whole > 0, 1 / rest.clamp(min=0.25) - 1, 0.0)
+
+
+def _scale_influence(states, design, excess):
+    """(G, A + 1): how far the scale moves the separation where a group is left out; 0 without a scale."""
+    if excess is None:
+        return states.new_zeros(len(design.home), len(design.columns))
+    n, totals = cell_sums(states, design)
+    n, sums = n[0], totals[0, :, :, :-1]
+    squares = [block[:, :-1].square().sum(0) for block in states.split(design.cells())]
+    squares = torch.stack(squares).view_as(sums)  # (A, 2, D)
+    n = torch.cat([n, n.sum(0, keepdim=True)])  # (A + 1, 2)
+    sums = torch.cat([sums, sums.sum(0, keepdim=True)])
+    squares = torch.cat([squares, squares.sum(0, keepdim=True)])
+    means = sums / n[..., None]
+    within = (squares - means * sums).sum(1)  # (A + 1, D)
+    between = (n.prod(1) / n.sum(1))[:, None] * (means[:, 1] - means[:, 0]).square()
+    inside, outside = within.sum(1, keepdim=True), between.sum(1, keepdim=True)
+    # d separation / d log of a coordinate's squares.
+    slope = 100 * (between * inside - within * outside) / (inside + outside).square()
+    return -excess @ slope.nan_to_num(0.0).T
 
 
 def _jackknife(states, column, missing):
@@ -366,12 +399,13 @@ def _jackknife(states, column, missing):
     weight = pools.T @ ((size - 1) / size).sqrt()
     moves = weight * (pools.T @ (pools @ without / size) - without)
     # What is given back is the square that the scale took from each label (`scale_excess`).
+    spread = n.new_tensor(column.spread)
     gained = torch.segment_reduce(missing[rows], "sum", lengths=column.counts.flatten().to(rows.device))
-    total[:, -1] += gained.view(-1, 2).sum(0)
+    total[:, -1] += spread * gained.view(-1, 2).sum(0)
     # Sums become deviations from the mean of the texts that are drawn together.
     means = (pools @ sums.flatten(1)).view(-1, *sums.shape[1:]) / (pools @ counts).clamp(min=1)[..., None]
     sums.addcmul_(counts[..., None], (pools.T @ means.flatten(1)).view_as(sums), value=-1)
-    return _population(n, total, sums[..., :-1], n.new_tensor(column.spread)), moves
+    return _population(n, total, sums[..., :-1], spread), moves
 
 
 def _population(n, total, deviations, spread):
@@ -432,9 +466,9 @@ def _slope(n, totals):
 def _squared_deviations(states, design, excess):
     """(n,) squared distance of every text to the centre of its cell; (n,) how much of it the scale hides."""
     squares, missing = [], []
-    excess = states.new_zeros(len(states), 1) if excess is None else excess
-    for block, own in zip(states[:, :-1].split(design.cells()), excess.split(design.cells())):
+    for block, group in zip(states[:, :-1].split(design.cells()), design.group.split(design.cells())):
         deviations = (block - block.mean(0)).square()
         squares.append(deviations.sum(1))
-        missing.append((deviations * own).sum(1))
+        hidden = 0.0 if excess is None else excess[group.to(excess.device)]
+        missing.append((deviations * hidden).sum(1))
     return torch.cat(squares), torch.cat(missing)

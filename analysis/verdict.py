@@ -217,8 +217,7 @@ def few_groups_factor(curve, category, level):
     at 100 groups, 1.6 at 5 and a level of 5 %.
     """
     c = curve.index(category)
-    degrees = max(curve.degrees[c], 1)
-    ratio = student_quantile(1 - level / 2, degrees) / normal_quantile(1 - level / 2)
+    ratio = student_quantile(1 - level / 2, curve.degrees[c]) / normal_quantile(1 - level / 2)
     return ratio * math.sqrt(curve.spread[c])
 
 
@@ -227,21 +226,25 @@ def carriers_factor(curve, category, level):
 
     Where ten of 200 texts lie five times as far out as the others, what changes the separation by chance is
     these ten. Resamples saturate in how often one is drawn, so the jackknife's error counts where it is the
-    larger one. The variance is known to 3 (sum d^2)^2 / sum d^4 degrees of freedom, d what each group adds to
-    the change (Satterthwaite 1946): G where all are normal with one variance, 3 where one of them is all.
+    larger one. Its variance is known to (K + 1) / (K - 1) (sum s)^2 / sum s^2 degrees of freedom, s the
+    variance over lambdas of what a group adds (Satterthwaite 1946): G where all are normal with one variance
+    and new at each lambda, (K + 1) / (K - 1) where one of them is all. Of a single pair's changes d, 3 (sum
+    d^2)^2 / sum d^4, it would come out large just where chance makes the carriers' d small, and the error.
     """
     c = curve.index(category)
     _, draws = curve.column(category)
     i, j, _, error = _pairs(draws - draws.mean(0))
     if curve.influence is None:
         return torch.ones_like(error)
-    added = curve.influence[:, j, c] - curve.influence[:, i, c]  # (G, pairs)
-    variance = added.square().sum(0)
+    influence = curve.influence[:, :, c]  # (G, K)
+    variance = (influence[:, j] - influence[:, i]).square().sum(0)
     known = curve.spread[c] ** 0.5 * error
     wider = torch.where(known > 0, variance.sqrt() / known, 1.0).clamp(min=1)
-    most = max(curve.degrees[c], 1)
-    fourth = added.square().square().sum(0)
-    degrees = torch.where(fourth > 0, 3 * variance.square() / fourth, most).clamp(1, most)
+    most = curve.degrees[c]
+    carried = influence.var(1)  # (G,)
+    lambdas = influence.shape[1]
+    alike = carried.sum().square() / carried.square().sum()
+    degrees = ((lambdas + 1) / (lambdas - 1) * alike).nan_to_num(most).clamp(1, most).item()
     return wider * student_quantile(1 - level / 2, degrees) / student_quantile(1 - level / 2, most)
 
 

@@ -45,6 +45,12 @@ ALONE = {
     "the same, 1 of 100 texts ten times as far out": {"points": 20.0, "axioms": 1, "far": (0.01, 0.01)},
     "the same, 5 of 100": {"points": 20.0, "axioms": 1, "far": (0.05, 0.05)},
     "the same, 5 of 100 safe ones": {"points": 20.0, "axioms": 1, "far": (0.0, 0.05)},
+    "the same, 2 of 100, half of the noise new": {
+        "points": 20.0,
+        "axioms": 1,
+        "far": (0.02, 0.02),
+        "shared": 0.5,
+    },
     "21 lambdas, separation 20": {"lambdas": 21, "axioms": 1, "points": 20.0},
     "5 texts, separation 80": {"texts": 5, "axioms": 1, "points": 80.0},
     "safe, 1 of 10, grows 3 times as wide, 576 dimensions": {
@@ -60,6 +66,20 @@ ALONE = {
         "dims": 576,
         "points": 20.0,
         "shared": 0.5,
+        "scaled": True,
+    },
+    "the same, 5 texts, 256 dimensions, separation 50": {
+        "texts": 5,
+        "axioms": 1,
+        "dims": 256,
+        "points": 50.0,
+        "shared": 0.5,
+        "scaled": True,
+    },
+    "in units of the first lambda, apart along another coordinate at each": {
+        "axioms": 1,
+        "points": 20.0,
+        "turns": True,
         "scaled": True,
     },
 }
@@ -150,14 +170,16 @@ def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=Fal
 
 
 def paths(generator, axiom, label, group, dims=32, points=2.0, change=0.0, lambdas=5, shared=0.9, tails=None,
-          rank=None, alike=0.9, alike_last=None, wrong=0.0, safe=0.5, wide=1.0, far=(0.0, 0.0)):  # fmt: skip
+          rank=None, alike=0.9, alike_last=None, wrong=0.0, safe=0.5, wide=1.0, far=(0.0, 0.0),
+          turns=False):  # fmt: skip
     """Yield states (n, D) at every lambda.
 
     The label explains `points` per cent at first, `change` more at last. Text i of label y at lambda k is y
     gap_k e + scale (sqrt(shared) z_i + sqrt(1 - shared) z_ik). In a group, z is sqrt(alike) of the group's
     and sqrt(1 - alike) of the text's; alike_last: alike at the last lambda. wrong: share of texts whose label
     is drawn anew. wide: how many times as wide as at first the safe texts are at last. far: the shares of
-    the unsafe and of the safe texts that lie FAR times as far out as the others.
+    the unsafe and of the safe texts that lie FAR times as far out as the others. turns: the labels lie apart
+    along another coordinate at each lambda, by as many of its deviations.
     """
     scale = spectrum(dims, rank)
     alike_last = alike if alike_last is None else alike_last
@@ -185,7 +207,9 @@ def paths(generator, axiom, label, group, dims=32, points=2.0, change=0.0, lambd
         x *= (radius * torch.where(label == 1, width, 1.0))[:, None]
         unsafe_square, safe_square = (1 + share * (FAR**2 - 1) for share in far)
         variance = (1 - safe) * unsafe_square + safe * width**2 * safe_square
-        x[:, dims // 2] += gap_of(points + change * part, variance**0.5 * scale, safe) * truth
+        along = dims // 2 + (k if turns else 0)
+        gap = gap_of(points + change * part, variance**0.5 * scale, safe)
+        x[:, along] += gap * scale[along] / scale[dims // 2] * truth
         yield x
 
 

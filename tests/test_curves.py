@@ -165,15 +165,80 @@ def test_understated_is_what_resampling_shows():
     assert understated(sizes, one_pool) == pytest.approx(expected.item(), rel=0.02)
 
 
+def scaled_texts(copies=3):
+    """(states, states of another lambda where the labels lie apart along another coordinate, axiom, label,
+    group, design).
+
+    A group holds `copies` texts, some of both labels. One coordinate is always the same.
+    """
+    X, axiom, label = labelled(per_cell=90, axioms=2, dims=6)
+    X[:, 0] += 9 * label
+    X[:, 5] = 4.0
+    group = torch.arange(len(X)) // copies
+    Y = X + 9 * label[:, None] * torch.tensor([-1, 1, 0, 0, 0, 0])
+    return X, Y, axiom, label, group, Design(axiom, label, ["a", "b"], group)
+
+
+def variance_within(X, label):
+    """(D,) unbiased, within labels."""
+    return coordinate_scale(X, label).double().square() * len(X) / (len(X) - 2)
+
+
 def test_the_excess_of_a_scale_is_what_leaving_a_group_out_of_it_adds():
-    """1 / s^2 without a group over 1 / s^2 with it, to the first order in 1 / n."""
-    X, axiom, label = labelled(per_cell=200, axioms=1)
+    X, _, _, label, group, design = scaled_texts()
+    excess = scale_excess(X / coordinate_scale(X, label), design)
+    for g in (0, 17, int(design.group.max())):
+        texts = design.order[design.group == g]
+        kept = group != group[texts[0]]
+        expected = variance_within(X, label) / variance_within(X[kept], label[kept]) - 1
+        torch.testing.assert_close(excess[g, :5], expected[:5], rtol=1e-4, atol=1e-5)
+        assert excess[g, 5] == 0  # a coordinate that is the same in all texts has no scale
+
+
+def test_a_text_with_all_of_a_coordinate_does_not_decide_alone():
+    """Without it nothing is left: a quarter of the variance is taken for what is."""
+    X, _, _, label, _, _ = scaled_texts()
+    X[:, 5] = 0.0
+    X[7, 5] = 1.0
+    design = Design(torch.zeros_like(label), label, ["a"])
+    excess = scale_excess(X / coordinate_scale(X, label), design)
+    assert excess.isfinite().all() and excess[(design.order == 7).nonzero()[0, 0], 5] == 3
+
+
+def test_a_group_moves_the_separation_by_the_scale_too():
+    """Plain recomputation to the first order in 1 / n: leave each group out of the texts and of the scale."""
+    X, Y, axiom, label, group, design = scaled_texts()
     scale = coordinate_scale(X, label)
-    group = torch.arange(400) // 2
-    design = Design(axiom, label, ["a"], group)
     excess = scale_excess(X / scale, design)
-    row = 17
-    kept = design.group != design.group[row]
-    without = coordinate_scale(X[design.order][kept], design.label[kept])
-    torch.testing.assert_close(excess[row], (scale / without).double().square() - 1, rtol=0.1, atol=1e-4)
-    assert torch.equal(excess[0], excess[(design.group == design.group[0]).nonzero()[1, 0]])
+    changes = []
+    for g in range(int(group.max()) + 1):
+        kept = group != g
+        unit = coordinate_scale(X[kept], label[kept])
+        rest = axiom[kept], label[kept], ["a", "b"]
+        changes.append(plain(Y[kept] / unit, *rest) - plain(X[kept] / unit, *rest))
+    changes = torch.stack(changes)[group[design.order]]  # (n, A + 1), as the design's order of texts
+    influence = level_errors(design.centred(Y / scale), design, excess)[2]
+    influence = (influence - level_errors(design.centred(X / scale), design, excess)[2])[design.group]
+    for c in range(3):
+        both = torch.stack([changes[:, c], -influence[:, c]])
+        assert torch.corrcoef(both)[0, 1] > 0.99  # the pools' means are left in `changes`
+        assert influence[:, c].std() == pytest.approx(changes[:, c].std().item(), rel=0.05)
+
+
+def test_a_resample_of_two_texts_of_an_axiom_has_nothing_to_explain():
+    """n - 2 is 0 there, as where one of two pairs is left out: every number stays finite."""
+    X, axiom, label = labelled(per_cell=3, axioms=3)
+    copies = torch.arange(18).clamp(min=1)  # few groups a cell: axioms are drawn together
+    curve = bootstrap([X, 1.5 * X], axiom, label, list("abc"), draws=400, group=copies)
+    assert curve.draws.abs().max() < 101
+    pairs = torch.tensor([0, 1, 0, 1])
+    curve = bootstrap([X[:4], 2 * X[:4]], 0 * pairs, torch.tensor([0, 0, 1, 1]), ["a"], 50, group=pairs)
+    assert curve.influence.abs().max() < 101
+
+
+def test_degrees_of_freedom_are_at_least_one():
+    """Ten templates hold most texts; 19 axioms of five texts a label are pools of their own."""
+    axiom = torch.cat([torch.zeros(600), torch.arange(1, 20).repeat_interleave(10)]).long()
+    label = torch.arange(790) % 2
+    group = torch.cat([torch.arange(600) % 20, torch.arange(600, 790)])
+    assert Design(axiom, label, [str(a) for a in range(20)], group).worth()[1][-1] == 1

@@ -8,7 +8,14 @@ import torch
 
 from analysis.curves import Curve, bootstrap, permute
 from analysis.indices import chi, xie_beni
-from analysis.verdict import SPENT, few_groups_factor, judge, level_interval
+from analysis.verdict import (
+    SPENT,
+    carriers_factor,
+    few_groups_factor,
+    judge,
+    level_interval,
+    student_quantile,
+)
 from aqi import score
 
 
@@ -177,6 +184,23 @@ def test_numbers_of_a_verdict_are_numpys(level):
     assert found["low"] is None and found["high"] is None  # draws without a standard error of the level
     assert 0.1 < found["p_monotone"] < 0.9
     np.testing.assert_allclose(found["permuted"], np.quantile(draws - 4, [0.025, 0.975], axis=0))
+
+
+def test_degrees_of_a_change_are_of_the_groups_that_move_at_any_lambda():
+    """Four of 60 groups move ten times as far as the others, but hardly between the first two lambdas."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(200, 5, 2, generator=generator, dtype=torch.float64)
+    influence = torch.randn(60, 5, 2, generator=generator, dtype=torch.float64) / 60**0.5
+    curve = Curve(draws[0], draws, ["a"], [30, 30], [28.0, 28.0], [1.0, 1.0], influence=influence)
+    known = carriers_factor(curve, "a", 0.05)
+    influence[:4] *= 10
+    influence[:4, 1] = influence[:4, 0]
+    factor = carriers_factor(curve, "a", 0.05)
+    s = influence[:, :, 0].var(1)
+    degrees = 6 / 4 * s.sum() ** 2 / (s**2).sum()
+    t = student_quantile(0.975, degrees.item()) / student_quantile(0.975, 28.0)
+    assert 3 < degrees < 9 and t > 1.1 and factor[0] == pytest.approx(known[0].item() * t, rel=0.1)
+    assert factor[1] > 2 * factor[0]
 
 
 @pytest.mark.parametrize("sign", (1, -1))
