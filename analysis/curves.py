@@ -63,9 +63,9 @@ class Design:
 
     Texts are put in the order of their cells (axiom, label).
 
-    A group is drawn with those that begin in the same cell. Where a cell holds fewer than FEWEST groups, all
-    groups of a label are drawn together instead: one or two groups, drawn from themselves, would show no
-    variance.
+    A group is drawn with those that begin in the same cell. Where texts have groups and a cell holds fewer
+    than FEWEST of them, all groups of a label are drawn together instead: one group, drawn from itself, would
+    show no variance. Texts that stand alone are at least two a cell.
     """
 
     def __init__(self, axiom, label, axioms, group=None):
@@ -176,7 +176,7 @@ def bootstrap(embeddings, axiom, label, axioms, draws=1000, seed=SEED, group=Non
     def totals(counts, states):
         return cell_totals(counts, states, design)
 
-    return _curve(embeddings, design, draws, seed, draw_weights, totals, True, excess)
+    return _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors=True, excess=excess)
 
 
 def permute(embeddings, axiom, label, axioms, draws=200, seed=SEED, group=None):
