@@ -749,7 +749,7 @@ def _notes(vector, prompts, measure, found):
         few = f"{overall['groups']} groups of a label are few, and part of the separation is theirs"
         notes.append(f"{few}: its interval, which is of all such groups, lies below it")
     low, high = overall["change_interval"]
-    if not low <= overall["change"] <= high:
+    if overall["decision"] != "too few" and not low <= overall["change"] <= high:
         notes.append(
             "the change lies outside its interval, which leaves out what chance adds: here the texts' own "
             "spread changes with lambda, or how alike the texts of a group are"

@@ -216,15 +216,22 @@ def test_weights_that_are_rounded_are_noted(lab):
 
 
 @pytest.mark.parametrize(
-    "change, interval, low, said",
+    "change, interval, low, decision, said",
     [
-        (0.5, [0.2, 0.8], 1.0, []),
-        (0.9, [0.2, 0.8], 1.0, ["the change lies outside its interval"]),
-        (0.1, [0.2, 0.8], 0.2, ["6 groups of a label are few", "the change lies outside its interval"]),
+        (0.5, [0.2, 0.8], 1.0, "go on", []),
+        (0.9, [0.2, 0.8], 1.0, "go on", ["the change lies outside its interval"]),
+        (0.9, [0.2, 0.8], 1.0, "too few", []),
+        (
+            0.1,
+            [0.2, 0.8],
+            0.2,
+            "go on",
+            ["6 groups of a label are few", "the change lies outside its interval"],
+        ),
     ],
 )
-def test_an_interval_beside_its_number_is_noted(change, interval, low, said):
-    verdict = {"estimate": [0.5, 0.5 + change], "high": [low + 0.1] * 2, "groups": 6}
+def test_an_interval_beside_its_number_is_noted(change, interval, low, decision, said):
+    verdict = {"estimate": [0.5, 0.5 + change], "high": [low + 0.1] * 2, "groups": 6, "decision": decision}
     verdict |= {"change": change, "change_interval": interval}
     no_words = {"length": {"auc": None}, "words": {"auc": None}}
     vector = SimpleNamespace(manifest={"rounding_share": None})
