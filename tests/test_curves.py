@@ -5,6 +5,7 @@ recomputation.
 import pytest
 import torch
 
+from analysis import curves
 from analysis.curves import (
     Design,
     bootstrap,
@@ -242,3 +243,18 @@ def test_degrees_of_freedom_are_at_least_one():
     label = torch.arange(790) % 2
     group = torch.cat([torch.arange(600) % 20, torch.arange(600, 790)])
     assert Design(axiom, label, [str(a) for a in range(20)], group).worth()[1][-1] == 1
+
+
+def test_levels_never_mix_tensors_of_two_devices(monkeypatch):
+    """Meta tensors may meet none of the CPU's, as a GPU's may not."""
+    axiom, label, group = torch.arange(40) % 2, torch.arange(40) // 2 % 2, torch.arange(40) // 4
+    design = Design(axiom, label, ["a", "b"], group)
+    states = torch.empty(40, 6, dtype=torch.float64, device="meta")
+    # Whether all numbers are finite cannot be asked of them.
+    monkeypatch.setattr(Design, "centred", lambda design, states: states)
+    excess = scale_excess(states, design)
+    influence = curves._scale_influence(states, design, excess)
+    squares, missing = curves._squared_deviations(states, design, excess)
+    centre, moves = curves._jackknife(states, design.columns[0], missing)
+    found = [excess, influence, squares, centre, moves, curves._quadratic_variance(states, design)]
+    assert {tensor.device.type for tensor in found} == {"meta"}
