@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from analysis.groups import check_groups, number_groups
+from analysis.groups import check_groups, effective_size, number_groups
 from analysis.indices import OVERALL, SEED, two_cluster_indices
 from plumbing.files import UserError
 
@@ -37,7 +37,7 @@ class Curve:
     estimate: torch.Tensor  # (K, A + 1) float64
     draws: torch.Tensor  # (R, K, A + 1) float64
     axioms: list[str]  # (A,)
-    groups: list[float]  # (A + 1,) equally large groups that the label is worth that is worth fewer
+    groups: list[float]  # (A + 1,) equally large ones, of the label that is worth fewer (effective_size)
     degrees: list[float]  # (A + 1,) of freedom: these groups, less one for each pool that they are drawn from
     spread: list[float]  # (A + 1,) variance of a label's mean over that among resamples (`understated`)
     # All three of `level_errors`, and None for permutations.
@@ -128,14 +128,14 @@ class Column:
         self.counts = torch.bincount(slot, minlength=2 * len(self.names)).view(-1, 2)
         pool = home[self.names]
         self.pools = (pool == pool.unique()[:, None]).double()
-        worth, self.spread = [], []
-        for sizes in self.counts.double().unbind(1):
-            independent = (sizes.sum().square() / sizes.square().sum()).item()
-            degrees = max(independent - int((self.pools @ sizes > 0).sum()), 1.0)
+        self.spread, worth = [], []  # of each label
+        for value in (0, 1):
+            sizes = self.counts[:, value].double()
+            groups = effective_size(number[label[rows] == value])
+            degrees = max(groups - int((self.pools @ sizes > 0).sum()), 1.0)
             self.spread.append(understated(sizes, self.pools))
-            worth.append((independent, degrees, self.spread[-1]))
-        # Of the label that is worth fewer equally large groups (Kish 1965), in `Curve`.
-        self.worth = min(worth)
+            worth.append((groups, degrees, self.spread[value]))
+        self.worth = min(worth)  # groups, degrees and spread of `Curve`
 
 
 def understated(sizes, pools):
@@ -383,13 +383,14 @@ def _scale_influence(states, design, excess):
 def _jackknife(states, column, missing):
     """(the separation without what chance adds, a scalar; moves (g,) of the groups) of a column's texts.
 
-    A move is what leaving the group out adds to the separation, so weighted that the squares sum to the
-    jackknife's variance.
+    A move is what the group adds to the separation, so weighted that the squares sum to the jackknife's
+    variance. missing (n,): of `_squared_deviations`.
     """
-    rows, pools, counts = (x.to(states.device) for x in (column.rows, column.pools, column.counts))
+    rows, pools = column.rows.to(states.device), column.pools.to(states.device)
+    counts, lengths = column.counts.to(states), column.counts.flatten().to(states.device)
     # Sorted segments: index_add is not deterministic on CUDA.
-    sums = torch.segment_reduce(states[rows], "sum", lengths=counts.flatten(), axis=0)
-    sums, counts = sums.view(-1, 2, states.shape[1]), counts.to(states)  # (g, 2, D + 1), (g, 2)
+    sums = torch.segment_reduce(states[rows], "sum", lengths=lengths, axis=0)
+    sums = sums.view(-1, 2, states.shape[1])  # (g, 2, D + 1)
     n, total = counts.sum(0), sums.sum(0)
     without = []
     for count, part in zip(counts.split(BLOCK), sums.split(BLOCK)):
@@ -398,10 +399,10 @@ def _jackknife(states, column, missing):
     size = pools.sum(1)
     weight = pools.T @ ((size - 1) / size).sqrt()
     moves = weight * (pools.T @ (pools @ without / size) - without)
-    # What is given back is the square that the scale took from each label (`scale_excess`).
     spread = n.new_tensor(column.spread)
-    gained = torch.segment_reduce(missing[rows], "sum", lengths=column.counts.flatten().to(rows.device))
-    total[:, -1] += spread * gained.view(-1, 2).sum(0)
+    # The squares that the scale took from each label are given back (`scale_excess`).
+    taken = torch.segment_reduce(missing[rows], "sum", lengths=lengths)
+    total[:, -1] += spread * taken.view(-1, 2).sum(0)
     # Sums become deviations from the mean of the texts that are drawn together.
     means = (pools @ sums.flatten(1)).view(-1, *sums.shape[1:]) / (pools @ counts).clamp(min=1)[..., None]
     sums.addcmul_(counts[..., None], (pools.T @ means.flatten(1)).view_as(sums), value=-1)

@@ -3,7 +3,7 @@
 One table in four parts, as docs/aqi.md keeps it: false alarms (anything but flat, where nothing changes)
 without and with groups of texts; of random directions of toy networks against 19 others of each kind; power
 for planted changes; coverage of the intervals of single points. Exit 1 if a row of false alarms is above 5 %
-by more than chance. Rows run in as many processes as there are cores: 10 minutes on 16.
+by more than chance. Rows run in as many processes as there are cores: a quarter of an hour on 16.
 """
 
 import argparse
@@ -205,8 +205,9 @@ def paths(generator, axiom, label, group, dims=32, points=2.0, change=0.0, lambd
         z_group = shared**0.5 * common + (1 - shared) ** 0.5 * new_common
         x = scale * (likeness**0.5 * z_group + (1 - likeness) ** 0.5 * z)
         x *= (radius * torch.where(label == 1, width, 1.0))[:, None]
-        unsafe_square, safe_square = (1 + share * (FAR**2 - 1) for share in far)
-        variance = (1 - safe) * unsafe_square + safe * width**2 * safe_square
+        unsafe, safe_ones = far
+        variance = (1 - safe) * (1 + unsafe * (FAR**2 - 1))
+        variance += safe * width**2 * (1 + safe_ones * (FAR**2 - 1))
         along = dims // 2 + (k if turns else 0)
         gap = gap_of(points + change * part, variance**0.5 * scale, safe)
         x[:, along] += gap * scale[along] / scale[dims // 2] * truth

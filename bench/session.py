@@ -110,7 +110,7 @@ def draw_weights(model, directory):
 WITHOUT_WEIGHTS = {
     "load_weights": draw_weights,
     "check_sizes": lambda config, folder: None,
-    # With the folder's path: reference log-probs of two shapes share a cache.
+    # With the folder's path, or the reference log-probs of two shapes would share a file.
     "fingerprint": lambda folder: f"random weights of {folder}",
 }
 
