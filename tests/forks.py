@@ -25,8 +25,8 @@ def start():
     if ADDRESS in os.environ:
         return
     os.environ[ADDRESS] = f"{tempfile.mkdtemp()}/socket"
-    path = f"{TESTS.parent}{os.pathsep}{TESTS}"
-    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    path = [str(TESTS.parent), str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1"}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.environ[ADDRESS])
         listener.listen(64)
