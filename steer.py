@@ -580,7 +580,7 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
     pooling = text_pooling(vector)
 
     def scaled(hidden, cu_seqlens):
-        return pool(hidden, cu_seqlens)[pooling] / scale
+        return pool(hidden, cu_seqlens, pooling) / scale
 
     curve, found = [X / scale for X in raw[1:]], {}
     nulls = _nulls(model, texts, add, vector, config, inputs["nulls"], scaled)
@@ -631,7 +631,7 @@ def _measure_dpo(vector, config, prompts, documents):
     for rows, batch in packed_batches(documents, device_of(model), bar("DPO model")):
         with torch.no_grad():
             hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-        embeddings[torch.from_numpy(rows)] = pool(hidden, batch.cu_seqlens)[pooling].cpu()
+        embeddings[torch.from_numpy(rows)] = pool(hidden, batch.cu_seqlens, pooling).cpu()
     point = {"embeddings": embeddings, "logits": final_logits(model, texts.held_out["chosen"])}
     return point | model_behaviour(model, tokenizer, texts.held_out, texts.asked)
 
@@ -792,7 +792,7 @@ def run_power(targets, config, measure):
     curve, scale = direction_curve(model, documents, add, [0.0, 1.0], prompts.label)
 
     def scaled(hidden, cu_seqlens):
-        return pool(hidden, cu_seqlens)["text"] / scale
+        return pool(hidden, cu_seqlens, "text") / scale
 
     count = measure.nulls or null_count(config.mode)
     groups = prompts.axiom, prompts.label, prompts.axioms

@@ -83,7 +83,7 @@ def _with_length(directions, length):
 
 def mean_over_tokens(hidden, cu_seqlens):
     """(N, D) of hidden (T, D), as a sweep embeds its texts."""
-    return pool(hidden, cu_seqlens)["mean"]
+    return pool(hidden, cu_seqlens, "mean")
 
 
 @torch.no_grad()

@@ -42,20 +42,28 @@ def text_mean(hidden, cu_seqlens):
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
     is_counted = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    is_counted[starts[lengths > 1]] = False
+    is_counted[starts] = lengths == 1
     counted = torch.where(is_counted[:, None], hidden.float(), 0.0)
     sums = torch.segment_reduce(counted, "sum", offsets=cu_seqlens.long(), axis=0)
     return sums / (lengths - 1).clamp(min=1)[:, None]
 
 
-def pool(hidden, cu_seqlens):
+def pool(hidden, cu_seqlens, pooling):
     """Each document's state (N, D) float32, of hidden (T, D).
 
-    {"last": its last token's, "mean": the mean over its tokens, "text": see `text_mean`}.
+    pooling: "last", its last token's; "mean", the mean over its tokens; "text", see `text_mean`.
     """
-    mean = torch.segment_reduce(hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0)
-    last = hidden[cu_seqlens[1:].long() - 1].float()
-    return {"last": last, "mean": mean, "text": text_mean(hidden, cu_seqlens)}
+    assert pooling in (*POOLINGS, "text"), pooling
+    if pooling == "last":
+        return hidden[cu_seqlens[1:].long() - 1].float()
+    if pooling == "mean":
+        return torch.segment_reduce(hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0)
+    return text_mean(hidden, cu_seqlens)
+
+
+def pool_all(hidden, cu_seqlens, poolings):
+    """{pooling: the documents' states (N, D)}."""
+    return {pooling: pool(hidden, cu_seqlens, pooling) for pooling in poolings}
 
 
 @torch.no_grad()
@@ -69,12 +77,12 @@ def read_states(model, batch, tap=None, compat_hf=False):
 
     def read(layer, hidden):
         hidden = hidden if tap is None else tap(layer, hidden)
-        layers.append(pool(hidden, batch.cu_seqlens))
+        layers.append(pool_all(hidden, batch.cu_seqlens, POOLINGS))
         return hidden
 
     final = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, tap=read)
     if compat_hf:
-        layers[-1] = pool(final, batch.cu_seqlens)
+        layers[-1] = pool_all(final, batch.cu_seqlens, POOLINGS)
     pooled = []
     for pooling in POOLINGS:
         pooled.append(torch.stack([layer[pooling] for layer in layers], dim=1))  # (N, L, D)
@@ -225,7 +233,7 @@ class Steered:
     batch: PackedBatch
     index: int  # of the lambda
     hidden: torch.Tensor  # (T, D) after the final norm
-    states: dict  # {layer: pool(...)} of the layers that were asked for
+    states: dict  # {layer: pool_all(...)} of the layers and poolings that were asked for
 
 
 @torch.no_grad()
@@ -238,26 +246,27 @@ def steered_runs(
     rescale=False,
     log_progress=lambda plan: plan,
     read_layers=(),
+    poolings=POOLINGS,
 ):
     """Yield a Steered per batch and lambda.
 
     The blocks up to the first steered one run once; a lambda costs the blocks above it. Five lambdas on the
     last five of 32 layers are 1 + 5 * 4/32 forwards' worth of blocks instead of 5. Lambda 0 is the unsteered
-    model, bit for bit, and costs nothing more: its tap adds nothing. read_layers: those whose pooled states
-    are wanted.
+    model, bit for bit, and costs nothing more: its tap adds nothing. read_layers: those whose states
+    are wanted, pooled as `poolings` say.
     """
     first = min(additions)
     taps = [steering_tap(additions, strength, rescale) for strength in lambdas]
     for rows, batch in packed_batches(documents, device, log_progress):
-        unsteered, below, entry = _watched_run(model, batch, None, first, read_layers)
+        unsteered, below, entry = _watched_run(model, batch, None, first, read_layers, poolings)
         for index, tap in enumerate(taps):
             hidden, states = unsteered, {}
             if tap is not None:
-                hidden, states, _ = _watched_run(model, batch, tap, first, read_layers, entry)
+                hidden, states, _ = _watched_run(model, batch, tap, first, read_layers, poolings, entry)
             yield Steered(rows, batch, index, hidden, below | states)
 
 
-def _watched_run(model, batch, tap, first, read_layers, entry=None):
+def _watched_run(model, batch, tap, first, read_layers, poolings, entry=None):
     """(hidden after the final norm, {layer: pooled states}, entry).
 
     entry: what block `first` gave, before its tap; given one, start there.
@@ -270,7 +279,7 @@ def _watched_run(model, batch, tap, first, read_layers, entry=None):
             entry = hidden
         hidden = hidden if tap is None else tap(layer, hidden)
         if layer in read_layers:
-            states[layer] = pool(hidden, batch.cu_seqlens)
+            states[layer] = pool_all(hidden, batch.cu_seqlens, poolings)
         return hidden
 
     resume = None if entry is None else (first + 1, watch(first, entry))

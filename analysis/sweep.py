@@ -17,6 +17,7 @@ from analysis.steering import (
     mean_states,
     packed_batches,
     pool,
+    pool_all,
     read_states,
     steered_runs,
     steering_tap,
@@ -44,10 +45,11 @@ def embed(model, documents, prompts, add, vector, config, log_progress):
     ends = torch.zeros(len(lambdas), D, dtype=torch.float64)  # sums of the last layer's states
     norms = torch.zeros(layers, dtype=torch.float64)  # means of |h|, unsteered
     moments = {index: Moments.zeros(layers, len(prompts.axioms), D, device) for index in (0, last)}
+    poolings = {pooling, config.pooling}
     for run in steered_runs(
-        model, documents, add, lambdas, device, config.rescale, log_progress, range(layers)
+        model, documents, add, lambdas, device, config.rescale, log_progress, range(layers), poolings
     ):
-        final = pool(run.hidden, run.batch.cu_seqlens)
+        final = pool_all(run.hidden, run.batch.cu_seqlens, poolings)
         embeddings[run.index, torch.from_numpy(run.rows).to(device)] = final[pooling]
         # As published, v[-1] is of the space after the final norm.
         end = final if is_published(vector) else run.states[layers - 1]
@@ -109,7 +111,7 @@ def direction_curve(model, documents, add, lambdas, label):
     """Embeddings (K, n, D) along {layer: (D,)}, scaled by those at the first lambda, and the scale (D,)."""
     out = torch.zeros(len(lambdas), len(documents), model.config.hidden_size, device=device_of(model))
     for run in steered_runs(model, documents, add, lambdas, device_of(model)):
-        states = pool(run.hidden, run.batch.cu_seqlens)["text"]
+        states = pool(run.hidden, run.batch.cu_seqlens, "text")
         out[run.index, torch.from_numpy(run.rows).to(out.device)] = states
     scale = coordinate_scale(out[0], label)
     return out / scale, scale

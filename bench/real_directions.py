@@ -3,9 +3,9 @@
     python bench/real_directions.py TARGET --prompts=FILE [--key=value ...]
 
 TARGET and the keys are those of `steer.py sweep`. So many directions of each kind are as long as the vector,
-and as many three and ten times as long, so that the texts alone would call many of them something. Each is set
-against 19 others of each kind. Rows continue the first table of bench/calibration.py: what is not flat is a
-false alarm. Minutes on a GPU.
+and as many three and ten times as long, so that the texts alone would call many of them something. Each is
+judged against 19 others of each kind. Rows continue the first table of bench/calibration.py: what is not flat
+is a false alarm. Minutes on a GPU.
 """
 
 import argparse

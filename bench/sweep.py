@@ -77,7 +77,7 @@ def ours(model, documents, add, label, axiom):
     def embed():
         out = torch.zeros(len(LAMBDAS), len(documents), model.config.hidden_size, device="cuda")
         for run in steered_runs(model, documents, add, LAMBDAS, "cuda"):
-            out[run.index, torch.from_numpy(run.rows).cuda()] = pool(run.hidden, run.batch.cu_seqlens)["mean"]
+            out[run.index, torch.from_numpy(run.rows).cuda()] = pool(run.hidden, run.batch.cu_seqlens, "mean")
         return out
 
     embeddings, seconds = timed(embed)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from multiprocessing import connection, get_context, spawn
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def serve(listener):
     # Ctrl-C is for those who wait; and the system need not keep how the keepers ended.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # pyarrow's allocator has a thread, and is made for forks. From Python 3.12 on this is said of any thread.
+    warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         request = connection.Connection(listener.accept()[0].detach())
         import warm  # noqa: F401  now, because most who run a single test need none of it

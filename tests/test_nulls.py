@@ -77,7 +77,7 @@ def test_null_curves_are_those_of_steering_one_by_one(rescale, monkeypatch):
         add = {layer: rows[m] for layer, rows in directions.items()}
         states = torch.zeros(3, 12, D)
         for run in steered_runs(model, documents, add, lambdas, "cpu", rescale):
-            states[run.index, torch.as_tensor(run.rows)] = pool(run.hidden, run.batch.cu_seqlens)["mean"]
+            states[run.index, torch.as_tensor(run.rows)] = pool(run.hidden, run.batch.cu_seqlens, "mean")
         for k in range(3):
             expected = separation(*cell_sums(design.centred(states[k]), design))[0]
             torch.testing.assert_close(found[m, k], expected, rtol=1e-3, atol=1e-3)

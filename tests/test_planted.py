@@ -67,7 +67,7 @@ def said(root, sft, dpo, out, texts="planted.jsonl", flip=1):
             [0.0, 1.0],
             *of_texts,
             "cpu",
-            embed=lambda h, cu: pool(h, cu)["text"] / scale,
+            embed=lambda h, cu: pool(h, cu, "text") / scale,
         )
     drawn = bootstrap(curve, *of_texts, draws=300, group=prompts.group)
     return judge(drawn, nulls=Nulls(curves, [0, 2]))

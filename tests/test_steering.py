@@ -18,7 +18,7 @@ from analysis.steering import (
     match_additions,
     mean_states,
     packed_batches,
-    pool,
+    pool_all,
     read_states,
     spectrum,
     steered_runs,
@@ -75,9 +75,11 @@ def states_of(model, docs, tap=None):
 
 
 def test_pooling_by_hand():
-    """Documents (1, 3) and (8): last 3 and 8, mean 2 and 8."""
-    pooled = pool(torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 2, 3], dtype=torch.int32))
-    assert pooled["last"].flatten().tolist() == [3, 8] and pooled["mean"].flatten().tolist() == [2, 8]
+    """Documents (1, 3) and (8): last 3 and 8, mean 2 and 8, without the first token 3 and 8."""
+    hidden, cu_seqlens = torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 2, 3], dtype=torch.int32)
+    pooled = pool_all(hidden, cu_seqlens, ("last", "mean", "text"))
+    found = {pooling: states.flatten().tolist() for pooling, states in pooled.items()}
+    assert found == {"last": [3, 8], "mean": [2, 8], "text": [3, 8]}
 
 
 def test_mean_states_weigh_documents_not_batches(sft, monkeypatch):
