@@ -53,6 +53,11 @@ def parse_json(content, source):
     return value
 
 
+def read_jsonl(path):
+    """The values of a file that has one JSON value a line."""
+    return list(map(json.loads, Path(path).read_text().splitlines()))
+
+
 def read_config(directory):
     """config.json of a model folder, as a dict. UserError when there is none, or a torn one."""
     path = Path(directory) / "config.json"

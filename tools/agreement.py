@@ -51,7 +51,10 @@ def items(quantity, unit, ours, theirs, describe):
     describe(i) is the context of the first that differ.
     """
     assert len(ours) == len(theirs)
-    unequal = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]
+    unequal = []
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        if a != b:
+            unequal.append(i)
     note = describe(unequal[0]) if unequal else ""
     return Row(
         quantity,
@@ -95,9 +98,17 @@ def numbers(quantity, unit, ours, theirs, tolerance, intended=None):
     return Row(quantity, size, f"{difference:.1e}", DIFFERS, note)
 
 
+def first_difference(ours, theirs):
+    """The first place in which two sequences differ; the shorter's end where it begins the longer."""
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        if a != b:
+            return i
+    return min(len(ours), len(theirs))
+
+
 def text_context(ours, theirs):
     """The surroundings of the first character in which two strings differ."""
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    at = first_difference(ours, theirs)
     near = slice(max(0, at - 40), at + 40)
     return f"character {at}: ours {ours[near]!r}, theirs {theirs[near]!r}"
 

@@ -80,11 +80,10 @@ class Checkout:
 
     def main_part(self, file, what, pick):
         """(module, the first node of its main() that `pick` accepts). NotFound when there is none."""
-        for node in [
-            part for main in self.module(file).statements.get("main", []) for part in ast.walk(main)
-        ]:
-            if pick(node):
-                return self.module(file), node
+        for main in self.module(file).statements.get("main", []):
+            for node in ast.walk(main):
+                if pick(node):
+                    return self.module(file), node
         raise NotFound(f"not found in this checkout: looked for {what} in main() of {file}.py")
 
 
@@ -161,7 +160,12 @@ def _used_by_class(node):
             parts += [item.value] if item.value else []
         else:
             parts.append(item)
-    return {name.id for part in parts for name in ast.walk(part) if isinstance(name, ast.Name)}
+    names = set()
+    for part in parts:
+        for node in ast.walk(part):
+            if isinstance(node, ast.Name):
+                names.add(node.id)
+    return names
 
 
 def _bound(node):

@@ -68,8 +68,9 @@ class Distance:
 def distances(ours, published, base=None):
     """({tensor: Distance}, names that only one of the models has) of model folders."""
     slices = [stored_weights(folder)[0] for folder in (ours, published, base) if folder is not None]
-    shared = set.intersection(*[set(named) for named in slices])
-    alone = set.union(*[set(named) for named in slices]) - shared
+    names = list(map(set, slices))
+    shared = set.intersection(*names)
+    alone = set.union(*names) - shared
     found = {}
     for name in sorted(shared):
         shapes = [tuple(named[name].get_shape()) for named in slices]
@@ -120,7 +121,7 @@ def print_weights(found, alone, has_base, count):
 def read_texts(path, count, tokenizer, template, max_tokens):
     """(documents, chosen and rejected; their hash) of `count` pairs."""
     pairs = text_pairs(path, count, tokenizer, template, max_tokens)
-    return [document for side in SIDES for document in pairs[side]], hash_documents(pairs)
+    return pairs["chosen"] + pairs["rejected"], hash_documents(pairs)
 
 
 def answer_logps(model, documents):

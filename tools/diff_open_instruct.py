@@ -12,6 +12,8 @@ Functions of the checkout are run: use one that you trust. Exit code 0: all equa
 
 import argparse
 import ast
+import functools
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -45,9 +47,8 @@ def learning_rates(checkout, stage, total=50, peak=1e-5):
         # from July 2025 to January 2026 an argument of the call is set a statement earlier
         _, warms_up = checkout.main_part(SCRIPT[stage], "num_warmup_steps = ..", assigns("num_warmup_steps"))
         statements.insert(0, warms_up)
-    for processes, schedule, ratio in [
-        (p, s, r) for p in (1, 8) for s, r in (("linear", 0.03), ("cosine", 0.1), ("linear", 0.0))
-    ]:
+    settings = (("linear", 0.03), ("cosine", 0.1), ("linear", 0.0))
+    for processes, (schedule, ratio) in itertools.product((1, 8), settings):
         args = SimpleNamespace(lr_scheduler_type=schedule, warmup_ratio=ratio, final_lr_ratio=None)
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=peak)
         call(
@@ -185,9 +186,11 @@ def parts_of(args):
     case = Case(args, checkout) if args.data else None
     if checkout:
         about.append(f"open-instruct at {checkout.commit}")
-        parts |= {name: lambda part=part: part(checkout, args.stage) for name, part in ANY_RUN.items()}
+        for name, part in ANY_RUN.items():
+            parts[name] = functools.partial(part, checkout, args.stage)
         on_rows = ON_ROWS | ON_ROWS_OF[args.stage] if case else {}
-        parts |= {name: lambda part=part: part(case) for name, part in on_rows.items()}
+        for name, part in on_rows.items():
+            parts[name] = functools.partial(part, case)
     if args.trl:
         about.append(f"TRL {diff_trl.version()}")
         parts["TRL"] = lambda: diff_trl.rows(case)

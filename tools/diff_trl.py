@@ -11,6 +11,7 @@ data. Exit code 0: equal, or different as intended.
 import argparse
 import copy
 import importlib.metadata
+import itertools
 import sys
 import tempfile
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from plumbing import parallel
 from plumbing.files import UserError
 from tools.agreement import DIFFERS, EQUAL, INTENDED, NotCompared, Row, call, numbers, print_table
 from tools.quantities import TOLERANCE, gradient, gradients, our_pairs
-from tools.same_rows import Case
+from tools.same_rows import Case, by_side
 from train_dpo import LOSSES, answer_logps, preference_loss
 
 LOSS_TYPES = {"dpo_norm": "sigmoid_norm", "dpo": "sigmoid"}
@@ -44,8 +45,7 @@ def padded(case):
 
     The chosen documents, then the rejected ones.
     """
-    documents, size = case.their_documents, len(case.sides)
-    documents = [documents[row * size + side] for side in range(size) for row in case.kept]
+    documents = by_side(case.their_documents, case.kept, len(case.sides))
     batch = torch.zeros(3, len(documents), max(len(ids) for ids, _ in documents), dtype=torch.int64)
     for i, (ids, mask) in enumerate(documents):
         batch[:, i, : len(ids)] = torch.tensor([ids, [1] * len(ids), mask])
@@ -142,7 +142,11 @@ def batches(case, args):
     """[rows of a step]: the rows in their order, again and again."""
     size = min(args.batch, len(case.kept))
     whole = len(case.kept) // size * size
-    return [[case.kept[(step * size + i) % whole] for i in range(size)] for step in range(args.train)]
+    steps = []
+    for step in range(args.train):
+        first = step * size % whole
+        steps.append(case.kept[first : first + size])
+    return steps
 
 
 def our_steps(case, args, pad=None):
@@ -207,13 +211,17 @@ def their_steps(case, args, pad):
             models[1],
             args=DPOConfig(folder, **options),
             data_collator=lambda rows: padded_batch(case, [row["row"] for row in rows], pad),
-            train_dataset=Dataset.from_dict({"row": [row for rows in steps for row in rows]}),
+            train_dataset=Dataset.from_dict({"row": list(itertools.chain(*steps))}),
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    logged = [line for line in trainer.state.log_history if "grad_norm" in line]
-    return [line["loss"] for line in logged], [line["grad_norm"] for line in logged], named_weights(models[0])
+    losses, norms = [], []
+    for line in trainer.state.log_history:
+        if "grad_norm" in line:
+            losses.append(line["loss"])
+            norms.append(line["grad_norm"])
+    return losses, norms, named_weights(models[0])
 
 
 def padded_batch(case, rows, pad):

@@ -13,6 +13,7 @@ the error that lists whatever cannot be represented. No text is converted: `None
 import argparse
 import datetime
 import difflib
+import itertools
 import sys
 import textwrap
 from pathlib import Path
@@ -34,8 +35,19 @@ class Translation:
         self.values = {"precision": "bf16"}
         self.differs, self.unused, self.asked = [], [], {}
         self.per_device = None
-        self.problems = [problem for key, value in given.items() for problem in theirs.unparsed(key, value)]
+        self.problems = []
+        for key, value in given.items():
+            self.problems += theirs.unparsed(key, value)
         self.defaults = theirs.DEFAULTS | (theirs.DEFAULTS_SFT if stage == "sft" else {})
+
+    def pop(self, names):
+        """{name: value} of those of `names` that the YAML has and that are not null there."""
+        found = {}
+        for name in names:
+            value = self.given.pop(name, None)
+            if value is not None:
+                found[name] = value
+        return found
 
     def take(self, *names):
         """The value of whichever of `names` the YAML has.
@@ -43,7 +55,7 @@ class Translation:
         Else open-instruct's default, with a comment; else None.
         """
         self.asked |= dict.fromkeys(names)
-        found = {name: value for name in names if (value := self.given.pop(name, None)) is not None}
+        found = self.pop(names)
         if len(found) > 1:
             self.problems.append(f"{', '.join(found)}: expected one of them")
         if found:
@@ -101,12 +113,13 @@ def translate(given, stage, processes, date=None):
     ValueError, one line per problem, when a key or a value cannot be represented.
     """
     t = Translation(given, stage, date)
-    for key in [key for key in given if key in theirs.WHY_NOT]:
-        t.unused.append(f"{key}: {t.given.pop(key)!r} ({theirs.WHY_NOT[key]})")
-    for key in [key for key in given if key in theirs.ONLY_NEUTRAL]:
-        value, (neutral, why) = t.given.pop(key), theirs.ONLY_NEUTRAL[key]
-        if value is not None and value not in neutral:
-            t.refuse(key, value, why)
+    for key in given:
+        if key in theirs.WHY_NOT:
+            t.unused.append(f"{key}: {t.given.pop(key)!r} ({theirs.WHY_NOT[key]})")
+        elif key in theirs.ONLY_NEUTRAL:
+            value, (neutral, why) = t.given.pop(key), theirs.ONLY_NEUTRAL[key]
+            if value is not None and value not in neutral:
+                t.refuse(key, value, why)
     _model(t)
     _data(t)
     _batch(t, processes)
@@ -153,11 +166,9 @@ def _model(t):
         if dropout := t.take("lora_dropout"):
             t.note("dropout", dropout)
     else:
-        t.unused += [
-            f"{key}: {t.given.pop(key)!r} (acts only with use_lora)"
-            for key in list(t.given)
-            if key.startswith("lora_")
-        ]
+        for key in list(t.given):
+            if key.startswith("lora_"):
+                t.unused.append(f"{key}: {t.given.pop(key)!r} (acts only with use_lora)")
     saves_memory = [
         t.take("gradient_checkpointing") not in (None, False),
         t.take("activation_memory_budget") not in (None, 1),
@@ -169,16 +180,18 @@ def _model(t):
 def _mixture(t):
     """[((name, amount), split)] of the data sources, or None when there is a problem."""
     keys = ("dataset_mixer", "dataset_mixer_list", "mixer_list", "dataset_name", "train_file")
-    found = {key: value for key in keys if (value := t.given.pop(key, None)) is not None}
+    found = t.pop(keys)
     splits = t.take("dataset_mixer_list_splits", "mixer_list_splits") or ["train"]
     if len(found) != 1:
         return t.problems.append(f"data: found {list(found)}; expected one of {', '.join(keys)}")
     ((key, value),) = found.items()
-    if not isinstance(value, list):
-        value = [item for pair in value.items() for item in pair] if isinstance(value, dict) else [value, 1.0]
+    if isinstance(value, dict):
+        value = list(itertools.chain(*value.items()))
+    elif not isinstance(value, list):
+        value = [value, 1.0]
     pairs = list(zip(value[::2], value[1::2]))
     splits = splits * len(pairs) if len(splits) == 1 else splits
-    if len(value) % 2 or len(splits) != len(pairs) or len({name for name, _ in pairs}) < len(pairs):
+    if len(value) % 2 or len(splits) != len(pairs) or len(dict(pairs)) < len(pairs):
         return t.refuse(
             key,
             value,
@@ -372,11 +385,8 @@ def main(argv):
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             Path(args.out).write_text(text)
     except (ValueError, OSError) as error:
-        print(
-            "".join(f"error: {args.yaml}: {line}\n" for line in str(error).splitlines()),
-            end="",
-            file=sys.stderr,
-        )
+        for line in str(error).splitlines():
+            print(f"error: {args.yaml}: {line}", file=sys.stderr)
         return 1
     if not args.out:
         print(text, end="")

@@ -8,6 +8,7 @@ for their own reasons only.
 
 import ast
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -17,8 +18,19 @@ import torch
 from data import render
 from kernels import token_logps
 from optim import adamw
-from tools.agreement import DIFFERS, EQUAL, INTENDED, Row, call, gap, items, numbers, text_context
-from tools.same_rows import TOKENIZERS
+from tools.agreement import (
+    DIFFERS,
+    EQUAL,
+    INTENDED,
+    Row,
+    call,
+    first_difference,
+    gap,
+    items,
+    numbers,
+    text_context,
+)
+from tools.same_rows import TOKENIZERS, by_side, masks_of
 from train_dpo import LOSSES, answer_logps, preference_loss
 from train_sft import nll_sum
 
@@ -49,11 +61,10 @@ SUM = "theirs divides the step's sum by its micro-batches, ours (loss='tulu3_rel
 
 def texts(case):
     """The conversations as one string each: their template against `data.render`."""
-    theirs = [
-        call(case.their_tokenizer.apply_chat_template, messages, tokenize=False)
-        for messages in case.documents
-    ]
-    ours = [render(messages, case.args.template, case.tokenizer)[0] for messages in case.documents]
+    ours, theirs = [], []
+    for messages in case.documents:
+        theirs.append(call(case.their_tokenizer.apply_chat_template, messages, tokenize=False))
+        ours.append(render(messages, case.args.template, case.tokenizer)[0])
     yield items(
         "rendered text", "text", ours, theirs, lambda i: f"{case.name(i)}, {text_context(ours[i], theirs[i])}"
     )
@@ -61,19 +72,16 @@ def texts(case):
 
 def ids(case):
     """Token ids, truncated, of whole conversations."""
-    ours, theirs = [[ids for ids, _ in side] for side in (case.our_documents("all"), case.their_documents)]
+    ours = [ids for ids, _ in case.our_documents("all")]
+    theirs = [ids for ids, _ in case.their_documents]
+
+    def near(ids, at):
+        return ids[at : at + 5], case.tokenizer.decode(ids[max(0, at - 5) : at + 5])
 
     def context(i):
-        at = next(
-            (k for k, (a, b) in enumerate(zip(ours[i], theirs[i])) if a != b),
-            min(len(ours[i]), len(theirs[i])),
-        )
-        near = [
-            (side[i][at : at + 5], case.tokenizer.decode(side[i][max(0, at - 5) : at + 5]))
-            for side in (ours, theirs)
-        ]
-        lengths = f"{len(ours[i])}, {len(theirs[i])}"
-        return f"{case.name(i)}, token {at}: ours {near[0]}, theirs {near[1]}; lengths {lengths}"
+        at = first_difference(ours[i], theirs[i])
+        both = f"ours {near(ours[i], at)}, theirs {near(theirs[i], at)}"
+        return f"{case.name(i)}, token {at}: {both}; lengths {len(ours[i])}, {len(theirs[i])}"
 
     yield items("token ids", "document", ours, theirs, context)
 
@@ -88,9 +96,7 @@ def supervised(case):
         text = case.tokenizer.decode(ids[at : at + 1])
         return f"{case.name(i)}, token {at}, {text!r}: ours {mask[at]}, theirs {other[at]}"
 
-    row = items(
-        "supervised tokens", "document", [mask for _, mask in ours], [mask for _, mask in theirs], context
-    )
+    row = items("supervised tokens", "document", masks_of(ours), masks_of(theirs), context)
     if row.verdict == EQUAL and case.supervise == "last":
         row = dataclasses.replace(row, verdict=INTENDED, note=LAST_TURN)
     yield row
@@ -102,8 +108,8 @@ def rows_kept(case):
         [f"{'sft' if case.stage == 'sft' else 'preference'}_tulu_filter_v1"], ["dataset_transformation"]
     )
     theirs = [bool(call(keeps, row, case.their_tokenizer)) for row in case.their_rows]
-    answered = [any(mask) for _, mask in case.our_documents(case.supervise)]
-    ours = [all(answered[i : i + len(case.sides)]) for i in range(0, len(answered), len(case.sides))]
+    answered = list(map(any, masks_of(case.our_documents(case.supervise))))
+    ours = np.reshape(answered, (-1, len(case.sides))).all(axis=1).tolist()
     yield items("rows kept", "row", ours, theirs, lambda i: f"row {i}: ours {ours[i]}, theirs {theirs[i]}")
 
 
@@ -112,14 +118,17 @@ def rows_kept(case):
 
 def gradient(model):
     """{name: gradient}, and none left on the model."""
-    found = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    found = {}
+    for name, param in model.named_parameters():
+        if param.grad is not None:
+            found[name] = param.grad.clone()
     model.zero_grad(set_to_none=True)
     return found
 
 
-def flatten(found):
-    """{name: gradient} as one vector."""
-    return torch.cat([grad.flatten() for grad in found.values()])
+def flatten(found, names):
+    """The gradients of {name: gradient} as one vector, in the order of the names."""
+    return torch.cat([found[name].flatten() for name in names])
 
 
 def gradients(case, quantity, ours, theirs_of, intended=None):
@@ -130,15 +139,15 @@ def gradients(case, quantity, ours, theirs_of, intended=None):
     """
     theirs = theirs_of()
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
-    theirs = flatten({name: theirs[name] for name in ours})
-    row = numbers(quantity, "number", flatten(ours), theirs, TOLERANCE["gradient"], intended)
+    names, ours = list(ours), flatten(ours, ours)
+    theirs = flatten(theirs, names)
+    row = numbers(quantity, "number", ours, theirs, TOLERANCE["gradient"], intended)
     if row.verdict != DIFFERS:
         return row
     case.their_model.double()
-    exact = theirs_of()
+    exact = flatten(theirs_of(), names)
     case.their_model.float()  # float32 -> float64 -> float32 changes no bit
-    exact = flatten({name: exact[name] for name in ours})
-    ours_off, theirs_off = gap(flatten(ours), exact), gap(theirs, exact)
+    ours_off, theirs_off = gap(ours, exact), gap(theirs, exact)
     if ours_off > TOLERANCE["gradient"]:
         return row
     why = f"by theirs in float64: ours is {ours_off:.1e} from it, theirs in float32 {theirs_off:.1e}"
@@ -152,14 +161,14 @@ def log_probs(case):
     Their gather on transformers' logits against our packed forward and `token_logps`.
     """
     gather = case.checkout.find(["calculate_per_token_logps"], ["padding_free_collator", "dpo_utils"])
-    batch, size = case.packed(case.kept), len(case.sides)
+    batch = case.packed(case.kept)
     hidden = case.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)[
         batch.supervised
     ]
     ours = token_logps(hidden, case.model.lm_head.weight, batch.targets)
     theirs = []
-    for i in [row * size + side for side in range(size) for row in case.kept]:
-        ids, mask = (torch.tensor([values]) for values in case.their_documents[i])
+    for ids, mask in by_side(case.their_documents, case.kept, len(case.sides)):
+        ids, mask = torch.tensor([ids]), torch.tensor([mask])
         labels = ids.masked_fill(~mask, -100)
         theirs.append(call(gather, case.their_model(ids).logits, labels)[0, :-1][mask[0, 1:]])
     yield numbers("log-probs per token", "token", ours, torch.cat(theirs), TOLERANCE["log-probs"])
@@ -260,12 +269,10 @@ def their_sft_step(case, per_device, reduction):
     batches = [case.kept[i : i + per_device] for i in range(0, len(case.kept), per_device)]
     keys, losses = ("input_ids", "labels", "attention_mask"), []
     for rows in batches:
-        call(
-            module.run,
-            step.body,
-            batch=collate([{key: case.their_rows[i][key] for key in keys} for i in rows]),
-            **names,
-        )
+        examples = []
+        for i in rows:
+            examples.append({key: case.their_rows[i][key] for key in keys})
+        call(module.run, step.body, batch=collate(examples), **names)
         losses.append(call(module.__getitem__, "loss").item())
     return (
         np.mean(losses),
@@ -280,22 +287,22 @@ def sft_losses(case):
     Theirs by micro-batches of one and two rows, against ours divided once.
     """
     reductions = ["mean"] + ["sum"] * ("reduce_loss" in case.checkout.module("finetune").source)
-    for reduction, per_device in [
-        (reduction, per_device) for reduction in reductions for per_device in (1, 2)
-    ]:
+    for reduction, per_device in itertools.product(reductions, (1, 2)):
         loss, _, batches = their_sft_step(case, per_device, reduction)
-        nlls = []  # ours, of every micro-batch: (sum, tokens)
+        # known: what theirs should be when the reduction is the only difference
+        total, tokens, known = 0.0, 0, 0.0
         for rows in batches:
             batch = case.packed(rows)
-            nlls.append((nll_sum(case.model, batch), len(batch.supervised)))
-        total = sum(nll for nll, _ in nlls)
-        ours = total / (sum(count for _, count in nlls) if reduction == "mean" else len(case.kept))
-        # what theirs should be when the reduction is the only difference
-        known = sum(nll / (count if reduction == "mean" else 1) for nll, count in nlls) / len(batches)
+            nll, count = nll_sum(case.model, batch), len(batch.supervised)
+            total += nll
+            tokens += count
+            known += nll / (count if reduction == "mean" else 1)
+        ours = total / (tokens if reduction == "mean" else len(case.kept))
+        known /= len(batches)
         ours.backward(retain_graph=True)
         our_grad = gradient(case.model)
         known.backward()
-        known_grad = flatten(gradient(case.model))
+        known_grad = flatten(gradient(case.model), our_grad)
         why = MEAN_OF_MEANS if reduction == "mean" else SUM
         name = f"SFT, {reduction}, {per_device} a micro-batch:"
         yield numbers(f"{name} loss", "step", [ours.item()], [loss], TOLERANCE["loss"], ([known.item()], why))
@@ -308,17 +315,17 @@ def sft_losses(case):
 
 def decayed(case):
     """Which parameters AdamW decays."""
-    group = call(case.checkout.find(["get_optimizer_grouped_parameters"], ["utils"]), case.model, 0.1)
     names = {id(param): name for name, param in case.model.named_parameters()}
-    ours, theirs = [
-        {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
-        for groups in (adamw(case.model, 0.1).param_groups, group)
-    ]
     every = sorted(names.values())
-    yield items(
-        "weight decay",
-        "parameter",
-        [n in ours for n in every],
-        [n in theirs for n in every],
-        lambda i: every[i],
-    )
+
+    def decayed_by(groups):
+        """For each of `every`, whether it is in a group with weight decay."""
+        found = set()
+        for group in groups:
+            if group["weight_decay"]:
+                found |= {names[id(param)] for param in group["params"]}
+        return [name in found for name in every]
+
+    their_groups = call(case.checkout.find(["get_optimizer_grouped_parameters"], ["utils"]), case.model, 0.1)
+    theirs, ours = decayed_by(their_groups), decayed_by(adamw(case.model, 0.1).param_groups)
+    yield items("weight decay", "parameter", ours, theirs, lambda i: every[i])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from optim import learning_rate
-from plumbing.files import UserError
+from plumbing.files import UserError, read_jsonl
 from tools.agreement import DIFFERS, EQUAL, NotCompared, Row, items, numbers
 
 NUMBER = r"([-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))"
@@ -20,17 +20,23 @@ STANDARD_ERRORS = 4
 def read_theirs(path):
     """([(step, rate, loss)], processes or None) of a printed log. ValueError when it has no step lines."""
     text = Path(path).read_text(errors="replace")
-    lines = {
-        int(step): (int(step), float(rate), float(loss)) for step, rate, loss in STEP_LINE.findall(text)
-    }  # many ranks may print one
+    lines = {}  # by step: many ranks may print one
+    for step, rate, loss in STEP_LINE.findall(text):
+        lines[int(step)] = int(step), float(rate), float(loss)
     if not lines:
         raise UserError(
             f"--their-log {path}: no line like 'Step: 1, LR: 1e-05, Loss: 0.69'; expected what an "
             "open-instruct run printed"
         )
-    found = [re.search(rf"{name}[^=\n]*= (\d+)", text) for name in SETTINGS]
-    total, per_device, accumulation = (int(match[1]) for match in found) if all(found) else (None, 1, 1)
-    return [lines[step] for step in sorted(lines)], total and total // (per_device * accumulation)
+    settings = []
+    for name in SETTINGS:
+        if match := re.search(rf"{name}[^=\n]*= (\d+)", text):
+            settings.append(int(match[1]))
+    processes = None
+    if len(settings) == len(SETTINGS):
+        total, per_device, accumulation = settings
+        processes = total // (per_device * accumulation)
+    return sorted(lines.values()), processes
 
 
 def read_ours(folder):
@@ -38,8 +44,9 @@ def read_ours(folder):
     folder = Path(folder)
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"--our-run {folder}: no metrics.jsonl in it; expected the out_dir of a run")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", "manifest.json"))
+    lines = read_jsonl(folder / "metrics.jsonl")
+    config = json.loads((folder / "config.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     return {line["step"]: line for line in lines if "loss" in line}, config, manifest
 
 
@@ -67,28 +74,21 @@ def rows(their_log, our_run):
 
 def _rates(theirs, ours, config, manifest, processes):
     """What theirs prints after step n is the rate of step n + 1."""
-    shared = [(step, rate) for step, rate, _ in theirs if step + 1 in ours]
-    if not shared:
+    steps, our_rates, their_rates = [], [], []
+    for step, rate, _ in theirs:
+        if step + 1 in ours:
+            steps.append(step)
+            our_rates.append(ours[step + 1]["lr"])
+            their_rates.append(rate)
+    if not steps:
         raise NotCompared("learning rates: no step is in both logs")
     total, intended = theirs[-1][0], None
     if processes and config["warmup_steps"] is None:
         warmup = int(config["warmup_ratio"] * total * processes) / processes
-        known = [
-            learning_rate(step, total, config["lr"], config["lr_schedule"], warmup) for step, _ in shared
-        ]
-        intended = (
-            known,
-            f"their schedule counts {processes} processes: a warm-up of {warmup:g} steps, ours "
-            f"{manifest['warmup_steps']}",
-        )
-    yield numbers(
-        "learning rate",
-        "step",
-        [ours[step + 1]["lr"] for step, _ in shared],
-        [rate for _, rate in shared],
-        1e-5,
-        intended,
-    )
+        known = [learning_rate(step, total, config["lr"], config["lr_schedule"], warmup) for step in steps]
+        why = f"their schedule counts {processes} processes: a warm-up of {warmup:g} steps"
+        intended = known, f"{why}, ours {manifest['warmup_steps']}"
+    yield numbers("learning rate", "step", our_rates, their_rates, 1e-5, intended)
 
 
 def _losses(theirs, ours, config):
@@ -98,10 +98,9 @@ def _losses(theirs, ours, config):
     """
     previous, windows = 0, []
     for step, _, loss in theirs:
-        if all(inner in ours for inner in range(previous + 1, step + 1)):
-            windows.append(
-                (step, np.mean([ours[inner]["loss"] for inner in range(previous + 1, step + 1)]), loss)
-            )
+        window = range(previous + 1, step + 1)
+        if ours.keys() >= set(window):
+            windows.append((step, np.mean([ours[inner]["loss"] for inner in window]), loss))
         previous = step
     if len(windows) < 10:
         raise NotCompared(f"losses: {len(windows)} windows of steps are in both logs; expected at least 10")

@@ -26,6 +26,20 @@ TOKENIZERS = [
 SCRIPT = {"sft": "finetune", "dpo": "dpo_tune_cache"}
 
 
+def masks_of(documents):
+    """The masks of [(ids, mask)]."""
+    return [mask for _, mask in documents]
+
+
+def by_side(documents, rows, size):
+    """The documents of these rows, of `size` sides each: for dpo all chosen ones, then all rejected ones."""
+    found = []
+    for side in range(size):
+        for row in rows:
+            found.append(documents[row * size + side])
+    return found
+
+
 class Case:
     """Rows, tokenizers and models of both sides.
 
@@ -37,11 +51,13 @@ class Case:
         self.sides = ("messages",) if args.stage == "sft" else ("chosen", "rejected")
         source = open_source(args.data)
         schema = find_schema(args.data, source, self.sides)
-        rows = [schema.read(row) for row in source.read(range(min(args.rows, len(source))))]
-        self.dropped = sum(isinstance(row, str) for row in rows)  # by convert, with a reason
-        self.documents = [
-            messages for row in rows if not isinstance(row, str) for messages in row[: len(self.sides)]
-        ]
+        self.documents, self.dropped = [], 0
+        for row in source.read(range(min(args.rows, len(source)))):
+            conversations = schema.read(row)
+            if isinstance(conversations, str):  # the reason why the schema drops the row
+                self.dropped += 1
+            else:
+                self.documents += conversations[: len(self.sides)]
         self.model, self.tokenizer = load_pretrained(args.model)
 
     def name(self, i):
@@ -88,8 +104,11 @@ class Case:
         except NotFound:  # before 2025
             transform = self.checkout.find([f"encode_{self.stage}_example"], [SCRIPT[self.stage]])
         size, documents = len(self.sides), self.documents
-        rows = [dict(zip(self.sides, documents[i : i + size])) for i in range(0, len(documents), size)]
-        return [call(transform, row, self.their_tokenizer, self.args.max_seq_len) for row in rows]
+        rows = []
+        for i in range(0, len(documents), size):
+            row = dict(zip(self.sides, documents[i : i + size]))
+            rows.append(call(transform, row, self.their_tokenizer, self.args.max_seq_len))
+        return rows
 
     @cached_property
     def their_documents(self):
@@ -97,15 +116,13 @@ class Case:
         if self.checkout is None:
             return self.our_documents("all")
         prefixes = ("",) if self.stage == "sft" else ("chosen_", "rejected_")
-        pairs = [
-            (row[f"{prefix}input_ids"], row[f"{prefix}labels"])
-            for row in self.their_rows
-            for prefix in prefixes
-        ]
-        return [
-            (torch.as_tensor(ids).tolist(), (torch.as_tensor(labels) != -100).tolist())
-            for ids, labels in pairs
-        ]
+        documents = []
+        for row in self.their_rows:
+            for prefix in prefixes:
+                ids = torch.as_tensor(row[f"{prefix}input_ids"])
+                labels = torch.as_tensor(row[f"{prefix}labels"])
+                documents.append((ids.tolist(), (labels != -100).tolist()))
+        return documents
 
     def our_documents(self, supervise):
         """[(ids, mask)] as lists, by `data.encode_chat`."""
@@ -117,15 +134,19 @@ class Case:
     @cached_property
     def supervise(self):
         """The turns that theirs trains on: "last" only if that fits and "all" does not."""
-        theirs = [mask for _, mask in self.their_documents]
-        fits = {turns: [mask for _, mask in self.our_documents(turns)] == theirs for turns in ("all", "last")}
-        return "last" if fits["last"] and not fits["all"] else "all"
+        theirs = masks_of(self.their_documents)
+        all_fits = masks_of(self.our_documents("all")) == theirs
+        last_fits = masks_of(self.our_documents("last")) == theirs
+        return "last" if last_fits and not all_fits else "all"
 
     @cached_property
     def kept(self):
         """Indices of the rows that can be trained on: every side has a supervised token, by their mask."""
-        size, answered = len(self.sides), [any(mask[1:]) for _, mask in self.their_documents]
-        kept = [i for i in range(len(answered) // size) if all(answered[i * size : (i + 1) * size])]
+        size, masks = len(self.sides), masks_of(self.their_documents)
+        kept = []
+        for row in range(len(masks) // size):
+            if all(any(mask[1:]) for mask in masks[row * size : (row + 1) * size]):
+                kept.append(row)
         if not kept:
             raise UserError(
                 f"--rows {self.args.rows} --max-seq-len {self.args.max_seq_len}: no row has a supervised "
@@ -145,10 +166,8 @@ class Case:
 
         So a number differs for its own reasons only.
         """
-        documents, size = self.their_documents, len(self.sides)
-        return pack(
-            [tuple(map(np.array, documents[row * size + side])) for side in range(size) for row in rows]
-        )
+        documents = by_side(self.their_documents, rows, len(self.sides))
+        return pack([(np.array(ids), np.array(mask)) for ids, mask in documents])
 
     @cached_property
     def padding_tokenizer(self):
