@@ -230,7 +230,7 @@ def simulate(settings, trials, draws=300, seed=0):
     whole, axioms_alarmed, covered = Counter(), 0, 0
     for trial in range(trials):
         axiom, label, group = texts_of(generator, **of_texts)
-        names = [str(a) for a in range(int(axiom.max()) + 1)]
+        names = list(map(str, range(int(axiom.max()) + 1)))
         states, scaled_by = paths(generator, axiom, label, group, **of_paths), None
         if is_scaled:
             states = list(states)
@@ -250,7 +250,7 @@ def any_axiom(curve, nulls=None):
     """Whether any axiom is not flat, at 5 % over all axioms."""
     level = 0.05 / len(curve.axioms)
     verdicts = [judge(curve, category=name, level=level, nulls=nulls)["verdict"] for name in curve.axioms]
-    return any(verdict != "flat" for verdict in verdicts)
+    return set(verdicts) != {"flat"}
 
 
 # ---------------------------------------------------------------- random directions of toy networks
@@ -286,7 +286,7 @@ def random_directions(trials, others=19, texts=100, axioms=3, dims=32, length=6.
     counts = {kind: [Counter(), 0, 0] for kind in ("isotropic", "sign-flipped")}
     for trial in range(trials):
         axiom, label, _ = texts_of(generator, texts, axioms)
-        names = [str(a) for a in range(axioms)]
+        names = list(map(str, range(axioms)))
         x = spectrum(dims) * draw(generator, len(axiom), dims)
         x[:, dims // 2] += gap_of(10.0, spectrum(dims)) * label
         network = toy_network(generator, dims)

@@ -50,13 +50,14 @@ def sustained(work, flops):
     return rate
 
 
+def normal(*shape, requires_grad=False):
+    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=requires_grad)
+
+
 def matmul_table():
     print(f"{'matmul, ' + str(ROWS) + ' rows':<22}{'forward':>10}{'dgrad':>10}{'wgrad':>10}  TFLOP/s")
     for name, (inner, outer) in MATMULS.items():
-        x, w, dy = (
-            torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-            for shape in ((ROWS, inner), (outer, inner), (ROWS, outer))
-        )
+        x, w, dy = normal(ROWS, inner), normal(outer, inner), normal(ROWS, outer)
         ways = (lambda: x @ w.T, lambda: dy @ w, lambda: dy.T @ x)  # noqa: B023  called before the next turn
         rates = [sustained(way, 2 * ROWS * inner * outer) / 1e12 for way in ways]
         print(f"{name:<22}" + "".join(f"{rate:>10.0f}" for rate in rates), flush=True)
@@ -82,10 +83,9 @@ def attention_table(lengths=(500, 1000, 4096)):
         documents = TOKENS // length
         tokens = documents * length
         cu_seqlens = torch.arange(documents + 1, device=DEVICE, dtype=torch.int32) * length
-        q, k, v = (
-            torch.randn(tokens, n, SIZE, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-            for n in (HEADS, GROUPS, GROUPS)
-        )
+        q = normal(tokens, HEADS, SIZE, requires_grad=True)
+        k = normal(tokens, GROUPS, SIZE, requires_grad=True)
+        v = normal(tokens, GROUPS, SIZE, requires_grad=True)
         flops = documents * 2 * HEADS * SIZE * length * (length + 1)
         paths = {"flash2 (varlen_attn)": attention, "cuDNN, dense": dense(SDPBackend.CUDNN_ATTENTION, length)}
         if importlib.util.find_spec("flash_attn"):
@@ -107,10 +107,8 @@ def attention_table(lengths=(500, 1000, 4096)):
 
 def head_table(chunks=(1024, 2048, 4096, 8192)):
     inner, vocabulary = MATMULS["head"]
-    hidden, weight = (
-        torch.randn(n, inner, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        for n in (ROWS, vocabulary)
-    )
+    hidden = normal(ROWS, inner, requires_grad=True)
+    weight = normal(vocabulary, inner, requires_grad=True)
     targets = torch.randint(vocabulary, (ROWS,), device=DEVICE)
     # As training has it on one GPU.
     weight.grad_dtype, weight.master = (

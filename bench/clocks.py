@@ -6,9 +6,10 @@ The GPU is the first that this process sees.
 """
 
 import os
-import statistics
 import subprocess
 import threading
+
+import numpy as np
 
 _GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 COMMAND = [
@@ -27,9 +28,12 @@ def median_clocks(lines):
     lines: of "MHz, W" as nvidia-smi prints them. Only readings above half of the largest power count: a run
     that ended by itself is followed, and every run begun, by an idle card.
     """
-    readings = [[float(value) for value in line.split(",")] for line in lines]
-    busy = [reading for reading in readings if reading[1] > max(watts for _, watts in readings) / 2][-LAST:]
-    return "{:.0f} MHz, {:.0f} W".format(*map(statistics.median, zip(*busy))) if busy else None
+    if not lines:
+        return None
+    readings = np.loadtxt(lines, delimiter=",", ndmin=2)
+    watts = readings[:, 1]
+    mhz, watts = np.median(readings[watts > watts.max() / 2][-LAST:], axis=0)
+    return f"{mhz:.0f} MHz, {watts:.0f} W"
 
 
 class Clocks:

@@ -70,9 +70,7 @@ def random_pairs(rng, n):
     def side():
         ids = np.concatenate([prompts, rng.integers(1000, 100_000, (n, ANSWER))], axis=1).astype(np.int32)
         mask = np.tile(np.arange(PROMPT + ANSWER) >= PROMPT, n)
-        return Documents(
-            ids.ravel(), mask, np.arange(n + 1) * (PROMPT + ANSWER), np.array([str(i) for i in range(n)])
-        )
+        return Documents(ids.ravel(), mask, np.arange(n + 1) * (PROMPT + ANSWER), np.arange(n).astype(str))
 
     return Pairs(side(), side())
 
@@ -81,11 +79,8 @@ def reference_pass(model, peer, seconds):
     """((our pairs/s, clocks), (the peer's, clocks), largest difference in nats per token)."""
     pairs = random_pairs(np.random.default_rng(0), PAIRS)
     batch = pairs.pack(np.arange(PAIRS)).to("cuda")
-    ids = torch.from_numpy(
-        np.stack([side[i][0] for side in (pairs.chosen, pairs.rejected) for i in range(PAIRS)]).astype(
-            np.int64
-        )
-    ).cuda()
+    both = np.concatenate([pairs.chosen.input_ids, pairs.rejected.input_ids])
+    ids = torch.from_numpy(both.reshape(2 * PAIRS, -1).astype(np.int64)).cuda()
 
     def theirs():
         logits = peer(input_ids=ids).logits[:, PROMPT - 1 : -1].float()

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.clocks import Clocks
 from data import encode_chat
 from model import LINEARS, LlamaConfig
+from plumbing.files import read_jsonl
 from plumbing.tokenizer import Tokenizer
 
 WARMUP = 3  # steps: the allocator, compilation, and the clocks under load
@@ -131,12 +132,10 @@ def read_rows(args):
 
     One list of (ids, mask), or two, of the chosen and of the rejected answers.
     """
-    rows = [json.loads(line) for line in (args.world / args.data).read_text().splitlines()]
-    sides = list(zip(*[find_conversations(row) for row in rows]))
-    return [
-        [encode_chat(messages, args.tokenizer, "tulu", args.max_seq_len) for messages in side]
-        for side in sides
-    ]
+    sides = []
+    for conversations in zip(*map(find_conversations, read_jsonl(args.world / args.data))):
+        sides.append([encode_chat(each, args.tokenizer, "tulu", args.max_seq_len) for each in conversations])
+    return sides
 
 
 def find_conversations(row):
@@ -161,12 +160,16 @@ def collate(documents):
 
     Without padding no attention_mask either: SDPA may then use its causal kernel.
     """
-    widest = max(len(ids) for ids, _ in documents)
-    gaps = [widest - len(ids) for ids, _ in documents]
-    batch = {"input_ids": [ids + [0] * gap for (ids, _), gap in zip(documents, gaps)]}
-    batch["labels"] = [labels(ids, mask) + [-100] * gap for (ids, mask), gap in zip(documents, gaps)]
-    if any(gaps):
-        batch["attention_mask"] = [[1] * (widest - gap) + [0] * gap for gap in gaps]
+    lengths = [len(ids) for ids, _ in documents]
+    widest = max(lengths)
+    batch = {"input_ids": [], "labels": [], "attention_mask": []}
+    for ids, mask in documents:
+        gap = widest - len(ids)
+        batch["input_ids"].append(ids + [0] * gap)
+        batch["labels"].append(labels(ids, mask) + [-100] * gap)
+        batch["attention_mask"].append([1] * len(ids) + [0] * gap)
+    if min(lengths) == widest:
+        del batch["attention_mask"]
     return {key: torch.tensor(value).to(DEVICE) for key, value in batch.items()}
 
 
@@ -268,14 +271,14 @@ def build_trainer(args, folder, tokenizer, sides):
             build_model(args), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         )
     decode = args.tokenizer.decode
-    prompts = [decode(ids[: mask.index(True)]) for ids, mask in sides[0]]
-    answers = [
-        [decode(ids[mask.index(True) : -1]) for ids, mask in side] for side in sides
-    ]  # without EOS, which TRL adds
-    rows = [
-        dict(prompt=prompt, chosen=chosen, rejected=rejected)
-        for prompt, chosen, rejected in zip(prompts, *answers)
-    ]
+    rows = []
+    for (chosen, is_chosen), (rejected, is_rejected) in zip(*sides):
+        start = is_chosen.index(True)
+        row = {"prompt": decode(chosen[:start])}
+        # without EOS, which TRL adds
+        row["chosen"] = decode(chosen[start:-1])
+        row["rejected"] = decode(rejected[is_rejected.index(True) : -1])
+        rows.append(row)
     config = trl.DPOConfig(**options, precompute_ref_log_probs=True)
     trainer = DPOTrainer(
         build_model(args),
@@ -285,11 +288,9 @@ def build_trainer(args, folder, tokenizer, sides):
         peft_config=lora_config() if args.name == "trl_dpo_lora" else None,
     )
     for i, row in enumerate(trainer.train_dataset):
-        theirs, ours = (
-            [row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")],
-            [side[i][0] for side in sides],
-        )
-        assert theirs == ours, f"row {i}: TRL trains on other tokens"
+        for name, side in zip(("chosen", "rejected"), sides):
+            theirs = row["prompt_ids"] + row[f"{name}_ids"]
+            assert theirs == side[i][0], f"row {i}: TRL trains on other tokens"
     return trainer
 
 
@@ -370,7 +371,8 @@ def main():
     line["gpus"] = RANKS
     if RANK:
         return
-    print("\n".join(f"{key:18} {value}" for key, value in line.items()))
+    for key, value in line.items():
+        print(f"{key:18} {value}")
     if args.out:
         with args.out.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")

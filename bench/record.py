@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.clocks import median_clocks
 from plumbing import logbook
+from plumbing.files import read_jsonl
 
 HERE = Path(__file__).parent
 SKIP = 3  # the allocator, compilation, and the clocks under load
@@ -44,19 +45,18 @@ def measure(folder):
 
     The numbers are of its steady state, per GPU.
     """
-    config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", "manifest.json"))
-    steps = [
-        line
-        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        if "step_s" in line
-    ][SKIP:]
+    config = json.loads((folder / "config.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    steps = [line for line in read_jsonl(folder / "metrics.jsonl") if "step_s" in line][SKIP:]
     if not steps:
         raise ValueError(
             f"{folder}: fewer than {SKIP + 1} steps; expected a run long enough to have a steady state"
         )
     gpus = manifest["world_size"]
-    keys = [key for key in ("tokens_per_s", "mfu", "step_s") if key in steps[0]]  # no mfu on a CPU
-    values = {key: statistics.median(line[key] for line in steps) for key in keys}
+    values = {}
+    for key in ("tokens_per_s", "mfu", "step_s"):
+        if key in steps[0]:  # no mfu on a CPU
+            values[key] = statistics.median([line[key] for line in steps])
     values["tokens_per_s"] /= gpus
     if manifest["stage"] == "dpo":
         values["pairs_per_s"] = config["global_batch_size"] / values["step_s"] / gpus
@@ -100,11 +100,10 @@ def fastest_peer(path, name, data, key):
 
     Among those that bench/peers.py wrote as `name`.
     """
-    lines = [
-        line
-        for line in map(json.loads, path.read_text().splitlines())
-        if line["name"] == name and line["settings"]["data"] in data
-    ]
+    lines = []
+    for line in read_jsonl(path):
+        if line["name"] == name and line["settings"]["data"] in data:
+            lines.append(line)
     if not lines:
         raise ValueError(
             f"{path}: no line of {name!r} on {data}; expected one from bench/peers.py in the same session"
@@ -114,12 +113,10 @@ def fastest_peer(path, name, data, key):
 
 def render():
     """bench/RESULTS.md from bench/results.jsonl."""
-    rows = [json.loads(line) for line in (HERE / "results.jsonl").read_text().splitlines()]
     table = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    table += [
-        "| " + " | ".join("" if row.get(key) is None else str(row[key]) for key in COLUMNS) + " |"
-        for row in rows
-    ]
+    for row in read_jsonl(HERE / "results.jsonl"):
+        cells = ["" if row.get(key) is None else str(row[key]) for key in COLUMNS]
+        table.append("| " + " | ".join(cells) + " |")
     head = """# Measurements
 
 Rendered from results.jsonl by bench/record.py. Rates are per GPU, medians over the steady state. Clocks are

@@ -81,9 +81,8 @@ def ours(model, documents, add, label, axiom):
         return out
 
     embeddings, seconds = timed(embed)
-    _, verdict_seconds = timed(
-        lambda: judge(bootstrap(embeddings, axiom, label, [str(a) for a in range(AXIOMS)]))
-    )
+    axioms = list(map(str, range(AXIOMS)))
+    _, verdict_seconds = timed(lambda: judge(bootstrap(embeddings, axiom, label, axioms)))
     return embeddings.cpu(), seconds, verdict_seconds
 
 

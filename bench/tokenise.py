@@ -50,8 +50,10 @@ def chats(files):
     for name in map(str, files):
         rows = open_source(name)
         schema = find_schema(name, rows, ("messages",))
-        dialogues = [messages for messages, *_ in map(schema.read, rows)]
-        words += " ".join(message["content"] for messages in dialogues for message in messages).split(" ")
+        contents = []
+        for messages, *_ in map(schema.read, rows):
+            contents += [message["content"] for message in messages]
+        words += " ".join(contents).split(" ")
     lengths = tulu_like_lengths(np.random.default_rng(0), len(words) // 300)
     ends = np.cumsum(lengths)
     out = []
@@ -68,12 +70,12 @@ def chats(files):
 
 
 def ours(rows, tokenizer):
-    rendered = [render_chat(messages, "tulu", tokenizer) for messages in rows]
-    encodings = tokenizer.encode_batch([text for text, _ in rendered])
-    return [
-        ids_and_mask(encoding, spans, tokenizer, "tulu")[:2]
-        for encoding, (_, spans) in zip(encodings, rendered)
-    ]
+    texts, spans = zip(*[render_chat(messages, "tulu", tokenizer) for messages in rows])
+    out = []
+    for encoding, answers in zip(tokenizer.encode_batch(list(texts)), spans):
+        ids, mask, _ = ids_and_mask(encoding, answers, tokenizer, "tulu")
+        out.append((ids, mask))
+    return out
 
 
 def generation_mask(rows, tokenizer):
@@ -144,16 +146,17 @@ def main():
     mine = results.pop("ours")
     results.pop("tokenizer.json alone")
     for name, result in results.items():
-        assert all(list(a) == list(b) for (a, _), (b, _) in zip(mine, result, strict=True)), (
-            f"{name}: other ids"
-        )
-        others = sum(list(a) != list(b) for (_, a), (_, b) in zip(mine, result, strict=True))
+        others = 0
+        for (our_ids, our_mask), (their_ids, their_mask) in zip(mine, result, strict=True):
+            assert list(our_ids) == list(their_ids), f"{name}: other ids"
+            others += list(our_mask) != list(their_mask)
         if name.startswith("prefixes"):  # a token that straddles header and answer moves their edge
             print(f"{name}: another mask in {others} rows")
         else:
             assert not others, f"{name}: another mask in {others} rows"
-    tokens = sum(len(ids) for ids, _ in mine)
-    print(f"{len(rows):,} rows, {tokens:,} tokens, longest {max(len(ids) for ids, _ in mine):,}; one core")
+    lengths = [len(ids) for ids, _ in mine]
+    tokens = sum(lengths)
+    print(f"{len(rows):,} rows, {tokens:,} tokens, longest {max(lengths):,}; one core")
     for name, value in seconds.items():
         print(
             f"{name:28} {len(rows) / value:8,.0f} rows/s {tokens / value:10,.0f} tokens/s   x "

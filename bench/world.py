@@ -112,9 +112,9 @@ def main():
     )
     # 2 x 500 tokens with the template.
     write_rows(args.folder / "dpo_fixed.jsonl", [pair(rng, 243, 249, 249) for _ in range(DPO_ROWS)])
-    prompts, chosen, rejected = (
-        tulu_like_lengths(rng, DPO_ROWS, mean, longest=1000) for mean in (200, 300, 300)
-    )
+    prompts = tulu_like_lengths(rng, DPO_ROWS, 200, longest=1000)
+    chosen = tulu_like_lengths(rng, DPO_ROWS, 300, longest=1000)
+    rejected = tulu_like_lengths(rng, DPO_ROWS, 300, longest=1000)
     write_rows(
         args.folder / "dpo_mix.jsonl",
         [pair(rng, *lengths) for lengths in zip(prompts, chosen, rejected, strict=True)],
