@@ -3,7 +3,6 @@
 They run the training scripts as a user would, measure held-out pairs before and after DPO, and print it.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from data import HEADERS, load_preferences, render
 from families import device_of, load_model, load_pretrained
 from model import generate
 from packing import in_order
-from plumbing.files import table
+from plumbing.files import read_jsonl, table
 from train_dpo import answer_logps
 
 
@@ -87,7 +86,12 @@ def preference_table(before, after, beta, groups=None):
 
 def read_metrics(run):
     """The lines of a run folder's metrics.jsonl, as dicts."""
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(Path(run) / "metrics.jsonl")
+
+
+def values_of(lines, metric):
+    """The values of a metric, of the lines that have it."""
+    return [line[metric] for line in lines if metric in line]
 
 
 def print_curve(run, rows=12):
@@ -98,7 +102,7 @@ def print_curve(run, rows=12):
     steps = [line for line in read_metrics(run) if "loss" in line]
     shown = np.unique(np.linspace(0, len(steps) - 1, rows).round().astype(int))
     picked = [steps[i] for i in shown]
-    highest = max(line["loss"] for line in picked)
+    highest = max(values_of(picked, "loss"))
     columns = [
         name for name in ("loss", "rewards/margins", "rewards/accuracies", "grad_norm") if name in picked[0]
     ]

@@ -25,7 +25,7 @@ from demo import common, smol
 from plumbing import parallel
 from plumbing.config import load, load_sections
 from plumbing.device import pick_device
-from plumbing.files import UserError, read_json, read_verified_json, table, write_json
+from plumbing.files import UserError, read_json, read_jsonl, read_verified_json, table, write_json
 from reports.summary import OVERALL, two_digits
 from tools import compare
 
@@ -182,7 +182,7 @@ def measure_models(names):
     """{variant: held_out's dict}, one more for the SFT model with itself."""
     config = load("dpo", [smol.CONFIG])
     (source,) = config.data_eval
-    prompts = [json.loads(line)["prompt"] for line in Path(source).read_text().splitlines()]
+    prompts = [row["prompt"] for row in read_jsonl(source)]
     texts = (source, len(prompts), config.template, config.max_seq_len)
     before = compare.measure(SFT, *texts)
     found = {}
@@ -288,8 +288,7 @@ def main(argv):
     folders = {name: ROOT / f"pairs/smol_{name}_{settings.mode}" for name in names}
     for name, folder in folders.items():
         found[name] |= steering(folder, folders[RECIPE], settings)
-        steps = [step["step_s"] for step in common.read_metrics(ROOT / name) if "step_s" in step]
-        found[name]["seconds"] = sum(steps)
+        found[name]["seconds"] = sum(common.values_of(common.read_metrics(ROOT / name), "step_s"))
     write_json(ROOT / "objectives.json", found)
     print("\n" + table(HEAD, [line(name, found[name]) for name in names]))
     print(LEGEND)

@@ -16,7 +16,7 @@ import torch
 
 from demo import axioms, common, tiny
 from plumbing.config import load
-from plumbing.files import table
+from plumbing.files import read_jsonl, table
 from plumbing.weights import save_pretrained
 
 CONFIG = "configs/tiny.py"
@@ -65,10 +65,9 @@ def greedy(run, when, template):
 
     Returns the share of all of them that are safe, and its interval.
     """
-    rows = [json.loads(line) for line in (ROOT / "data/preferences_eval.jsonl").read_text().splitlines()]
-    answers = common.greedy_answers(
-        ROOT / run / "final", [row["prompt"] for row in rows], template, max_new_tokens=48
-    )
+    rows = read_jsonl(ROOT / "data/preferences_eval.jsonl")
+    prompts = [row["prompt"] for row in rows]
+    answers = common.greedy_answers(ROOT / run / "final", prompts, template, max_new_tokens=48)
     kinds = [axioms.kind_of(answer, row["axiom"]) for answer, row in zip(answers, rows, strict=True)]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("safe", "unsafe", "neither"))
     print(f"\nGreedy answers to {len(rows)} held-out prompts {when} DPO: {counts}. For example:")
@@ -97,8 +96,7 @@ def results(pretrain_loss):
     """
     config = load("dpo", [CONFIG])
     sft, dpo = common.read_metrics(ROOT / "sft"), common.read_metrics(ROOT / "dpo")
-    evaluations = [line["eval/loss"] for line in sft if "eval/loss" in line]
-    steps = [line["loss"] for line in dpo if "loss" in line]
+    evaluations, steps = common.values_of(sft, "eval/loss"), common.values_of(dpo, "loss")
     single = {
         "pretraining loss, nats/token": pretrain_loss,
         "SFT held-out loss before, nats/token": evaluations[0],
@@ -106,14 +104,17 @@ def results(pretrain_loss):
         "DPO loss at step 1 (ln 2)": steps[0],
         "DPO loss at the last step": steps[-1],
     }
-    out = {name: (value, None, None) for name, value in single.items()}
     before = common.held_out_logps(ROOT / "sft/final", config)
     after = common.held_out_logps(ROOT / "dpo/final", config)
-    out |= common.preference_table(before, after, config.beta)
+    out = common.preference_table(before, after, config.beta)
     for when, run in (("before", "sft"), ("after", "dpo")):
         out[f"safe greedy answers, {when}"] = greedy(run, when, config.template)
-    steered = ("steering: achieved shift at lambda 1", "steering: error on the vector's own texts")
-    return out | {name: (value, None, None) for name, value in zip(steered, steer(), strict=True)}
+    shift, error = steer()
+    single["steering: achieved shift at lambda 1"] = shift
+    single["steering: error on the vector's own texts"] = error
+    for name, value in single.items():
+        out[name] = value, None, None
+    return out
 
 
 def report(measured):
@@ -137,7 +138,7 @@ def show():
     Prints where it and the pictures are, and the verdict in plain words.
     """
     steered = ROOT / "steer_sanity"
-    folders = [str(folder) for folder in (steered, ROOT / "dpo", ROOT / "sft")]
+    folders = f"{steered}", f"{ROOT}/dpo", f"{ROOT}/sft"
     common.run_script("-m", "reports.page", *folders, f"--out={ROOT}/report.html")
     for picture in sorted((steered / "sweep_matched").glob("*.png")):
         print(f"      {picture}")

@@ -24,21 +24,24 @@ def axiom_of(kind):
 
 
 def main(source, target):
+    rows, labels = [], defaultdict(set)
     with open(source, newline="") as file:
-        rows = [
-            {"axiom": axiom_of(row["type"]), "safety_label": row["label"], "input": row["prompt"]}
-            for row in csv.DictReader(file)
-        ]
-    labels = defaultdict(set)
+        for row in csv.DictReader(file):
+            axiom = axiom_of(row["type"])
+            rows.append({"axiom": axiom, "safety_label": row["label"], "input": row["prompt"]})
+            labels[axiom].add(row["label"])
+    kept, axioms, dropped = [], set(), Counter()
     for row in rows:
-        labels[row["axiom"]].add(row["safety_label"])
-    kept = [row for row in rows if len(labels[row["axiom"]]) == 2]
-    dropped = Counter(row["axiom"] for row in rows if len(labels[row["axiom"]]) < 2)
+        axiom = row["axiom"]
+        if len(labels[axiom]) == 2:
+            kept.append(row)
+            axioms.add(axiom)
+        else:
+            dropped[axiom] += 1
     with open(target, "w", newline="") as file:
         writer = csv.DictWriter(file, ["axiom", "safety_label", "input"])
         writer.writeheader()
         writer.writerows(kept)
-    axioms = {row["axiom"] for row in kept}
     left_out = f"dropped for one label only: {dict(dropped)}"
     print(f"{target}: {len(kept)} of {len(rows)} prompts, {len(axioms)} axioms; {left_out}")
 

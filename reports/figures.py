@@ -147,14 +147,16 @@ def _metric_line(name, colour, run, metric, noisy):
     """
     steps, values = run.points(metric)
     _, halves = run.points(f"{metric}_ci95")
-    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
-    x = [steps[i] for i in finite]
-    y = [values[i] for i in finite]
-    low, high = [], []
-    if halves:
-        low = [values[i] - halves[i] for i in finite]
-        high = [values[i] + halves[i] for i in finite]
-    note = f"{len(values) - len(finite):,} not finite" if len(finite) < len(values) else ""
+    x, y, low, high = [], [], [], []
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            continue
+        x.append(steps[i])
+        y.append(value)
+        if halves:
+            low.append(value - halves[i])
+            high.append(value + halves[i])
+    note = f"{len(values) - len(y):,} not finite" if len(y) < len(values) else ""
     if metric == "grad_norm":
         note = f"clipped in {run.clipped():,} of {len(steps):,} steps"
     smooth = max(1, len(x) // SMOOTHING) if noisy else 1

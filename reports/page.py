@@ -104,7 +104,7 @@ def names_of(found):
 
 def outcomes(names, runs):
     """A table of one line per run."""
-    rows = [outcome(name, run) for name, run in zip(names, runs)]
+    rows = list(map(outcome, names, runs))
     # a column that no run has a value for, as held-out ones without held-out data, is left out
     kept = []
     for column in rows[0]:
