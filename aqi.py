@@ -34,7 +34,7 @@ from analysis.indices import (  # noqa: F401  aqi.chi and so on are public names
 )
 from analysis.tsne import principal_components, tsne
 from plumbing import parallel
-from plumbing.config import Section, describe_keys, load_sections, setting
+from plumbing.config import Section, describe_keys, load_sections, setting, words_and_options
 from plumbing.files import UserError, write_hashes, write_json
 from plumbing.files import table as aligned
 from plumbing.sources import open_source
@@ -588,12 +588,11 @@ def parse(argv):
     if "--help" in argv or "-h" in argv:
         print(f"{__doc__}{describe_keys(['aqi'], _SCORE_KEYS)}")
         raise SystemExit(0)
-    words = [arg for arg in argv if not arg.startswith("-")]
+    words, options = words_and_options(argv)
     if len(words) != 2 or words[0] != "score":
         raise UserError(
             f"expected aqi.py score RUNS.csv [--key=value ...], got {words}; --help lists the keys"
         )
-    options = [arg for arg in argv if arg.startswith("-")]
     return words[1], load_sections(None, ["aqi"], options, _SCORE_KEYS)["aqi"]
 
 

@@ -72,7 +72,15 @@ from families import device_of, dtype_for, load_model, locate, model_config
 from model import generate
 from planner import atlas
 from plumbing import hub, parallel
-from plumbing.config import Section, Template, config_dict, describe_keys, load_sections, setting
+from plumbing.config import (
+    Section,
+    Template,
+    config_dict,
+    describe_keys,
+    load_sections,
+    setting,
+    words_and_options,
+)
 from plumbing.files import UserError, read_verified_json, table, write_json
 from plumbing.lock import lock
 from plumbing.tokenizer import Tokenizer
@@ -189,12 +197,12 @@ class SteerConfig(Section):
 
     @staticmethod
     def resolve(values):
-        return values | {"lambdas": tuple(float(x) for x in values["lambdas"])}
+        return values | {"lambdas": tuple(map(float, values["lambdas"]))}
 
     @staticmethod
     def conflicts(c):
         ascending = all(a < b for a, b in itertools.pairwise(c.lambdas))
-        if not (all(math.isfinite(x) for x in c.lambdas) and ascending):
+        if not (all(map(math.isfinite, c.lambdas)) and ascending):
             yield ("lambdas",), f"lambdas={c.lambdas}: expected finite numbers, ascending"
         if c.prompt is not None and c.questions is not None:
             yield (
@@ -995,7 +1003,7 @@ def parse(argv):
         asked, argv = flags.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    words = [arg for arg in argv if not arg.startswith("-")]
+    words, options = words_and_options(argv)
     name, targets = words[0] if words else None, words[1:]
     if "--help" in argv or "-h" in argv:
         print(help_text(name))
@@ -1009,7 +1017,6 @@ def parse(argv):
     if not targets:
         raise UserError(f"{name}: no TARGET; expected {usage}")
     command = COMMANDS[name]
-    options = [arg for arg in argv if arg.startswith("-")]
     if asked.check and name != "validate":
         raise UserError(f"{name} --check: expected validate, the command that takes pairs")
     if asked.check:

@@ -49,7 +49,7 @@ from planner.budget import (
     training_seconds,
 )
 from plumbing import hub, parallel
-from plumbing.config import check_capability, check_world_size, load, sections_of
+from plumbing.config import check_capability, check_world_size, load, sections_of, words_and_options
 from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import check_sizes, has_weights, resolve
@@ -585,12 +585,11 @@ def main(stage, argv):
     Also read: [--usd-per-hour X] [--key=value ...].
     """
     options, rest = _options(argv)
-    paths = [arg for arg in rest if not arg.startswith("-")]
+    paths, overrides = words_and_options(rest)
     if len(paths) != 1:
         raise UserError(
             f"expected one config file, got {paths}: train_{stage}.py CONFIG.py --plan --gpu NAME --count N"
         )
-    overrides = [arg for arg in rest if arg.startswith("-")]
     print(describe(*make(stage, paths[0], overrides, options.gpu, options.count, options.usd_per_hour)))
     return 0
 

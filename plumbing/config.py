@@ -284,6 +284,17 @@ def section(name):
 INVALID = object()  # in place of a wrong value: the key is not missing, and no rule can use it
 
 
+def words_and_options(argv):
+    """The arguments that begin without a dash, and those that begin with one."""
+    words, options = [], []
+    for arg in argv:
+        if arg.startswith("-"):
+            options.append(arg)
+        else:
+            words.append(arg)
+    return words, options
+
+
 def load(stage, argv):
     """`load("dpo", sys.argv[1:])` -> the checked DPOConfig of `CONFIG.py [--key=value ...]`.
 
@@ -295,12 +306,12 @@ def load(stage, argv):
     plan_flags = [arg for arg in argv if arg.partition("=")[0] in ("--gpu", "--count", "--usd-per-hour")]
     if plan_flags:
         raise UserError(f"{' '.join(plan_flags)}: expected together with --plan only")
-    paths = [arg for arg in argv if not arg.startswith("-")]
+    paths, overrides = words_and_options(argv)
     if len(paths) != 1:
         hint = " (a value goes behind =, as in --lr=1e-4)" if len(paths) > 1 else ""
         usage = f"train_{stage}.py CONFIG.py [--key=value ...]; --help lists the keys"
         raise UserError(f"expected one config file, got {paths}{hint}: {usage}")
-    return load_sections(paths[0], [stage], [arg for arg in argv if arg.startswith("-")])[stage]
+    return load_sections(paths[0], [stage], overrides)[stage]
 
 
 def load_sections(path, stages, overrides, keys=None, required=()):
@@ -328,7 +339,9 @@ def load_sections(path, stages, overrides, keys=None, required=()):
         problems += [f"{path}: {name}: {problem}" for problem in unfit]
 
     resolved = {}
-    for name in [name for name in sections if name != "common"]:
+    for name in sections:
+        if name == "common":
+            continue
         cls = section(name)
         # A section takes from `common` the keys that it has: not every command has all of them.
         values = _defaults(cls)
@@ -463,7 +476,7 @@ def sections_of(path):
 def _read_sections(path):
     """-> ({section: dict}, problems). Underscore names and modules are private; any other name is a typo."""
     if not Path(path).is_file():
-        there = [str(file) for file in Path(path).parent.glob("*.py")]
+        there = map(str, Path(path).parent.glob("*.py"))
         raise UserError(f"{path}: no such config file{_did_you_mean(path, there)}")
     sections, problems = {}, []
     try:
