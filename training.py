@@ -223,6 +223,7 @@ def start(stage, config, load_data, facts):
     provenance = {"weights": weights, "data": data.fingerprint, "held_out": data_eval}
     identity = resume_dict(config) | provenance
     checkpointer = Checkpointer(config.out_dir, config.keep_last, identity, fresh=config.fresh)
+    parallel.background_work.append(checkpointer.wait)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     if done := parallel.from_main(world, checkpointer.finished):
         world.say(done)

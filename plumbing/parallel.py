@@ -31,6 +31,7 @@ from plumbing.device import pick_device
 from plumbing.files import UserError
 
 _background_group = None
+background_work = []  # functions that wait for it; `run` calls them before a command that has failed ends
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ def run(main, argv):
         if is_done:
             raise
         message = _message(error)
+        _finish_background_work()
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             _yield_to_the_cause(error)
             if not isinstance(error, SystemExit):
@@ -224,6 +226,7 @@ def run(main, argv):
     finally:
         watchdog.stop()
         lock.unlock()
+        background_work.clear()
         shutdown()
 
 
@@ -251,17 +254,34 @@ def _message(error):
     return None
 
 
+def _finish_background_work():
+    """Wait for what began before the error: the checkpoint of an earlier step is not lost with this one.
+
+    All ranks began it, and their threads go on while this one waits. Why it fails is printed, unless another
+    rank is the reason.
+    """
+    for wait in background_work:
+        try:
+            wait()
+        except Exception as error:
+            if not _is_consequence(error):
+                print(f"error: {_message(error) or repr(error)}", file=sys.stderr, flush=True)
+
+
+def _is_consequence(error):
+    """Whether this rank stops for another's sake: SystemExit of main_first, a connection that broke."""
+    return isinstance(error, SystemExit | OtherRankFailed | dist.DistError) or "gloo" in str(error)
+
+
 def _yield_to_the_cause(error):
     """Under torchrun, wait for the rank that failed first to print why.
 
     torchrun ends all others as soon as one has exited. Rank 0 does not wait: an error that every rank has is
-    printed by it alone. A rank that stopped for another's sake (SystemExit of main_first, a connection that
-    broke) waits longest, rank 0 too.
+    printed by it alone. A rank that stopped for another's sake waits longest, rank 0 too.
     """
-    is_consequence = isinstance(error, SystemExit | OtherRankFailed | dist.DistError) or "gloo" in str(error)
     # torchrun needs one or two seconds to see an exit and to end the others
     seconds = 0 if os.environ["RANK"] == "0" else 5
-    if is_consequence:
+    if _is_consequence(error):
         seconds = 10
     sys.stdout.flush()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # 0: torchrun's summary then lists the cause alone

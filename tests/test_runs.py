@@ -590,7 +590,10 @@ def test_broken_weights_stop_the_run(world, tmp_path, stage, count, value):
 
 
 def break_row(stage, row, where):
-    """Training on this row gives a loss ("forward") or a gradient ("backward") that is not finite."""
+    """Training on this row gives a loss ("forward") or a gradient ("backward") that is not finite.
+
+    A checkpoint takes longer to write than a step.
+    """
     script, name = {"sft": (train_sft, "nll_sum"), "dpo": (train_dpo, "answer_logps")}[stage]
     batches, logps, with_row = script.local_batches, getattr(script, name), []
 
@@ -610,8 +613,14 @@ def break_row(stage, row, where):
                 value = value * math.nan
         return (value, *rest) if stage == "dpo" else value
 
+    def slow_write(*args):
+        time.sleep(0.5)
+        return write_rows(*args)
+
     script.local_batches = watched_batches
     setattr(script, name, broken_logps)
+    write_rows = checkpoint._write_rows
+    checkpoint._write_rows = slow_write
 
 
 @pytest.mark.parametrize(
@@ -620,7 +629,8 @@ def break_row(stage, row, where):
 )
 def test_one_bad_row_stops_the_run(world, tmp_path, stage, count, where):
     """CHECKS 24: in step 2 one row, so one of two ranks, has a NaN loss, or an infinite gradient: all stop,
-    the row is named, step 1 is all that was logged, and the last checkpoint is that of step 1."""
+    the row is named, step 1 is all that was logged, and the checkpoint of step 1, half written then, is finished.
+    """
     row = int(train_sft.step_examples(1, 35, 16, 42)[5])
     config, run = write_config(tmp_path, world, save_every=1), tmp_path / stage
     failed = launch(stage, config, ranks=count, prepare=partial(break_row, stage, row, where))
