@@ -373,7 +373,7 @@ def main():
         return
     for key, value in line.items():
         print(f"{key:18} {value}")
-    if args.out:
+    if "out" in settings:
         with args.out.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")
 
