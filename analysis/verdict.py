@@ -116,10 +116,7 @@ def judge(curve, permuted=None, category=OVERALL, level=0.05, nulls=None, oracle
     ends = len(moved) - 2  # of all pairs, that of the first lambda and the last
     factor = few_groups_factor(curve, category, level) * carriers_factor(curve, category, level)[ends]
     end_low, end_high = _end_interval(moved, centred, factor, level)
-    critical = critical_t(curve, category, level)
-    # The largest of many |t| lies further out than one, and there Student's t differs more from a normal.
-    normal = critical / few_groups_factor(curve, category, SPENT * level)
-    one_pair = 2 * torch.special.ndtr(torch.tensor(-normal)).item()
+    critical, one_pair = critical_t(curve, category, level)
     seen = _shape(moved, centred, end_low, end_high, critical * carriers_factor(curve, category, one_pair))
     ranks = compare(curve, nulls, category) if nulls is not None else None
     reasons = _few_groups(curve, category)
@@ -198,15 +195,17 @@ def _pairs(centred):
 
 
 def critical_t(curve, category, level):
-    """The critical |t| of the largest of all pairs of lambdas.
+    """The critical |t| of the largest of all pairs of lambdas, and the level at which it tests one pair.
 
     It is exceeded with a chance below `level` where nothing changes.
     """
     _, draws = curve.column(category)
     _, _, noise, error = _pairs(draws - draws.mean(0))
     largest = (noise / torch.where(error > 0, error, torch.inf)).abs().amax(1)
-    spent = SPENT * level
-    return torch.quantile(largest, 1 - spent).item() * few_groups_factor(curve, category, spent)
+    normal = torch.quantile(largest, 1 - SPENT * level)
+    # The largest of many |t| lies further out than one, and there Student's t differs more from a normal.
+    one_pair = min(2 * torch.special.ndtr(-normal.double()).item(), SPENT * level)
+    return normal.item() * few_groups_factor(curve, category, one_pair), one_pair
 
 
 def few_groups_factor(curve, category, level):
@@ -316,9 +315,9 @@ def power(curve, category=OVERALL, level=0.05, nulls=None, chance=0.8, sizes=(0.
     _, draws = curve.column(category)
     centred = draws - draws.mean(0)
     error = (centred[:, -1] - centred[:, 0]).square().mean().sqrt().item()
-    error *= carriers_factor(curve, category, SPENT * level)[len(curve.estimate) - 2].item()
+    critical, one_pair = critical_t(curve, category, level)
+    error *= carriers_factor(curve, category, one_pair)[len(curve.estimate) - 2].item()
     groups = curve.groups[curve.index(category)]
-    critical = critical_t(curve, category, level)
     beyond = normal_quantile(chance)
     largest = 0.0
     if nulls is not None:
