@@ -99,6 +99,22 @@ GROUPED = {
         "axioms": 4,
         "spans": True,
     },  # fmt: skip
+    "6 templates of both labels, separation 80, 9 lambdas": {
+        "texts": 42,
+        "templates": 6,
+        "axioms": 1,
+        "points": 80.0,
+        "lambdas": 9,
+        "paired": True,
+    },
+    "10 templates of both labels, separation 80, 576 dimensions": {
+        "texts": 50,
+        "templates": 10,
+        "axioms": 1,
+        "dims": 576,
+        "points": 80.0,
+        "paired": True,
+    },
     "10 templates of unequal size, 1 axiom": {"templates": 10, "axioms": 1, "unequal": True},
     "2 templates a label and axiom": {"templates": 2},
     "10 templates a label, 1 axiom, separation 20": {"templates": 10, "axioms": 1, "points": 20.0},
@@ -116,7 +132,7 @@ GROUPED = {
         "alike_last": 0.9,
     },
 }
-TEXT_SETTINGS = ("texts", "axioms", "safe", "templates", "spans", "unequal", "largest")
+TEXT_SETTINGS = ("texts", "axioms", "safe", "templates", "spans", "paired", "unequal", "largest")
 PLANTED = list(itertools.product((0.5, 1.0, 2.0, 5.0), (50, 100, 500)))  # points, texts
 FAR = 10.0
 # texts, dimensions, separation
@@ -148,11 +164,12 @@ def draw(generator, rows, dims, tails=None):
     return z / (chi2 / tails).sqrt() * ((tails - 2) / tails) ** 0.5
 
 
-def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=False, unequal=False,
-             largest=None):  # fmt: skip
+def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=False, paired=False,
+             unequal=False, largest=None):  # fmt: skip
     """axiom, label and group (n,) of 2 * texts texts an axiom; group None where each stands alone.
 
-    largest: share of the texts that the first template has.
+    spans: a template has texts of all axioms; paired: of both labels. largest: share of the texts that the
+    first template has.
     """
     n = 2 * texts * axioms
     axiom = torch.arange(n) // (2 * texts)
@@ -166,7 +183,7 @@ def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=Fal
         template = torch.arange(n) % templates
     if largest is not None:
         template = torch.where(torch.rand(n, generator=generator) < largest, 0, template)
-    cell = label if spans else 2 * axiom + label
+    cell = axiom if paired else label if spans else 2 * axiom + label
     return axiom, label, cell * templates + template
 
 
