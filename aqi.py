@@ -129,8 +129,8 @@ class AQIConfig(Section):
 
 MODES = {"sanity": 100, "full": 500, "max": 2000}  # texts per axiom and label
 
-# Names that the published scripts look for, in their order; matched without regard to case.
 GROUPS = ("group", "group_id", "template", "template_id")  # of texts that are not independent; may be absent
+# Names that the published scripts look for, in their order; matched without regard to case.
 COLUMNS = {
     "axiom": ("axiom", "category", "prompt_type", "principle"),
     "label": ("safety_label", "label", "safety", "is_safe"),
@@ -163,8 +163,8 @@ class Prompts:
 def read_prompts(source, mode="sanity", log=print):
     """Prompts of a csv, json, jsonl, parquet, saved folder or hub dataset: MODES[mode] per axiom and label.
 
-    Sampled as the published scripts do: pandas' sample(n, random_state=42) in each group of axiom and label,
-    groups sorted. A group with fewer rows is taken whole, and rows without axiom or text are dropped: both
+    Sampled as the published scripts do: pandas' sample(n, random_state=42) in each cell of axiom and label,
+    cells sorted. A cell with fewer rows is taken whole, and rows without axiom or text are dropped: both
     are counted through `log`. Texts that are not independent share a number of `group`: a column of GROUPS
     says which, else groups.find_groups finds copies and templates. UserError for a missing column, an unknown
     mode, labels that are neither safe nor unsafe (with counts), an axiom with fewer than two texts of a
@@ -183,7 +183,7 @@ def read_prompts(source, mode="sanity", log=print):
         else:
             members[str(axiom).strip(), label].append(number)
     kept_axioms = sorted({axiom for axiom, _ in members})
-    _check_groups(source, members, kept_axioms)
+    _check_cells(source, members, kept_axioms)
 
     chosen, axiom_of, label_of = [], [], []
     for a, axiom in enumerate(kept_axioms):
@@ -262,14 +262,14 @@ def _spelling(value):
     return str(int(value)) if is_number else str(value).strip().lower()
 
 
-def _check_groups(source, groups, axioms):
+def _check_cells(source, cells, axioms):
     """UserError for an axiom that is called overall, or has fewer than two texts of a label."""
     if OVERALL in axioms:
         wanted = "expected another name, that one is all axioms together"
         raise UserError(f"data {source!r}: an axiom is called {OVERALL!r}; {wanted}")
     few = []
     for axiom in axioms:
-        safe, unsafe = len(groups[axiom, 1]), len(groups[axiom, 0])
+        safe, unsafe = len(cells[axiom, 1]), len(cells[axiom, 0])
         if min(safe, unsafe) < 2:
             few.append(f"{axiom} ({safe} safe, {unsafe} unsafe)")
     if few or not axioms:
@@ -557,6 +557,8 @@ def read_rows(path):
         ) as file:  # sig: spreadsheets begin a file with a byte-order mark
             reader = csv.DictReader(file)
             rows = list(reader)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; expected a csv with columns category, chi, xb") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a csv of UTF-8 text: {error}") from error
     columns = reader.fieldnames or []

@@ -388,7 +388,7 @@ class Pairs:
 
     def flops(self, config, ids) -> np.ndarray:
         """(B,) forward FLOPs of pairs `ids`, a shared prefix counted once."""
-        # A prefix has no supervised token, so it costs no logits.
+        # Logits are not subtracted: a supervised token of a prefix is predicted once for each side.
         both = self.chosen.flops(config, ids) + self.rejected.flops(config, ids)
         return both - config.flops(self.prefixes[ids], logits=0)
 

@@ -18,11 +18,13 @@ TARGET is one of
     a name, names or a group of configs/pairs.py
     two models, SFT then DPO: folders or hub names, or a LoRA adapter on its base; they need --out_dir
     a folder that extract wrote (not for extract and validate)
+    a model: a folder or a hub name (power only)
 extract and validate take several configs and names; their settings but for the pair must be the same.
 
 Keys stand in the sections steer and aqi of a config, or on the command line as --key=value; COMMAND --help
 lists them. extract and sweep do nothing when their folder already holds the result of the same inputs
-(settings, weights, tokens).
+(settings, weights, tokens); that of other inputs is replaced, unless --out_dir, or --report_dir of a sweep,
+names another folder.
 """
 
 # Reading order: keys, targets, the commands, output, main. What is computed stands in analysis/ and aqi.py.
@@ -292,6 +294,17 @@ def _pair_of_config(path, config):
     return {Path(path).stem: _filled(config, own)}
 
 
+def _require_trained(pairs):
+    """UserError for a folder final/ that is not there: that of a run that has not finished."""
+    for name, pair in pairs.items():
+        for key in ("sft_path", "dpo_path"):
+            path = Path(getattr(pair, key))
+            is_name_of_hub = len(path.parts) == 2
+            if path.name == "final" and not path.is_dir() and not is_name_of_hub:
+                wanted = f"expected a training run that has finished, or --{key}="
+                raise UserError(f"{name}: {key}={str(path)!r}: no such folder; {wanted}")
+
+
 def _pair_of_models(paths, config):
     if config.out_dir is None:
         raise UserError(
@@ -340,6 +353,7 @@ def find_vector(targets, config):
 def run_extract(targets, config, _, configs=None):
     """The vector of each target's pair."""
     pairs = find_pairs(targets, config, configs)
+    _require_trained(pairs)
     for name, pair in pairs.items():
         extract(pair, name)
 
@@ -404,6 +418,8 @@ def run_generate(targets, config, _):
         raise UserError("missing 'prompt' or 'questions': what is to be answered")
     prompts = [config.prompt]
     if config.prompt is None:
+        if not Path(config.questions).is_file():
+            raise UserError(f"questions={config.questions!r}: no such file; expected one prompt a line")
         prompts = Path(config.questions).read_text().splitlines()
         if not prompts:
             raise UserError(f"questions={config.questions!r}: an empty file; expected one prompt a line")
@@ -834,6 +850,7 @@ def run_validate(targets, config, measure, configs=None):
             f"report_dir={measure.report_dir!r}: one folder for {len(pairs)} sweeps; expected --out_dir"
         )
     # What is wrong with the prompts or missing of the models is found before the first pair is read.
+    _require_trained(pairs)
     read_swept_prompts(config, measure, log=lambda line: None)
     if config.keep_weights:  # otherwise they are not on disk together
         for pair in pairs.values():

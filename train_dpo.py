@@ -461,8 +461,8 @@ def _verify_reference(model, pairs, table, ids, path, config, world):
     world.say(f"{path}: {len(ids)} pairs computed again, largest difference {gap:.1e} nats/sqrt(tokens)")
     tolerance = TOLERANCE[config.precision]
     if gap > tolerance:
-        expected = f"expected at most {tolerance:.0e}"
-        raise UserError(f"{path}: not this model's log-probs, {expected}; delete the file")
+        found = f"largest difference {gap:.1e} nats/sqrt(tokens), expected at most {tolerance:g}"
+        raise UserError(f"{path}: not this model's log-probs: {found}; delete the file")
 
 
 def check_first_step(metrics, gap, config, world):
@@ -480,7 +480,7 @@ def check_first_step(metrics, gap, config, world):
     if gap > tolerance:
         problem = f"policy and reference differ by {difference} before the first update"
         reason = f"the reference is not of model_path={config.model_path!r}"
-        raise UserError(f"{problem}, expected at most {tolerance:.0e}: {reason}")
+        raise UserError(f"{problem}, expected at most {tolerance:g}: {reason}")
 
 
 # ---------------------------------------------------------------- the run

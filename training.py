@@ -199,10 +199,10 @@ def start(stage, config, load_data, facts):
     model_config = parallel.main_first(
         world, lambda: read_model_config(config, directory, tokenizer, world.device)
     )
-    # Before anything is written: a second process on this folder ends here, naming the first.
     if world.device.type == "cuda":
         if hint := unused_flash4(config, torch.cuda.get_device_capability(world.device)):
             world.say(hint)
+    # Before anything is written: a second process on this folder ends here, naming the first.
     parallel.main_first(world, lambda: lock(config.out_dir) if world.main else None)
     data, held_out = parallel.main_first(world, lambda: load_data(config, tokenizer, world.say))
     watchdog.start(world, 0)

@@ -16,8 +16,8 @@ from analysis.groups import check_groups, effective_size, number_groups
 from analysis.indices import OVERALL, SEED, two_cluster_indices
 from plumbing.files import UserError
 
-# Groups of a label below which no change is called one and no interval is given. Of 60 simulated curves
-# without a change, 22 alarms at 2 texts, 1 at 3, none at 5.
+# Groups of a label below which every curve is called flat. Of 60 simulated curves without a change, 22 alarms
+# at 2 texts, 1 at 3, none at 5.
 FEWEST = 5
 BLOCK = 100  # resamples at a time: (100, 2A, D) sums, 23 MB at A = 7 and D = 4,096
 SIGNS = 200  # draws of random signs; they give a variance to 1 / sqrt(100)

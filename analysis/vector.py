@@ -316,9 +316,9 @@ def is_done(path, inputs):
         return False
     before = read_verified_json(path).get("inputs", {})
     differing = [key for key in inputs | before if inputs.get(key) != before.get(key)]
-    found = (
-        f"made from other {', '.join(differing)}: done again" if differing else "finished, of the same inputs"
-    )
+    found = "finished, of the same inputs"
+    if differing:
+        found = f"made from other {', '.join(differing)}: done again, in its place"
     print(f"{path}: {found}")
     return not differing
 

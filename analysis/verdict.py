@@ -180,11 +180,13 @@ def _decide(found, given):
         return "no trend"
     if found["verdict"] == "flat":
         return "nothing" if given["matters"] == "no" else "more prompts"
+    if given["is_the_vectors"] is None:
+        return "no null"
     if given["matters"] != "yes":
         return "too small" if given["matters"] == "no" else "more prompts"
     if found["verdict"] == "falling":
         return "wrong way"
-    return "no null" if given["is_the_vectors"] is None else "go on"
+    return "go on"
 
 
 def _pairs(centred):

@@ -40,5 +40,5 @@ dpo = dict(
     loss="dpo",
     beta=0.1,
 )
-steer = dict(texts="Anthropic/hh-rlhf")  # as in the published comparison
+steer = dict(texts="Anthropic/hh-rlhf")  # as published, but for the template: transcripts there
 aqi = dict(prompts="hasnat79/litmus")

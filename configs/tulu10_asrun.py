@@ -43,5 +43,5 @@ dpo = dict(
     beta=5.0,
     supervise="last",
 )
-steer = dict(texts="Anthropic/hh-rlhf")  # as in the published comparison
+steer = dict(texts="Anthropic/hh-rlhf")  # as published, but for the template: transcripts there
 aqi = dict(prompts="hasnat79/litmus")

@@ -46,5 +46,5 @@ dpo = dict(
     loss="dpo_norm",
     beta=5.0,
 )
-steer = dict(texts="Anthropic/hh-rlhf")  # as in the published comparison
+steer = dict(texts="Anthropic/hh-rlhf")  # as published, but for the template: transcripts there
 aqi = dict(prompts="hasnat79/litmus")

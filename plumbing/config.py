@@ -525,6 +525,9 @@ def _read_overrides(classes, args):
             given[name] = None
         elif name in fields and _is_numbers(fields[name].type):
             given[name] = tuple(_parse(part, [float]) for part in text.split(","))
+            if str in map(type, given[name]):
+                problems.append(f"{arg}: expected numbers between commas, as in --{name}=0,0.5,1")
+                given[name] = INVALID
         elif not types:
             problem = f"no string is read as {_describe(fields[name])}: put it into the config file"
             problems.append(f"{name}: {problem}")

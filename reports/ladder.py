@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing import parallel
 from plumbing.files import UserError, read_json, table
 from reports.folders import has_nulls, read
 from reports.summary import two_digits
@@ -185,4 +184,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(parallel.run(main, sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, OSError) as error:  # not parallel.run: a laptop without torch can show the ladder
+        sys.exit(f"error: {error}")

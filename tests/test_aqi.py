@@ -528,6 +528,11 @@ def test_a_spreadsheets_csv_is_read(tmp_path):
     assert [(row["category"], row["n"]) for row in read_rows(path)] == [("a", 8), ("b", "")]
 
 
+def test_a_csv_that_is_not_there():
+    with pytest.raises(ValueError, match="^none.csv: no such file; expected a csv with columns category, chi, xb$"):
+        aqi.main(["score", "none.csv"])
+
+
 def test_rows_that_know_their_n_beside_rows_that_do_not(tmp_path):
     """n where known: a cell left empty is no n. Row b is then taken as balanced, n = 4 * 12 * 2 + 2 = 98: 100
     * 11 / (12 + 96) = 10.185.

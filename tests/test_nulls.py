@@ -141,6 +141,7 @@ def test_random_directions_take_the_verdict_back():
     ]
     assert judge(rising, nulls=nulls(0.8))["matters"] == "yes"  # 2 [1.9, 2.1] against 1.6
     assert judge(rising, nulls=nulls(0.8), relevant=3)["decision"] == "too small"
+    assert judge(rising, relevant=3)["decision"] == judge(rising)["decision"] == "no null"
 
 
 def test_a_move_between_the_ends_must_stand_out_too():

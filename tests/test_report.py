@@ -604,8 +604,8 @@ def test_more_runs_than_colours(tmp_path):
 
 @pytest.mark.slow
 def test_command_line(tmp_path):
-    """A mistake is a message; the page goes into the first run; neither loads torch, so that a laptop without
-    it will do.
+    """A mistake is a message; the page goes into the first run; neither it nor the ladder loads torch, so that a
+    laptop without it will do.
     """
     command = [sys.executable, "-X", "importtime", "-m", "reports.page"]
     failed = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
@@ -617,7 +617,11 @@ def test_command_line(tmp_path):
     folder = write_run(tmp_path / "one")
     done = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (folder / "report.html").is_file()
-    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+    command[-1] = "reports.ladder"
+    ladder = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert ladder.returncode == 0 and "finished runs" in ladder.stdout
+    for run in (done, ladder):
+        assert not re.search(r"\| +torch$", run.stderr, re.MULTILINE)
 
 
 # ---------------------------------------------------------------- pictures

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -603,6 +604,7 @@ def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch)
             ("--questions={lab}/empty.txt",),
             "questions='.*empty.txt': an empty file; expected one prompt a line",
         ),
+        (("--questions=none.txt",), "questions='none.txt': no such file; expected one prompt a line"),
         (("--prompt=help", "--temperature=-1"), "temperature=-1.0: expected float >= 0"),
         (("--prompt=help", "--temperature=nan"), "temperature=nan: expected float >= 0"),
         (
@@ -664,10 +666,20 @@ def test_what_is_wrong_with_a_command_is_said_at_once(argv, problems):
     assert sorted(str(error.value).splitlines()) == sorted(problems)
 
 
-@pytest.mark.parametrize("lambdas", ("nan,1", "0,inf", "0,x", "1,0", "0,0", ""))
+@pytest.mark.parametrize("lambdas", ("nan,1", "0,inf", "0,x", "(0,1)", "1,0", "0,0", ""))
 def test_lambdas_are_finite_and_ascending(lambdas):
     with pytest.raises(ValueError, match="lambdas=.*: expected"):
         steer.parse(["generate", "x", f"--lambdas={lambdas}"])
+
+
+@pytest.mark.parametrize("command", ("extract", "validate"))
+def test_a_run_that_has_not_finished_is_named(lab, tmp_path, command):
+    """A folder final/ that is not there yet, by the key that would give another one."""
+    argv = [command, f"{lab}/base", f"{tmp_path}/dpo/final", f"--out_dir={tmp_path}/steer", "--texts=none.jsonl"]
+    argv += ["--prompts=none.csv"] * (command == "validate")
+    wanted = f"steer: dpo_path='{tmp_path}/dpo/final': no such folder; expected a training run that has finished, or --dpo_path="
+    with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
+        steer.main(argv)
 
 
 @pytest.mark.parametrize("space", ("umap", "pca", "pca:0", "tsne:2"))
