@@ -16,7 +16,7 @@ import torch.distributed as dist
 from exchange_ranks import CHECKS as EXCHANGE_CHECKS
 from failing_ranks import FAILURES
 from parallel_ranks import CHECKS, ON_MACHINES, run_checks
-from world import run_script, spawn
+from world import FORKED_RANKS, run_script, spawn
 
 from plumbing import parallel
 from plumbing.weights import resolve
@@ -106,13 +106,17 @@ READER_GONE = {  # command: (exit code, how stderr begins)
     "print('x'); raise SystemExit(0)": (141, ""),  # --help
     "print('x')": (141, ""),
     "print('x'); raise UserError('beta=-1')": (1, "error: beta=-1\n"),
-    "parallel.init(); print('x', flush=True)": (1, "error: the pipe of the output is closed"),  # a training is not done
+    # A training is not done.
+    "parallel.init(); print('x', flush=True)": (1, "error: the pipe of the output is closed"),
 }
 # Each command in a process of its own, which is forked from one that has imported torch.
 READER_GONE_PROGRAM = """
-import os, sys
+import gc, os, sys
 from plumbing import parallel
 from plumbing.files import UserError
+
+# Else each of them collects all of torch when it ends, for half a second.
+gc.freeze()
 
 def main(argv):
     exec(argv[0])
@@ -146,7 +150,7 @@ def test_a_reader_that_has_gone(tmp_path):
 def test_torchrun_ends_with_the_message(failure):
     """One line on the screen, from one rank, and the same line as the last of torchrun's own summary."""
     arguments = ["--standalone", "--nproc-per-node", "2", "tests/failing_ranks.py", failure]
-    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = FORKED_RANKS | {"CUDA_VISIBLE_DEVICES": ""}
     result = run_script(["-m", "torch.distributed.run", *arguments], ROOT, environment)
     assert result.returncode == 1
     assert result.stderr.count("error: beta=-1: expected float > 0\n") == 1, result.stderr

@@ -34,6 +34,11 @@ from plumbing.tokenizer import Tokenizer
 from training import load_model, read_model_config
 
 ROOT = Path(__file__).parent.parent
+# Variables with which torchrun's own ranks are forked too. That script's first line looks for python3 in PATH.
+FORKED_RANKS = {
+    "PYTHON_EXEC": str(ROOT / "tests/forked_python.py"),
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
 WORDS = "the a cat dog runs fast slow kind mean help please sorry thanks never always good bad answer question tell me about".split()
 SECONDS = 300  # a run that takes longer hangs: it is killed, and its test fails by the exit code
 NUM_ROWS = 35  # with 16 a step: 16, 16 and 3, the last one fewer than 4 or 8 ranks
@@ -195,6 +200,13 @@ def run_script(arguments, folder, environment):
     return subprocess.CompletedProcess(arguments, code, out, err)
 
 
+def interpreted(script):
+    """What tests/SCRIPT prints as JSON under Triton's interpreter."""
+    done = run_script([str(ROOT / "tests" / script)], ROOT, {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def run_torchrun(arguments, folder, environment):
     """`torchrun ARGUMENTS`, as run_script: torchrun's parser, and the ranks that it would start."""
     # Not above: the import takes a third of a second.
@@ -223,9 +235,16 @@ def script_main(arguments, folder, environment):
 
 def _rank(rank, ranks, machine, port, logs, work):
     for name, stream in (("out", 1), ("err", 2)):
-        os.dup2(os.open(logs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        # Appended: torchrun and its ranks write to one file.
+        how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        os.dup2(os.open(logs / f"{rank}.{name}", how), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    if ranks >= 2 * len(cores):
+        # gloo's event loop spins while another thread of its rank holds a lock and waits for a core. Ranks that
+        # keep to one core each take a third less CPU time.
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"LOCAL_RANK": str(rank % machine), "LOCAL_WORLD_SIZE": str(machine)}
