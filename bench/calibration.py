@@ -322,9 +322,10 @@ def random_directions(trials, others=19, texts=100, axioms=3, dims=32, length=6.
         def estimate(states, design=design):
             return torch.stack([separation(*cell_sums(design.centred(s), design))[0] for s in states])
 
-        curves = {}
+        first, curves = estimate([unsteered]), {}
         for name, chosen in directions.items():
-            curves[name] = torch.stack([estimate(states_along(direction)) for direction in chosen[1:]])
+            of_each = [torch.cat([first, estimate(states_along(direction)[1:])]) for direction in chosen[1:]]
+            curves[name] = torch.stack(of_each)
         nulls = Nulls(curves, [0, 1, 2])
         for kind, found in counts.items():
             states = states_along(directions[kind][0])

@@ -5,9 +5,20 @@ known.
 import pytest
 import torch
 
+from analysis import curves
 from analysis.curves import bootstrap
 from analysis.verdict import power, student_quantile
 from bench import calibration
+
+
+@pytest.fixture
+def no_errors_of_levels(monkeypatch):
+    """A sixth of the work. No verdict on a change reads them: NaN would keep test_power from any rise."""
+
+    def unknown(states, design):
+        return torch.full((len(design.columns),), torch.nan)
+
+    monkeypatch.setattr(curves, "_quadratic_variance", unknown)
 
 
 def few_axioms(settings):
@@ -19,7 +30,7 @@ def few_axioms(settings):
 @pytest.mark.parametrize(
     "name", ["20 texts, t3 tails", "10 texts, 1 axiom", "half of the noise new at each lambda"]
 )
-def test_false_alarms_of_texts_that_stand_alone(name):
+def test_false_alarms_of_texts_that_stand_alone(name, no_errors_of_levels):
     """At most 5 of 60, which a true rate of 1.75 % exceeds once in 1,500."""
     whole, any_axiom, _ = calibration.simulate(few_axioms(calibration.ALONE[name]), 60, draws=200, seed=1)
     assert 60 - whole["flat"] <= 5 and any_axiom <= 5
@@ -29,7 +40,7 @@ def test_false_alarms_of_texts_that_stand_alone(name):
 @pytest.mark.parametrize("name", ["every text five times, nearly", "5 templates a label, 1 axiom",
                                   "10 templates a label and axiom", "12 templates a label, 500 texts, 1 axiom",
                                   "12 templates a label over 4 axioms, 500 texts", "2 templates a label and axiom"])  # fmt: skip
-def test_false_alarms_of_templates(name):
+def test_false_alarms_of_templates(name, no_errors_of_levels):
     """Without groups 17 to 57 % of such curves are called something."""
     whole, any_axiom, _ = calibration.simulate(few_axioms(calibration.GROUPED[name]), 40, draws=200, seed=1)
     assert 40 - whole["flat"] <= 4 and any_axiom <= 4
@@ -45,7 +56,7 @@ def test_false_alarms_of_templates(name):
         "in units of the first lambda, half of the noise new, 20 texts, 576 dimensions, separation 20",
     ],
 )
-def test_false_alarms_where_chance_itself_changes_with_lambda(name):
+def test_false_alarms_where_chance_itself_changes_with_lambda(name, no_errors_of_levels):
     """At most 5 of 30, and 24 intervals of the change cover.
 
     By the estimate and its resamples alone, 52, 30, 20 and 17 % of such curves are called something.
@@ -56,7 +67,7 @@ def test_false_alarms_where_chance_itself_changes_with_lambda(name):
 
 
 @pytest.mark.slow
-def test_one_template_of_a_third_of_a_label_widens_the_interval():
+def test_one_template_of_a_third_of_a_label_widens_the_interval(no_errors_of_levels):
     """25 of 30 cover the change. With half of a label in one template there are too few texts to say."""
     settings = calibration.GROUPED["1 of 20 templates has a third of a label, separation 20"]
     _, _, covered = calibration.simulate(settings, trials=30, draws=200, seed=1)
@@ -67,17 +78,17 @@ def test_one_template_of_a_third_of_a_label_widens_the_interval():
 
 
 @pytest.mark.slow
-def test_a_random_direction_is_flat():
+def test_a_random_direction_is_flat(no_errors_of_levels):
     """Of 60, at least 12 are something by the texts alone; at most 6 are against 19 directions of each kind
     (5 %: 3).
     """
-    found = calibration.random_directions(trials=60, draws=200)
+    found = calibration.random_directions(trials=60, texts=50, axioms=2, draws=200)
     for whole, any_axiom, bare in (found["isotropic"], found["sign-flipped"]):
         assert bare >= 12 and 60 - whole["flat"] <= 6 and any_axiom <= 6
 
 
 @pytest.mark.slow
-def test_power_is_as_predicted():
+def test_power_is_as_predicted(no_errors_of_levels):
     """The change that `power` says is found with 80 %, planted: found in 60 to 100 % of 40 (0.8 +- 3 standard
     deviations).
     """
@@ -121,8 +132,9 @@ def test_the_planted_separation_is_the_populations(points):
     generator = torch.Generator().manual_seed(0)
     axiom, label, _ = calibration.texts_of(generator, 40_000, 1)
     (states,) = calibration.paths(generator, axiom, label, None, 8, points, lambdas=1)
-    curve = bootstrap([states, states], axiom, label, ["a"], draws=2)
-    assert curve.estimate[0, 0].item() == pytest.approx(points, abs=0.2)
+    design = curves.Design(axiom, label, ["a"])
+    found = curves.separation(*curves.cell_sums(design.centred(states), design))
+    assert found[0, 0].item() == pytest.approx(points, abs=0.2)
 
 
 @pytest.mark.parametrize(
