@@ -4,7 +4,6 @@ configs/ loads.
 
 import dataclasses
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -539,38 +538,47 @@ LATE = {
 }
 
 
-def cpu_seconds(*arguments):
-    """(CPU seconds of a Python process, its exit code, the modules that it imported)."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-X", "importtime", *arguments]
-    done = subprocess.run(command, cwd=FOLDER.parent, env=environment, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    imported = {
-        line.rpartition("|")[2].strip()
-        for line in done.stderr.splitlines()
-        if line.startswith("import time:")
-    }
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.returncode, imported
+# Each line of arguments is run in a fork of a process that has imported torch. Printed are torch's CPU seconds;
+# then, of each line, the exit code, the CPU seconds behind torch's, and the modules.
+ANSWERS = """
+import gc, os, runpy, sys, time
+import torch
 
-
-@pytest.fixture(scope="module")
-def torch_seconds():
-    return cpu_seconds("-c", "import torch")[0]
+gc.freeze()
+print(time.process_time(), flush=True)
+printed = os.dup(1)
+for line in sys.argv[1:]:
+    if os.fork() == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv, code = line.split(), 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+        os.write(printed, " ".join([str(code), str(time.process_time()), *sys.modules, "\\n"]).encode())
+        os._exit(0)
+    os.wait()
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments, code", [
-    (["train_sft.py", "--help"], 0), (["train_dpo.py", "configs/tulu10.py", "--beat=1"], 1),
-    (["train_dpo.py", "configs/tulu10.py", "--plan", "--gpu=h100", "--count=8"], 0),
-])  # fmt: skip
-def test_an_answer_costs_what_torch_costs(arguments, code, torch_seconds):
+def test_an_answer_costs_what_torch_costs():
     """1.1 of 1.2 s of CPU time are torch's on an idle machine; the ratio holds on a busy one too."""
-    seconds, returned, imported = cpu_seconds(*arguments)
-    assert returned == code
-    late = imported & LATE
-    assert not late
-    assert seconds < 0.5 + 1.5 * torch_seconds
+    codes = {
+        "train_sft.py --help": 0,
+        "train_dpo.py configs/tulu10.py --beat=1": 1,
+        "train_dpo.py configs/tulu10.py --plan --gpu=h100 --count=8": 0,
+    }
+    command = [sys.executable, "-c", ANSWERS, *codes]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=FOLDER.parent, env=environment, capture_output=True, text=True)
+    torch_seconds, *answers = done.stdout.splitlines()
+    assert len(answers) == len(codes), done.stderr
+    for (line, code), answer in zip(codes.items(), answers, strict=True):
+        returned, seconds, *imported = answer.split()
+        assert int(returned) == code, line
+        assert not LATE & set(imported), line
+        assert float(seconds) < 0.5 + 0.5 * float(torch_seconds), line
 
 
 def test_flash4_is_named_where_it_could_run(monkeypatch):
