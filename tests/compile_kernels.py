@@ -79,10 +79,12 @@ def compile_for(arch, launch):
 
 
 def launch_everything(arch):
-    launch_all(LLAMA_8B, torch.bfloat16)
+    # But for e4m3, 89 is as 80: each kernel of 16 bits takes the same shared memory and at most 7 registers more.
+    if arch != 89:
+        launch_all(LLAMA_8B, torch.bfloat16)
+        launch_tsne(LLAMA_8B)
     if arch == 90:  # what a kernel takes in float32 hardly depends on the architecture
         launch_all(LLAMA_8B, torch.float32)
-    launch_tsne(LLAMA_8B)
     if arch >= 89:  # e4m3 exists from Ada on
         launch_float8(LLAMA_8B)
 
@@ -99,7 +101,7 @@ def main(architectures):
     compiled = {}
     for arch in map(int, architectures):
         compiled[arch] = compile_for(arch, functools.partial(launch_everything, arch))
-        assert arch < 89 or {row["kernel"] for row in compiled[arch]} == kernel_names()
+        assert arch < 90 or {row["kernel"] for row in compiled[arch]} == kernel_names()
     compiled["large tile"] = compile_for(90, launch_large_tile)
     json.dump(compiled, sys.stdout)
 

@@ -1,7 +1,8 @@
-"""`make demo` with a tenth of the pretraining and fewer rows, for test_commands.py: the same commands and files,
-and numbers that are none of the demo's. The demo itself is run by .ci/run.
+"""`make demo` with a tenth of the pretraining, half of the layers and fewer rows, for test_commands.py: the same
+commands and files, and numbers that are none of the demo's. The demo itself is run by .ci/run.
 """
 
+import dataclasses
 import functools
 import multiprocessing
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import world
 
+import model
 from demo import axioms, common, run, tiny
 
 KEPT = {"sft": 6, "preferences": 6, "preferences_eval": 2}  # every so many rows
@@ -33,6 +35,7 @@ def run_script(script, *arguments):
     assert process.exitcode == 0, script
 
 
+model.PRESETS["tiny"] = dataclasses.replace(model.PRESETS["tiny"], num_hidden_layers=2)
 common.run_script = run_script
 generate_all, axioms.generate = axioms.generate, generate
 tiny.pretrain = functools.partial(tiny.pretrain, steps=60)

@@ -3,11 +3,6 @@ Triton's interpreter.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +18,7 @@ from tiny_models import (
     tiny_config,
 )
 from torch.autograd.graph import saved_tensors_hooks
+from world import interpreted
 
 import kernels
 from kernels import block, join_master, reference, split_master
@@ -358,12 +354,7 @@ def test_random_bits_are_uniform_and_new_every_step():
     importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU"
 )
 def test_kernels_in_the_interpreter():
-    script = Path(__file__).parent / "block_interpreted.py"
-    run = subprocess.run(
-        [sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    errors = json.loads(run.stdout)
+    errors = interpreted("block_interpreted.py")
     assert len(errors) > 50 and all(value < 2e-6 for name, value in errors.items() if "bf16" not in name), (
         errors
     )

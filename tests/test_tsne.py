@@ -1,16 +1,12 @@
 """t-SNE and its specification against scikit-learn's exact t-SNE, autograd and arithmetic."""
 
 import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from world import interpreted
 
 from analysis.tsne import START_STD, _descend, joint_probabilities, principal_components, tsne
 from kernels.reference import tsne_divergence, tsne_gradient, tsne_probabilities
@@ -221,15 +217,7 @@ def test_equal_distances_share_the_probability():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_in_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported, and here another test
-    may have done that.
-    """
-    script = Path(__file__).parent / "tsne_interpreted.py"
-    run = subprocess.run(
-        [sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    errors = json.loads(run.stdout)
+    errors = interpreted("tsne_interpreted.py")
     assert all(0 < value < 1e-6 for name, value in errors.items() if "gradient" in name), errors
     assert all(0 < value < 2e-5 for name, value in errors.items() if "perplexity" in name), (
         errors

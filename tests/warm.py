@@ -1,7 +1,13 @@
 """What the server of forks.py imports and computes once, for all the processes that it forks."""
 
+import os
+
+# Triton reads it when it is imported: kernels are interpreted here, and compiled in another Python.
+os.environ["TRITON_INTERPRET"] = "1"
+
 # The hub's client, the peers of tools/diff_open_instruct.py, and what torch imports with AdamW's first step.
 import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
 import pytest  # noqa: F401
 import scipy.io  # noqa: F401
 import torch._dynamo  # noqa: F401
