@@ -108,12 +108,16 @@ def assert_same_everywhere(model, trace):
         assert torch.equal(owned[name], param.detach()), name
 
 
+# {variant: with the fused block}. Tied, with adapters and neither: each with it and without.
+STEPPED = {"full": False, "tied": True, "biases": True, "lora": True, "lora-tied": False}
+
+
 def check_steps_are_those_of_one_process(ranks):
     """CHECKS 1: losses, gradient norms and weights of three clipped steps. Rows divide by no number of ranks;
     adapters have 2 rows.
     """
     mine = DOCUMENTS[ranks.rank :: ranks.size]
-    for variant, fused in itertools.product(VARIANTS, (False, True)):
+    for variant, fused in STEPPED.items():
         plain = plain_model(**VARIANTS[variant])
         model, optimizer = trainee(plain, fused=fused)
         trace = take_steps(model, optimizer, mine)
@@ -141,11 +145,11 @@ def assert_close(trace, expected, of_losses, of_norms):
 def check_recompute(ranks):
     """A block that runs forward again in its backward leaves it once."""
     mine, plain = DOCUMENTS[ranks.rank :: ranks.size], plain_model()
-    expected = take_steps(*trainee(plain), mine)
+    expected = take_steps(*trainee(plain), mine, steps=2)
     for mode, fused in itertools.product(("half", "full"), (False, True)):
         model, optimizer = trainee(plain, fused=fused)
         apply_recompute(model, mode)
-        assert_close(take_steps(model, optimizer, mine), expected, 1e-6, 1e-5)
+        assert_close(take_steps(model, optimizer, mine, steps=2), expected, 1e-6, 1e-5)
 
 
 def check_bf16_steps(ranks):
@@ -153,7 +157,7 @@ def check_bf16_steps(ranks):
     micro-batches do, so losses agree to bf16's rounding; and in both the weights of all ranks are the same
     bits."""
     mine = DOCUMENTS[ranks.rank :: ranks.size]
-    for moments, grads in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+    for moments, grads in itertools.permutations((torch.float32, torch.bfloat16)):
         plain = plain_model()
         model, optimizer = trainee(plain, torch.bfloat16, moments, grads, fused=True)
         trace = take_steps(model, optimizer, mine)
@@ -170,7 +174,7 @@ def check_bits_where_sums_are_exact(ranks):
         plain = plain_model()
         model, optimizer = trainee(plain, torch.bfloat16, moments, grads)
         alone, its_optimizer = trainee(plain, torch.bfloat16, moments, grads, shared=False)
-        for step in range(3):
+        for step in range(2):
             generator = torch.Generator().manual_seed(step)
             for name, param in model.named_parameters():
                 parts = torch.randint(-8, 9, (ranks.size, *param.shape), generator=generator) / 64

@@ -337,7 +337,7 @@ def test_step_1_is_ln_2(world8, tmp_path, ranks, lora):
         assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-STEPS = 30
+STEPS = 16
 # All of a step in one micro-batch, which takes half the time.
 SCHEDULE = dict(max_steps=STEPS, num_epochs=10, lr=2e-3, tokens_per_microbatch=1536)
 
@@ -356,11 +356,11 @@ def curves(stage, tmp_path, world8, **changes):
 
 @pytest.mark.slow
 def test_sft_curve_beside_bf16(world8, tmp_path):
-    """6.06 to 3.92 nats; 0.021 apart at the worst step, of which 0.014 are there at the first: another base
+    """6.06 to 4.49 nats; 0.022 apart at the worst step, of which 0.014 are there at the first: another base
     model, so to speak.
     """
     bf16, fp8, run = curves("sft", tmp_path, world8)
-    assert len(fp8) == STEPS and bf16[-1] < 0.7 * bf16[0]
+    assert len(fp8) == STEPS and bf16[-1] < 0.8 * bf16[0]
     assert ((fp8 - bf16).abs() < 0.05).all() and (fp8 != bf16).any()
     assert all(weight.dtype == torch.bfloat16 for weight in final_weights(run).values())
 
@@ -368,7 +368,7 @@ def test_sft_curve_beside_bf16(world8, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [{}, dict(lora_rank=4, lora_alpha=8.0)], ids=("full", "lora"))
 def test_dpo_curve_beside_bf16(world8, tmp_path, lora):
-    """0.6931 to 0.0014, and with LoRA to 0.034; 0.028 and 0.041 apart at the worst step."""
+    """0.6931 to 0.0045, and with LoRA to 0.13; 0.028 and 0.035 apart at the worst step."""
     bf16, fp8, run = curves("dpo", tmp_path, world8, **lora)
     assert fp8[0] == pytest.approx(math.log(2), abs=1e-6) and len(fp8) == STEPS and bf16[-1] < 0.5
     assert ((fp8 - bf16).abs() < 0.06).all()

@@ -43,13 +43,14 @@ def numbers(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "stage, keys", [("sft", {}), ("dpo", {}), ("dpo", LORA)], ids=["sft", "dpo", "dpo_lora"]
+    "stage, keys, precision",
+    [("sft", {"sharding": "full"}, "fp32"), ("dpo", {}, "bf16"), ("dpo", LORA, "bf16")],
+    ids=["sft", "dpo", "dpo_lora"],
 )
 def test_sampling_on_two_ranks_leaves_the_training_as_it_is(world, tmp_path, stage, keys, precision):
-    """Every metric and the final weights are equal to the bit. The SFT case samples before any forward has
-    gathered a weight.
+    """Every metric and the final weights are equal to the bit. The SFT case samples before any forward of
+    FSDP2 has gathered a weight.
     """
     keys = keys | dict(precision=precision)
     launch(stage, write_config(tmp_path / "without", world, **keys), ranks=2).ok()
