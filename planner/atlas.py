@@ -56,7 +56,7 @@ def look_up(path):
         check_vocabulary(config, tokenizer)
         if is_local:
             check_sizes(config, folder)
-        parameters = sum(param.numel() for param in families.skeleton(config).parameters())
+        parameters = families.num_parameters(config)
     return Model(path, commit, config, tokenizer, parameters, sum(weights.values()) / GB, base)
 
 

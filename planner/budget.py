@@ -383,8 +383,8 @@ def sweep_seconds(model_config, tokens, gpu):
 
 def _block_flops(model_config, tokens):
     """Of the blocks' weights: all but embedding and lm_head."""
-    parameters = sum(parameter.numel() for parameter in families.skeleton(model_config).parameters())
     tables = 1 if model_config.tie_word_embeddings else 2
+    parameters = families.num_parameters(model_config)
     return 2 * tokens * (parameters - tables * model_config.vocab_size * model_config.hidden_size)
 
 

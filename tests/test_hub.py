@@ -508,8 +508,7 @@ def test_check_reads_no_weights(server, world, monkeypatch, tmp_path, capsys):
 def test_check_says_what_extract_reads_in(gpu, said):
     """fp32 where the weights take half of the memory: of 8.03e9 parameters 59.8 GiB."""
     shape = LlamaConfig.preset("llama-3.1-8b")
-    count = sum(param.numel() for param in families.skeleton(shape).parameters())
-    model = atlas.Model("org/8b", "", shape, None, count, 16.1, None)
+    model = atlas.Model("org/8b", "", shape, None, families.num_parameters(shape), 16.1, None)
     assert atlas._memory_line(model, gpu and find_gpu(gpu)).endswith(f"the largest org/8b: {said}")
 
 

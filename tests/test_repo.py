@@ -180,6 +180,7 @@ def constants():
     return found
 
 
+@functools.cache
 def flags():
     return (
         {name for name in constants() if name.startswith("--")}
