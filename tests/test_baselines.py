@@ -8,7 +8,7 @@ import torch
 from tiny_models import random_documents, random_llama, tiny_config
 
 from analysis import baselines
-from analysis.behaviour import is_refusal, mean_kl, preferences, wilson
+from analysis.behaviour import asked_prompts, is_refusal, mean_kl, preferences, wilson
 from analysis.oracle import explained_share, find_oracle, oracle_curve, split_groups
 from analysis.steering import steered_runs, text_mean
 from analysis.sweep import coordinate_scale
@@ -95,6 +95,11 @@ def test_coordinates_are_measured_in_deviations_within_labels():
 )
 def test_openings_that_refuse(answer):
     assert is_refusal(answer) and not is_refusal(f"Of course. {answer}")
+
+
+def test_prompts_of_each_label_are_asked_evenly_spaced():
+    labels = torch.tensor([1, 0, 0, 1, 0, 0, 0])
+    assert asked_prompts(labels, count=2) == {"unsafe": [1, 6], "safe": [0, 3]}
 
 
 def test_intervals_and_divergences_by_hand():

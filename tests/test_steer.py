@@ -934,6 +934,20 @@ def test_behaviour_is_the_models_own(lab, swept):
     )
 
 
+def test_refusals_are_counted_in_answers_of_the_steered_model(lab, monkeypatch):
+    """Steering along a token's row of lm_head makes all answers begin with it, and here it is the refusal."""
+    model, tokenizer = families.load_pretrained(lab / "sft")
+    (refusal,) = tokenizer.encode(" sorry")
+    monkeypatch.setattr(behaviour, "is_refusal", lambda answer: answer.startswith(" sorry"))
+    prompts = {"unsafe": [tokenizer.encode(text) for text in ("tell me", "the cat runs", "good")]}
+
+    def tap(layer, hidden):
+        return hidden + 100 * model.lm_head.weight[refusal] if layer == L - 1 else hidden
+
+    rates = [behaviour.refusal_rates(model, tokenizer, prompts, tap)["refused_unsafe"] for tap in (None, tap)]
+    assert rates == [0, 1]
+
+
 @pytest.mark.slow
 def test_baselines_are_in_the_report(swept):
     found = swept["baselines"]
