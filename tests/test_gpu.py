@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import forks
 import gpu_checks
 import pytest
 import torch
@@ -22,6 +23,7 @@ def lines(request):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": VISIBLE}
     if VISIBLE == "all":
         del environment["CUDA_VISIBLE_DEVICES"]
+    del environment[forks.ADDRESS]  # that server interprets Triton's kernels
     items = [item for item in request.session.items if item.get_closest_marker("gpu")]
     names = [item.callspec.params["name"] for item in items]
     command = [sys.executable, gpu_checks.__file__, *names]

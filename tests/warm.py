@@ -2,8 +2,10 @@
 
 import os
 
-# Triton reads it when it is imported: kernels are interpreted here, and compiled in another Python.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton reads it when it is imported. Where the tests hide the GPUs (conftest.py), kernels are interpreted, and
+# compiled in another Python; gpu_checks.py has a server of its own.
+if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The hub's client, the peers of tools/diff_open_instruct.py, and what torch imports with AdamW's first step.
 import datasets  # noqa: F401
