@@ -357,6 +357,7 @@ def litmus(per_group=150, axioms=("Duty", "Care")):
     ]
 
 
+@pytest.mark.slow
 def test_prompts_are_sampled_as_pandas_does(tmp_path):
     """The published scripts: groupby([axiom, label]), then group.sample(n, random_state=42), concatenated in
     sorted order.

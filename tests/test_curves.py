@@ -206,6 +206,7 @@ def test_a_text_with_all_of_a_coordinate_does_not_decide_alone():
     assert excess.isfinite().all() and excess[(design.order == 7).nonzero()[0, 0], 5] == 3
 
 
+@pytest.mark.slow
 def test_a_group_moves_the_separation_by_the_scale_too():
     """Plain recomputation to the first order in 1 / n: leave each group out of the texts and of the scale."""
     X, Y, axiom, label, group, design = scaled_texts()
@@ -245,6 +246,7 @@ def test_degrees_of_freedom_are_at_least_one():
     assert Design(axiom, label, [str(a) for a in range(20)], group).worth()[1][-1] == 1
 
 
+@pytest.mark.slow
 def test_levels_never_mix_tensors_of_two_devices(monkeypatch):
     """Meta tensors may meet none of the CPU's, as a GPU's may not."""
     axiom, label, group = torch.arange(40) % 2, torch.arange(40) // 2 % 2, torch.arange(40) // 4
