@@ -183,7 +183,11 @@ def texts_of(generator, texts=100, axioms=7, safe=0.5, templates=None, spans=Fal
         template = torch.arange(n) % templates
     if largest is not None:
         template = torch.where(torch.rand(n, generator=generator) < largest, 0, template)
-    cell = axiom if paired else label if spans else 2 * axiom + label
+    cell = 2 * axiom + label
+    if spans:
+        cell = label
+    elif paired:
+        cell = axiom
     return axiom, label, cell * templates + template
 
 
