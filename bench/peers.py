@@ -1,4 +1,4 @@
-"""The other side of our training measurements: transformers, peft and TRL.
+"""The other side of our training measurements: transformers, peft, TRL and torchtitan.
 
 On the rows of bench/world.py, one GPU, steady state.
 
@@ -7,12 +7,14 @@ On the rows of bench/world.py, one GPU, steady state.
 hf_sft, hf_lora        transformers in a bare loop: no trainer, no logging, nothing but the step
 trl_sft                TRL's SFTTrainer
 trl_dpo, trl_dpo_lora  TRL's DPOTrainer with precomputed reference log-probs
+titan_sft              torchtitan's Trainer: FSDP2, blocks and loss compiled, float32 masters and moments
 
-Full fine-tuning is pure bf16 (weights, gradients, AdamW's states), less than ours keeps. LoRA: r = 64, alpha
-= 128 on all linears of a bf16 model, float32 adapters under autocast, the defaults of peft and TRL. On
-several GPUs each has the whole model (torch's DistributedDataParallel, which TRL takes by itself): 8 bytes a
-parameter leave room for it, and it exchanges least. Rates are per GPU. Weights are random, made on the
-device. `bench/record.py --peer NAME --peer-file FILE.jsonl` puts what this measured beside a run of ours.
+Full fine-tuning with transformers and TRL is pure bf16 (weights, gradients, AdamW's states), less than ours
+keeps. LoRA: r = 64, alpha = 128 on all linears of a bf16 model, float32 adapters under autocast, the defaults
+of peft and TRL. On several GPUs each of these has the whole model (torch's DistributedDataParallel, which TRL
+takes by itself): 8 bytes a parameter leave room for it, and it exchanges least; torchtitan's is sharded.
+Rates are per GPU. Weights are random, made on the device. `bench/record.py --peer NAME --peer-file
+FILE.jsonl` puts what this measured beside a run of ours.
 """
 
 import argparse
@@ -56,7 +58,9 @@ DEFAULTS = {
     "trl_sft": SFT,
     "trl_dpo": DPO,
     "trl_dpo_lora": DPO,
+    "titan_sft": SFT | {"micro_batch": 3, "accumulate": 4, "recompute": "selective"},
 }
+TITAN_FLAVORS = {"llama-3.1-8b": "8B", "tiny": "debugmodel"}
 
 
 class Stopwatch:
@@ -314,6 +318,61 @@ def run_trl(args, sides):
     return watch.result() | {"recompute": args.recompute, "micro_batch": args.micro_batch}
 
 
+# ---------------------------------------------------------------- torchtitan's trainer
+
+
+def run_titan(args, documents):
+    """Stopwatch.result() of torchtitan's Trainer, 0.2.2, the last release for stable versions of torch.
+
+    Documents must be of one length: its batches are (micro_batch, seq_len) without padding.
+    """
+    from torchtitan.config import JobConfig
+    from torchtitan.models.llama3 import get_train_spec
+    from torchtitan.protocols.train_spec import register_train_spec
+    from torchtitan.train import Trainer
+
+    seq_len = len(documents[0][0])
+    assert {len(ids) for ids, _ in documents} == {seq_len}, "torchtitan needs documents of one length"
+    watch, flavor = Stopwatch(args.seconds), TITAN_FLAVORS[args.preset]
+
+    class Timed(Trainer):
+        def should_continue_training(self):
+            # asked before the first step too
+            return self.step == 0 or not watch.tick()
+
+    def batches(**ignored):
+        rng = np.random.default_rng(RANK)
+        while True:
+            ids, targets = [], []
+            for i in rng.choice(len(documents), args.micro_batch, replace=False):
+                ids.append(documents[i][0])
+                targets.append(labels(*documents[i])[1:] + [-100])  # the model predicts the next token
+            yield {"input": torch.tensor(ids)}, torch.tensor(targets)
+
+    spec = get_train_spec()
+    spec.build_dataloader_fn, spec.build_tokenizer_fn = batches, None
+    shape = spec.model_args[flavor]
+    shape.vocab_size = max(shape.vocab_size, args.tokenizer.vocab_size)  # for the tiny preset
+    register_train_spec("ours", spec)
+    job = JobConfig()
+    job.model.name, job.model.flavor = "ours", flavor
+    job.training.seq_len, job.training.local_batch_size = seq_len, args.micro_batch
+    job.training.global_batch_size = args.micro_batch * args.accumulate * RANKS
+    job.training.steps = 10**6
+    job.optimizer.lr, job.lr_scheduler.warmup_steps = 1e-5, 0
+    job.metrics.log_freq = 10**6
+    job.compile.enable = DEVICE.type == "cuda"
+    job.activation_checkpoint.mode = args.recompute
+    job.activation_checkpoint.selective_ac_option = "op"  # as its own configs of Llama 3 say
+    job.parallelism.fsdp_reshard_after_forward = args.reshard
+    with tempfile.TemporaryDirectory() as folder:
+        job.job.dump_folder = folder
+        trainer = Timed(job)
+        trainer.train()
+        trainer.close()
+    return watch.result() | {"recompute": args.recompute, "micro_batch": args.micro_batch}
+
+
 # ---------------------------------------------------------------- one line
 
 
@@ -342,6 +401,15 @@ def main():
     parser.add_argument(
         "--no-recompute", dest="recompute", action="store_const", const="none", help="keep all activations"
     )
+    parser.add_argument(
+        "--recompute", choices=("none", "selective", "full"), help="of titan_sft (default: selective)"
+    )
+    parser.add_argument(
+        "--reshard",
+        choices=("default", "never"),
+        default="default",
+        help="titan_sft: FSDP2's blocks after forward",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--liger", action="store_true", help="with Liger's kernels")
     parser.add_argument("--out", type=Path, help="file to append the line to")
@@ -350,7 +418,10 @@ def main():
     args = argparse.Namespace(**settings, tokenizer=Tokenizer.from_dir(args.world / "base"))
 
     sides = read_rows(args)
-    result = run_trl(args, sides) if args.name.startswith("trl_") else fastest_hf(args, sides[0])
+    if args.name == "titan_sft":
+        result = run_titan(args, sides[0])
+    else:
+        result = run_trl(args, sides) if args.name.startswith("trl_") else fastest_hf(args, sides[0])
     # Per document or pair, without padding.
     tokens = sum(len(ids) for side in sides for ids, _ in side) / len(sides[0])
     unit, per_example = ("pairs_per_s", 1.0) if len(sides) == 2 else ("tokens_per_s", tokens)
@@ -362,7 +433,8 @@ def main():
         **result,
     }
     line["settings"] = {key: value for key, value in settings.items() if key not in line}
-    used = [name for name in ("torch", "transformers", "peft", "trl", "liger_kernel") if name in sys.modules]
+    peers = ("torch", "transformers", "peft", "trl", "liger_kernel", "torchtitan")
+    used = [name for name in peers if name in sys.modules]
     line["versions"] = {name: importlib.metadata.version(name) for name in used}
     line |= {
         "tokens_per_example": tokens,
