@@ -50,6 +50,12 @@ def tree_of(path):
     return ast.parse(path.read_text())
 
 
+@functools.cache
+def nodes_of(path):
+    """Every node of the file: a dozen tests walk the same 123 trees."""
+    return tuple(ast.walk(tree_of(path)))
+
+
 def room_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
@@ -62,7 +68,7 @@ def per_file(paths):
 def imports(path):
     """Dotted names of everything that the file imports, at any depth: `from a import b` gives a and a.b."""
     names = set()
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -71,9 +77,7 @@ def imports(path):
 
 
 def functions(path):
-    return [
-        node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    return [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 def test_every_file_has_a_floor():
@@ -109,7 +113,7 @@ def test_the_specification_is_plain():
     assert not {name for name in imports(path) if name.split(".")[0] in ROOMS}
     assert not [
         node
-        for node in ast.walk(tree_of(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "cuda")
     ]
 
@@ -119,15 +123,17 @@ def test_only_plumbing_knows_torch_distributed(path):
     assert not [name for name in imports(path) if name.startswith("torch.distributed")]
     assert not [
         node
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
+        for node in nodes_of(path)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "distributed"
+        and ast.unparse(node) == "torch.distributed"
     ]
 
 
 @per_file(SOURCES)
 def test_nothing_is_pickled_and_nothing_partly_loaded(path):
     assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "dill", "cloudpickle", "joblib"}
-    for call in [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]:
+    for call in [node for node in nodes_of(path) if isinstance(node, ast.Call)]:
         name = ast.unparse(call.func)
         assert name not in ("torch.load", "torch.save"), f"line {call.lineno}: {name} pickles"
         assert not name.endswith(("_object", "_object_list")), f"line {call.lineno}: {name} pickles"
@@ -173,8 +179,8 @@ COMMAND = re.compile(r"(python|torchrun|make|ls|rm|pip|hf|lm_eval) ")
 def constants():
     """All strings in the code."""
     found = set()
-    for tree in map(tree_of, SOURCES):
-        for node in ast.walk(tree):
+    for path in SOURCES:
+        for node in nodes_of(path):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)
     return found
