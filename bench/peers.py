@@ -7,7 +7,7 @@ On the rows of bench/world.py, one GPU, steady state.
 hf_sft, hf_lora        transformers in a bare loop: no trainer, no logging, nothing but the step
 trl_sft                TRL's SFTTrainer
 trl_dpo, trl_dpo_lora  TRL's DPOTrainer with precomputed reference log-probs
-titan_sft              torchtitan's Trainer: FSDP2, blocks and loss compiled, float32 masters and moments
+titan_sft              torchtitan's Trainer, compiled: float32 masters and FSDP2, on one GPU pure bf16
 
 Full fine-tuning with transformers and TRL is pure bf16 (weights, gradients, AdamW's states), less than ours
 keeps. LoRA: r = 64, alpha = 128 on all linears of a bf16 model, float32 adapters under autocast, the defaults
@@ -359,6 +359,8 @@ def run_titan(args, documents):
     job.training.seq_len, job.training.local_batch_size = seq_len, args.micro_batch
     job.training.global_batch_size = args.micro_batch * args.accumulate * RANKS
     job.training.steps = 10**6
+    if RANKS == 1:
+        job.training.dtype = "bfloat16"  # 8B's float32 masters and moments do not fit on one GPU
     job.optimizer.lr, job.lr_scheduler.warmup_steps = 1e-5, 0
     job.metrics.log_freq = 10**6
     job.compile.enable = DEVICE.type == "cuda"
