@@ -435,7 +435,9 @@ def main():
         **result,
     }
     line["settings"] = {key: value for key, value in settings.items() if key not in line}
-    peers = ("torch", "transformers", "peft", "trl", "liger_kernel", "torchtitan")
+    peers = ("torch", "transformers", "peft", "trl", "liger_kernel")
+    if args.name == "titan_sft":
+        peers = ("torch", "torchtitan")
     used = [name for name in peers if name in sys.modules]
     line["versions"] = {name: importlib.metadata.version(name) for name in used}
     line |= {

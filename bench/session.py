@@ -118,7 +118,7 @@ WITHOUT_WEIGHTS = {
 def run(name, seconds, tag, keys_of_all, ranks):
     name, _, traced = name.partition(":")
     stage, config, batch, keys = RUNS[name]
-    folder = f"runs/bench/{name}{tag}"
+    folder = f"runs/bench/{name}{tag}{traced and '_trace'}"  # a traced run is short: no rate is read of it
     argv = [
         config,
         f"--out_dir={folder}",
