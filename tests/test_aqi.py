@@ -404,6 +404,7 @@ def test_columns_by_other_names(tmp_path, columns):
     assert len(read_prompts(write_csv(tmp_path / "a.csv", litmus(3), columns), log=len).texts) == 12
 
 
+@pytest.mark.slow  # imports datasets
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "folder"])
 def test_formats(tmp_path, suffix):
     datasets = pytest.importorskip("datasets")

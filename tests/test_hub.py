@@ -427,6 +427,7 @@ def test_an_upload_that_fails_says_how_to_try_again(server, sharded, uploads):
     assert server.repositories["models/org/name"].files == {}
 
 
+@pytest.mark.slow
 def test_only_a_finished_run_is_pushed(server, tmp_path):
     with pytest.raises(ValueError, match="run/final: no finished model"):
         push.main([f"{tmp_path}/run", "org/good"])

@@ -978,6 +978,7 @@ def test_power_before_training(lab, capsys):
         steer.main(["power", f"{lab}/sft", f"--prompts={lab}/prompts.csv"])
 
 
+@pytest.mark.slow
 def test_the_layer_profile(lab, swept):
     """Every layer at lambda 0 and 1, from the mean over tokens before the final norm; below the first steered
     layer nothing moves.
