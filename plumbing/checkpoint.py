@@ -35,7 +35,8 @@ from plumbing.files import (
 from plumbing.tensors import is_finite, open_safetensors, write_safetensors
 from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
-WAIT_SAID = 1.0  # seconds from which a save says that it waited for the one before
+WAIT_SAID = 1.0  # seconds from which a save says what training waits for
+COPIERS = 4  # threads of a save: memory that is touched for the first time costs a core half a second a GB
 # A copy that somebody named step_000100_good is theirs: never read, never deleted.
 OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+(\.damaged)?")
 
@@ -228,8 +229,13 @@ class Checkpointer:
         if step == self._finished_step:
             return
         tensors = _trained_tensors(model, optimizer)
-        rows = {key: (first, local.to("cpu", copy=True)) for key, (first, local) in _local_rows(tensors)}
-        _require_finite(step, rows)
+        _require_finite(step, tensors)
+        start = time.monotonic()
+        rows = _copied_rows(tensors)
+        took = time.monotonic() - start
+        if took >= WAIT_SAID:
+            size = sum(local.nbytes for _, local in rows.values()) / 1e9
+            parallel.say(f"step {step}: {took:.1f} s to copy {size:.1f} GB a rank to host memory")
         index = {"step": step, "run_identity": self.run_identity, "shapes": _shapes(tensors)}
         self._pending = self._writer.submit(self._write, self.folder / f"step_{step:06d}", index, rows)
 
@@ -311,14 +317,15 @@ def _damage_of(path, about):
     return None
 
 
-def _require_finite(step, rows):
+def _require_finite(step, tensors):
     """FloatingPointError on every rank when a weight or a moment is NaN or infinite.
 
-    A later run would find them in the checkpoint and blame the rows of its own first step.
+    A later run would find them in the checkpoint and blame the rows of its own first step. They are read
+    where they are, by a GPU in a moment. A split master is finite when its bf16 weight is.
     """
     bad = []
-    for key, (_, local) in rows.items():
-        if not is_finite(local):
+    for key, tensor in tensors.items():
+        if not is_finite(parallel.own_rows(tensor)[1]):
             bad.append(key)
     names = ", ".join(filter(None, parallel.gather_texts(", ".join(bad[:3]))))
     if names:
@@ -382,22 +389,25 @@ def _shapes(tensors):
     return {key: list(tensor.shape) for key, tensor in tensors.items()}
 
 
-def _local_rows(tensors):
-    """(key, (first row, the rows that this rank owns)) of each tensor that has any here.
+def _copied_rows(tensors):
+    """{key: (first row, host copy of the rows that this rank owns)} of the tensors that have any here.
 
-    A split master is one float32 tensor.
+    Wider dtypes first, as the writer needs them.
     """
+    with futures.ThreadPoolExecutor(COPIERS) as copiers:
+        copies = list(copiers.map(_copy_own_rows, tensors.values()))
+    here = [(key, rows) for key, rows in zip(tensors, copies) if rows[1].numel()]
+    # stable: the order of the model, and of its optimizer, inside a dtype
+    return dict(sorted(here, key=lambda item: item[1][1].dtype.itemsize, reverse=True))
 
-    def width(item):
-        return 4 if is_split(item[1]) else item[1].dtype.itemsize
 
-    # The writer needs wider dtypes first; the sort is stable.
-    for key, tensor in sorted(tensors.items(), key=width, reverse=True):
-        first, local = parallel.own_rows(tensor)
-        if local.numel():
-            if is_split(tensor):
-                local = join_master(local, tensor.master.low_bits)
-            yield key, (first, local)
+@torch.no_grad()
+def _copy_own_rows(tensor):
+    """(first row, the rows that this rank owns, in host memory); a split master is one float32 tensor."""
+    first, local = parallel.own_rows(tensor)
+    if is_split(tensor):
+        local = join_master(local, tensor.master.low_bits)
+    return first, local.to("cpu", copy=True)
 
 
 def _require_same_tensors(path, there, model, optimizer):

@@ -235,6 +235,15 @@ def test_a_save_that_waits_for_the_one_before_says_how_long(run, monkeypatch, ca
     )
 
 
+@pytest.mark.slow
+def test_a_save_says_how_long_its_copy_took(run, monkeypatch, capsys):
+    checkpointer, model, optimizer, _ = run
+    monkeypatch.setattr(checkpoint, "WAIT_SAID", 0.0)
+    checkpointer.save(2, model, optimizer)
+    _, said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 2: \d+\.\d s to copy 0\.0 GB a rank to host memory", said)
+
+
 def test_when_a_save_is_due(ranks):
     """save_every by the step, save_minutes by the time since the last checkpoint; the last step has one if
     either is set.
