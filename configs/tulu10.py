@@ -15,7 +15,7 @@ common = dict(
     global_batch_size=128,
     lr_schedule="linear",
     max_grad_norm=1.0,  # the release clipped at 1.0 through DeepSpeed's "auto"
-    tokens_per_microbatch=8192,
+    tokens_per_microbatch=6144,  # more would leave no room for sharding="optimizer" on 80 GB
     recompute="none",
     precision="bf16",
     save_every=100,

@@ -18,7 +18,7 @@ common = dict(
     seed=123,
     global_batch_size=128,
     lr_schedule="linear",
-    tokens_per_microbatch=8192,
+    tokens_per_microbatch=6144,  # more would leave no room for sharding="optimizer" on 80 GB
     precision="bf16",
     save_every=100,
     keep_last=1,
