@@ -62,6 +62,7 @@ class Checkpointer:
         self.run_identity = json.loads(json.dumps(run_identity))
         self._writer = futures.ThreadPoolExecutor(max_workers=1)
         self._pending = None  # the save that is being written
+        self._copies = {}  # {key: what the last save copied to host memory}, where the next one copies to
         self._finished_step = None
         self._damaged = {}  # {path: what is wrong with it} of checkpoints that were passed over
         check_replaceable(self.run_dir / "final", "config.json")
@@ -218,10 +219,10 @@ class Checkpointer:
 
         Waits for the previous save first, and raises its error if it failed. The step that was saved or
         loaded last is not saved again. FloatingPointError, naming tensors, when one of them is not finite:
-        nothing is written.
+        nothing is written. The host memory is kept for the next save, until wait().
         """
         start = time.monotonic()
-        self.wait()
+        self._wait()
         waited = time.monotonic() - start
         if waited >= WAIT_SAID:
             earlier = f"the checkpoint of step {self._finished_step} was still being written"
@@ -231,7 +232,7 @@ class Checkpointer:
         tensors = _trained_tensors(model, optimizer)
         _require_finite(step, tensors)
         start = time.monotonic()
-        rows = _copied_rows(tensors)
+        rows = self._copy(tensors)
         took = time.monotonic() - start
         if took >= WAIT_SAID:
             size = sum(local.nbytes for _, local in rows.values()) / 1e9
@@ -247,12 +248,31 @@ class Checkpointer:
                 self.wait()
 
     def wait(self):
-        """Return once the last save is finished on every rank; if it failed on any, raise on all."""
+        """Return once the last save is finished on every rank; if it failed on any, raise on all.
+
+        The host memory of its copy is free then.
+        """
+        self._wait()
+        self._copies.clear()
+
+    def _wait(self):
         pending, self._pending = self._pending, None
         if pending:
             while futures.wait([pending], timeout=5).not_done:
                 watchdog.beat()  # a slow disk is not a hang
             pending.result()
+
+    def _copy(self, tensors):
+        """{key: (first row, host copy of the rows that this rank owns)} of the tensors that have any here.
+
+        Wider dtypes first, as the writer needs them.
+        """
+        with futures.ThreadPoolExecutor(COPIERS) as copiers:
+            copies = list(copiers.map(_copy_own_rows, tensors.values(), map(self._copies.get, tensors)))
+        here = {key: rows for key, rows in zip(tensors, copies) if rows[1].numel()}
+        self._copies = {key: local for key, (_, local) in here.items()}
+        # stable: the order of the model, and of its optimizer, inside a dtype
+        return dict(sorted(here.items(), key=lambda item: item[1][1].dtype.itemsize, reverse=True))
 
     # ------------------------------------------------------------ in the writer thread
 
@@ -389,25 +409,19 @@ def _shapes(tensors):
     return {key: list(tensor.shape) for key, tensor in tensors.items()}
 
 
-def _copied_rows(tensors):
-    """{key: (first row, host copy of the rows that this rank owns)} of the tensors that have any here.
-
-    Wider dtypes first, as the writer needs them.
-    """
-    with futures.ThreadPoolExecutor(COPIERS) as copiers:
-        copies = list(copiers.map(_copy_own_rows, tensors.values()))
-    here = [(key, rows) for key, rows in zip(tensors, copies) if rows[1].numel()]
-    # stable: the order of the model, and of its optimizer, inside a dtype
-    return dict(sorted(here, key=lambda item: item[1][1].dtype.itemsize, reverse=True))
-
-
 @torch.no_grad()
-def _copy_own_rows(tensor):
-    """(first row, the rows that this rank owns, in host memory); a split master is one float32 tensor."""
+def _copy_own_rows(tensor, copy):
+    """(first row, the rows that this rank owns, in host memory); a split master is one float32 tensor.
+
+    copy: the tensor to copy to, or None. Memory that has been written before takes them several times faster.
+    """
     first, local = parallel.own_rows(tensor)
     if is_split(tensor):
         local = join_master(local, tensor.master.low_bits)
-    return first, local.to("cpu", copy=True)
+    if copy is None:
+        copy = torch.empty_like(local, device="cpu")
+    assert copy.shape == local.shape and copy.dtype == local.dtype, (copy.shape, local.shape)
+    return first, copy.copy_(local)
 
 
 def _require_same_tensors(path, there, model, optimizer):

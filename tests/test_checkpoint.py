@@ -221,6 +221,27 @@ def test_save_is_asynchronous_and_isolated(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_save_takes_the_memory_of_the_one_before_once_that_is_written(run, monkeypatch, tmp_path):
+    """The second save is asked for while the first is being written: both hold their own step's numbers."""
+    checkpointer, model, optimizer, _ = run
+    checkpointer.keep_last = 3
+    write_rows, expected, memory = checkpoint._write_rows, {}, {}
+    monkeypatch.setattr(checkpoint, "_write_rows", lambda *args: time.sleep(0.3) or write_rows(*args))
+    for step in (2, 3):
+        expected[step] = whole_tensors(model, optimizer)
+        checkpointer.save(step, model, optimizer)
+        memory[step] = {key: copy.data_ptr() for key, copy in checkpointer._copies.items()}
+        train_step(model, optimizer)
+    assert memory[2] and memory[2] == memory[3]
+    checkpointer.wait()
+    assert not checkpointer._copies  # the export needs it
+    for step in (2, 3):
+        scramble(model, optimizer)
+        assert checkpointer.load(checkpointer.folder / f"step_{step:06d}", model, optimizer) == step
+        assert_equal(whole_tensors(model, optimizer), expected[step])
+
+
+@pytest.mark.slow
 def test_a_save_that_waits_for_the_one_before_says_how_long(run, monkeypatch, capsys):
     checkpointer, model, optimizer, _ = run
     write_rows = checkpoint._write_rows
