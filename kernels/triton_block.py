@@ -565,6 +565,8 @@ def _adamw_kernel(
     bits = _mix(first + at, seed)
     tl.store(m_ptr + at, _round(m, bits & 0xFFFF, COMPACT), real)
     tl.store(v_ptr + at, _round(v, bits >> 16, COMPACT), real)
+    # every NaN becomes the usual one, as in reference.split_master: the largest would wrap round to -0
+    master = tl.where(master != master, float("nan"), master)
     whole = master.to(tl.int32, bitcast=True)
     high = (whole + 0x8000) >> 16  # to nearest, a tie away from zero: what is left fits 16 signed bits
     tl.store(weight_ptr + at, high.to(tl.int16).to(tl.bfloat16, bitcast=True), real)

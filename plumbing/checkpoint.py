@@ -125,7 +125,7 @@ class Checkpointer:
         other tensors than this model's.
         """
         for candidate in reversed(self._finished()):
-            if candidate > path or candidate in self._damaged:
+            if _step_of(candidate) > _step_of(path) or candidate in self._damaged:
                 continue
             problem = self._load(candidate, model, optimizer)
             if problem is None:
@@ -135,7 +135,6 @@ class Checkpointer:
                 self._damaged = {}
                 return self._finished_step
             self._damaged[candidate] = problem
-            optimizer.state.clear()  # the next one may be of step 0, without any state
         self._refuse_if_damaged()
         raise UserError(f"{path}: missing; expected a finished checkpoint")
 

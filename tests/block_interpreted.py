@@ -87,6 +87,12 @@ for dtype in (torch.float32, torch.bfloat16):
         adamw(*split, m, v, randn(3000, seed=9, dtype=dtype), 0.5, 1e-3, 0.1, 0.9, 0.999, 1e-8, 7, 12345)
         states.append((kernels.join_master(*split), m, v))
     compare(f"adamw {label}", *states)
+# a GPU's NaN is 0x7FFFFFFF, whose upper half would round up to a zero
+nan = torch.full((4,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+split = kernels.split_master(randn(4, seed=5))
+triton_block.adamw(*split, nan, torch.ones(4), torch.ones(4), 1.0, 1e-3, 0.1, 0.9, 0.999, 1e-8, 7, 1)
+lost = ~(split[0].isnan() & kernels.join_master(*split).isnan())
+errors["NaN of adamw"] = lost.float().mean().item()
 # numbers that e4m3 holds: the interpreter's cast rounds ties away from zero and loses carries, which GPUs do
 # not (tests/gpu_checks.py)
 for M, N in ((5, 48), (130, 80), (257, 64)):  # one tile; over one in rows; in columns

@@ -160,16 +160,6 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(root, ranks, tmp_path
     assert_equal(whole_tensors(resumed, resumed_optimizer), whole_tensors(model, optimizer))
 
 
-def test_checkpoint_before_the_first_step(root, ranks, tmp_path):
-    """A stop signal may come when the optimizer has no state yet."""
-    checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
-    checkpointer.save(0, *build("full", root / "base"))
-    checkpointer.wait()
-    model, optimizer = build("full", root / "base")
-    checkpointer.load(checkpointer.latest(), model, optimizer)
-    assert not optimizer.state
-
-
 def test_lora_checkpoint_holds_only_what_is_trained(root, ranks, tmp_path):
     checkpointer = Checkpointer(tmp_path, 2, IDENTITY)
     checkpointer.save(1, *build("lora", root / "base"))
@@ -179,11 +169,12 @@ def test_lora_checkpoint_holds_only_what_is_trained(root, ranks, tmp_path):
 
 
 @pytest.fixture
-def run(root, ranks, tmp_path):
+def run(request, root, ranks, tmp_path):
     """(checkpointer, model, optimizer, whole tensors) of a run with one finished checkpoint, step 1, and one
-    more step trained.
+    more step trained: of LoRA, or of a test's own (kind, sharding).
     """
-    model, optimizer = build("lora", root / "base")
+    kind, sharding = getattr(request, "param", ("lora", "full"))
+    model, optimizer = build(kind, root / "base", sharding)
     train_step(model, optimizer)
     checkpointer = Checkpointer(tmp_path / "run", 1, IDENTITY)
     checkpointer.save(1, model, optimizer)
@@ -447,6 +438,7 @@ def two_checkpoints(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("run", [("lora", "full"), ("full", "full"), ("bf16", "optimizer")], indirect=True)
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "checkpoint.json", "COMPLETED"])
 def test_the_newest_intact_checkpoint_is_used_and_the_lost_steps_are_said(run, tmp_path, name, capsys):
     checkpointer, model, optimizer, saved = two_checkpoints(run, tmp_path)
@@ -463,6 +455,21 @@ def test_the_newest_intact_checkpoint_is_used_and_the_lost_steps_are_said(run, t
     assert sorted(path.name for path in again.folder.iterdir()) == ["step_000002", "step_000002.damaged"]
     after = Checkpointer(tmp_path / "run", 1, IDENTITY)
     assert [path.name for path in after.folder.iterdir()] == ["step_000002"]
+
+
+@pytest.mark.slow
+def test_steps_are_numbers_not_names(run, tmp_path):
+    """step_999999 is before step_1000000, though its name is behind."""
+    _, model, optimizer, _ = run
+    checkpointer = Checkpointer(tmp_path / "long", 2, IDENTITY)
+    for step in (999_999, 1_000_000):
+        checkpointer.save(step, model, optimizer)
+        checkpointer.wait()
+    newest = checkpointer.latest()
+    assert newest.name == "step_1000000"
+    file = newest / "rank_00000.safetensors"
+    file.write_bytes(flipped(file.read_bytes(), 300))
+    assert checkpointer.load(newest, model, optimizer) == 999_999
 
 
 @pytest.mark.slow
