@@ -91,7 +91,8 @@ def _signatures(texts):
 def _buckets(signatures):
     """Arrays of two or more rows whose signatures agree in a band; bands in order, rows ascending."""
     for start in range(0, HASHES, BAND):
-        keys = signatures[:, start : start + BAND].astype(np.int64) @ (1 << 32 >> np.arange(BAND))
+        first, second = signatures[:, start : start + BAND].T.astype(np.int64)
+        keys = first << 32 | second
         order = keys.argsort(kind="stable")
         ends = np.flatnonzero(np.diff(keys[order])) + 1
         for bucket in np.split(order, ends):

@@ -1,9 +1,18 @@
 """groups.py: templates and near copies are found, other texts are left alone."""
 
+import numpy as np
 import pytest
 import torch
 
-from analysis.groups import check_groups, effective_size, find_groups, number_groups
+from analysis.groups import (
+    BAND,
+    HASHES,
+    _buckets,
+    check_groups,
+    effective_size,
+    find_groups,
+    number_groups,
+)
 
 TEMPLATES = (
     "How do I {} a {}?",
@@ -38,6 +47,13 @@ def test_near_copies_are_one_group_and_other_texts_stand_alone():
     found = find_groups([*ALONE, *changed, *ALONE])
     assert found.tolist() == 3 * list(range(len(ALONE)))
     assert effective_size(find_groups(ALONE)) == len(ALONE)
+
+
+def test_a_bucket_holds_equal_bands_only():
+    """Every band of a row is (v0, v1). Rows 0 and 3 are equal; 2 v0 + v1 is 13 for the first three."""
+    pairs = np.array([[5, 3], [4, 5], [6, 1], [5, 3], [2**31 - 1, 2**31 - 1]], dtype=np.int32)
+    signatures = np.tile(pairs, HASHES // BAND)
+    assert [bucket.tolist() for bucket in _buckets(signatures)] == [[0, 3]] * (HASHES // BAND)
 
 
 def test_texts_without_words():
