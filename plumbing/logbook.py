@@ -113,7 +113,8 @@ class Logbook:
             self._manifest["processes"] = [*earlier, {"after_step": step, **this}]
             write_json(self.folder / "manifest.json", self._manifest)
         path = self.folder / "metrics.jsonl"
-        trained = [entry for entry in _forget_after(step, path, self.world.say) if "loss" in entry]
+        # distinct: a line that stands twice makes up for none that is lost
+        trained = {entry["step"] for entry in _forget_after(step, path, self.world.say) if "loss" in entry}
         missing = step - len(trained)
         if missing:  # of a power cut, a torn line, or an editor
             lost = f"{missing} of the {step} steps before are not in it, nor will they be in the card"

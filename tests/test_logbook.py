@@ -109,6 +109,18 @@ def test_torn_lines_are_named_and_left_out(tmp_path, monkeypatch, capsys):
     assert left == [1, 3] and len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"), [((1, 2, 2, 3, 3), None), ((1, 1, 3, 3), "1 of the 3 steps before are not in it")]
+)
+def test_a_line_that_stands_twice_is_one_step(tmp_path, monkeypatch, capsys, steps, said):
+    """An editor, or a copy that was appended: as many lines as steps may still lack one."""
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in steps]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    make_logbook(tmp_path, monkeypatch).resume_at(3, tmp_path / "checkpoints/step_000003")
+    found = re.search(r"metrics.jsonl: (-?\d+ of the 3 steps .*?),", capsys.readouterr().out)
+    assert (found and found[1]) == said
+
+
 def test_step_line_says_the_time_so_far_and_the_time_left(tmp_path, monkeypatch):
     log = make_logbook(tmp_path, monkeypatch)
     log.resume_at(20)
