@@ -69,7 +69,7 @@ def preferences(means):
 
 @torch.no_grad()
 def text_logps(model, documents, add, lambdas, rescale=False):
-    """(K, n) float64: mean log-prob per supervised token of each text at each lambda."""
+    """Mean log-prob per supervised token of each text at each lambda (K, n), and the tokens (n,); float64."""
     means = np.zeros((len(lambdas), len(documents)))
     counts = np.zeros(len(documents))
     for run in steered_runs(model, documents, add, lambdas, device_of(model), rescale):
