@@ -245,16 +245,19 @@ def adamw(weight, low_bits, m, v, grad, grad_scale, lr, decay, beta1, beta2, eps
     numbers begin at place `first` of theirs.
     """
     g = grad.float() * grad_scale
-    m32 = beta1 * m.float() + (1 - beta1) * g
-    v32 = beta2 * v.float() + (1 - beta2) * g * g
-    update = (m32 / (1 - beta1**step)) / ((v32 / (1 - beta2**step)).sqrt() + eps)
+    new_m = beta1 * m.float() + (1 - beta1) * g
+    new_v = beta2 * v.float() + (1 - beta2) * g * g
+    update = (new_m / (1 - beta1**step)) / ((new_v / (1 - beta2**step)).sqrt() + eps)
     new_weight, new_low_bits = split_master(join_master(weight, low_bits) * (1 - lr * decay) - lr * update)
     weight.copy_(new_weight)
     low_bits.copy_(new_low_bits)
-    # 32 bits a number: the lower 16 round m, the upper 16 round v, so that their errors are independent
-    bits = random_bits(weight.numel(), seed, weight.device, first).view(weight.shape)
-    m.copy_(round_stochastically(m32, bits & 0xFFFF) if m.dtype == torch.bfloat16 else m32)
-    v.copy_(round_stochastically(v32, bits >> 16) if v.dtype == torch.bfloat16 else v32)
+    if m.dtype == torch.bfloat16:
+        # 32 bits a number: the lower 16 round m, the upper 16 round v, so that their errors are independent
+        bits = random_bits(weight.numel(), seed, weight.device, first).view(weight.shape)
+        new_m = round_stochastically(new_m, bits & 0xFFFF)
+        new_v = round_stochastically(new_v, bits >> 16)
+    m.copy_(new_m)
+    v.copy_(new_v)
 
 
 def round_stochastically(x, chance):

@@ -332,6 +332,17 @@ def test_both_moments_of_a_weight_are_rounded_independently():
     assert torch.corrcoef(ups)[0, 1].abs() < 0.05
 
 
+@pytest.mark.parametrize(("moments", "draws"), [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_only_bf16_moments_draw_random_bits(monkeypatch, moments, draws):
+    """They are more than half of a step on a CPU."""
+    drawn, random_bits = [], reference.random_bits
+    monkeypatch.setattr(reference, "random_bits", lambda *place: drawn.append(place) or random_bits(*place))
+    weight, low_bits = split_master(torch.zeros(8))
+    m, v = (torch.zeros(8, dtype=moments) for _ in range(2))
+    reference.adamw(weight, low_bits, m, v, torch.ones(8), 1.0, 1e-3, 0.0, 0.9, 0.999, 1e-8, 1, seed=1 << 12)
+    assert len(drawn) == draws and m.float().min() > 0.09
+
+
 def test_random_bits_are_uniform_and_new_every_step():
     first, second = (reference.random_bits(100_000, seed, "cpu") for seed in (1 << 12, 2 << 12))
     for bits in (first & 0xFFFF, first >> 16, (first ^ second) & 0xFFFF):
