@@ -33,6 +33,8 @@ from analysis.indices import (  # noqa: F401  aqi.chi and so on are public names
     xie_beni,
 )
 from analysis.tsne import principal_components, tsne
+from data import MOST
+from formats import in_one_line
 from plumbing import parallel
 from plumbing.config import Section, describe_keys, load_sections, setting, words_and_options
 from plumbing.files import UserError, write_hashes, write_json
@@ -165,15 +167,16 @@ def read_prompts(source, mode="sanity", log=print):
 
     Sampled as the published scripts do: pandas' sample(n, random_state=42) in each cell of axiom and label,
     cells sorted. A cell with fewer rows is taken whole, and rows without axiom or text are dropped: both
-    are counted through `log`. Texts that are not independent share a number of `group`: a column of GROUPS
-    says which, else groups.find_groups finds copies and templates. UserError for a missing column, an unknown
-    mode, labels that are neither safe nor unsafe (with counts), an axiom with fewer than two texts of a
-    label.
+    are counted through `log`, as are columns that are not read and texts that have both labels. Texts that
+    are not independent share a number of `group`: a column of GROUPS says which, else groups.find_groups
+    finds copies and templates. UserError for a missing column, an unknown mode, labels that are neither safe
+    nor unsafe (with counts), an axiom with fewer than two texts of a label, both labels on most texts.
     """
     if mode not in MODES:
         raise UserError(f"mode={mode!r}: expected one of {list(MODES)}")
     rows = open_source(source)
-    names = {role: _find_column(source, role, rows.column_names) for role in COLUMNS}
+    columns = rows.column_names
+    names = {role: _find_column(source, role, columns) for role in COLUMNS}
     labels = _binary_labels(source, names["label"], rows[names["label"]][:])
     texts, axioms = rows[names["text"]][:], rows[names["axiom"]][:]
     members, dropped = defaultdict(list), 0  # {(axiom, label): row numbers}
@@ -184,27 +187,54 @@ def read_prompts(source, mode="sanity", log=print):
             members[str(axiom).strip(), label].append(number)
     kept_axioms = sorted({axiom for axiom, _ in members})
     _check_cells(source, members, kept_axioms)
+    _check_contradictions(source, names["text"], texts, members, log)
 
     chosen, axiom_of, label_of = [], [], []
     for a, axiom in enumerate(kept_axioms):
         for label in (0, 1):
             cell = members[axiom, label]
             size = min(MODES[mode], len(cell))
-            if size < MODES[mode]:
-                which = f"{axiom}, {'safe' if label else 'unsafe'}"
-                log(f"{source}: {which}: {size} texts, fewer than the {MODES[mode]:,} of mode {mode}")
             picked = np.random.RandomState(SEED).choice(len(cell), size, replace=False)
             chosen += [cell[i] for i in picked]
             axiom_of += [a] * size
             label_of += [label] * size
     reason = " for want of an axiom or a text" if dropped else ""
     counts = f"{len(kept_axioms)} axioms, {len(chosen):,} of {len(rows):,} texts; {dropped:,} dropped{reason}"
-    log(f"{source}: columns {', '.join(names.values())}; {counts}")
+    read = {*names.values(), _first_column(GROUPS, columns)}
+    ignored = [in_one_line(column) for column in columns if column not in read]
+    unread = f"; columns not read: {', '.join(ignored)}" if ignored else ""
+    log(f"{source}: columns {', '.join(names.values())}; {counts}{_small_cells(members, mode)}{unread}")
     chosen_texts = [str(texts[number]) for number in chosen]
     group, grouped_by = _groups(rows, chosen, chosen_texts)
     return Prompts(
         chosen_texts, torch.tensor(axiom_of), torch.tensor(label_of), kept_axioms, group, grouped_by
     )
+
+
+def _small_cells(members, mode):
+    """How many cells of axiom and label have fewer texts than the mode asks for; "" for none."""
+    sizes = [len(cell) for cell in members.values() if len(cell) < MODES[mode]]
+    if not sizes:
+        return ""
+    fewer = f"fewer than the {MODES[mode]:,} texts of mode {mode}"
+    cells = f"in {len(sizes)} of {len(members)} cells of axiom and label"
+    return f"; {fewer} {cells}, {min(sizes):,} in the least"
+
+
+def _check_contradictions(source, column, texts, members, log):
+    """Say how many distinct texts have both labels; UserError where more than MOST of them do."""
+    labels = defaultdict(set)  # {text: its labels}
+    for (_, label), cell in members.items():
+        for number in cell:
+            labels[str(texts[number]).strip()].add(label)
+    both = [text for text, found in labels.items() if len(found) == 2]
+    if not both:
+        return
+    counted = f"{len(both):,} of {len(labels):,} distinct texts of column {column!r} are both safe and unsafe"
+    # As in training: a few are dirt, half of them mean that the labels belong to another column.
+    if len(both) > MOST * len(labels):
+        raise UserError(f"data {source!r}: {counted}; expected at most {MOST:.0%}, labels of this very text")
+    log(f"{source}: WARNING: {counted}, so their labels say nothing (first: {both[0][:60]!r})")
 
 
 def _groups(rows, chosen, texts):

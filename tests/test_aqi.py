@@ -384,8 +384,32 @@ def test_fewer_rows_than_asked_are_taken_and_counted(tmp_path):
     rows = [*litmus(150), ("", "safe", "no axiom"), ("Duty", "safe", " ")]
     prompts = read_prompts(write_csv(tmp_path / "a.csv", rows), "full", said.append)
     assert len(prompts.texts) == 600 and sorted(prompts.texts) == sorted(text for *_, text in litmus(150))
-    assert sum("150 texts, fewer than the 500 of mode full" in line for line in said) == 4
-    assert "600 of 602 texts; 2 dropped for want of an axiom or a text" in said[-1]
+    (line,) = said
+    assert "600 of 602 texts; 2 dropped for want of an axiom or a text" in line
+    fewer = "fewer than the 500 texts of mode full in 4 of 4 cells of axiom and label, 150 in the least"
+    assert line.endswith(f"; {fewer}")
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+    said, rows = [], [(*row, "g", "an answer") for row in litmus(100)]
+    path = write_csv(tmp_path / "a.csv", rows, ("axiom", "label", "prompt", "group", "response"))
+    read_prompts(path, log=said.append)
+    assert said == [
+        f"{path}: columns axiom, label, prompt; 2 axioms, 400 of 400 texts; 0 dropped; "
+        "columns not read: response"
+    ]
+
+
+def test_texts_with_both_labels_are_counted(tmp_path):
+    """Rows of prompt and response, labels of the response: one prompt has a safe and an unsafe answer."""
+    said = []
+    rows = [("a", ("safe", "unsafe")[i % 2], f"question {i // 2 if i < 6 else i}") for i in range(12)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    read_prompts(path, log=said.append)
+    assert said[0] == (
+        f"{path}: WARNING: 3 of 9 distinct texts of column 'input' are both safe and unsafe, so their "
+        "labels say nothing (first: 'question 0')"
+    )
 
 
 def test_json_rows_without_a_text_are_dropped_and_counted(tmp_path):
@@ -435,6 +459,8 @@ def test_is_safe_says_what_one_means(tmp_path, safe, unsafe):
     (("axiom", "label", "input"), [("a", "safe", "x")] * 9, r"a \(9 safe, 0 unsafe\); expected at least two texts of either label"),
     (("axiom", "label", "input"), [*litmus(3), ("b", "safe", "x"), ("b", "unsafe", "x")], r"b \(1 safe, 1 unsafe\); expected at least two"),
     (("axiom", "label", "input"), litmus(3, ("overall",)), "an axiom is called 'overall'"),
+    (("axiom", "label", "input"), [("a", label, f"question {i}") for i in range(5) for label in ("safe", "unsafe")],
+     "5 of 5 distinct texts of column 'input' are both safe and unsafe; expected at most 50%"),
 ])  # fmt: skip
 def test_bad_tables(tmp_path, columns, rows, message):
     with pytest.raises(ValueError, match=message):
@@ -531,7 +557,9 @@ def test_a_spreadsheets_csv_is_read(tmp_path):
 
 
 def test_a_csv_that_is_not_there():
-    with pytest.raises(ValueError, match="^none.csv: no such file; expected a csv with columns category, chi, xb$"):
+    with pytest.raises(
+        ValueError, match="^none.csv: no such file; expected a csv with columns category, chi, xb$"
+    ):
         aqi.main(["score", "none.csv"])
 
 
