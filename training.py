@@ -164,7 +164,10 @@ class Run:
         return passed >= 60 * minutes
 
     def finish(self):
-        """Export the model, record its hash, write its card, and push it if asked to; returns 0."""
+        """Export the model, record its hash, write its card, and push it if asked to.
+
+        Returns 0, or the exit code of a run that was told to stop meanwhile, which has not pushed.
+        """
         final = save_model(self.model, self.tokenizer, self.config)
         self.world.say(f"wrote {final}")
         watchdog.stop()  # an upload may take hours
@@ -175,6 +178,10 @@ class Run:
             card.write(self.config.out_dir)
             # last: a run that is killed before this line is exported again by the same command
             write_json(manifest, read_json(manifest) | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        if stopped := self.stop.end():
+            self.world.say(f"stopped by signal {stopped} after the export; nothing is pushed")
+            return 128 + stopped
+        if self.world.main:
             push_if_asked(self.config)
         return 0
 
@@ -191,6 +198,9 @@ def start(stage, config, load_data, facts):
     world = parallel.init(config.deterministic)
     check_world_size(config, world.size, parallel.machine_size())
     watchdog.start(world, 0, watchdog.PREPARING)
+    if config.fresh and parallel.restarts():
+        world.say("--fresh: not again, this is a restart; the run goes on from its checkpoints")
+        config = dataclasses.replace(config, fresh=False)
     if config.push:  # a wrong name or token is found out before training, not after it
         parallel.main_first(world, lambda: hub.open_for_push(config.push) if world.main else None)
 

@@ -80,6 +80,12 @@ def init(deterministic=False):
     return World(rank, dist.get_world_size(), device)
 
 
+def restarts():
+    """How often torchrun (--max-restarts) or SLURM (--requeue) has started this command again by itself."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return sum(int(os.environ.get(name, 0)) for name in counts)
+
+
 def _restarts_on_one_machine():
     """Whether torchrun has started these processes again (--max-restarts) with a store of its own.
 
@@ -589,3 +595,10 @@ class StopSignal:
     def received(self):
         """The signal number seen by any rank, 0 for none."""
         return int(max_across_ranks(self._signal))
+
+    def end(self):
+        """received(), for the last time: from here on a signal ends the process at once."""
+        stopped = self.received()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return stopped

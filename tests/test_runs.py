@@ -287,6 +287,11 @@ def test_evaluations_are_logged_once(world, tmp_path):
     assert last["eval/rewards/margins"] > 0.1
 
 
+def requeued():
+    """Nobody typed the command again."""
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+
+
 def test_fresh_starts_over(world, tmp_path):
     config, run = write_config(tmp_path, world, save_every=2), tmp_path / "sft"
     launch("sft", config).ok()
@@ -298,6 +303,8 @@ def test_fresh_starts_over(world, tmp_path):
     )
     assert "step 00001" in launch("sft", config, "--fresh").ok().out[0]
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    restarted = launch("sft", config, "--fresh", prepare=requeued).ok().out[0]
+    assert "--fresh: not again, this is a restart" in restarted and "nothing is trained" in restarted
     assert final_bytes(run) == first
 
 
@@ -395,13 +402,16 @@ def test_ctrl_c_before_the_first_step_is_one_line(world, tmp_path, name):
 def killed_by_sigint_in_the_export():
     save = train_sft.training.save_model
     train_sft.training.save_model = lambda *args: os.kill(os.getpid(), signal.SIGINT) or save(*args)
+    train_sft.training.hub.open_for_push = print  # no hub is asked
 
 
 def test_ctrl_c_during_the_export_is_said_and_the_export_finished(world, tmp_path):
-    done = launch(
-        "sft", write_config(tmp_path, world, max_steps=1), prepare=killed_by_sigint_in_the_export
-    ).ok()
+    """And `train_sft.py .. && train_dpo.py ..` ends there; nothing is pushed."""
+    config = write_config(tmp_path, world, max_steps=1)
+    done = launch("sft", config, "--push=org/name", prepare=killed_by_sigint_in_the_export)
+    assert done.codes == [130], done.err[0]
     assert "signal 2: what runs now, a step or the export, is finished first" in done.err[0]
+    assert "stopped by signal 2 after the export; nothing is pushed" in done.out[0]
     assert (tmp_path / "sft/final/hashes.json").is_file() and "finished" in json.loads(
         (tmp_path / "sft/manifest.json").read_text()
     )
