@@ -11,6 +11,7 @@ import re
 import numpy as np
 import torch
 
+from analysis.curves import Design, shuffled_labels
 from analysis.indices import SEED, auc, cluster_moments, held_out_scores, two_cluster_indices
 from analysis.steering import packed_batches, text_mean
 from analysis.sweep import coordinate_scale
@@ -136,28 +137,20 @@ def baselines(model, prompts, documents, unsteered):
         "untrained": measured(_untrained_states(model, documents, label)),
         "words": measured(bag_of_words(prompts.texts)),
         "length": measured(length_features(documents)),
-        "shuffled": measured(unsteered, shuffled_labels(label, group)),
+        "shuffled": measured(unsteered, labels_without_meaning(prompts)),
         "after_length": separation_of(without_length(unsteered, documents), label),
     }
 
 
-def shuffled_labels(label, group, seed=SEED):
-    """(n,) labels without meaning.
+def labels_without_meaning(prompts, seed=SEED):
+    """(n,) the labels shuffled once, as curves.permute does: inside an axiom, groups as wholes.
 
-    Groups of one label trade theirs as wholes, texts of a mixed group among themselves. Shuffled text by
-    text, a template's copies would carry both labels, and separate less than templates do.
+    Shuffled text by text, a template's copies would carry both labels, and separate less than templates do.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.bincount(group)
-    safe = torch.bincount(group, weights=label.double())
-    is_mixed = (safe > 0) & (safe < sizes)
-    dealt = (safe > 0).long()  # (G,)
-    pure = torch.where(~is_mixed)[0]
-    dealt[pure] = dealt[pure[torch.randperm(len(pure), generator=generator)]]
-    shuffled = dealt[group]
-    for name in torch.where(is_mixed)[0].tolist():
-        rows = torch.where(group == name)[0]
-        shuffled[rows] = label[rows[torch.randperm(len(rows), generator=generator)]]
+    design = Design(prompts.axiom, prompts.label, prompts.axioms, prompts.group)
+    shuffled = torch.empty_like(prompts.label)
+    is_safe = shuffled_labels(design, torch.Generator().manual_seed(seed), 1)[0]
+    shuffled[design.order] = is_safe.to(shuffled.dtype)
     return shuffled
 
 

@@ -65,7 +65,8 @@ class Design:
 
     A group is drawn with those that begin in the same cell. Where texts have groups and a cell holds fewer
     than FEWEST of them, all groups of a label are drawn together instead: one group, drawn from itself, would
-    show no variance. Texts that stand alone are at least two a cell.
+    show no variance. Texts that stand alone are at least two a cell. Labels are shuffled inside an axiom all
+    the same: traded between axioms, they would tell axioms apart.
     """
 
     def __init__(self, axiom, label, axioms, group=None):
@@ -82,10 +83,11 @@ class Design:
         self.group = number_groups(check_groups(group, len(axiom))[self.order].tolist())  # (n,)
         count = int(self.group.max()) + 1
         first = torch.full((count,), len(cell)).scatter_reduce(0, self.group, torch.arange(len(cell)), "amin")
-        self.home = cell[self.order][first]  # (G,) cell
-        pools = torch.bincount(self.home, minlength=2 * len(axioms))
+        self.begins = cell[self.order][first]  # (G,) cell that a group begins in
+        self.home = self.begins  # (G,) pool that it is drawn from
+        pools = torch.bincount(self.begins, minlength=2 * len(axioms))
         if count < len(axiom) and pools[pools > 0].min() < FEWEST:
-            self.home = self.home % 2
+            self.home = self.begins % 2
         self.columns = []
         for c in range(len(self.axioms) + 1):
             self.columns.append(Column(torch.where(self.members(c))[0], self.label, self.group, self.home))
@@ -185,22 +187,9 @@ def permute(embeddings, axiom, label, axioms, draws=200, seed=SEED, group=None):
     Groups of one label trade labels as wholes; inside a group that holds both, texts trade them.
     """
     design = Design(axiom, label, axioms, group)
-    is_mixed, texts_mixed = _mixed_groups(design)
 
     def draw_weights(generator, draws):
-        """(draws, n): 1 where a text is called safe."""
-        safe = torch.zeros(draws, len(is_mixed))
-        for a in range(len(axioms)):
-            pool = torch.where((design.home // 2 == a) & ~is_mixed)[0]
-            rank = torch.rand(draws, len(pool), generator=generator).argsort(1)
-            safe[:, pool] = (rank < int(design.home[pool].remainder(2).sum())).float()  # as many as there are
-        is_safe = safe[:, design.group]
-        if len(texts_mixed):
-            key = design.group[texts_mixed] + torch.rand(draws, len(texts_mixed), generator=generator)
-            is_safe[:, texts_mixed] = is_safe[:, texts_mixed].scatter(
-                1, key.argsort(1), design.label[texts_mixed].float().expand(draws, -1)
-            )
-        return is_safe
+        return shuffled_labels(design, generator, draws)
 
     def totals(is_safe, states):
         both = design.sizes.sum(1).tolist()  # texts of every axiom
@@ -213,6 +202,23 @@ def permute(embeddings, axiom, label, axioms, draws=200, seed=SEED, group=None):
         return torch.stack(n, 1), torch.stack(sums, 1)  # (r, A, 2), (r, A, 2, D + 1)
 
     return _curve(embeddings, design, draws, seed, draw_weights, totals, with_errors=False)
+
+
+def shuffled_labels(design, generator, draws):
+    """(draws, n) float32, texts in the design's order: 1 where a text is called safe. As `permute` says."""
+    is_mixed, texts_mixed = _mixed_groups(design)
+    safe = torch.zeros(draws, len(is_mixed))
+    for a in range(len(design.axioms)):
+        pool = torch.where((design.begins // 2 == a) & ~is_mixed)[0]
+        rank = torch.rand(draws, len(pool), generator=generator).argsort(1)
+        safe[:, pool] = (rank < int(design.begins[pool].remainder(2).sum())).float()  # as many as there are
+    is_safe = safe[:, design.group]
+    if len(texts_mixed):
+        key = design.group[texts_mixed] + torch.rand(draws, len(texts_mixed), generator=generator)
+        is_safe[:, texts_mixed] = is_safe[:, texts_mixed].scatter(
+            1, key.argsort(1), design.label[texts_mixed].float().expand(draws, -1)
+        )
+    return is_safe
 
 
 def _mixed_groups(design):

@@ -2,6 +2,8 @@
 direction.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,12 @@ def test_words_and_length_are_warned_about():
     )
 
 
+def prompts_of(axiom, label, group):
+    """What `baselines` reads of an aqi.Prompts."""
+    axioms = [str(a) for a in range(int(axiom.max()) + 1)]
+    return SimpleNamespace(axiom=axiom, label=label, axioms=axioms, group=group)
+
+
 def test_labels_are_shuffled_by_group():
     """Groups of 4 safe, 4 unsafe and 2 mixed texts: pure groups keep one label, and as many of them are safe
     as before.
@@ -71,11 +79,21 @@ def test_labels_are_shuffled_by_group():
     label[-8:] = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
     moved = False
     for seed in range(5):
-        shuffled = baselines.shuffled_labels(label, group, seed)
+        prompts = prompts_of(torch.zeros_like(label), label, group)
+        shuffled = baselines.labels_without_meaning(prompts, seed)
         sums = torch.bincount(group, weights=shuffled.double())
         assert sorted(sums[:8].tolist()) == [0] * 4 + [4] * 4 and sums[8:].tolist() == [1, 3]
         moved = moved or not torch.equal(shuffled, label)
     assert moved
+
+
+def test_labels_are_never_shuffled_between_axioms():
+    """Three templates of two texts a cell: a trade between the axioms would tell them apart."""
+    cell = torch.arange(24) // 6 % 4
+    prompts = prompts_of(cell // 2, cell % 2, torch.arange(24) // 2)
+    for seed in range(20):
+        shuffled = baselines.labels_without_meaning(prompts, seed)
+        assert torch.bincount(prompts.axiom, weights=shuffled.double()).tolist() == [6, 6]
 
 
 def test_the_first_token_is_no_part_of_a_text():

@@ -79,6 +79,21 @@ def test_a_permutation_keeps_groups_of_one_label_whole_and_shuffles_inside_mixed
     assert {round(value, 3) for value in curve.draws[:, 0, 0].tolist()} == seen
 
 
+def test_a_permutation_never_trades_labels_between_axioms():
+    """Three templates of two texts a cell, axioms 50 apart: the distance is none of shuffled labels.
+
+    With fewer than FEWEST templates a cell all of a label are drawn together, but not shuffled together.
+    """
+    cell = torch.arange(24) // 6
+    axiom, label, group = cell // 2, cell % 2, torch.arange(24) // 2
+    X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
+    near = permute([X, X], axiom, label, ["a", "b"], draws=100, group=group)
+    X[axiom == 1] += 50
+    far = permute([X, X], axiom, label, ["a", "b"], draws=100, group=group)
+    torch.testing.assert_close(far.draws[:, :, :2], near.draws[:, :, :2], rtol=1e-3, atol=1e-3)
+    assert far.draws[:, :, 2].max() < 1 < near.draws[:, :, 2].max()
+
+
 def test_few_groups_a_cell_are_drawn_from_all_of_the_label():
     """One group a cell, drawn from itself, would show no variance at all."""
     X, axiom, label = labelled(axioms=6)
