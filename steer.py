@@ -53,6 +53,7 @@ from analysis.baselines import baselines, probe, separation_of, warnings_of
 from analysis.behaviour import KL_TEXTS, asked_prompts, final_logits, model_behaviour, steered_behaviour
 from analysis.curves import bootstrap, permute
 from analysis.groups import effective_size
+from analysis.indices import holds_labels
 from analysis.nulls import Nulls, isotropic_directions, null_count, null_curves, sign_flipped_directions
 from analysis.oracle import ceiling
 from analysis.steering import STEERED_LAYERS, bake, packed_batches, pool, spectrum, steering_tap
@@ -758,7 +759,7 @@ def _rows(curve, raw, prompts, vector, config, measure, inputs):
 
 def _independent(prompts):
     """Groups of the label that has fewer of them."""
-    return min(prompts.group[prompts.label == label].unique().numel() for label in (0, 1))
+    return int(holds_labels(prompts.label, prompts.group).sum(0).min())
 
 
 def _notes(vector, prompts, measure, found):

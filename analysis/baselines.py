@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from analysis.curves import Design, shuffled_labels
-from analysis.indices import SEED, auc, cluster_moments, held_out_scores, two_cluster_indices
+from analysis.indices import (
+    SEED,
+    auc,
+    cluster_moments,
+    held_out_scores,
+    holds_labels,
+    two_cluster_indices,
+)
 from analysis.steering import packed_batches, text_mean
 from analysis.sweep import coordinate_scale
 from families import device_of
@@ -32,14 +39,11 @@ def separation_of(X, labels):
 def probe(X, labels, group, draws=200, seed=SEED):
     """{"auc", "auc_interval"}: can a linear probe read the label of texts that it has not seen?
 
-    None for fewer than 5 groups. The mean over folds of the held-out AUC, no group in two folds; the 95 %
-    interval redraws the held-out groups of every fold, so it is of these probes on other texts.
+    None where fewer than 5 groups hold a label. The mean over folds of the held-out AUC, no group in two
+    folds; the 95 % interval redraws the held-out groups of every fold, so it is of these probes on other
+    texts.
     """
-    # A group counts for the label of its first text, as indices.held_out_scores deals groups to folds.
-    first = {}
-    for name, label in zip(group.tolist(), labels.tolist(), strict=True):
-        first.setdefault(name, label)
-    if min(list(first.values()).count(label) for label in (0, 1)) < FOLDS:
+    if holds_labels(labels, group).sum(0).min() < FOLDS:
         return {"auc": None, "auc_interval": None}
     scores, fold = held_out_scores(X, labels, FOLDS, group=group)
     scores, fold, labels = scores.cpu(), fold.cpu(), labels.cpu()
@@ -47,13 +51,12 @@ def probe(X, labels, group, draws=200, seed=SEED):
     areas, redrawn = [], []
     for k in range(FOLDS):
         mine = fold == k
-        if labels[mine].unique().numel() < 2:
-            continue
         areas.append(auc(scores[mine], labels[mine]))
         redrawn.append(_redrawn_auc(scores[mine], labels[mine], group[mine], draws, generator))
     values = torch.stack(redrawn).nanmean(0)  # (draws,)
-    low, high = torch.quantile(values, values.new_tensor([0.025, 0.975])).tolist()
-    return {"auc": sum(areas) / len(areas), "auc_interval": [low, high]}
+    # With 5 groups of a label, one a fold, 1 of 32 draws has one label in every fold, and no AUC.
+    low, high = torch.nanquantile(values, values.new_tensor([0.025, 0.975])).tolist()
+    return {"auc": sum(areas) / FOLDS, "auc_interval": [low, high]}
 
 
 def _redrawn_auc(scores, labels, group, draws, generator):

@@ -227,6 +227,7 @@ def held_out_scores(X, labels, folds=5, penalty=0.1, group=None):
     """(scores (n,), fold (n,)): each text scored by a ridge classifier of the other folds. X (n, D).
 
     Folds are stratified by label and never split a group (n,): a copy of a training text is not held out.
+    UserError where fewer groups than folds hold a label.
     Closed form, w = X' (X X' + a I)^-1 y on centred X and y = +-1, in whichever of n and D is smaller;
     a = penalty * mean |x|^2. Scores of two folds do not compare.
     """
@@ -249,17 +250,24 @@ def held_out_scores(X, labels, folds=5, penalty=0.1, group=None):
     return scores, fold
 
 
+def holds_labels(labels, group):
+    """(G, 2) bool: whether a group holds an unsafe text, a safe one. labels, group (n,) int64 from 0."""
+    slots = 2 * (int(group.max()) + 1)
+    return torch.bincount(2 * group + labels, minlength=slots).view(-1, 2) > 0
+
+
 def _folds(labels, group, folds):
-    """(n,) fold of every text: whole groups, shuffled inside the label that their first text has."""
-    count = int(group.max()) + 1
-    first = torch.full((count,), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
-    group_label = labels[first]
-    found = torch.bincount(group_label, minlength=2).tolist()
-    if min(found) < folds and set(labels[first].tolist()) == {0, 1}:
+    """(n,) fold of every text: whole groups, shuffled among those that hold the same labels."""
+    holds = holds_labels(labels, group)
+    count, found = len(holds), holds.sum(0).tolist()
+    if min(found) < folds:
         what = "points" if count == len(group) else "groups"
         raise UserError(f"probe: {found} {what} per label; expected at least {folds} for {folds} folds")
+    # Groups of both labels are dealt between those of one. So the groups that hold a label are neighbours,
+    # and every fold gets one of them.
+    kind = 1 + holds[:, 1].long() - holds[:, 0].long()  # 0 unsafe, 1 both, 2 safe
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
-    order = order[group_label[order].argsort(stable=True)]  # label by label, shuffled inside
+    order = order[kind[order].argsort(stable=True)]  # kind by kind, shuffled inside
     group_fold = torch.empty(count, dtype=torch.int64)
     group_fold[order] = torch.arange(count) % folds
     return group_fold[group]

@@ -9,7 +9,7 @@ Shapes: n texts, N of a batch, T tokens of its stream, D hidden size, K lambdas.
 import torch
 
 from analysis.baselines import separation_of
-from analysis.indices import SEED
+from analysis.indices import SEED, holds_labels
 from analysis.steering import add_vector, packed_batches
 from families import device_of
 
@@ -30,17 +30,16 @@ def explained_share(X, labels):
 
 def split_groups(group, labels, seed=SEED):
     """(n,) bool: one half of the groups, of each label half. No group has texts in both halves."""
-    is_first = torch.zeros(len(group), dtype=torch.bool)
+    holds = holds_labels(labels, group)
+    unsafe, safe = holds[:, 0], holds[:, 1]
     generator = torch.Generator().manual_seed(seed)
-    taken = set()
-    for label in (0, 1):
-        names = sorted(set(group[labels == label].tolist()) - taken)
-        order = torch.randperm(len(names), generator=generator).tolist()
-        half = (len(names) + 1) // 2
-        chosen = [names[i] for i in order[:half]]
-        is_first |= torch.isin(group, torch.tensor(chosen))
-        taken |= set(names)
-    return is_first
+    is_first = torch.zeros(len(holds), dtype=torch.bool)
+    # Groups of both labels are halved by themselves: one half could be left without a label otherwise.
+    for is_kind in (unsafe & safe, unsafe & ~safe, safe & ~unsafe):
+        names = torch.where(is_kind)[0]
+        order = torch.randperm(len(names), generator=generator)
+        is_first[names[order[: (len(names) + 1) // 2]]] = True
+    return is_first[group]
 
 
 class TopBlocks:

@@ -29,6 +29,24 @@ def test_a_probe_on_what_tells_and_what_does_not():
     assert baselines.probe(X, LABELS, ALONE // 10)["auc"] is None  # four groups
 
 
+def test_a_template_of_both_labels_counts_for_both():
+    """20 templates, unsafe text first, are enough; beside them one of one label may be held out too."""
+    X = torch.randn(41, 8, generator=torch.Generator().manual_seed(0))
+    templates, label = torch.arange(41) // 2, torch.arange(41) % 2
+    assert baselines.probe(X[:40] + 3 * LABELS[:, None], LABELS, templates[:40])["auc"] > 0.99
+    label[40] = 1
+    assert baselines.probe(X + 3 * label[:, None], label, templates)["auc"] > 0.99
+    few = baselines.probe(X[:8], LABELS[:8], templates[:8])
+    assert few == {"auc": None, "auc_interval": None}
+
+
+def test_the_interval_leaves_out_draws_of_one_label():
+    """Five groups of a label, one a fold: some of the draws have no fold with both."""
+    X = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    low, high = baselines.probe(X, LABELS[:10], ALONE[:10])["auc_interval"]
+    assert 0 <= low < high <= 1
+
+
 def test_redrawn_auc_by_hand():
     """Scores 1, 2 unsafe and 3, 0 safe: 2 of 4 pairs in order; a draw of text 3 and both unsafe ones has all
     in order.
@@ -136,6 +154,15 @@ def test_no_group_is_in_both_halves():
     is_first = split_groups(group, labels)
     assert not set(group[is_first].tolist()) & set(group[~is_first].tolist())
     assert [is_first[labels == y].sum().item() for y in (0, 1)] == [10, 10]
+
+
+def test_each_half_has_both_labels_where_most_groups_are_of_one():
+    """Four pure unsafe groups, three of both labels and one safe: any seed leaves safe texts to both halves."""
+    group = torch.tensor([0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7])
+    labels = torch.tensor([0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 1])
+    for seed in range(40):
+        is_first = split_groups(group, labels, seed)
+        assert labels[is_first].unique().numel() == labels[~is_first].unique().numel() == 2
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from analysis.indices import (
     dunn,
     eta_squared,
     group_moments,
+    held_out_scores,
     probe_auc,
     silhouette,
     xie_beni,
@@ -272,6 +273,19 @@ def test_probe_primal_equals_dual():
     X, labels = two_clusters(40, 40, 50, gap=0.2)
     wide = torch.cat([X, torch.zeros(80, 30, dtype=X.dtype)], 1)
     assert probe_auc(wide, labels) == pytest.approx(probe_auc(X, labels), abs=1e-9)
+
+
+@pytest.mark.parametrize("pure", [(0, 0), (1, 0), (0, 1), (7, 3), (2, 9)])
+def test_every_fold_has_both_labels(pure):
+    """Six groups of both labels, unsafe text first, and so many of one: no fold is left without a label."""
+    unsafe, safe = pure
+    labels = torch.cat([torch.tensor([0, 1]).repeat(6), torch.zeros(unsafe), torch.ones(safe)]).long()
+    group = torch.cat([torch.arange(12) // 2, torch.arange(6, 6 + unsafe + safe)])
+    X = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0))
+    _, fold = held_out_scores(X, labels, group=group)
+    held = [(int(k), int(y)) for k, y in zip(fold, labels)]
+    assert len(set(held)) == 10
+    assert len({(int(k), int(g)) for k, g in zip(fold, group)}) == int(group.max()) + 1
 
 
 def test_probe_finds_nothing_where_nothing_is():
