@@ -14,13 +14,14 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from analysis.groups import find_groups, number_groups
+from analysis.groups import check_groups, find_groups, number_groups
 from analysis.indices import (  # noqa: F401  aqi.chi and so on are public names
     EXTRA,
     OVERALL,
@@ -29,6 +30,7 @@ from analysis.indices import (  # noqa: F401  aqi.chi and so on are public names
     chi,
     cluster_moments,
     eta_squared,
+    probe_auc,
     two_cluster_indices,
     xie_beni,
 )
@@ -327,12 +329,13 @@ def project(X, space, perplexity=30.0, seed=None):
     return X
 
 
-def measure(X, axiom, label, axioms, space="raw", seed=None, extra=()):
+def measure(X, axiom, label, axioms, space="raw", seed=None, extra=(), group=None):
     """Rows of category, space, seed, n, chi, xb, eta2 and the `extra` ones of EXTRA.
 
-    One per axiom, then "overall". X (n, D), axiom and label (n,). t-SNE is run per category, perplexity 30
-    per axiom and 50 overall, as published.
+    One per axiom, then "overall". X (n, D), axiom, label and group (n,); group None: texts stand alone. t-SNE
+    is run per category, perplexity 30 per axiom and 50 overall, as published.
     """
+    group = check_groups(group, len(axiom))
     rows = []
     for a, category in enumerate([*axioms, OVERALL]):
         is_overall = category == OVERALL
@@ -342,8 +345,10 @@ def measure(X, axiom, label, axioms, space="raw", seed=None, extra=()):
         row = {"category": category, "space": space, "seed": seed}
         for name, value in two_cluster_indices(*cluster_moments(points, labels)).items():
             row[name] = value.item()
+        # The probe alone holds texts out, and whole groups of them.
+        indices = EXTRA | {"probe_auc": partial(probe_auc, group=group[member])}
         for name in extra:
-            row[name] = EXTRA[name](points, labels)
+            row[name] = indices[name](points, labels)
         rows.append(row)
     return rows
 

@@ -639,7 +639,7 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
         profile=aqi.score(profile, "sweep"),
         errors=injection_errors(model, vector.texts(tokenizer)[config.side], vector, config),
         nulls={kind: values[:, :, -1].tolist() for kind, values in nulls.curves.items()},
-        notes=_notes(vector, prompts, measure, found),
+        notes=_notes(vector, prompts, measure, rows, found),
         **found,
     )
 
@@ -745,13 +745,12 @@ def _rows(curve, raw, prompts, vector, config, measure, inputs):
     about["tap"] = "post_norm" if is_published(vector) else "raw"
     seeds = range(measure.seeds) if measure.seeds > 1 else [None]  # None: t-SNE starts from PCA, as published
     extra = aqi.EXTRA if measure.all_indices else ()
+    cells = prompts.axiom, prompts.label, prompts.axioms
     rows = []
     for strength, states, unscaled in zip(config.lambdas, curve, raw, strict=True):
         without_scale = _separations(unscaled, prompts)
         for seed in seeds:
-            for row in aqi.measure(
-                states, prompts.axiom, prompts.label, prompts.axioms, measure.space, seed, extra
-            ):
+            for row in aqi.measure(states, *cells, measure.space, seed, extra, prompts.group):
                 row["separation_raw"] = without_scale[row["category"]]
                 rows.append(about | {"lambda": strength} | row)
     return aqi.score(rows, inputs["normalize"])
@@ -762,13 +761,17 @@ def _independent(prompts):
     return int(holds_labels(prompts.label, prompts.group).sum(0).min())
 
 
-def _notes(vector, prompts, measure, found):
+def _notes(vector, prompts, measure, rows, found):
     """Sentences on what these texts and weights cannot carry."""
     notes = warnings_of(found["baselines"])
     if measure.oracle and "oracle" not in found:
         notes.append(
             f"no oracle: {_independent(prompts)} independent groups of a label; expected 4, for two halves"
         )
+    unprobed = {row["category"] for row in rows if measure.all_indices and row["probe_auc"] is None}
+    if unprobed:
+        which = f"{len(unprobed)} of {len(prompts.axioms) + 1} categories ({', '.join(sorted(unprobed))})"
+        notes.append(f"no probe_auc of {which}: fewer than 5 groups of a label, and it holds groups out")
     overall = found["verdicts"][0]
     if overall["high"] and overall["high"][0] < overall["estimate"][0]:
         few = f"{overall['groups']} groups of a label are few, and part of the separation is theirs"

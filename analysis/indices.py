@@ -217,9 +217,14 @@ def auc(scores, labels):
 
 
 def probe_auc(X, labels, folds=5, penalty=0.1, group=None):
-    """Mean AUC over folds of `held_out_scores`: does any direction of the states show the label?"""
+    """Mean AUC over folds of `held_out_scores`: does any direction of the states show the label?
+
+    None where fewer groups than folds hold a label. UserError as `_checked`.
+    """
+    X, labels = _checked(X, labels)
+    if holds_labels(labels.cpu(), check_groups(group, len(X))).sum(0).min() < folds:
+        return None
     scores, fold = held_out_scores(X, labels, folds, penalty, group)
-    _, labels = _checked(X, labels)
     return sum(auc(scores[fold == k], labels[fold == k]) for k in range(folds)) / folds
 
 
@@ -273,5 +278,5 @@ def _folds(labels, group, folds):
     return group_fold[group]
 
 
-# (X, labels) -> float
+# (X, labels) -> float, or None where the texts are too few
 EXTRA = {"davies_bouldin": davies_bouldin, "dunn": dunn, "silhouette": silhouette, "probe_auc": probe_auc}

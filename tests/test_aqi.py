@@ -299,6 +299,30 @@ def test_measure_gives_one_row_per_axiom_and_overall():
     assert rows[1]["chi"] == chi(X[axiom == 1], label[axiom == 1]) and rows[2]["xb"] == xie_beni(X, label)
 
 
+def test_the_probe_of_copies_is_of_whole_groups():
+    """Labels without meaning, every text five times: copies on both sides of a fold would give AUC 1."""
+    X, axiom, label = labelled(per_group=60, dims=200)
+    X -= 2 * label[:, None]
+    group = torch.arange(240).repeat_interleave(5)
+    copies = X[group], axiom[group], label[group], ["a", "b"]
+    alone = measure(*copies, extra=("probe_auc",))
+    whole = measure(*copies, extra=("probe_auc",), group=group)
+    assert all(row["probe_auc"] > 0.95 for row in alone)
+    assert all(0.3 < row["probe_auc"] < 0.7 for row in whole)
+
+
+def test_an_axiom_too_small_for_the_probe_has_an_empty_cell(tmp_path):
+    """Four texts of a label in axiom b: the other indices are there, in the table and the csv too."""
+    X, axiom, label = labelled(per_group=5)
+    kept = torch.arange(len(X)) < 18
+    rows = measure(X[kept], axiom[kept], label[kept], ["a", "b"], extra=("silhouette", "probe_auc"))
+    assert [row["probe_auc"] is None for row in rows] == [False, True, False]
+    assert all(-1 <= row["silhouette"] <= 1 for row in rows)
+    scored = score(rows, "sweep")
+    write_report(tmp_path, scored)
+    assert len(table(scored).splitlines()) == 4 and not read_rows(tmp_path / "aqi.csv")[1]["probe_auc"]
+
+
 @pytest.mark.slow
 def test_measure_in_other_spaces():
     X, axiom, label = labelled()

@@ -291,5 +291,6 @@ def test_every_fold_has_both_labels(pure):
 def test_probe_finds_nothing_where_nothing_is():
     X, labels = two_clusters(200, 200, 20, gap=0.0)
     assert abs(probe_auc(X, labels) - 0.5) < 0.08
+    assert probe_auc(*two_clusters(3, 50)) is None
     with pytest.raises(ValueError, match=r"\[3, 50\] points per label; expected at least 5 for 5 folds"):
-        probe_auc(*two_clusters(3, 50))
+        held_out_scores(*two_clusters(3, 50))

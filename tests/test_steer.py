@@ -237,7 +237,7 @@ def test_an_interval_beside_its_number_is_noted(change, interval, low, decision,
     no_words = {"length": {"auc": None}, "words": {"auc": None}}
     vector = SimpleNamespace(manifest={"rounding_share": None})
     found = {"verdicts": [verdict], "baselines": no_words}
-    notes = steer._notes(vector, None, SimpleNamespace(oracle=False), found)
+    notes = steer._notes(vector, None, SimpleNamespace(oracle=False), [], found)
     assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
 
 
@@ -1227,6 +1227,18 @@ def test_all_indices(lab):
     )
     printed, written = (lab / "indices/tables.txt").read_text(), (lab / "indices/aqi.csv").read_text()
     assert all(name in printed and name in written for name in steer.aqi.EXTRA)
+
+
+@pytest.mark.slow
+def test_all_indices_of_a_small_axiom_are_measured_and_noted(lab):
+    """Axiom kind has four texts of a label, and the probe's folds are five."""
+    lines = write_prompts(lab / "uneven.csv").read_text().splitlines()
+    uneven = [line for number, line in enumerate(lines) if number not in (13, 14, 19, 20)]
+    (lab / "uneven.csv").write_text("\n".join(uneven))
+    report = sweep(lab, "uneven", f"--prompts={lab}/uneven.csv", "--all_indices", "--lambdas=0,1")
+    unprobed = [row["category"] for row in report["rows"] if row["probe_auc"] is None]
+    assert unprobed == ["kind"] * 2 and all(row["dunn"] > 0 for row in report["rows"])
+    assert any("no probe_auc of 1 of 3 categories (kind)" in note for note in report["notes"])
 
 
 @pytest.mark.slow
