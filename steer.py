@@ -371,7 +371,7 @@ def print_spectrum(vector, config, last):
     A table of so many last layers; of all of them spectrum.json and spectrum.safetensors (components
     (L, C, D): layers, components, hidden size) in the folder.
     """
-    lock(vector.folder)
+    lock(vector.folder, "inputs")
     v, sft = vector.direction(config), vector.tensors[f"sft_{config.side}_{config.pooling}"]
     states = vector.differences(config)  # (count, L, D)
     rows, components, lines = [], [], []
@@ -503,7 +503,7 @@ def sweep(vector, config, measure):
     encode = encoder(vector.manifest["compat"])
     documents = [encode(text, tokenizer, vector.manifest["max_text_tokens"]) for text in prompts.texts]
     inputs = _sweep_inputs(vector, config, measure, prompts, documents)
-    lock(folder)
+    lock(folder, None)
     if not is_done(folder / "aqi.json", inputs):
         _measure_sweep(vector, config, measure, prompts, documents, folder, inputs)
     report = read_verified_json(folder / "aqi.json")

@@ -213,7 +213,7 @@ def start(stage, config, load_data, facts):
         if hint := unused_flash4(config, torch.cuda.get_device_capability(world.device)):
             world.say(hint)
     # Before anything is written: a second process on this folder ends here, naming the first.
-    parallel.main_first(world, lambda: lock(config.out_dir) if world.main else None)
+    parallel.main_first(world, lambda: lock(config.out_dir, "stage") if world.main else None)
     data, held_out = parallel.main_first(world, lambda: load_data(config, tokenizer, world.say))
     watchdog.start(world, 0)
     if world.main:

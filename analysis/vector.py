@@ -172,7 +172,7 @@ def extract(config, name):
     folder = Path(config.out_dir)
     count = config.count or MODES[config.mode]
     documents, inputs = _inputs(config, count, count + max(1, count // 4))
-    lock(folder)
+    lock(folder, "inputs")
     if is_done(folder / "manifest.json", inputs):
         return
     # The manifest is written last: without it, what a killed extraction left behind is no vector.

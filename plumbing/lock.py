@@ -9,18 +9,20 @@ import socket
 import time
 from pathlib import Path
 
-from plumbing.files import UserError, sweep
+from plumbing.files import UserError, read_json, sweep
 
 _held = {}  # {folder: open file}: an flock belongs to the open file, so it must stay open
 
 
-def lock(folder, say=print):
+def lock(folder, manifest_key, say=print):
     """Make this process the only one that writes to the folder, until it ends.
 
-    Removes what a killed one left half-written. Creates the folder. UserError, naming the other's machine,
-    process and start, when one has it already. A file system without locks is said: nothing can stop a second
-    process there.
+    manifest_key: a key of the manifest.json that the caller writes there; None of a caller that writes none.
+    Removes what a killed one left half-written. Creates the folder. UserError when the folder holds a model,
+    or what another command wrote; or, naming the other's machine, process and start, when one has it already.
+    A file system without locks is said: nothing can stop a second process there.
     """
+    _require_own(Path(folder), manifest_key)
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
@@ -45,6 +47,23 @@ def lock(folder, say=print):
     file.flush()
     _held[folder] = file
     sweep(folder)
+
+
+def _require_own(folder, manifest_key):
+    config, manifest = _keys(folder / "config.json"), _keys(folder / "manifest.json")
+    if "model_type" in config or (folder / "adapter_config.json").exists():
+        holds = "a model"
+    elif manifest and manifest_key not in manifest:
+        holds = "the manifest.json of another command"
+    else:
+        return
+    raise UserError(f"{folder}: holds {holds}, which would be written over; expected another folder")
+
+
+def _keys(path):
+    """The keys of a JSON file; none of one that is not there, or cut short, which its reader names."""
+    is_whole = path.is_file() and path.read_bytes().rstrip().endswith(b"}")
+    return read_json(path).keys() if is_whole else ()
 
 
 def unlock():

@@ -23,6 +23,7 @@ from kernels import is_split, split_master
 from plumbing import hub, kinds, parallel, watchdog
 from plumbing.files import (
     HASHERS,
+    HASHES,
     UserError,
     progress_bar,
     publish,
@@ -399,7 +400,8 @@ def check_replaceable(directory, config_name):
     contents = [path.name for path in directory.iterdir()] if directory.exists() else []
     ours = (".safetensors", ".json", ".jinja", ".model", "README.md")
     foreign = [name for name in contents if not name.endswith(ours)]
-    if contents and (foreign or config_name not in contents):
+    is_export = config_name in contents and HASHES in contents  # others write no such file
+    if contents and (foreign or not is_export):
         listed = ", ".join(sorted(foreign or contents)[:5])
         raise UserError(f"{directory}: holds {listed}, which no export wrote, so it is not replaced")
 

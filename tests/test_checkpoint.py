@@ -794,31 +794,39 @@ def test_transformers_reads_our_folder(tokenizer, tmp_path, monkeypatch, config)
     assert our_tokenizer.chat_template == TEMPLATE
 
 
-def test_export_casts_once_and_replaces_only_a_model_folder(base, tokenizer, tmp_path):
+def test_export_casts_once_and_replaces_only_an_export(base, tokenizer, tmp_path):
+    """A model that others wrote is not replaced: it has no hashes.json."""
+    before = fingerprint(base)
     model, _ = load_pretrained(base)
-    save_pretrained(model, tokenizer, base, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="holds config.json, .*, which no export wrote"):
+        save_pretrained(model, tokenizer, base)
+    assert fingerprint(base) == before
+    for dtype in (torch.float32, torch.bfloat16):
+        save_pretrained(model, tokenizer, tmp_path / "export", dtype=dtype)
     assert_equal(
-        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "export/model.safetensors"),
         {name: param.detach().bfloat16() for name, param in model.named_parameters()},
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "export"]
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds thesis.txt, which no export wrote"):
         save_pretrained(model, tokenizer, tmp_path / "notes")
 
 
-def test_export_on_a_full_disk_leaves_the_old_one(base, tokenizer, monkeypatch):
-    before = fingerprint(base)
+def test_export_on_a_full_disk_leaves_the_old_one(base, tokenizer, monkeypatch, tmp_path):
     model, _ = load_pretrained(base)
+    export = tmp_path / "export"
+    save_pretrained(model, tokenizer, export)
+    before = fingerprint(export)
 
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tensors.os, "fsync", full)
     with pytest.raises(OSError, match="bytes needed, .* free; what was saved earlier is untouched"):
-        save_pretrained(model, tokenizer, base)
-    assert fingerprint(base) == before
+        save_pretrained(model, tokenizer, export)
+    assert fingerprint(export) == before
 
 
 def test_writer_holds_one_tensor_at_a_time(tmp_path):
