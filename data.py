@@ -467,6 +467,102 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log):
     return loaded["data"]["train"], held_out
 
 
+# ---------------------------------------------------------------- pairs without a cache
+
+SAME_PROMPT = "for a prompt that the vector's texts have"
+
+
+class PairReader:
+    """Pairs of one source row by row, checked and counted as `load_preferences` does it.
+
+    For steer.py, which takes the first ones. key: what names the source in messages. template None:
+    transcripts as they are, by encode(text, tokenizer, most tokens). UserError names source and row.
+    """
+
+    def __init__(self, key: str, source: str, tokenizer: Tokenizer, template, max_tokens: int, encode):
+        self.key, self.tokenizer, self.encode, self.num_read = key, tokenizer, encode, 0
+        self.settings = {"template": template, "max_seq_len": max_tokens, "supervise": "all"}
+        self.settings |= {"rows": "first", "held_out": 0.0}
+        options = {source: 1.0}, ("chosen", "rejected"), self.settings, None, print
+        self.part, self.tally = _open(key, find_source(source), *options), _Tally()
+
+    def pairs(self, seen: set):
+        """Yield (prompt, [(ids, mask) of chosen, of rejected]) of the rows that are kept.
+
+        A prompt is the first user message. Rows whose prompt is in `seen`, which may grow, are dropped.
+        """
+        for number in range(len(self.part.rows)):
+            self.num_read += 1
+            where = f"{self.key} {self.part.name!r}, {self.part.rows.where(number)}"
+            (row,) = self.part.rows.read([number])
+            self.tally.ignored |= dict.fromkeys(self.part.schema.ignored(row))
+            try:
+                found = self._render(row)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            if isinstance(found, str):
+                self.tally.suspect[found, self.part.name] += 1
+            else:
+                prompt = _opening_prompt(found[0].messages)
+                found = SAME_PROMPT if prompt in seen else self._encode(number, found)
+            if isinstance(found, str):
+                self.tally.dropped[found] += 1
+            else:
+                yield prompt, found
+
+    def _render(self, row: dict):
+        """[_Rendered per side] of a row, or the reason to drop it."""
+        part = self.part
+        if self.settings["template"] is not None:
+            return _render_row(part.schema, row, ("chosen", "rejected"), self.tokenizer, self.settings)
+        conversations = part.schema.read(row)
+        if isinstance(conversations, str):
+            return conversations
+        if "prompt" in row or not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
+            where = "--template, or the pair's in configs/pairs.py"
+            raise UserError(f"no transcript; expected a template to render it with ({where})")
+        if not answer_one_prompt(row, *conversations):
+            return ANOTHER_PROMPT
+        rendered = []
+        for side, messages in zip(("chosen", "rejected"), conversations):
+            _check_characters(row[side], row)
+            rendered.append(_Rendered(messages, row[side], [], []))
+        return rendered
+
+    def _encode(self, number: int, rendered: "list[_Rendered]"):
+        """[(ids, mask) per side], cut, or the reason to drop the row."""
+        if self.settings["template"] is not None:
+            options = self.tokenizer, self.settings, self.tally
+            (found,) = _encode_rows(self.part, [number], [rendered], *options)
+            return found if isinstance(found, str) else found[1]
+        limit, cut = self.settings["max_seq_len"], []
+        self.tally.see_row(self.part, number, rendered)
+        for conversation in rendered:
+            ids, mask = self.encode(conversation.text, self.tokenizer, 1 << 30)
+            cut.append((ids[:limit], mask[:limit]))
+            self.tally.see_document(*cut[-1], 0, len(ids) > limit)
+        self.tally.counts["equal"] += np.array_equal(cut[0][0], cut[1][0])
+        return cut
+
+    def describe(self, kept: dict) -> str:
+        """The line of `describe` on the rows that were read. kept: {what for: pairs}."""
+        part = dataclasses.replace(self.part, numbers=np.arange(self.num_read))
+        return describe(self.tally.stats([part], kept), f"{self.key} {part.name!r}")
+
+    def check(self, kept: dict) -> None:
+        """UserError where most rows were read the wrong way round, or all pairs have equal answers."""
+        self.tally.check_source(dataclasses.replace(self.part, numbers=np.arange(self.num_read)))
+        if self.tally.counts["equal"] == sum(kept.values()):
+            cut = f"cut at {self.settings['max_seq_len']} tokens"
+            raise UserError(f"{self.describe(kept)}; expected pairs of different answers ({cut})")
+
+
+def _opening_prompt(messages: list[dict]) -> str:
+    # As in is_held_out, whose code is hashed: moved out of it, every cache of tokens would be stale.
+    asked = _contents(messages, "user")
+    return asked[0] if asked else messages[0]["content"]
+
+
 # ---------------------------------------------------------------- tokenised cache
 
 CHUNK = 1024  # rows read and tokenised at a time: enough work for every thread, little memory
@@ -776,7 +872,7 @@ def describe(stats: dict, key: str = "data") -> str:
     """The line that says what became of the rows of a config key's mixture."""
     names = {"train": "train", "eval": "eval"} if key == "data" else {"train": "held out"}
     # Counts of zero are left out, but for the dropped rows: that there are none is worth a word.
-    kept = " + ".join(f"{count:,} {names[split]}" for split, count in stats["kept"].items())
+    kept = " + ".join(f"{count:,} {names.get(split, split)}" for split, count in stats["kept"].items())
     dropped = ", ".join(f"{count:,} dropped {reason}" for reason, count in stats["dropped"].items())
     lengths = f"{stats['tokens']:,} tokens, {stats['supervised']:,} supervised"
     notes = [f"{stats['truncated']:,} conversations truncated"]

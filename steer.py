@@ -68,7 +68,18 @@ from analysis.sweep import (
     state_lengths,
     text_pooling,
 )
-from analysis.vector import MODELS, MODES, Vector, bar, encoder, extract, is_done, plain_document
+from analysis.vector import (
+    MODELS,
+    MODES,
+    Vector,
+    bar,
+    check_lengths,
+    encoder,
+    extract,
+    is_done,
+    labelled_documents,
+    plain_document,
+)
 from analysis.verdict import judge, power
 from data import encode_chat
 from families import device_of, dtype_for, load_model, locate, model_config
@@ -500,8 +511,9 @@ def sweep(vector, config, measure):
     folder = Path(measure.report_dir or vector.folder / f"sweep_{config.inject}")
     prompts = read_swept_prompts(config, measure)
     tokenizer = Tokenizer.from_dir(locate(vector.manifest["sft_path"])[0])
-    encode = encoder(vector.manifest["compat"])
-    documents = [encode(text, tokenizer, vector.manifest["max_text_tokens"]) for text in prompts.texts]
+    options = vector.manifest["max_text_tokens"], encoder(vector.manifest["compat"])
+    documents = labelled_documents(prompts.texts, tokenizer, *options)
+    check_lengths(f"prompts {measure.prompts!r}", documents, vector.manifest["sft_path"])
     inputs = _sweep_inputs(vector, config, measure, prompts, documents)
     lock(folder, None)
     if not is_done(folder / "aqi.json", inputs):
@@ -812,7 +824,8 @@ def run_power(targets, config, measure):
     total = model.config.num_hidden_layers
     if config.layers > total:
         raise UserError(f"layers={config.layers}: expected 1 to {total}, the model's number of layers")
-    documents = [plain_document(text, tokenizer, config.max_text_tokens) for text in prompts.texts]
+    documents = labelled_documents(prompts.texts, tokenizer, config.max_text_tokens)
+    check_lengths(f"prompts {measure.prompts!r}", documents, path)
     lengths = state_lengths(model, documents, range(total - config.layers, total))
     unit = torch.nn.functional.normalize(torch.ones(model.config.hidden_size), dim=0)
     lengths = {layer: config.size * length * unit for layer, length in lengths.items()}

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,9 @@ from analysis.steering import (
     packed_batches,
     read_states,
 )
-from data import encode_chat, resolve_template
+from data import PairReader, resolve_template
 from families import device_of, dtype_for, load_model, locate, model_config, weights_hash
-from formats import find_schema
+from model import LlamaConfig
 from plumbing import hub
 from plumbing.files import (
     HASHES,
@@ -43,7 +43,6 @@ from plumbing.files import (
     write_json,
 )
 from plumbing.lock import lock
-from plumbing.sources import open_source
 from plumbing.tensors import open_safetensors
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import stored_weights
@@ -92,57 +91,62 @@ def encoder(compat):
     return published_document if compat == "hf" else plain_document
 
 
-def text_pairs(source, count, tokenizer, template, max_tokens, encode=plain_document):
-    """{"chosen": documents, "rejected": documents} of the first `count` usable rows of a preference source.
-
-    template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations
-    rendered by it. Then a pair with a side that has no answer in its first max_tokens tokens is left out,
-    as in DPO. Pairs left out are counted and printed.
-    """
-    if template is not None:
-        resolve_template(template, tokenizer)  # an unknown one is refused
-    rows = open_source(source)
-    schema = find_schema(source, rows, SIDES)
-    documents, left_out = {side: [] for side in SIDES}, Counter()
-    for number, row in enumerate(rows):
-        try:
-            pair = _encoded_pair(row, schema, tokenizer, template, max_tokens, encode)
-        except ValueError as error:
-            raise UserError(f"texts {source!r}, row {number}: {error}") from error
-        if isinstance(pair, str):
-            left_out[pair] += 1
-            continue
-        for side, document in zip(SIDES, pair, strict=True):
-            documents[side].append(tuple(np.asarray(column) for column in document))
-        if len(documents["chosen"]) == count:
-            break
-    usable = len(documents["chosen"])
-    said = "".join(f", {times:,} left out {reason}" for reason, times in left_out.items())
-    if usable < count:
-        most = f"a --count of at most {usable * 4 // 5} here"
-        needed = f"expected {count}, of which a fifth is held out of the vector ({most})"
-        raise UserError(f"texts {source!r}: {usable} usable pairs{said}; {needed}")
-    if left_out:
-        print(f"texts {source!r}: {usable:,} pairs{said}")
+def labelled_documents(texts, tokenizer, max_tokens, encode=plain_document, log=print):
+    """The documents of labelled texts, cut at max_tokens; those that were cut are counted through `log`."""
+    documents, truncated = [], 0
+    for text in texts:
+        ids, mask = encode(text, tokenizer, 1 << 30)
+        documents.append((ids[:max_tokens], mask[:max_tokens]))
+        truncated += len(ids) > max_tokens
+    if truncated:
+        log(f"prompts: {truncated:,} of {len(texts):,} texts truncated at max_text_tokens={max_tokens}")
     return documents
 
 
-def _encoded_pair(row, schema, tokenizer, template, max_tokens, encode):
-    """[(ids, mask) of chosen, of rejected] of a row as its schema reads it.
+def check_lengths(key, documents, path):
+    """UserError for documents of config key `key` that the model at `path` cannot read, as in training."""
+    config = model_config(locate(path)[0])
+    longest = max(len(ids) for ids, _ in documents)
+    # Gemma 2's windows are masked; a Llama's (Mistral's) are not.
+    names = ["max_position_embeddings"] + ["sliding_window"] * isinstance(config, LlamaConfig)
+    for name in names:
+        limit = getattr(config, name)
+        if limit and longest > limit:
+            wanted = f"expected at most {name}={limit} of {path!r}, by --max_text_tokens={limit}"
+            raise UserError(f"{key}: the longest text has {longest:,} tokens; {wanted}")
 
-    Or the reason to leave it out.
+
+def text_pairs(source, count, tokenizer, template, max_tokens, encode=plain_document, held_out=0, log=print):
+    """{"chosen": documents, "rejected": documents} of a preference source.
+
+    Of the first `count` usable rows, then of the next `held_out` ones whose prompts are not among these.
+    template None: the transcripts as they are ("Human:", "Assistant:"), as published; else conversations
+    rendered by it. Rows are checked, dropped and counted as in DPO (data.PairReader), in one line of `log`.
     """
-    conversations = schema.read(row)
-    if isinstance(conversations, str):
-        return conversations
     if template is not None:
-        pair = [encode_chat(messages, tokenizer, template, max_tokens) for messages in conversations]
-        has_answers = all(any(mask) for _, mask in pair)
-        return pair if has_answers else f"without an answer in the first {max_tokens} tokens"
-    if "prompt" in row or not all(isinstance(row.get(side), str) for side in SIDES):
-        where = "--template, or the pair's in configs/pairs.py"
-        raise UserError(f"no transcript; expected a template to render it with ({where})")
-    return [encode(row[side], tokenizer, max_tokens) for side in SIDES]
+        resolve_template(template, tokenizer)  # an unknown one is refused
+    reader = PairReader("texts", source, tokenizer, template, max_tokens, encode)
+    documents, prompts, seen = {side: [] for side in SIDES}, set(), set()
+    for prompt, pair in reader.pairs(seen):
+        for side, document in zip(SIDES, pair, strict=True):
+            documents[side].append(document)
+        prompts.add(prompt)
+        usable = len(documents["chosen"])
+        if usable == count + held_out:
+            break
+        # No prompt on both sides: what is measured on held-out pairs would be of the vector's own.
+        if usable == count:
+            seen |= prompts
+    usable = len(documents["chosen"])
+    kept = {"of the vector" if held_out else "pairs": min(count, usable)}
+    if held_out:
+        kept["held out"] = usable - kept["of the vector"]
+    if usable < count + held_out:
+        needed = f"expected {count} pairs, and {held_out} of other prompts to hold out"
+        raise UserError(f"{reader.describe(kept)}; {needed} (--count=N asks for N and a quarter of N)")
+    reader.check(kept)
+    log(reader.describe(kept))
+    return documents
 
 
 def hash_documents(documents):
@@ -272,9 +276,12 @@ def _inputs(config, count, total):
         shapes[name] = _shape(path)
         tokenizer = Tokenizer.from_dir(locate(path)[0])
         encode = encoder(config.compat)
-        documents = text_pairs(
-            config.texts, total, tokenizer, config.template, config.max_text_tokens, encode
-        )
+        # Said once, of the SFT model's: the DPO model's are refused below where they are not the same.
+        log = print if name == "sft" else _silent
+        options = config.template, config.max_text_tokens, encode, total - count, log
+        documents = text_pairs(config.texts, count, tokenizer, *options)
+        for side in SIDES:
+            check_lengths(f"texts {config.texts!r}", documents[side], path)
         tokens = hash_documents(documents)
         inputs |= {f"{name}_path": path, name: weights_hash(path)}
         if inputs.setdefault("tokens", tokens) != tokens:
@@ -288,6 +295,10 @@ def _inputs(config, count, total):
         same = f"the same weights as sft={config.sft_path!r}"
         raise UserError(f"dpo={config.dpo_path!r}: {same}; expected a model that training moved")
     return documents, inputs
+
+
+def _silent(line):
+    """A log for what was said before."""
 
 
 def _shape(path):
@@ -459,8 +470,8 @@ class Vector:
         UserError when the file no longer holds them.
         """
         m = self.manifest
-        count, encode = m["count"] + m["held_out"], encoder(m["compat"])
-        pairs = text_pairs(m["texts"], count, tokenizer, m["template"], m["max_text_tokens"], encode)
+        options = m["template"], m["max_text_tokens"], encoder(m["compat"]), m["held_out"], _silent
+        pairs = text_pairs(m["texts"], m["count"], tokenizer, *options)
         if hash_documents(pairs) != m["tokens"]:
             found = f"not the token ids of the vector in {self.folder}"
             raise UserError(f"texts {m['texts']!r}: {found}; expected the file unchanged")

@@ -26,6 +26,7 @@ from analysis.curves import bootstrap, permute
 from analysis.nulls import sign_flipped_directions
 from analysis.steering import POOLINGS, additions, mean_states, read_states, steering_tap
 from analysis.verdict import DECISIONS, judge
+from data import encode_chat, load_preferences
 from model import apply_lora, init_lora, merge_lora
 from packing import pack
 from plumbing import adapters, parallel, weights
@@ -66,10 +67,10 @@ def lab(tmp_path_factory):
     for name, size in (("dpo", 0.02), ("far", 0.05)):
         shutil.copytree(root / "sft", root / name)
         write_model(root / name, changed(model, size))
-    texts = [
-        {side: f"\n\nHuman: {words(rng, 2, 6)}\n\nAssistant: {words(rng, 2, 9)}" for side in vectors.SIDES}
-        for _ in range(12)
-    ]
+    texts = []
+    for _ in range(12):
+        asked = f"\n\nHuman: {words(rng, 2, 6)}\n\nAssistant:"
+        texts.append({side: f"{asked} {words(rng, 2, 9)}" for side in vectors.SIDES})
     write_rows(root / "texts.jsonl", texts)
     write_prompts(root / "prompts.csv")
     extract(root, "steer")
@@ -457,9 +458,9 @@ def test_another_shape_is_refused_before_a_model_is_read(lab, monkeypatch):
 
 @pytest.mark.slow
 def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
-    with pytest.raises(ValueError, match="12 usable pairs; expected 125"):
+    with pytest.raises(ValueError, match="12 rows: 12 of the vector .*expected 100 pairs, and 25 of other"):
         extract(lab, "none", "--count=100")
-    rows = [{"prompt": "help", "chosen": "good cat", "rejected": "bad dog"}] * 10
+    rows = [{"prompt": f"help {i}", "chosen": "good cat", "rejected": "bad dog"} for i in range(10)]
     write_rows(lab / "plain.jsonl", rows)
     with pytest.raises(ValueError, match="plain.jsonl', row 0: no transcript; expected a template"):
         extract(lab, "none", texts="plain.jsonl")
@@ -675,7 +676,13 @@ def test_lambdas_are_finite_and_ascending(lambdas):
 @pytest.mark.parametrize("command", ("extract", "validate"))
 def test_a_run_that_has_not_finished_is_named(lab, tmp_path, command):
     """A folder final/ that is not there yet, by the key that would give another one."""
-    argv = [command, f"{lab}/base", f"{tmp_path}/dpo/final", f"--out_dir={tmp_path}/steer", "--texts=none.jsonl"]
+    argv = [
+        command,
+        f"{lab}/base",
+        f"{tmp_path}/dpo/final",
+        f"--out_dir={tmp_path}/steer",
+        "--texts=none.jsonl",
+    ]
     argv += ["--prompts=none.csv"] * (command == "validate")
     wanted = f"steer: dpo_path='{tmp_path}/dpo/final': no such folder; expected a training run that has finished, or --dpo_path="
     with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
@@ -1187,7 +1194,8 @@ def test_rows_that_are_no_pair_are_left_out_and_counted(lab, capsys):
     write_rows(lab / "pku.jsonl", rows)
     found = vectors.text_pairs(f"{lab}/pku.jsonl", 2, Tokenizer.from_dir(lab / "sft"), "tulu", 64)
     assert [len(found[side]) for side in vectors.SIDES] == [2, 2]
-    assert "pku.jsonl': 2 pairs, 2 left out for not exactly one safe response" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pku.jsonl': 4 rows: 2 pairs, 2 dropped for not exactly one safe response; " in said
 
 
 def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
@@ -1196,14 +1204,122 @@ def test_a_pair_without_an_answer_is_left_out_and_counted(lab, capsys):
     rows = [{"prompt": "good " * length, "chosen": "yes", "rejected": "no"} for length in (1, 200, 2, 3)]
     write_rows(lab / "long.jsonl", rows)
     found = vectors.text_pairs(f"{lab}/long.jsonl", 3, tokenizer, "tulu", 64)
-    assert (
-        "long.jsonl': 3 pairs, 1 left out without an answer in the first 64 tokens" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "long.jsonl': 4 rows: 3 pairs, 1 dropped without an answer in the first 64 tokens; " in said
     assert [len(found[side]) for side in vectors.SIDES] == [3, 3] and all(
         mask.any() for side in vectors.SIDES for _, mask in found[side]
     )
-    with pytest.raises(ValueError, match="3 usable pairs, 1 left out without .*; expected 4"):
+    with pytest.raises(ValueError, match="3 pairs, 1 dropped without .*; expected 4 pairs"):
         vectors.text_pairs(f"{lab}/long.jsonl", 4, tokenizer, "tulu", 64)
+
+
+def faulty_pairs(kept=12):
+    """Pairs of which one has equal answers, one an empty answer, one a rendered prompt, one was there before,
+    and one answers two prompts.
+    """
+    rows = [{"prompt": f"help {i} me", "chosen": "yes", "rejected": "no"} for i in range(kept)]
+    rows[1]["rejected"], rows[2]["rejected"] = "yes", ""
+    rows[3]["prompt"] = "<|user|>\nhelp"
+    rows[4] = rows[0]
+    rows[5]["rejected"] = "good " * 100  # cut at 64 tokens
+    turns = [[{"role": "user", "content": word}, {"role": "assistant", "content": "a"}] for word in WORDS[:2]]
+    messages = [[row["prompt"], row["chosen"], row["rejected"]] for row in rows]
+    rows = []
+    for prompt, *answers in messages:
+        asked = {"role": "user", "content": prompt}
+        sides = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
+        rows.append({"chosen": sides[0], "rejected": sides[1], "score": 1})
+    return [*rows, {"chosen": turns[0], "rejected": turns[1], "score": 1}]
+
+
+def test_the_vectors_texts_are_counted_as_in_training(lab, capsys):
+    """The same findings in the same words as load_preferences on the same file; transcripts too."""
+    tokenizer, said = Tokenizer.from_dir(lab / "sft"), []
+    path = str(lab / "faulty.jsonl")
+    write_rows(Path(path), faulty_pairs())
+    config = SimpleNamespace(
+        data={path: 1.0}, data_eval=None, rows="choice", template="tulu", max_seq_len=64, supervise="all",
+        cache_dir=f"{lab}/cache", share_prefix=True,
+    )  # fmt: skip
+    load_preferences(config, tokenizer, said.append)
+    (line,) = said
+    assert all(finding in line for finding in (
+        "1 dropped for sides that answer different prompts", "1 conversations truncated",
+        "1 pairs with two equal answers", "1 empty answer, 1 duplicate",
+        "WARNING: 1 prompts hold a rendered template", "columns not read: score",
+    ))  # fmt: skip
+    with pytest.raises(ValueError) as refused:
+        vectors.text_pairs(path, 13, tokenizer, "tulu", 64)
+    found = line.removeprefix("data: ").replace("12 train", "12 pairs")
+    assert str(refused.value).startswith(f"texts {path!r}: {found}; expected 13 pairs")
+
+    transcripts = []
+    for row in faulty_pairs():
+        sides = {}
+        for side in vectors.SIDES:
+            (_, asked), (_, answer) = (turn.values() for turn in row[side])
+            sides[side] = f"\n\nHuman: {asked}\n\nAssistant: {answer}"
+        transcripts.append(sides)
+    write_rows(Path(path), transcripts)
+    vectors.text_pairs(path, 12, tokenizer, None, 64)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert all(finding in line for finding in (
+        "12 rows: 12 pairs, 0 dropped", "1 conversations truncated", "1 pairs with two equal answers",
+        "1 empty answer, 1 duplicate", "WARNING: 1 prompts hold a rendered template",
+    ))  # fmt: skip
+
+
+def test_no_prompt_is_both_the_vectors_and_held_out(lab):
+    """The vector's pairs are the first ones; held out are the next ones of other prompts."""
+    tokenizer, path = Tokenizer.from_dir(lab / "sft"), f"{lab}/repeated.jsonl"
+    asked = ["help", "cat", "dog", "help", "dog", "slow", "cat", "fast"]
+    rows = [{"prompt": prompt, "chosen": f"good {i}", "rejected": "bad"} for i, prompt in enumerate(asked)]
+    write_rows(Path(path), rows)
+    found = vectors.text_pairs(path, 4, tokenizer, "tulu", 64, held_out=2)["chosen"]
+    expected = []
+    for i in (0, 1, 2, 3, 5, 7):
+        turns = [{"role": "user", "content": asked[i]}, {"role": "assistant", "content": f"good {i}"}]
+        expected.append(encode_chat(turns, tokenizer, "tulu", 64)[0])
+    assert [ids.tolist() for ids, _ in found] == expected
+    write_rows(Path(path), rows[:3] * 40)
+    wanted = "4 of the vector .* 0 held out, 116 dropped for a prompt that the .*; expected 4 pairs, and 1 of other"
+    with pytest.raises(ValueError, match=wanted):
+        vectors.text_pairs(path, 4, tokenizer, "tulu", 64, held_out=1)
+
+
+def test_pairs_that_are_none_are_refused(lab):
+    tokenizer, path = Tokenizer.from_dir(lab / "sft"), f"{lab}/refused.jsonl"
+    write_rows(Path(path), [{"prompt": f"help {i}", "chosen": "yes", "rejected": "yes"} for i in range(5)])
+    with pytest.raises(ValueError, match="5 pairs with two equal answers .*; expected pairs of different"):
+        vectors.text_pairs(path, 5, tokenizer, "tulu", 64)
+    sides = [{side: f"\n\nHuman: {i} {side}\n\nAssistant: a" for side in vectors.SIDES} for i in range(5)]
+    same = {side: f"\n\nHuman: me\n\nAssistant: {side}" for side in vectors.SIDES}
+    write_rows(Path(path), [*sides, same])
+    with pytest.raises(ValueError, match="5 of 6 rows dropped for sides that answer different prompts"):
+        vectors.text_pairs(path, 1, tokenizer, None, 64)
+
+
+def test_labelled_texts_that_are_cut_are_counted(lab, capsys):
+    tokenizer = Tokenizer.from_dir(lab / "sft")
+    documents = vectors.labelled_documents(["help me", "good " * 100, "bad " * 100], tokenizer, 64)
+    plain = [vectors.plain_document(text, tokenizer, 64)[0].tolist() for text in ("help me", "good " * 100)]
+    assert [ids.tolist() for ids, _ in documents[:2]] == plain
+    assert capsys.readouterr().out == "prompts: 2 of 3 texts truncated at max_text_tokens=64\n"
+
+
+def test_texts_that_the_model_cannot_read_are_refused(lab, monkeypatch):
+    """The model's max_position_embeddings is 128; training refuses a longer max_seq_len."""
+    monkeypatch.setattr(vectors, "load_model", unread)
+    rows = [json.loads(line) for line in (lab / "texts.jsonl").read_text().splitlines()]
+    rows[3]["rejected"] += " good" * 200
+    write_rows(lab / "long_texts.jsonl", rows)
+    wanted = "expected at most max_position_embeddings=128 of '.*sft', by --max_text_tokens=128"
+    with pytest.raises(ValueError, match=f"long_texts.jsonl': the longest text has 2.. tokens; {wanted}"):
+        extract(lab, "none", texts="long_texts.jsonl")
+    prompts = (lab / "prompts.csv").read_text().splitlines()
+    (lab / "long.csv").write_text("\n".join([*prompts, "calm,safe," + "good " * 200]) + "\n")
+    with pytest.raises(ValueError, match=f"prompts '.*long.csv': the longest text has 2.. tokens; {wanted}"):
+        sweep(lab, "none", f"--prompts={lab}/long.csv")
 
 
 @pytest.mark.slow
@@ -1433,7 +1549,7 @@ def test_a_config_is_its_own_pair(lab, capsys, monkeypatch):
     )
     write_rows(
         lab / "chats.jsonl",
-        [{"prompt": "help me", "chosen": f"good {word}", "rejected": f"bad {word}"} for word in WORDS[:12]],
+        [{"prompt": f"help {word}", "chosen": "good", "rejected": "bad"} for word in WORDS[:12]],
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steer, "_plot", lambda *_: None)
