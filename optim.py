@@ -41,15 +41,13 @@ def implicit(config, model):
 def warmup_steps(config, total_steps):
     """Warm-up in steps: config.warmup_steps, or warmup_ratio of the run, rounded *down*.
 
-    open-instruct rounds down too, the HF Trainer up. UserError for a warm-up longer than the run, which would
-    never reach its rate.
+    open-instruct rounds down too, the HF Trainer up. UserError for a warm-up as long as the run or longer:
+    the step after the warm-up is the first one at the peak rate.
     """
-    if (config.warmup_steps or 0) > total_steps:
-        raise UserError(
-            f"warmup_steps={config.warmup_steps}: expected at most the {total_steps} steps of the run, "
-            "whose rate it delays"
-        )
     if config.warmup_steps is not None:
+        if config.warmup_steps >= total_steps:
+            fewer = f"expected fewer than the {total_steps} steps of the run"
+            raise UserError(f"warmup_steps={config.warmup_steps}: {fewer}, or none is at the peak rate")
         return config.warmup_steps
     return int(config.warmup_ratio * total_steps)
 

@@ -324,7 +324,12 @@ def test_the_manifest_has_the_commits_of_pinned_names(server, rows, world, tmp_p
     commit = server.commit("models/org/name", world / "base", tag="v1")
     server.commit("models/org/name", {"config.json": b"{}"})
     config = write_config(
-        tmp_path, world, max_steps=1, model_path="org/name@v1", sft={"data": {"org/rows@v1": 1.0}}
+        tmp_path,
+        world,
+        max_steps=1,
+        warmup_steps=0,
+        model_path="org/name@v1",
+        sft={"data": {"org/rows@v1": 1.0}},
     )
     launch("sft", config, prepare=on(server, tmp_path)).ok()
     assert json.loads((tmp_path / "sft/manifest.json").read_text())["hub"] == {

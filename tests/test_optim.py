@@ -71,10 +71,17 @@ def test_warmup_is_rounded_down(ratio, steps, total, expected):
     assert warmup_steps(SimpleNamespace(warmup_ratio=ratio, warmup_steps=steps), total) == expected
 
 
-def test_a_warmup_longer_than_the_run_is_refused():
-    assert warmup_steps(SimpleNamespace(warmup_ratio=0.0, warmup_steps=5), 5) == 5
-    with pytest.raises(ValueError, match="warmup_steps=5: expected at most the 4 steps of the run"):
-        warmup_steps(SimpleNamespace(warmup_ratio=0.0, warmup_steps=5), 4)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_warmup_as_long_as_the_run_is_refused(schedule):
+    """Five steps of warm-up have 0 to 80 % of the rate, and the sixth is the first one at it."""
+    config = SimpleNamespace(warmup_ratio=0.0, warmup_steps=5)
+    assert warmup_steps(config, 6) == 5
+    rates = [learning_rate(step, 6, 1.0, schedule, 5) for step in range(6)]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    for total in (5, 4):
+        message = f"warmup_steps=5: expected fewer than the {total} steps of the run"
+        with pytest.raises(ValueError, match=message):
+            warmup_steps(config, total)
 
 
 def two_parameters():

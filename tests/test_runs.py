@@ -362,7 +362,7 @@ def test_a_kill_while_the_card_is_written(world, tmp_path):
     """What it leaves is not taken for someone else's file in final/, which would be refused from then on, by
     --fresh too.
     """
-    config = write_config(tmp_path, world, max_steps=1, data_eval=None)
+    config = write_config(tmp_path, world, max_steps=1, warmup_steps=0, data_eval=None)
     assert launch("sft", config, prepare=killed_while_the_card_is_written).codes == [-signal.SIGKILL]
     launch("sft", config).ok()
     assert (tmp_path / "sft/final/README.md").is_file()
@@ -407,7 +407,7 @@ def killed_by_sigint_in_the_export():
 
 def test_ctrl_c_during_the_export_is_said_and_the_export_finished(world, tmp_path):
     """And `train_sft.py .. && train_dpo.py ..` ends there; nothing is pushed."""
-    config = write_config(tmp_path, world, max_steps=1)
+    config = write_config(tmp_path, world, max_steps=1, warmup_steps=0)
     done = launch("sft", config, "--push=org/name", prepare=killed_by_sigint_in_the_export)
     assert done.codes == [130], done.err[0]
     assert "signal 2: what runs now, a step or the export, is finished first" in done.err[0]

@@ -885,7 +885,7 @@ def other_run_writes_between():
 @pytest.mark.slow
 def test_ranks_agree_on_what_the_cache_holds(world, tmp_path):
     """Else rank 0 computes what is missing and waits for rank 1, which verifies."""
-    config = write_config(tmp_path, world, max_steps=1)
+    config = write_config(tmp_path, world, max_steps=1, warmup_steps=0)
     assert "ln 2 = 0.693147" in launch("dpo", config, ranks=2, prepare=other_run_writes_between).ok().out[0]
 
 

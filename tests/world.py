@@ -121,18 +121,15 @@ def write_config(folder, world, **changes):
     keys, or dicts sft= and dpo=.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sft = dict(
-        data={f"{world}/sft.jsonl": 1.0}, lr=1e-2, warmup_steps=1, out_dir=f"{folder}/sft"
-    ) | changes.pop("sft", {})
-    dpo = dict(
-        data={f"{world}/pref.jsonl": 1.0}, lr=1e-2, warmup_steps=1, out_dir=f"{folder}/dpo"
-    ) | changes.pop("dpo", {})
+    sft = dict(data={f"{world}/sft.jsonl": 1.0}, lr=1e-2, out_dir=f"{folder}/sft") | changes.pop("sft", {})
+    dpo = dict(data={f"{world}/pref.jsonl": 1.0}, lr=1e-2, out_dir=f"{folder}/dpo") | changes.pop("dpo", {})
     shape = dict(
         max_seq_len=64,
         tokens_per_microbatch=192,
         global_batch_size=16,
         num_epochs=2,
         max_steps=4,
+        warmup_steps=1,
         precision="fp32",
     )
     common = shape | dict(model_path=f"{world}/base", cache_dir=f"{folder}/cache", log_every=1) | changes
