@@ -75,6 +75,13 @@ class LlamaConfig:
 
     final_logit_softcapping = None  # a Gemma's, see next_logits
 
+    def require_length(self, max_seq_len):
+        """UserError when documents of max_seq_len tokens are longer than the model was made for."""
+        for key in ("sliding_window", "max_position_embeddings"):
+            limit = getattr(self, key)
+            if limit and max_seq_len > limit:
+                raise UserError(f"max_seq_len={max_seq_len}: expected at most the model's {key}={limit}")
+
     @classmethod
     def from_hf(cls, directory):
         """Read config.json in `directory`.

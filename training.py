@@ -298,10 +298,7 @@ def read_model_config(config, directory, tokenizer, device):
     model_config = LlamaConfig.from_hf(directory)
     check_sizes(model_config, Path(directory))
     check_vocabulary(model_config, tokenizer)
-    for key in ("sliding_window", "max_position_embeddings"):
-        limit = getattr(model_config, key)
-        if limit and config.max_seq_len > limit:
-            raise UserError(f"max_seq_len={config.max_seq_len}: expected at most the model's {key}={limit}")
+    model_config.require_length(config.max_seq_len)
     if config.precision == "fp8":
         check_float8(model_config)
     return model_config

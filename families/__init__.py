@@ -10,7 +10,7 @@ from families.gemma import Gemma, GemmaConfig
 from model import Llama, LlamaConfig, apply_fused
 from plumbing import adapters, parallel, weights
 from plumbing.device import check_bf16, pick_device
-from plumbing.files import read_config
+from plumbing.files import UserError, read_config
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import check_sizes, check_vocabulary, load_weights, resolve
 
@@ -58,6 +58,8 @@ def locate(path):
     folder = weights.find_folder(path)
     if weights.has_weights(folder) or not weights.has_adapter(folder):
         return weights.resolve(folder), None  # which refuses what is no one model
+    if not (folder / weights.ADAPTER_WEIGHTS).exists():
+        raise UserError(f"{folder}: no {weights.ADAPTER_WEIGHTS}{weights.pickle_hint(folder)}")
     key = f"{folder / weights.ADAPTER_CONFIG}: base_model_name_or_path"
     return weights.resolve(adapters.base_of(folder), key), folder
 

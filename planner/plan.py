@@ -419,6 +419,7 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
     check_world_size(config, count, min(count, MACHINE))
     check_capability(config, card.capability, gpu)
     shape, folder, origin = find_model(stage, config, path)
+    shape.require_length(config.max_seq_len)
     train, held_out, counted = count_data(stage, config, shape, folder, log)
     prices = (usd_per_hour, usd_per_hour)
     if usd_per_hour is None:

@@ -27,9 +27,9 @@ def errors():
 def parse(name):
     """(repository, revision or None) of "org/name" or "org/name@revision", else None.
 
-    A revision is a commit, tag or branch.
+    A revision is a commit, tag or branch. "./folder" and "../folder" are paths.
     """
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(name))
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", str(name))
     return match.groups() if match else None
 
 

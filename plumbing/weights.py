@@ -65,14 +65,14 @@ def resolve(path_or_repo, key="model_path"):
         raise UserError(f"{key}: a run folder; expected a model, here {folder}/final")
     elif (folder / "manifest.json").is_file() and (folder / "metrics.jsonl").is_file():
         raise UserError(f"{key}: a run folder without its final/; expected a run that has ended")
-    elif hint := _pickled(folder):  # a plan, too, reads folders without weights
+    elif hint := pickle_hint(folder):  # a plan, too, reads folders without weights
         raise UserError(f"{key}: no {WEIGHTS}{hint}")
     return folder
 
 
-def _pickled(folder):
+def pickle_hint(folder):
     """What to say of weights that are there as a pickle only; "" when there are none."""
-    for path in sorted(folder.glob("pytorch_model*.bin"))[:1]:
+    for path in sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")])[:1]:
         return f"; {path.name} is a pickle, and pickles are never loaded: convert it to safetensors"
     return ""
 
@@ -123,7 +123,7 @@ def weight_files(directory):
         raise UserError(f"{problem}: two models; expected one, delete the other")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise UserError(f"{directory}: missing weight files: {', '.join(missing)}{_pickled(directory)}")
+        raise UserError(f"{directory}: missing weight files: {', '.join(missing)}{pickle_hint(directory)}")
     for name in names:
         _check_inside(directory, name)
     return [directory / name for name in names]

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_documents, random_llama, stream, tiny_config
 from world import spawn, write_tokenizer
 
-from families import load_pretrained
+from families import load_pretrained, locate
 from model import apply_lora
 from plumbing import checkpoint, parallel, tensors, weights
 from plumbing.adapters import merge_adapter, save_adapter
@@ -717,6 +717,17 @@ def test_an_adapter_is_no_model(base, tmp_path):
         match=f"model_path='{tmp_path}/adapter': a LoRA adapter .*; expected a whole model: .* final/",
     ):
         resolve(tmp_path / "adapter")
+
+
+def test_an_adapter_whose_base_or_weights_are_not_there(base, tmp_path):
+    """peft writes the base's path as it was typed, and older versions a pickle."""
+    adapter = tmp_path / "adapter"
+    save_adapter(with_adapters(base), adapter, "./sft_merged")
+    with pytest.raises(ValueError, match="base_model_name_or_path='./sft_merged': no such folder"):
+        locate(adapter)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ValueError, match="no adapter_model.safetensors; adapter_model.bin is a pickle"):
+        locate(adapter)
 
 
 @pytest.mark.parametrize(

@@ -905,6 +905,10 @@ def test_a_training_script_plans_without_gpu_process_group_or_run_folder(
             [str(CONFIGS / "tulu10.py"), "--gpu", "a100-80", "--precision=fp8"],
             "precision='fp8' on a100-80, 8.0: expected a GPU of",
         ),
+        (
+            [str(CONFIGS / "tulu10.py"), "--gpu", "h100", "--max_seq_len=200000", "--tokens_per_microbatch=400000"],
+            "max_seq_len=200000: expected at most the model's max_position_embeddings=131072",
+        ),
     ],
 )
 def test_wrong_command_lines_are_refused(argv, message):
