@@ -800,7 +800,7 @@ def _notes(vector, prompts, measure, rows, found):
         equal = vector.manifest["share_of_equal_weights"]
         if equal is not None:
             moves += f" and left {equal:.0%} of the weights equal"
-        notes.append(f"{moves}: keep final/ in float32")
+        notes.append(f"{moves}: keep final/ in float32 (train with --precision=fp32)")
     return notes
 
 

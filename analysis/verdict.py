@@ -328,7 +328,8 @@ def power(curve, category=OVERALL, level=0.05, nulls=None, chance=0.8, sizes=(0.
     needed = {}
     for size in sizes:
         most = min(size / (critical + beyond), (size - largest) / beyond)  # error that still shows it
-        needed[size] = math.ceil(groups * (error / most) ** 2) if most > 0 else None
+        # fewer than FEWEST have no verdict
+        needed[size] = max(FEWEST, math.ceil(groups * (error / most) ** 2)) if most > 0 else None
     detectable = max((critical + beyond) * error, largest + beyond * error)
     found = {"detectable": detectable, "error": error, "largest_null": largest}
     return found | {"groups": groups, "groups_needed": needed}

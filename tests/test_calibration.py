@@ -103,8 +103,9 @@ def test_power_is_as_predicted(no_errors_of_levels):
     less, _, _ = calibration.simulate(settings | {"change": found["detectable"] / 3}, trials=40, draws=200)
     assert less["rising"] <= 16
     size = found["detectable"]
-    needed = power(curve, sizes=(size, size / 2))["groups_needed"]
+    needed = power(curve, sizes=(size, size / 2, 100 * size))["groups_needed"]
     assert needed[size] == pytest.approx(100, abs=1) and needed[size / 2] == pytest.approx(400, abs=3)
+    assert needed[100 * size] == 5  # fewer have no verdict
 
 
 @pytest.mark.slow

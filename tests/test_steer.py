@@ -213,7 +213,7 @@ def test_weights_that_are_rounded_are_noted(lab):
     share = equal / sum(tensor.size for tensor in before.values())
     assert 0 < share < 1 and vector.manifest["share_of_equal_weights"] == share
     notes = sweep(lab, "swept16", "--lambdas=0,1", folder="steer16")["notes"]
-    said = f" |v| and left {share:.0%} of the weights equal: keep final/ in float32"
+    said = f" |v| and left {share:.0%} of the weights equal: keep final/ in float32 (train with --precision=fp32)"
     assert any("both models are rounded to bf16" in note and said in note for note in notes)
 
 
