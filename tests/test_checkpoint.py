@@ -256,6 +256,16 @@ def test_a_save_says_how_long_its_copy_took(run, monkeypatch, capsys):
     assert re.fullmatch(r"step 2: \d+\.\d s to copy 0\.0 GB a rank to host memory", said)
 
 
+def test_wider_dtypes_are_copied_and_written_first(ranks, tmp_path):
+    """safetensors needs an offset that is a multiple of the width."""
+    checkpointer = Checkpointer(tmp_path, 1, IDENTITY)
+    rows = checkpointer._copy({
+        "odd": torch.zeros(3, dtype=torch.bfloat16), "none": torch.zeros(0, 4), "a": torch.ones(2),
+        "b": torch.ones(1),
+    })  # fmt: skip
+    assert list(rows) == ["a", "b", "odd"]
+
+
 def test_when_a_save_is_due(ranks):
     """save_every by the step, save_minutes by the time since the last checkpoint; the last step has one if
     either is set.

@@ -150,6 +150,21 @@ def test_no_step_on_a_gradient_that_is_not_finite(bad):
     assert (model.matrix.item(), model.bias.item()) == (1.0, 1.0) and not optimizer.state
 
 
+def test_equal_tensors_round_their_moments_by_bits_of_their_own():
+    """With the same bits they would drift alike: here two matrices of equal weights and gradients."""
+    model = torch.nn.Module()
+    for name in ("first", "second"):
+        model.register_parameter(name, torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)))
+    keep_masters(model, torch.float32)
+    optimizer = adamw(model, weight_decay=0.0, moments=torch.bfloat16)
+    for param in model.parameters():
+        param.grad = torch.full((64, 64), 0.123)
+    optimizer.step()
+    first, second = (optimizer.state[param]["exp_avg"] for param in model.parameters())
+    assert first.float().mean().item() == pytest.approx(second.float().mean().item(), rel=1e-3)
+    assert 0.2 < (first != second).float().mean().item() < 0.8
+
+
 @pytest.mark.parametrize(
     "weights, least, most", [("fp32", 0.99, 1.0), ("bf16", 0.0, 0.05), ("split", 0.99, 1.0)]
 )
