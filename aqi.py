@@ -10,6 +10,7 @@ Reading labelled texts, measuring, scales, warnings.
 # on a curve in analysis/verdict.py.
 
 import csv
+import io
 import re
 import sys
 from collections import Counter, defaultdict
@@ -39,7 +40,7 @@ from data import MOST
 from formats import in_one_line
 from plumbing import parallel
 from plumbing.config import Section, describe_keys, load_sections, setting, words_and_options
-from plumbing.files import UserError, write_hashes, write_json
+from plumbing.files import UserError, retract, write_result, write_whole
 from plumbing.files import table as aligned
 from plumbing.sources import open_source
 
@@ -566,15 +567,22 @@ def write_report(folder, rows, **more):
     """Write aqi.csv (the rows) and aqi.json (the rows, their warnings, and `more`: verdicts, settings)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "aqi.csv", "w", newline="") as file:
-        columns = {}  # in the order of their first row
-        for row in rows:
-            columns |= dict.fromkeys(row)
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
-    write_json(folder / "aqi.json", {"rows": rows, "warnings": warnings_for(rows)} | more)
-    write_hashes(folder, ["aqi.csv", "aqi.json"])
+    delete_report(folder)
+    columns = {}  # in the order of their first row
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / "aqi.csv", text.getvalue().encode())
+    report = {"rows": rows, "warnings": warnings_for(rows)} | more
+    write_result(folder / "aqi.json", report, ["aqi.csv"])
+
+
+def delete_report(folder):
+    """Delete the aqi.json of an earlier write_report: what is written next is not of it."""
+    retract(folder / "aqi.json", ["aqi.csv"])
 
 
 # ---------------------------------------------------------------- main

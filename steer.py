@@ -639,6 +639,8 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
     found["dpo"] |= probe(dpo_states, prompts.label, prompts.group)
     rows = _rows(curve, raw[1:], prompts, vector, config, measure, inputs)
     unit = "states" if is_published(vector) else "states in deviations within labels"
+    # An older report first: the plots that stand beside a report are its own.
+    aqi.delete_report(folder)
     _plot(folder, config.lambdas, found, curve, prompts, unit)
     aqi.write_report(
         folder,

@@ -85,9 +85,18 @@ def write_json(path, value):
 
     A reader sees the old file or the new one, also after a power cut.
     """
+    write_whole(path, _json_bytes(value))
+
+
+def _json_bytes(value):
+    return (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode()
+
+
+def write_whole(path, content):
+    """Write bytes as write_json does its value."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    with named(path), open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    with named(path), open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
@@ -146,6 +155,37 @@ def read_verified_json(path):
     """read_json of a file that hashes.json beside it may list."""
     verify_hashes(path.parent, lambda name: name == path.name)
     return read_json(path)
+
+
+# ---------------------------------------------------------------- results
+# A result is some files and, beside them, a report: the JSON file that says what they are of. Where a report
+# is, its result is whole, and hashes.json lists the files and the report.
+
+
+def write_result(report, value, names):
+    """Write the report of a result whose files `names`, beside it, are written.
+
+    They are on the disk, and hashed together with the report to come, before the report appears: a kill or a
+    power cut leaves no report that nothing verifies.
+    """
+    content = _json_bytes(value)
+    for name in names:
+        sync(report.parent / name)
+    write_hashes(report.parent, [*names, report.name], {report.name: hashlib.sha256(content).hexdigest()})
+    sync(report.parent)
+    write_whole(report, content)
+
+
+def retract(report, names):
+    """Delete the report of a result, and what hashes.json says of it and of the files `names`.
+
+    Called before the first of these files is written again: no report stands beside files of another.
+    """
+    report.unlink(missing_ok=True)
+    hashes = report.parent / HASHES
+    if hashes.is_file():
+        listed = read_json(hashes)
+        write_json(hashes, {name: listed[name] for name in listed if name not in (report.name, *names)})
 
 
 # ---------------------------------------------------------------- folders

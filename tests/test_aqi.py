@@ -3,6 +3,7 @@ command.
 """
 
 import csv
+import itertools
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from world import killed_before
 
 import aqi
 from aqi import (
@@ -29,6 +31,7 @@ from aqi import (
     write_report,
     xie_beni,
 )
+from plumbing.files import read_json, verify_hashes, write_hashes
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "aqi_published_runs.csv"
@@ -512,6 +515,33 @@ def test_table_and_report(tmp_path):
     assert report["rows"] == scored and report["verdict"] == {"verdict": "flat"} and report["warnings"] == []
     with open(tmp_path / "out" / "aqi.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["aqi"]) == scored[0]["aqi"]
+
+
+def test_a_report_that_is_killed_while_it_is_written_again(tmp_path):
+    """At any moment: no report, or a verified one with its own table. The next one replaces what is left."""
+    old, new = ([{"category": "a", "chi": value, "xb": 0.5}] for value in (3.0, 7.0))
+    chis = set()
+    for number in itertools.count(1):
+        write_report(tmp_path, old)
+        with killed_before(number) as calls:
+            write_report(tmp_path, new)
+        (row,) = read_rows(tmp_path / "aqi.csv")
+        if (tmp_path / "aqi.json").is_file():
+            verify_hashes(tmp_path)
+            assert read_json(tmp_path / "hashes.json").keys() == {"aqi.csv", "aqi.json"}
+            assert read_json(tmp_path / "aqi.json")["rows"][0]["chi"] == row["chi"]
+            chis.add(row["chi"])
+        if len(calls) < number:
+            break
+    assert chis == {3.0, 7.0} and number > 8
+
+
+def test_a_report_in_the_folder_of_a_vector_leaves_its_hashes(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    write_hashes(tmp_path, ["manifest.json"])
+    for value in (3.0, 7.0):
+        write_report(tmp_path, [{"category": "a", "chi": value, "xb": 0.5}])
+        assert read_json(tmp_path / "hashes.json").keys() == {"aqi.csv", "aqi.json", "manifest.json"}
 
 
 def test_a_report_is_json_whatever_was_measured(tmp_path):

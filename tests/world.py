@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import forks
 import tokenizers
@@ -110,6 +112,30 @@ def change_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@contextmanager
+def killed_before(number):
+    """End the block before its fsync, rename or unlink of that number, counted from 1, as a kill would.
+
+    Yields a list of the calls, which has fewer entries than `number` where the block came to its end.
+    """
+    calls = []
+
+    def counted(function):
+        def call(*arguments, **options):
+            calls.append(function.__name__)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return call
+
+    with ExitStack() as stack:
+        stack.enter_context(suppress(KeyboardInterrupt))
+        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "unlink")):
+            stack.enter_context(mock.patch.object(owner, name, counted(getattr(owner, name))))
+        yield calls
 
 
 def write_rows(path, rows):
