@@ -34,13 +34,13 @@ from families import device_of, dtype_for, load_model, locate, model_config, wei
 from model import LlamaConfig
 from plumbing import hub
 from plumbing.files import (
-    HASHES,
     UserError,
     progress_bar,
     read_verified_json,
+    retract,
     verify_hashes,
-    write_hashes,
-    write_json,
+    write_result,
+    write_whole,
 )
 from plumbing.lock import lock
 from plumbing.tensors import open_safetensors
@@ -49,6 +49,7 @@ from plumbing.weights import stored_weights
 
 SIDES = ("chosen", "rejected")
 MODELS = ("sft", "dpo")
+FILES = ("vector.safetensors", *(f"differences_{side}.npy" for side in SIDES))  # beside manifest.json
 MODES = {
     "sanity": 100,
     "full": 1000,
@@ -180,8 +181,8 @@ def extract(config, name):
     if is_done(folder / "manifest.json", inputs):
         return
     # The manifest is written last: without it, what a killed extraction left behind is no vector.
-    written = ["manifest.json", "vector.safetensors", *(f"differences_{side}.npy" for side in SIDES)]
-    for stale in [*written, HASHES]:
+    retract(folder / "manifest.json", FILES)
+    for stale in FILES:
         (folder / stale).unlink(missing_ok=True)
 
     layers, hidden_size = _shape(config.sft_path)
@@ -215,7 +216,6 @@ def extract(config, name):
         rounding["share_of_equal_weights"] = share_of_equal_weights(model, config.sft_path)
         rounding["noise"] = rounding_noise(model, documents["chosen"][:count])  # last: it changes the model
     _write_vector(config, name, sums, keep[:count], inputs, shape, rounding)
-    write_hashes(folder, written)
 
 
 def _states_of(model, documents, side, name, config):
@@ -234,7 +234,7 @@ def _states_of(model, documents, side, name, config):
 
 
 def _write_vector(config, name, sums, keep, inputs, shape, rounding):
-    """Means of the sums, which pairs were kept (count,), and the manifest, into config.out_dir."""
+    """Means of the sums, which pairs were kept (count,), then hashes and manifest, into config.out_dir."""
     folder, count, kept = Path(config.out_dir), len(keep), int(keep.sum())
     if kept == 0:
         preferring = "the DPO model prefers the rejected text of every pair"
@@ -246,7 +246,7 @@ def _write_vector(config, name, sums, keep, inputs, shape, rounding):
     if not tensors["chosen_last"].any():
         equal = f"its states equal those of sft={config.sft_path!r} on all texts"
         raise UserError(f"dpo={config.dpo_path!r}: {equal}; expected a model that training moved")
-    (folder / "vector.safetensors").write_bytes(save(tensors))
+    write_whole(folder / "vector.safetensors", save(tensors))
     noise = rounding["noise"]
     made = {
         "pair": name,
@@ -258,7 +258,7 @@ def _write_vector(config, name, sums, keep, inputs, shape, rounding):
         "torch": torch.__version__,
         "hub": hub.COMMITS,
     }
-    write_json(folder / "manifest.json", {"inputs": inputs} | made)
+    write_result(folder / "manifest.json", {"inputs": inputs} | made, FILES)
     said = f"{kept} of {count} pairs kept ({kept / count:.0%}), {inputs['held_out']} held out"
     print(f"wrote {folder}/vector.safetensors: {said}")
 
@@ -319,10 +319,7 @@ def _check_room(folder, needed):
 
 
 def is_done(path, inputs):
-    """Whether `path`, which a command writes last, is there and of the same inputs.
-
-    Says so, or what differs.
-    """
+    """Whether `path`, the report of a result, is there and of the same inputs. Says so, or what differs."""
     if not path.is_file():
         return False
     before = read_verified_json(path).get("inputs", {})
@@ -423,7 +420,8 @@ class Vector:
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
             raise UserError(f"{folder}: no manifest.json; expected a folder that steer.py extract wrote")
-        verify_hashes(folder, lambda name: not name.startswith("differences_"))  # those are GBs, read by few
+        # not the differences: they are GBs, and read by few
+        verify_hashes(folder, lambda name: name in ("manifest.json", "vector.safetensors"))
         file = open_safetensors(folder / "vector.safetensors")
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         keep = tensors.pop("keep").numpy().astype(bool)

@@ -1,6 +1,7 @@
 """steer.py: its commands on tiny model folders, what they write, what they skip, and what they refuse."""
 
 import csv
+import itertools
 import json
 import random
 import re
@@ -15,7 +16,15 @@ import torch
 from safetensors.numpy import load_file
 from test_steering import changed
 from tiny_models import random_llama, relative_error, stream, tiny_config
-from world import WORDS, change_weights, make_world, write_model, write_rows, write_tokenizer
+from world import (
+    WORDS,
+    change_weights,
+    killed_before,
+    make_world,
+    write_model,
+    write_rows,
+    write_tokenizer,
+)
 
 import families
 import steer
@@ -30,6 +39,7 @@ from data import encode_chat, load_preferences
 from model import apply_lora, init_lora, merge_lora
 from packing import pack
 from plumbing import adapters, parallel, weights
+from plumbing.files import verify_hashes
 from plumbing.tokenizer import Tokenizer
 from reports import ladder
 
@@ -410,6 +420,25 @@ def test_a_failed_extraction_leaves_no_manifest_of_an_older_one(lab):
         extract(lab, "broken", dpo="nan_dpo")
     with pytest.raises(ValueError, match="no manifest.json"):
         steer.Vector.load(lab / "broken")
+
+
+@pytest.mark.slow
+def test_an_extraction_that_is_killed_while_it_is_written_again(lab):
+    """At any moment: no vector, or one whose every file is listed and verified."""
+    extract(lab, "killed_once")
+    for number in itertools.count(1):
+        shutil.rmtree(lab / "killed", ignore_errors=True)
+        shutil.copytree(lab / "killed_once", lab / "killed")
+        with killed_before(number) as calls:
+            extract(lab, "killed", "--keep=preferred")
+        if (lab / "killed/manifest.json").is_file():
+            listed = json.loads((lab / "killed/hashes.json").read_text())
+            assert set(listed) == {"manifest.json", *vectors.FILES}
+            verify_hashes(lab / "killed")
+        if len(calls) < number:
+            break
+    manifest = steer.Vector.load(lab / "killed").manifest
+    assert number > 8 and (manifest["pair"], manifest["keep"]) == ("killed", "preferred")
 
 
 @pytest.mark.slow
@@ -1040,6 +1069,20 @@ def test_a_sweep_is_not_done_twice(lab, swept, capsys):
     shutil.copytree(lab / "swept", lab / "swept_again")
     sweep(lab, "swept_again", "--rescale")
     assert "other rescale: done again" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_new_plots_do_not_stand_beside_an_older_report(lab, swept, monkeypatch):
+    """Killed between the two, a sweep of the old settings would take the report for its own, plots and all."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    shutil.copytree(lab / "swept", lab / "replotted")
+    monkeypatch.setattr(steer, "_plot", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(lab, "replotted", "--rescale", plots=True)
+    assert (lab / "replotted/aqi.csv").exists() and not (lab / "replotted/aqi.json").exists()
 
 
 @pytest.mark.slow
