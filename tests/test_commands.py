@@ -26,7 +26,7 @@ REPLACED = {  # what a document leaves to its reader, what needs eight GPUs or t
     "--nproc-per-node 8 train_sft.py configs/tulu10.py": "--nproc-per-node 2 train_sft.py tulu10_small.py",
     "--nproc-per-node 8 train_dpo.py configs/tulu10.py": "--nproc-per-node 2 train_dpo.py tulu10_small.py",
     "RUN [RUN ...]": "runs/tulu10/sft runs/tulu10/dpo",
-    "validate configs/tulu10.py --prompts=labelled.csv": "validate tulu10 --texts=pairs.jsonl --prompts=labelled.csv --layers=2",
+    "validate configs/tulu10.py --prompts=labelled.csv": "validate tulu10 --texts=pairs.jsonl --prompts=labelled.csv --layers=2 --max_text_tokens=128",
     "sweep configs/tiny.py --oracle": "sweep configs/tiny.py --oracle --prompts=labelled.csv",
     "python bench/checkpoint.py 0.5": "python bench/checkpoint.py 0.1",
     "MODEL": "base",

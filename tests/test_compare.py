@@ -96,12 +96,8 @@ def test_the_command(world, tmp_path, capsys):
     rng = random.Random(0)
     texts = []
     for _ in range(6):
-        texts.append(
-            {
-                side: f"\n\nHuman: {rng.choice(WORDS)}\n\nAssistant: {' '.join(rng.choices(WORDS, k=5))}"
-                for side in compare.SIDES
-            }
-        )
+        asked = f"\n\nHuman: {rng.choice(WORDS)}\n\nAssistant:"
+        texts.append({side: f"{asked} {' '.join(rng.choices(WORDS, k=5))}" for side in compare.SIDES})
     write_rows(tmp_path / "texts.jsonl", texts)
     options = [f"--texts={tmp_path}/texts.jsonl", "--count=6"]
     assert compare.main([str(base), str(base), *options]) == 0

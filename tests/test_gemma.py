@@ -242,13 +242,9 @@ def test_extract_and_sweep(world, tmp_path, monkeypatch):
         theirs.save_pretrained(tmp_path / name)
         argv.append(f"{tmp_path}/{name}")
     texts = []
-    for _ in range(12):
-        texts.append(
-            {
-                side: f"\n\nHuman: {rng.choice(WORDS)}\n\nAssistant: {rng.choice(WORDS)}"
-                for side in ("chosen", "rejected")
-            }
-        )
+    for asked in WORDS[:12]:
+        turns = f"\n\nHuman: {asked}\n\nAssistant:"
+        texts.append({side: f"{turns} {rng.choice(WORDS)}" for side in ("chosen", "rejected")})
     write_rows(tmp_path / "texts.jsonl", texts)
     rows = [
         f"calm,{label},{word} {rng.choice(WORDS)} {i}"
