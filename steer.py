@@ -700,7 +700,7 @@ def _nulls(model, texts, add, vector, config, count, scaled):
             scaled,
             bar(f"{count} {kind} directions"),
         )
-    return Nulls(curves, [0, len(config.lambdas) - 1])
+    return Nulls(curves)
 
 
 def _verdicts(curve, prompts, scaled_by, nulls, oracle, measure):
@@ -850,7 +850,7 @@ def run_power(targets, config, measure):
         log_progress=bar(f"{count} directions"),
     )
     drawn = bootstrap(curve, *groups, group=prompts.group, scaled_by=curve[0])
-    found = power(drawn, nulls=Nulls({"isotropic": others}, [0, 1]))
+    found = power(drawn, nulls=Nulls({"isotropic": others}))
     print(summary.power(found, _counts(prompts), config))
 
 

@@ -20,17 +20,18 @@ from plumbing.files import UserError
 
 @dataclass(frozen=True)
 class Nulls:
-    """Curves of random directions, on the texts of the curve that they are compared with."""
+    """Ends of random directions' curves, on the texts of the curve that they are compared with.
 
-    curves: dict  # {kind: (M, K, A + 1) float64}
-    at: list  # (K,) which lambdas of the steering curve these are, the first and the last among them
+    At the first and the last lambda only: each lambda between them would cost as much as the last one.
+    """
+
+    curves: dict  # {kind: (M, 2, A + 1) float64}
 
     def __post_init__(self):
         for kind, curves in self.curves.items():
-            if curves.ndim != 3 or curves.shape[1] != len(self.at) or not torch.isfinite(curves).all():
+            if curves.ndim != 3 or curves.shape[1] != 2 or not torch.isfinite(curves).all():
                 shape = tuple(curves.shape)
-                expected = f"expected finite numbers (M, {len(self.at)}, A + 1)"
-                raise UserError(f"nulls: {kind}: {shape}; {expected}")
+                raise UserError(f"nulls: {kind}: {shape}; expected finite numbers (M, 2, A + 1)")
 
 
 # ---------------------------------------------------------------- directions
@@ -166,31 +167,26 @@ def rank(value, nulls):
 
 
 def compare(curve, nulls, category):
-    """How a curve's moves rank among the nulls' moves.
+    """How a curve's change, last lambda less first, ranks among the nulls' changes.
 
-    A dict of p_change, p_move, p_by_kind, null_sd, null_changes, size_sd.
+    A dict of p_change, p_by_kind, null_sd, null_changes, size_sd.
 
-    change: last lambda less first, in absolute value; move: the largest between any two of the lambdas that
-    the nulls were run at. p is the larger one of the kinds', so a curve must stand out from both. Axioms are
-    tested together: each one's change and move is divided by its root mean square over the nulls and the
-    curve, and ranked among the nulls' largest over all axioms, so that the chance of even one false alarm is
-    that of p (Westfall & Young). null_sd is the root mean square of the nulls' changes, of the kind where it
-    is larger.
+    p is of absolute values, and the larger one of the kinds', so a curve must stand out from both. Axioms are
+    tested together: each one's change is divided by its root mean square over the nulls and the curve, and
+    ranked among the nulls' largest over all axioms, so that the chance of even one false alarm is that of p
+    (Westfall & Young). null_sd is the root mean square of the nulls' changes, of the kind where it is larger.
     """
     c = curve.index(category)
-    own = curve.estimate[nulls.at]  # (K, A + 1)
-    found = {"p_change": 0.0, "p_move": 0.0, "p_by_kind": {}, "null_sd": 0.0, "null_changes": {}}
+    own = curve.estimate[-1] - curve.estimate[0]  # (A + 1,)
+    found = {"p_change": 0.0, "p_by_kind": {}, "null_sd": 0.0, "null_changes": {}}
     for kind, others in nulls.curves.items():
-        both = torch.cat([own[None], others])  # (1 + M, K, A + 1)
-        changes = both[:, -1] - both[:, 0]
+        changes = torch.cat([own[None], others[:, 1] - others[:, 0]])  # (1 + M, A + 1)
         p_change = _rank_first(changes.abs(), c, category)
-        p_move = _rank_first(both.amax(1) - both.amin(1), c, category)
         found["p_by_kind"][kind] = p_change
         found["p_change"] = max(found["p_change"], p_change)
-        found["p_move"] = max(found["p_move"], p_move)
         found["null_sd"] = max(found["null_sd"], changes[1:, c].square().mean().sqrt().item())
         found["null_changes"][kind] = changes[1:, c].tolist()
-    change = (own[-1, c] - own[0, c]).item()
+    change = own[c].item()
     return found | {"size_sd": change / found["null_sd"] if found["null_sd"] else None}
 
 

@@ -27,7 +27,8 @@ DECISIONS = {
     "too small": "there, and the vector's, but smaller than what matters: a full run is not worth its price",
     "any direction": "random directions of this length do as much: nothing here is the vector's",
     "no null": "there, but not compared with random directions: run the nulls before deciding",
-    "no trend": "beyond chance, but not one trend: other lambdas or layers before a full run",
+    "no trend": "beyond chance, but not one trend, and random directions are run at the first and last "
+    "lambda only: end --lambdas where it moved, or try other layers, before a full run",
     "nothing": "no change, and one that matters is ruled out: more DPO (data, rate, steps), not more prompts",
     "more prompts": "the interval holds both nothing and a change that matters: more prompts, of more kinds",
     "too few": "too few independent prompts for any answer",
@@ -95,9 +96,9 @@ def judge(curve, permuted=None, category=OVERALL, level=0.05, nulls=None, oracle
         falling   alike, downwards;
         erratic   anything else: significant moves in both directions, or one that the ends do not share.
     What is given takes an alarm away, never makes one:
-        nulls     the curve's largest move must rank in the top 5 % of the random directions', of either
-                  kind; rising and falling need it of the change too. A random direction is not
-                  flat in at most 5 % of cases, whatever the texts;
+        nulls     rising and falling need a change in the top 5 % of the random directions', of either
+                  kind. A random direction is one of the two in at most 5 % of cases, whatever the texts.
+                  Erratic is said without them: they are run at the ends, and the curve moves between;
         permuted  (curves.permute) the higher end must lie above the 1 - level quantile of meaningless labels.
     So does a label of fewer than FEWEST groups. For axioms pass level / A; the nulls' p is one of all axioms
     already.
@@ -120,8 +121,8 @@ def judge(curve, permuted=None, category=OVERALL, level=0.05, nulls=None, oracle
     seen = _shape(moved, centred, end_low, end_high, critical * carriers_factor(curve, category, one_pair))
     ranks = compare(curve, nulls, category) if nulls is not None else None
     reasons = _few_groups(curve, category)
-    if ranks is not None and seen != "flat":
-        reasons += _as_random(ranks, seen)
+    if ranks is not None and seen in ("rising", "falling"):
+        reasons += _as_random(ranks)
     if permuted is not None:
         reasons += _as_shuffled(curve, permuted, category, seen, level)
     change = (estimate[-1] - estimate[0]).item()
@@ -150,8 +151,9 @@ def answers(found, seen, relevant=None):
     """is_there, is_the_vectors, matters and the decision, of judge's numbers.
 
     seen: the verdict before the nulls. is_there: other texts would show a change. is_the_vectors: it stands
-    out from random directions; None without nulls. matters: "yes" where the interval of the change lies at or
-    beyond `relevant` on the change's side, "no" where it lies within +- relevant, else "unclear".
+    out from random directions; None without nulls, and for erratic. matters: "yes" where the interval of the
+    change lies at or beyond `relevant` on the change's side, "no" where it lies within +- relevant, else
+    "unclear".
     """
     ranks = found["nulls"]
     if relevant is None:
@@ -163,8 +165,8 @@ def answers(found, seen, relevant=None):
     else:
         matters = "no" if max(-low, high) < relevant else "unclear"
     is_the_vectors = None
-    if ranks:
-        is_the_vectors = ranks["p_move" if seen == "erratic" else "p_change"] <= 0.05
+    if ranks and seen != "erratic":
+        is_the_vectors = ranks["p_change"] <= 0.05
     given = {"is_there": seen != "flat", "is_the_vectors": is_the_vectors, "matters": matters}
     decision = _decide(found, given)
     return given | {"relevant": relevant, "decision": decision, "advice": DECISIONS[decision]}
@@ -271,13 +273,13 @@ def _few_groups(curve, category):
     return [f"{groups} independent texts of one label are too few: expected {FEWEST}"]
 
 
-def _as_random(ranks, seen):
+def _as_random(ranks):
     """Why random directions take the verdict back: a list of no or one reason."""
+    if ranks["p_change"] <= 0.05:
+        return []
     count = min(len(changes) for changes in ranks["null_changes"].values())
-    if ranks["p_move"] > 0.05 or (seen != "erratic" and ranks["p_change"] > 0.05):
-        p = max(ranks["p_move"], ranks["p_change"])
-        return [f"random directions of equal norm change as much (p {p:.2f} among {count} of each kind)"]
-    return []
+    p = f"p {ranks['p_change']:.2f} among {count} of each kind"
+    return [f"random directions of equal norm change as much ({p})"]
 
 
 def _as_shuffled(curve, permuted, category, seen, level):

@@ -70,7 +70,7 @@ def said(root, sft, dpo, out, texts="planted.jsonl", flip=1):
             embed=lambda h, cu: pool(h, cu, "text") / scale,
         )
     drawn = bootstrap(curve, *of_texts, draws=300, group=prompts.group)
-    return judge(drawn, nulls=Nulls(curves, [0, 2]))
+    return judge(drawn, nulls=Nulls(curves))
 
 
 @pytest.mark.slow
