@@ -286,9 +286,15 @@ def mixture_rows(n: int, amount: float | int, rule: str = "choice") -> np.ndarra
 def is_held_out(messages: list[dict], fraction: float) -> bool:
     """Whether the first user message hashes into `fraction`: dialogues that open alike fall on one side."""
     # By content and not by row number: a prompt that occurs twice must not be trained on and held out.
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    prompt = asked[0] if asked else messages[0]["content"]
+    prompt = opening_prompt(messages)
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) < fraction * 2**64
+
+
+def opening_prompt(messages: list[dict]) -> str:
+    """The first user message, or the first of any role, without outer blanks."""
+    # Templates of STRIPS_CONTENTS render a prompt with and without a trailing blank to the same ids.
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return (asked[0] if asked else messages[0]["content"]).strip()
 
 
 # ---------------------------------------------------------------- documents
@@ -503,7 +509,7 @@ class PairReader:
             if isinstance(found, str):
                 self.tally.suspect[found, self.part.name] += 1
             else:
-                prompt = _opening_prompt(found[0].messages)
+                prompt = opening_prompt(found[0].messages)
                 found = SAME_PROMPT if prompt in seen else self._encode(number, found)
             if isinstance(found, str):
                 self.tally.dropped[found] += 1
@@ -555,12 +561,6 @@ class PairReader:
         if self.tally.counts["equal"] == sum(kept.values()):
             cut = f"cut at {self.settings['max_seq_len']} tokens"
             raise UserError(f"{self.describe(kept)}; expected pairs of different answers ({cut})")
-
-
-def _opening_prompt(messages: list[dict]) -> str:
-    # As in is_held_out, whose code is hashed: moved out of it, every cache of tokens would be stale.
-    asked = _contents(messages, "user")
-    return asked[0] if asked else messages[0]["content"]
 
 
 # ---------------------------------------------------------------- tokenised cache
@@ -638,8 +638,8 @@ def _token_code() -> str:
     """Hash of the code that decides ids and masks: another version of it makes another cache."""
     # Functions and not this file: a new comment must not tokenise 939,343 rows again (half an hour).
     chat = (end_of_turn, render, trained_spans, ids_and_mask)
-    rows = (mixture_rows, is_held_out, _tokenise, _render_rows, _render_row, _encode_rows, _why_drop)
-    return token_cache.hash_code([sources, formats, *chat, *rows])
+    rows = (mixture_rows, _tokenise, _render_rows, _render_row, _encode_rows, _why_drop)
+    return token_cache.hash_code([sources, formats, *chat, is_held_out, opening_prompt, *rows])
 
 
 def _tokenise(parts: list[_Part], sides, tokenizer: Tokenizer, settings: dict) -> tuple[dict, dict]:

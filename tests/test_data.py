@@ -1010,6 +1010,26 @@ def test_held_out_prompts_are_on_one_side_only(tokenizer, config):
     assert 0.28 < np.mean([data.is_held_out(chat(str(i)), 0.3) for i in range(5000)]) < 0.32
 
 
+@pytest.mark.parametrize("template", data.STRIPS_CONTENTS)
+def test_a_prompt_with_outer_blanks_is_on_its_own_side(tokenizer, template):
+    """It is rendered without them, so its ids would be trained on and held out."""
+    same = []
+    for i in range(1000):
+        bare, blank = (chat(prompt, "yo") for prompt in (f"Hi {i}", f"\n Hi {i} "))
+        same.append(data.is_held_out(bare, 0.3) == data.is_held_out(blank, 0.3))
+    assert all(same)
+    texts = [data.render(messages, template, tokenizer)[0] for messages in (bare, blank)]
+    assert texts[0] == texts[1]
+
+
+def test_the_cache_depends_on_the_code_of_the_side(monkeypatch):
+    """A prompt that moved to the other side must not be read from a cache of the older rule."""
+    hashed = []
+    monkeypatch.setattr(data.token_cache, "hash_code", lambda parts: hashed.extend(parts))
+    data._token_code.__wrapped__()
+    assert data.is_held_out in hashed and data.opening_prompt in hashed
+
+
 def test_held_out_data_can_be_another_mixture(tokenizer, config):
     config.data, config.data_eval = {str(config.path): 30}, {str(config.path): 3}
     train, held_out = data.load_sft(config, tokenizer)

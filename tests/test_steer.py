@@ -1313,9 +1313,9 @@ def test_the_vectors_texts_are_counted_as_in_training(lab, capsys):
 
 
 def test_no_prompt_is_both_the_vectors_and_held_out(lab):
-    """The vector's pairs are the first ones; held out are the next ones of other prompts."""
+    """The vector's pairs are the first ones; held out are the next ones of other prompts, blanks aside."""
     tokenizer, path = Tokenizer.from_dir(lab / "sft"), f"{lab}/repeated.jsonl"
-    asked = ["help", "cat", "dog", "help", "dog", "slow", "cat", "fast"]
+    asked = ["help", "cat", "dog", "help ", "\ndog", "slow", "cat", "fast"]
     rows = [{"prompt": prompt, "chosen": f"good {i}", "rejected": "bad"} for i, prompt in enumerate(asked)]
     write_rows(Path(path), rows)
     found = vectors.text_pairs(path, 4, tokenizer, "tulu", 64, held_out=2)["chosen"]
