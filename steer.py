@@ -78,6 +78,7 @@ from analysis.vector import (
     extract,
     is_done,
     labelled_documents,
+    last_layers,
     plain_document,
 )
 from analysis.verdict import judge, power
@@ -822,13 +823,12 @@ def run_power(targets, config, measure):
     if path.endswith(".py"):
         path = config.sft_path or load_sections(path, ["dpo"], [])["dpo"].model_path
     prompts = aqi.read_prompts(measure.prompts, PROMPT_MODES[config.mode])
+    total = model_config(locate(path)[0]).num_hidden_layers
+    layers = last_layers(config.layers, total)  # checked before a model is read
     model, tokenizer = load_model(path)
-    total = model.config.num_hidden_layers
-    if config.layers > total:
-        raise UserError(f"layers={config.layers}: expected 1 to {total}, the model's number of layers")
     documents = labelled_documents(prompts.texts, tokenizer, config.max_text_tokens)
     check_lengths(f"prompts {measure.prompts!r}", documents, path)
-    lengths = state_lengths(model, documents, range(total - config.layers, total))
+    lengths = state_lengths(model, documents, layers)
     unit = torch.nn.functional.normalize(torch.ones(model.config.hidden_size), dim=0)
     lengths = {layer: config.size * length * unit for layer, length in lengths.items()}
     add = {layer: drawn[0] for layer, drawn in isotropic_directions(lengths, 1).items()}
@@ -873,11 +873,12 @@ def run_validate(targets, config, measure, configs=None):
     read_swept_prompts(config, measure, log=lambda line: None)
     if config.keep_weights:  # otherwise they are not on disk together
         for pair in pairs.values():
-            locate(pair.sft_path)
+            _require_layers(pair)
             locate(pair.dpo_path)
     reports = {}
     for name, pair in pairs.items():
         print(f"\n=== {name}")
+        _require_layers(pair)
         extract(pair, name)
         vector = Vector.load(pair.out_dir)
         print_spectrum(vector, pair, pair.layers)
@@ -888,6 +889,11 @@ def run_validate(targets, config, measure, configs=None):
     print(summary.comparison(reports, config.lambdas))
     if len(pairs) > 1:
         _plot_axioms_of_pairs(_above(pairs), reports, config.lambdas)
+
+
+def _require_layers(pair):
+    """UserError where a pair has fewer layers than are to be steered: by config.json, before any weight."""
+    last_layers(pair.layers, model_config(locate(pair.sft_path)[0]).num_hidden_layers)
 
 
 def _forget(pair, to_come):

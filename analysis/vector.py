@@ -307,6 +307,14 @@ def _shape(path):
     return config.num_hidden_layers, config.hidden_size
 
 
+def last_layers(count, total):
+    """The last `count` of `total` layers, ascending. UserError where there are fewer."""
+    if not 1 <= count <= total:
+        wanted = f"expected 1 to {total}, the model's number of layers"
+        raise UserError(f"layers={count} (default: the published 5): {wanted}")
+    return list(range(total - count, total))
+
+
 def _check_room(folder, needed):
     """OSError where the disk has no room for a memory-mapped file.
 
@@ -452,11 +460,7 @@ class Vector:
 
     def layers(self, count):
         """The last `count` layers, ascending."""
-        total = self.manifest["layers"]
-        if not 1 <= count <= total:
-            wanted = f"expected 1 to {total}, the model's number of layers"
-            raise UserError(f"layers={count} (default: the published 5): {wanted}")
-        return list(range(total - count, total))
+        return last_layers(count, self.manifest["layers"])
 
     def direction(self, config):
         """(L, D): the vector of config.side and config.pooling."""

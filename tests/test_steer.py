@@ -569,6 +569,17 @@ def test_layers_that_do_not_exist_are_refused_before_a_model_is_read(lab, layers
             steer.main([command[0], f"{lab}/steer", *command[1:], f"--layers={layers}"])
 
 
+@pytest.mark.parametrize("keep", ["true", "false"])
+def test_validate_and_power_ask_config_json_for_the_layers(lab, keep, monkeypatch):
+    monkeypatch.setattr(vectors, "load_model", unread)
+    monkeypatch.setattr(steer, "load_model", unread)
+    swept = f"--prompts={lab}/prompts.csv", "--layers=5"
+    models = f"{lab}/sft", f"{lab}/dpo", f"--out_dir={lab}/none", f"--keep_weights={keep}"
+    for argv in (["validate", *models, f"--texts={lab}/texts.jsonl"], ["power", f"{lab}/sft"]):
+        with pytest.raises(ValueError, match="layers=5 .*: expected 1 to 4, the model's number of layers"):
+            steer.main([*argv, *swept])
+
+
 def test_spectrum_writes_table_and_components(lab, capsys):
     steer.main(["spectrum", f"{lab}/steer", "--side=rejected", "--pooling=mean"])
     assert len(capsys.readouterr().out.splitlines()) == L + 1
@@ -1010,7 +1021,7 @@ def test_power_before_training(lab, capsys):
     steer.main(["power", f"{lab}/sft", f"--prompts={lab}/prompts.csv", "--layers=2"])
     out = capsys.readouterr().out
     assert "points is found in 80 % of runs" in out and out.count("to find") == 4
-    with pytest.raises(ValueError, match="layers=5: expected 1 to 4"):
+    with pytest.raises(ValueError, match="layers=5 .*: expected 1 to 4"):
         steer.main(["power", f"{lab}/sft", f"--prompts={lab}/prompts.csv"])
 
 
