@@ -571,6 +571,8 @@ ENDS_IN_EOS = "for an answer that ends in the end-of-turn token"
 SUSPECT = (ANOTHER_PROMPT, ENDS_IN_EOS)
 # A prompt that already holds a rendered template would be rendered twice.
 RENDERED = re.compile(r"<\|(?:im_start|user|start_header_id)\|>|<start_of_turn>|\[INST\]|(?:^|\n)Human:")
+# An answer that another template ended: the model learns to write these letters before its own end token.
+ENDED = re.compile(r"(?:</s>|<\|(?:im_end|eot_id|end_of_text|endoftext)\|>|<end_of_turn>)\s*$")
 
 
 @dataclass(frozen=True)
@@ -705,18 +707,25 @@ class _Tally:
 
     def __init__(self):
         self.counts = Counter(tokens=0, supervised=0, straddling=0, truncated=0)
-        self.counts.update(equal=0, empty=0, duplicates=0, rendered=0)
+        self.counts.update(equal=0, empty=0, duplicates=0, rendered=0, ended=0)
         self.dropped = Counter()  # {reason: rows}
         self.suspect = Counter()  # {(reason, source's name): rows}, of SUSPECT among others
-        self.first_rendered = None  # "source#row: marker"
+        self.first_rendered = self.first_ended = None  # "source#row: marker"
         self.seen = {}  # {hash of a row's text: hash of its source and number}
         self.ignored = {}  # columns that are not read, in order
 
     def see_row(self, part: _Part, number: int, conversations: "list[_Rendered]") -> None:
-        """Count empty answers, prompts that hold a rendered template, and texts that another row had."""
+        """Count what a row is kept with.
+
+        Empty answers, answers that another template ended, prompts that hold a rendered template, and texts
+        that another row had.
+        """
         for conversation in conversations:
             answers = _contents(conversation.messages, "assistant")
             self.counts["empty"] += sum(not answer.strip() for answer in answers)
+            for end in filter(None, map(ENDED.search, answers)):
+                self.counts["ended"] += 1
+                self.first_ended = self.first_ended or f"{part.name}#{number}: {end.group().strip()}"
         prompts = _contents(conversations[0].messages, "user", "system")
         marker = next(filter(None, map(RENDERED.search, prompts)), None)
         if marker:
@@ -745,7 +754,8 @@ class _Tally:
         """All of it, as meta.json keeps it."""
         sizes = [(part.name, len(part.numbers), len(part.rows), part.amount) for part in parts]
         rows = sum(len(part.numbers) for part in parts)
-        said = {"first_rendered": self.first_rendered, "ignored": list(self.ignored)}
+        said = {"first_rendered": self.first_rendered, "first_ended": self.first_ended}
+        said["ignored"] = list(self.ignored)
         return {"rows": rows, "picked": sizes, "kept": kept, "dropped": self.dropped, **self.counts, **said}
 
 
@@ -887,6 +897,9 @@ def describe(stats: dict, key: str = "data") -> str:
         first = stats["first_rendered"]
         problem = "prompts hold a rendered template, which is rendered again"
         notes.append(f"WARNING: {stats['rendered']:,} {problem} (first: {first})")
+    if stats.get("ended"):  # a cache of before 2026-11-29 has no such count
+        problem = "answers end in an end token that is not this template's"
+        notes.append(f"WARNING: {stats['ended']:,} {problem} (first: {stats['first_ended']})")
     if stats["ignored"]:
         notes.append(f"columns not read: {', '.join(map(in_one_line, stats['ignored']))}")
     return "; ".join([f"{key}: {stats['rows']:,} rows: {kept}, {dropped or '0 dropped'}", lengths, *notes])

@@ -1249,6 +1249,16 @@ def test_a_rendered_template_in_a_prompt_is_said(tokenizer, config, prompt, mark
     )
 
 
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>\n", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>"])
+def test_an_answer_that_another_template_ended_is_said(tokenizer, config, end):
+    """The tokenizer's own end token, <|end_of_text|>, drops its row; others are text that is learned."""
+    row = EXAMPLES["prompt, chosen, rejected: strings"]
+    inside = row | {"rejected": f"a {end} b"}
+    _, line = loaded(config, tokenizer, [row, inside, row | {"chosen": f"yes{end}"}], True)
+    problem = "WARNING: 1 answers end in an end token that is not this template's"
+    assert f"{problem} (first: {config.path}#2: {end.strip()})" in line
+
+
 def test_empty_answers_and_duplicates_are_counted(tokenizer, config):
     row = {"prompt": "Same", "chosen": "a", "rejected": "b"}
     rows = [row, row, row, row | {"prompt": "Empty", "chosen": ""}, row | {"prompt": "Other"}]
