@@ -776,9 +776,23 @@ def _independent(prompts):
     return int(holds_labels(prompts.label, prompts.group).sum(0).min())
 
 
+def _less_preferred(found):
+    """A note where the DPO model prefers the chosen texts less than the SFT model, at lambda 0, does."""
+    starts = [entry for entry in found["behaviour"] if entry["lambda"] == 0]
+    if not starts:
+        return []
+    before = starts[0]["logp_chosen"] - starts[0]["logp_rejected"]
+    after = found["dpo"]["logp_chosen"] - found["dpo"]["logp_rejected"]
+    if after >= before:
+        return []
+    changed = f"from {before:.3f} (SFT) to {after:.3f} (DPO) nats a token"
+    asked = "are the two models swapped, or chosen and rejected?"
+    return [f"log-prob of chosen less rejected held-out texts falls, {changed}: {asked}"]
+
+
 def _notes(vector, prompts, measure, rows, found):
     """Sentences on what these texts and weights cannot carry."""
-    notes = warnings_of(found["baselines"])
+    notes = [*_less_preferred(found), *warnings_of(found["baselines"])]
     if measure.oracle and "oracle" not in found:
         notes.append(
             f"no oracle: {_independent(prompts)} independent groups of a label; expected 4, for two halves"

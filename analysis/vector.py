@@ -294,7 +294,24 @@ def _inputs(config, count, total):
     if inputs["sft"] == inputs["dpo"]:
         same = f"the same weights as sft={config.sft_path!r}"
         raise UserError(f"dpo={config.dpo_path!r}: {same}; expected a model that training moved")
+    if note := _another_base(config, inputs):
+        print(note)
     return documents, inputs
+
+
+def _another_base(config, inputs):
+    """A line where the DPO model is an adapter whose base is not the SFT model, else None.
+
+    inputs: of _inputs. The hash of an adapter is its base's, +, its own.
+    """
+    base, plus, _ = inputs["dpo"].partition("+")
+    if not plus or base == inputs["sft"]:
+        return None
+    # Training may have gone on from the SFT model's own adapter, which the weights do not show.
+    unless = ", unless it went on from the adapter of sft" * inputs["sft"].startswith(f"{base}+")
+    bases = f"its base {locate(config.dpo_path)[0]} ({base[:12]}) is not sft={config.sft_path!r}"
+    holds = f"({inputs['sft'][:12]}): the vector also holds what parts these two"
+    return f"note: dpo={config.dpo_path!r}: an adapter, {bases} {holds}{unless}"
 
 
 def _silent(line):

@@ -247,9 +247,36 @@ def test_an_interval_beside_its_number_is_noted(change, interval, low, decision,
     verdict |= {"change": change, "change_interval": interval}
     no_words = {"length": {"auc": None}, "words": {"auc": None}}
     vector = SimpleNamespace(manifest={"rounding_share": None})
-    found = {"verdicts": [verdict], "baselines": no_words}
+    found = {"verdicts": [verdict], "baselines": no_words, "behaviour": []}
     notes = steer._notes(vector, None, SimpleNamespace(oracle=False), [], found)
     assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
+
+
+@pytest.mark.parametrize("dpo, strength, said", [(-1.2, 0.0, True), (-1.0, 0.0, False), (-1.2, 0.5, False)])
+def test_a_dpo_model_that_prefers_chosen_texts_less_is_noted(dpo, strength, said):
+    """Swapped models, or swapped sides; unknown where lambda 0 was not measured."""
+    start = {"lambda": strength, "logp_chosen": -1.1, "logp_rejected": -1.3}
+    found = {"behaviour": [start], "dpo": {"logp_chosen": dpo, "logp_rejected": -1.3}}
+    note = (
+        "log-prob of chosen less rejected held-out texts falls, from 0.200 (SFT) to 0.100 (DPO) nats a token"
+    )
+    wanted = [f"{note}: are the two models swapped, or chosen and rejected?"] if said else []
+    assert steer._less_preferred(found) == wanted
+
+
+def test_an_adapter_on_another_base_is_noted(lab, monkeypatch):
+    """By hashes: an adapter's is its base's, +, its own."""
+    monkeypatch.setattr(vectors, "locate", lambda path: ("base", path))
+    config = SimpleNamespace(dpo_path="adapter", sft_path="sft")
+    inputs = {"sft": "1" * 64, "dpo": "1" * 64 + "+" + "3" * 64}
+    assert vectors._another_base(config, inputs) is None
+    assert vectors._another_base(config, inputs | {"dpo": "2" * 64}) is None  # a whole model
+    said = "note: dpo='adapter': an adapter, its base base (222222222222) is not sft='sft' (111111111111"
+    other = inputs | {"dpo": "2" * 64 + "+" + "3" * 64}
+    assert vectors._another_base(config, other) == f"{said}): the vector also holds what parts these two"
+    # The SFT model is an adapter on that base too: DPO may have started from it.
+    both = vectors._another_base(config, other | {"sft": "2" * 64 + "+" + "4" * 64})
+    assert both.endswith("what parts these two, unless it went on from the adapter of sft")
 
 
 @pytest.mark.slow
@@ -500,7 +527,7 @@ def test_too_few_texts_and_rows_without_a_template_are_refused(lab):
 
 
 @pytest.mark.slow
-def test_a_lora_adapter_stands_for_its_merged_model(lab):
+def test_a_lora_adapter_stands_for_its_merged_model(lab, capsys):
     base, tokenizer = families.load_pretrained(lab / "sft")
     apply_lora(base, rank=2, alpha=4)
     init_lora(base, seed=0)
@@ -511,7 +538,11 @@ def test_a_lora_adapter_stands_for_its_merged_model(lab):
     adapters.save_adapter(base, lab / "adapter", lab / "sft")
     merge_lora(base)
     weights.save_pretrained(base, tokenizer, lab / "merged")
-    adapter, merged = extract(lab, "steer_adapter", dpo="adapter"), extract(lab, "steer_merged", dpo="merged")
+    adapter = extract(lab, "steer_adapter", dpo="adapter")
+    assert "note:" not in capsys.readouterr().out
+    extract(lab, "steer_far", sft="far", dpo="adapter")
+    assert f"its base {lab}/sft (" in capsys.readouterr().out
+    merged = extract(lab, "steer_merged", dpo="merged")
     assert merged.tensors["chosen_last"].abs().max() > 1e-3
     for key, value in merged.tensors.items():
         assert relative_error(adapter.tensors[key], value) < 1e-4
