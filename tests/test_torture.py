@@ -11,7 +11,7 @@ from tools import torture
 
 @pytest.mark.slow
 @pytest.mark.parametrize("faults, number", [
-    (("random kills", "flipped bits"), 1), (("placed kills", "full disk"), 3), (("two writers",), 1),
+    (("random kills", "flipped bits"), 1), (("placed kills", "full disk"), 3), (("two writers", "damaged checkpoint"), 1),
 ])  # fmt: skip
 def test_faults(faults, number, capsys):
     code = torture.main([*faults, f"--number={number}"])

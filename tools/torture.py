@@ -64,35 +64,38 @@ class Campaign:
         self.train(self.new_run()).ok()
         self.seconds = time.perf_counter() - began
 
-    def new_run(self):
+    def new_run(self, keys=KEYS):
         """The config of a run that has not begun, in a folder and with a cache of its own."""
         self.count += 1
-        return tiny.write_config(self.folder / f"run_{self.count:05d}", self.world, **KEYS)
+        return tiny.write_config(self.folder / f"run_{self.count:05d}", self.world, **keys)
 
     def train(self, config, prepare=None, ranks=1):
         """One process, or several, of that run; prepare() is called in each first."""
         return tiny.launch("dpo", config, prepare=prepare, ranks=ranks)
 
-    def ends_well(self, config):
+    def ends_well(self, config, whole=None):
         """Give the command until it ends by itself; is the result that of the undisturbed run?
 
-        Its folder is deleted then.
+        Its folder is deleted then. whole: the undisturbed run, where it is not the campaign's.
         """
         outcome = self.train(config)
-        problem = f"exit codes {outcome.codes}" if any(outcome.codes) else self.differences(config)
+        problem = f"exit codes {outcome.codes}"
+        if not any(outcome.codes):
+            problem = differences(config, whole or self.whole)
         if problem:
             print(f"{config.parent}: {problem}\n{outcome.err[0][-500:]}", file=sys.stderr)
             return False
         shutil.rmtree(config.parent)
         return True
 
-    def differences(self, config):
-        """In words, what the run has unlike the undisturbed one; "" for nothing."""
-        whole, found = result_of(self.whole), result_of(config)
-        different = [name for name in whole if found[name] != whole[name]]
-        if "metrics" in different:
-            different.append(f"{found['metrics']} unlike {whole['metrics']}")
-        return ", ".join(different)
+
+def differences(config, whole):
+    """In words, what the run has unlike the undisturbed one; "" for nothing."""
+    expected, found = result_of(whole), result_of(config)
+    different = [name for name in expected if found[name] != expected[name]]
+    if "metrics" in different:
+        different.append(f"{found['metrics']} unlike {expected['metrics']}")
+    return ", ".join(different)
 
 
 def result_of(config):
@@ -104,7 +107,7 @@ def result_of(config):
         steps.append({key: value for key, value in line.items() if key not in measured})
     found = {"metrics": steps}
     for name in ("final/model.safetensors", "adapter/adapter_model.safetensors"):
-        found[name] = (run / name).read_bytes()
+        found[name] = (run / name).read_bytes() if (run / name).exists() else None
     return found
 
 
@@ -327,6 +330,33 @@ def corruption(campaign, number):
     return found
 
 
+# Of all weights: what else is trained by default, and what a checkpoint before the newest is kept for.
+SPLIT = dict(max_steps=4, save_every=1, keep_last=2, precision="bf16", data_eval=None)
+
+
+def damaged_checkpoints(campaign, number):
+    """A run is killed at its end, and a bit of its newest checkpoint flipped: the one before goes on."""
+    whole = campaign.new_run(SPLIT)
+    campaign.train(whole).ok()
+    wrong = 0
+    for _ in range(number):
+        config = campaign.new_run(SPLIT)
+        campaign.train(config, die_at_the_end)
+        newest = max((config.parent / "dpo/checkpoints").glob("step_*"))
+        files = sorted(newest.iterdir())
+        (path,) = campaign.rng.choices(files, [file.stat().st_size for file in files])
+        intact = path.read_bytes()
+        path.write_bytes(flipped(intact, campaign.rng.randrange(8 * len(intact))))
+        wrong += not campaign.ends_well(config, whole)
+    return Tried(number, wrong)
+
+
+def die_at_the_end():
+    """Half a second a step, so that each checkpoint is written; SIGKILL after the last but its checkpoint."""
+    slow_down()
+    at_step([4], functools.partial(kill, None))
+
+
 def flipped(data, bit):
     """The bytes with one bit changed."""
     data = bytearray(data)
@@ -470,6 +500,7 @@ FAULTS = {
     "two writers": (two_writers, 10),
     "stopped rank": (stopped_ranks, 4),
     "flipped bits": (corruption, 300),
+    "damaged checkpoint": (damaged_checkpoints, 100),
     "fuzzed inputs": (fuzz, 1000),
 }
 
