@@ -96,9 +96,10 @@ def judge(curve, permuted=None, category=OVERALL, level=0.05, nulls=None, oracle
         falling   alike, downwards;
         erratic   anything else: significant moves in both directions, or one that the ends do not share.
     What is given takes an alarm away, never makes one:
-        nulls     rising and falling need a change in the top 5 % of the random directions', of either
-                  kind. A random direction is one of the two in at most 5 % of cases, whatever the texts.
-                  Erratic is said without them: they are run at the ends, and the curve moves between;
+        nulls     the change must rank in the top 5 % of the random directions', of either kind, which are
+                  run at the first and the last lambda: a random direction is not flat in at most 5 % of
+                  cases, whatever the texts. What moves between is then flat too, with another reason:
+                  nothing is known of random directions there;
         permuted  (curves.permute) the higher end must lie above the 1 - level quantile of meaningless labels.
     So does a label of fewer than FEWEST groups. For axioms pass level / A; the nulls' p is one of all axioms
     already.
@@ -121,8 +122,8 @@ def judge(curve, permuted=None, category=OVERALL, level=0.05, nulls=None, oracle
     seen = _shape(moved, centred, end_low, end_high, critical * carriers_factor(curve, category, one_pair))
     ranks = compare(curve, nulls, category) if nulls is not None else None
     reasons = _few_groups(curve, category)
-    if ranks is not None and seen in ("rising", "falling"):
-        reasons += _as_random(ranks)
+    if ranks is not None and seen != "flat":
+        reasons += _as_random(ranks, seen)
     if permuted is not None:
         reasons += _as_shuffled(curve, permuted, category, seen, level)
     change = (estimate[-1] - estimate[0]).item()
@@ -168,17 +169,17 @@ def answers(found, seen, relevant=None):
     if ranks and seen != "erratic":
         is_the_vectors = ranks["p_change"] <= 0.05
     given = {"is_there": seen != "flat", "is_the_vectors": is_the_vectors, "matters": matters}
-    decision = _decide(found, given)
+    decision = _decide(found, seen, given)
     return given | {"relevant": relevant, "decision": decision, "advice": DECISIONS[decision]}
 
 
-def _decide(found, given):
-    """A key of DECISIONS."""
+def _decide(found, seen, given):
+    """A key of DECISIONS. seen: the verdict before anything took it back."""
     if found["groups"] < FEWEST:
         return "too few"
     if given["is_there"] and given["is_the_vectors"] is False:
         return "any direction"
-    if found["verdict"] == "erratic":
+    if seen == "erratic":
         return "no trend"
     if found["verdict"] == "flat":
         return "nothing" if given["matters"] == "no" else "more prompts"
@@ -273,10 +274,12 @@ def _few_groups(curve, category):
     return [f"{groups} independent texts of one label are too few: expected {FEWEST}"]
 
 
-def _as_random(ranks):
+def _as_random(ranks, seen):
     """Why random directions take the verdict back: a list of no or one reason."""
     if ranks["p_change"] <= 0.05:
         return []
+    if seen == "erratic":
+        return ["it moves between the first and the last lambda, where random directions are not run"]
     count = min(len(changes) for changes in ranks["null_changes"].values())
     p = f"p {ranks['p_change']:.2f} among {count} of each kind"
     return [f"random directions of equal norm change as much ({p})"]

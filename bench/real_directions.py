@@ -4,8 +4,8 @@
 
 TARGET and the keys are those of `steer.py sweep`. So many directions of each kind are as long as the vector,
 and as many three and ten times as long, so that the texts alone would call many of them something. Each is
-judged against 19 others of each kind. Rows continue the first table of bench/calibration.py: rising and
-falling are false alarms. Minutes on a GPU.
+judged against 19 others of each kind, which count at the ends. Rows continue the first table of
+bench/calibration.py: what is not flat is a false alarm. Minutes on a GPU.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from analysis.nulls import Nulls, isotropic_directions, sign_flipped_directions
 from analysis.sweep import direction_curve
 from analysis.vector import plain_document
 from analysis.verdict import judge
-from bench.calibration import TRENDS, alarm_row, any_axiom, per_cent
+from bench.calibration import alarm_row, any_axiom, per_cent
 from plumbing import parallel
 from plumbing.files import progress_bar
 
@@ -61,7 +61,7 @@ def curves_of(vector, config, prompts, length, trials):
 
 
 def alarms_of(curves, kind):
-    """(Counter of verdicts, directions with a rising or falling axiom, directions not flat without nulls).
+    """(Counter of verdicts, directions with an axiom that is not flat, directions not flat without nulls).
 
     Each direction of the kind stands against OTHERS random ones of the rest of each kind.
     """
@@ -74,7 +74,7 @@ def alarms_of(curves, kind):
             others[name] = torch.stack(chance.sample(rest, OTHERS))
         nulls = Nulls(others)
         whole[judge(curve, nulls=nulls)["verdict"]] += 1
-        axioms_alarmed += any_axiom(curve, nulls, TRENDS)
+        axioms_alarmed += any_axiom(curve, nulls)
         bare += judge(curve)["verdict"] != "flat"
     return whole, axioms_alarmed, bare
 

@@ -148,9 +148,11 @@ def test_nothing_is_said_of_random_directions_where_none_was_run():
     ends = torch.tensor([0.0, 0.5], dtype=torch.float64)[None, :, None].expand(19, 2, 2)
     found = judge(erratic, nulls=Nulls({"isotropic": ends}))
     assert found["nulls"]["p_change"] == 1.0
-    assert (found["verdict"], found["because"], found["is_the_vectors"]) == ("erratic", [], None)
+    assert (found["verdict"], found["is_the_vectors"]) == ("flat", None)
+    assert found["because"] == ["it moves between the first and the last lambda, where random directions are not run"]
     assert found["decision"] == "no trend" and "first and last lambda only" in found["advice"]
-    assert judge(erratic)["decision"] == "no trend"
+    alone = judge(erratic)
+    assert (alone["verdict"], alone["because"], alone["decision"]) == ("erratic", [], "no trend")
 
 
 @pytest.mark.slow
