@@ -897,7 +897,7 @@ def describe(stats: dict, key: str = "data") -> str:
         first = stats["first_rendered"]
         problem = "prompts hold a rendered template, which is rendered again"
         notes.append(f"WARNING: {stats['rendered']:,} {problem} (first: {first})")
-    if stats.get("ended"):  # a cache of before 2026-11-29 has no such count
+    if stats["ended"]:
         problem = "answers end in an end token that is not this template's"
         notes.append(f"WARNING: {stats['ended']:,} {problem} (first: {stats['first_ended']})")
     if stats["ignored"]:
