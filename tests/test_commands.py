@@ -25,6 +25,7 @@ REPLACED = {  # what a document leaves to its reader, what needs eight GPUs or t
     "make demo": "python tests/small_demo.py",
     "--nproc-per-node 8 train_sft.py configs/tulu10.py": "--nproc-per-node 2 train_sft.py tulu10_small.py",
     "--nproc-per-node 8 train_dpo.py configs/tulu10.py": "--nproc-per-node 2 train_dpo.py tulu10_small.py",
+    "train_dpo.py configs/tulu10.py --plan": "train_dpo.py configs/tulu10.py --plan --max_seq_len=128",
     "RUN [RUN ...]": "runs/tulu10/sft runs/tulu10/dpo",
     "validate configs/tulu10.py --prompts=labelled.csv": "validate tulu10 --texts=pairs.jsonl --prompts=labelled.csv --layers=2 --max_text_tokens=128",
     "sweep configs/tiny.py --oracle": "sweep configs/tiny.py --oracle --prompts=labelled.csv",
