@@ -560,7 +560,7 @@ def test_weights_of_a_finished_pair_are_deleted(server, world, monkeypatch, tmp_
         monkeypatch.setattr(steer, name, lambda *args: None)
     monkeypatch.setattr(steer.summary, "comparison", lambda *args: "")
     monkeypatch.setattr(steer.page, "write", lambda *args: None)
-    assert steer.main([*argv, "--keep_weights=false"]) == 0
+    assert steer.main([*argv, "--keep_weights=false", "--layers=2"]) == 0
     assert there == [{"models--org--sft", "models--org--dpo"}, {"models--org--sft", "models--org--far"}]
     assert (
         not list(cache.glob("models--*/snapshots/*/*.safetensors"))
