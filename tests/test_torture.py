@@ -1,7 +1,7 @@
 """The short form of `make torture`: some faults of most kinds, none of which loses or changes anything.
 
 A stopped rank takes a minute of waiting; test_runs.py::test_a_rank_that_hangs_is_named has it with a short
-patience. Damaged checkpoints are in test_checkpoint.py::test_the_newest_intact_checkpoint_is_used_and_the_...
+patience. Damaged checkpoints are test_checkpoint.py's.
 """
 
 import pytest
