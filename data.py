@@ -552,15 +552,18 @@ class PairReader:
 
     def describe(self, kept: dict) -> str:
         """The line of `describe` on the rows that were read. kept: {what for: pairs}."""
-        part = dataclasses.replace(self.part, numbers=np.arange(self.num_read))
-        return describe(self.tally.stats([part], kept), f"{self.key} {part.name!r}")
+        return describe(self.tally.stats([self._read()], kept), f"{self.key} {self.part.name!r}")
 
     def check(self, kept: dict) -> None:
         """UserError where most rows were read the wrong way round, or all pairs have equal answers."""
-        self.tally.check_source(dataclasses.replace(self.part, numbers=np.arange(self.num_read)))
+        self.tally.check_source(self._read())
         if self.tally.counts["equal"] == sum(kept.values()):
             cut = f"cut at {self.settings['max_seq_len']} tokens"
             raise UserError(f"{self.describe(kept)}; expected pairs of different answers ({cut})")
+
+    def _read(self) -> "_Part":
+        """The part, of the rows that were read."""
+        return dataclasses.replace(self.part, numbers=np.arange(self.num_read))
 
 
 # ---------------------------------------------------------------- tokenised cache

@@ -404,9 +404,6 @@ def main():
         "--no-recompute", dest="recompute", action="store_const", const="none", help="keep all activations"
     )
     parser.add_argument(
-        "--recompute", choices=("none", "selective", "full"), help="of titan_sft (default: selective)"
-    )
-    parser.add_argument(
         "--reshard",
         choices=("default", "never"),
         default="default",

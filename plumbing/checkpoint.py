@@ -35,7 +35,7 @@ from plumbing.files import (
 from plumbing.tensors import is_finite, open_safetensors, write_safetensors
 from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
-WAIT_SAID = 1.0  # seconds from which a save says what training waits for
+SLOW = 1.0  # seconds from which a save says what training waits for
 COPIERS = 4  # threads of a save: memory that is touched for the first time costs a core half a second a GB
 # A copy that somebody named step_000100_good is theirs: never read, never deleted.
 OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+(\.damaged)?")
@@ -223,7 +223,7 @@ class Checkpointer:
         start = time.monotonic()
         self._wait()
         waited = time.monotonic() - start
-        if waited >= WAIT_SAID:
+        if waited >= SLOW:
             earlier = f"the checkpoint of step {self._finished_step} was still being written"
             parallel.say(f"step {step}: waited {waited:.1f} s to save, because {earlier}")
         if step == self._finished_step:
@@ -233,7 +233,7 @@ class Checkpointer:
         start = time.monotonic()
         rows = self._copy(tensors)
         took = time.monotonic() - start
-        if took >= WAIT_SAID:
+        if took >= SLOW:
             size = sum(local.nbytes for _, local in rows.values()) / 1e9
             parallel.say(f"step {step}: {took:.1f} s to copy {size:.1f} GB a rank to host memory")
         index = {"step": step, "run_identity": self.run_identity, "shapes": _shapes(tensors)}
@@ -267,11 +267,15 @@ class Checkpointer:
         Wider dtypes first, as the writer needs them.
         """
         with futures.ThreadPoolExecutor(COPIERS) as copiers:
-            copies = list(copiers.map(_copy_own_rows, tensors.values(), map(self._copies.get, tensors)))
-        here = {key: rows for key, rows in zip(tensors, copies) if rows[1].numel()}
-        self._copies = {key: local for key, (_, local) in here.items()}
+            copied = list(copiers.map(_copy_own_rows, tensors.values(), map(self._copies.get, tensors)))
+        rows = {}
+        for key, (first, local) in zip(tensors, copied, strict=True):
+            if local.numel():
+                rows[key] = (first, local)
+                self._copies[key] = local
         # stable: the order of the model, and of its optimizer, inside a dtype
-        return dict(sorted(here.items(), key=lambda item: item[1][1].dtype.itemsize, reverse=True))
+        widest_first = sorted(rows, key=lambda key: rows[key][1].dtype.itemsize, reverse=True)
+        return {key: rows[key] for key in widest_first}
 
     # ------------------------------------------------------------ in the writer thread
 

@@ -91,9 +91,9 @@ def _restarts_on_one_machine():
 
     All of them are then on one machine.
     """
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return restarts > 0 and keeps_store and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return count > 0 and keeps_store and os.environ.get("GROUP_WORLD_SIZE") == "1"
 
 
 def _store_of_this_attempt(patience):

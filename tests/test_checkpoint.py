@@ -237,7 +237,7 @@ def test_a_save_that_waits_for_the_one_before_says_how_long(run, monkeypatch, ca
     checkpointer, model, optimizer, _ = run
     write_rows = checkpoint._write_rows
     monkeypatch.setattr(checkpoint, "_write_rows", lambda *args: time.sleep(0.3) or write_rows(*args))
-    monkeypatch.setattr(checkpoint, "WAIT_SAID", 0.2)
+    monkeypatch.setattr(checkpoint, "SLOW", 0.2)
     checkpointer.save(2, model, optimizer)
     assert not capsys.readouterr().out
     checkpointer.save(3, model, optimizer)
@@ -250,7 +250,7 @@ def test_a_save_that_waits_for_the_one_before_says_how_long(run, monkeypatch, ca
 @pytest.mark.slow
 def test_a_save_says_how_long_its_copy_took(run, monkeypatch, capsys):
     checkpointer, model, optimizer, _ = run
-    monkeypatch.setattr(checkpoint, "WAIT_SAID", 0.0)
+    monkeypatch.setattr(checkpoint, "SLOW", 0.0)
     checkpointer.save(2, model, optimizer)
     _, said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"step 2: \d+\.\d s to copy 0\.0 GB a rank to host memory", said)
