@@ -36,7 +36,6 @@ from plumbing.tensors import is_finite, open_safetensors, write_safetensors
 from plumbing.weights import ADAPTER_CONFIG, check_replaceable, copy_rows, sharded_parameters
 
 SLOW = 1.0  # seconds from which a save says what training waits for
-COPIERS = 4  # threads of a save: memory that is touched for the first time costs a core half a second a GB
 # A copy that somebody named step_000100_good is theirs: never read, never deleted.
 OWN_NAME = re.compile(r"(\.tmp_|\.old_)?step_\d+(\.damaged)?")
 
@@ -266,10 +265,9 @@ class Checkpointer:
 
         Wider dtypes first, as the writer needs them.
         """
-        with futures.ThreadPoolExecutor(COPIERS) as copiers:
-            copied = list(copiers.map(_copy_own_rows, tensors.values(), map(self._copies.get, tensors)))
         rows = {}
-        for key, (first, local) in zip(tensors, copied, strict=True):
+        for key, tensor in tensors.items():
+            first, local = _copy_own_rows(tensor, self._copies.get(key))
             if local.numel():
                 rows[key] = (first, local)
                 self._copies[key] = local
