@@ -189,7 +189,6 @@ def run_hf(args, documents, recompute, micro_batch):
     if args.compile:
         model.compile()
     if RANKS > 1:
-        dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=DEVICE.type == "cuda")
@@ -214,6 +213,8 @@ def fastest_hf(args, documents):
 
     Each at the largest micro-batch that fits.
     """
+    if RANKS > 1:
+        dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     results = []
     for recompute in ("none", "full") if args.recompute == "best" else (args.recompute,):
         micro_batch, fits = args.micro_batch, False
