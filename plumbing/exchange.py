@@ -31,8 +31,15 @@ def reduce_scatter(owns, wholes):
 
 
 def all_gather(wholes, owns):
-    """Start to collect `wholes` out of every rank's `owns`. Returns the work."""
-    return dist.group.WORLD.allgather_into_tensor_coalesced(wholes, owns)
+    """Start to collect `wholes` out of every rank's `owns`. Returns the works to wait for.
+
+    In one kernel on GPUs. Under gloo coalesced all-gathers that are under way together corrupt the heap
+    (torch 2.11 and 2.13: bench/NOTES.md), so on CPUs each tensor goes alone.
+    """
+    if wholes[0].is_cuda:
+        return [dist.group.WORLD.allgather_into_tensor_coalesced(wholes, owns)]
+    parts = [whole.chunk(dist.get_world_size()) for whole in wholes]
+    return [dist.all_gather(list(each), own, async_op=True) for each, own in zip(parts, owns, strict=True)]
 
 
 @dataclass
@@ -46,7 +53,7 @@ class Unit:
     module: nn.Module
     names: list
     sums: tuple | None = None  # (work, this rank's rows, one tensor a name) of the reduce-scatter under way
-    arriving: tuple | None = None  # (work, whole weights, one a name) of the all-gather under way
+    arriving: tuple | None = None  # (works, whole weights, one a name) of the all-gather under way
 
 
 class Exchange:
@@ -135,8 +142,9 @@ class Exchange:
         """On a GPU it is the stream that waits, not the host."""
         if unit.arriving is None:
             return
-        work, wholes = unit.arriving
-        work.wait()
+        works, wholes = unit.arriving
+        for work in works:
+            work.wait()
         for param, whole in zip(map(self.params.get, unit.names), wholes, strict=True):
             if whole.data_ptr() != param.data_ptr():
                 param.detach().copy_(whole[: len(param)])
