@@ -350,17 +350,16 @@ def pick_sharding(config, model, device):
     count, tokens = parallel.world_size(), config.tokens_per_microbatch
     if count == 1:
         return "none"
-    # The GPU with the least room decides for all: max of the negated values is the minimum.
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-    free = -parallel.max_across_ranks(-free)
+    card = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+    card = -parallel.max_across_ranks(-card)  # the smallest decides for all
     # the largest stream there can be: every token supervised, and all of it a prefix that two documents share
     sizes = budget.Sizes.of(model)
     stream = (tokens, tokens, 2 * tokens)
     machine = parallel.machine_size()
-    sharding = budget.choose_sharding(model.config, config, sizes, count, machine, *stream, free)
+    sharding = budget.choose_sharding(model.config, config, sizes, count, machine, *stream, card)
     if config.sharding == "auto":
-        room = f"{free / 2**30:.1f} GiB free on a GPU" if free < math.inf else "no GPU"
-        parallel.say(f"sharding={sharding}, picked for {room}")
+        where = f"GPUs of {card / 2**30:.1f} GiB" if card < math.inf else "CPUs"
+        parallel.say(f"sharding={sharding}, picked for {where}")
     return sharding
 
 

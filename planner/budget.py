@@ -111,6 +111,8 @@ SPREAD, INTERFERENCE = 0.025, 0.2
 MACHINE = 8  # GPUs of one machine; more are taken to be several of them
 
 ERROR = 0.05
+GIB = 2**30
+CONTEXT_GIB = 0.6  # CUDA context and libraries, beside what the allocator counts
 
 HEAD_ROWS = inspect.signature(token_logps).parameters["chunk"].default
 
@@ -226,11 +228,12 @@ def sharers(config, count, machine=MACHINE):
     return min(count, machine) if config.sharding == "hybrid" else count
 
 
-def choose_sharding(shape, config, sizes, count, machine, tokens, targets, keys, free):
+def choose_sharding(shape, config, sizes, count, machine, tokens, targets, keys, card):
     """What config.sharding stands for on `count` GPUs, `machine` on each machine (0: unequally many).
 
     "auto" is "optimizer" where that fits, or where bf16 moments or gradients want it, else "hybrid" where
-    that fits. tokens, targets, keys: as of peak_bytes. free: bytes, of the GPU that has the fewest.
+    that fits. tokens, targets, keys: as of peak_bytes. card: bytes of the smallest GPU, free or not: a run
+    goes on as it began, also where a killed one still holds memory.
     """
     if config.sharding != "auto":
         return config.sharding
@@ -243,7 +246,7 @@ def choose_sharding(shape, config, sizes, count, machine, tokens, targets, keys,
         tried = dataclasses.replace(config, sharding=sharding)
         holders = sharers(tried, count, machine)
         _, terms = peak_bytes(shape, tried, sizes, holders, tokens, targets, keys, accumulates=True)
-        if sum(terms.values()) * (1 + ERROR) <= free:
+        if sum(terms.values()) * (1 + ERROR) <= card - CONTEXT_GIB * GIB:
             return sharding
     return "full"
 

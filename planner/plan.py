@@ -24,7 +24,9 @@ from data import load_preferences, load_sft
 from model import LlamaConfig, training_flops
 from packing import steps_per_epoch
 from planner.budget import (
+    CONTEXT_GIB,
     ERROR,
+    GIB,
     GPUS,
     MACHINE,
     Pass,
@@ -53,10 +55,6 @@ from plumbing.config import check_capability, check_world_size, load, sections_o
 from plumbing.files import UserError, table
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import check_sizes, has_weights, resolve
-
-GIB = 2**30
-CONTEXT_GIB = 0.6  # CUDA context and libraries, beside what the allocator counts
-
 
 # ---------------------------------------------------------------- the counts
 
@@ -269,9 +267,8 @@ class Plan:
     @cached_property
     def resolved(self):
         """The config with what sharding="auto" stands for on these GPUs."""
-        free = (self.gpu.gib - CONTEXT_GIB) * GIB
-        gpus = (self.count, MACHINE)
-        sharding = choose_sharding(self.shape, self.config, self.sizes, *gpus, *self.stream, free)
+        gpus, card = (self.count, MACHINE), self.gpu.gib * GIB
+        sharding = choose_sharding(self.shape, self.config, self.sizes, *gpus, *self.stream, card)
         return dataclasses.replace(self.config, sharding=sharding)
 
     @property

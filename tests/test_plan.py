@@ -20,6 +20,7 @@ from world import ROOT, write_config
 import aqi
 import steer
 import train_dpo
+import training
 from data import load_preferences, load_sft
 from families.falcon import FalconConfig
 from model import LlamaConfig, training_flops
@@ -440,6 +441,18 @@ def test_exchange_is_by_the_link_and_overlaps():
     assert sharded_seconds(10.0, 3.0, whole, 16, nvlink) == pytest.approx(10 * budget.slowest_of(16) + 3)
     assert sharded_seconds(1.0, 3.0, full, 8, nvlink) == 3.0
     assert sharded_seconds(1.0, exchange_seconds(64e9, 1, pcie), full, 1, pcie) == 1.0
+
+
+@pytest.mark.parametrize(("gpu", "expected"), [("h200", "optimizer"), ("h100", "full")])
+def test_a_run_picks_the_sharding_of_the_plan_whatever_is_free(gpu, expected, monkeypatch, capsys):
+    """Two ranks of the 8B shape on cards of which another process holds all but 1 GiB."""
+    config, model, _ = parts()
+    two_ranks = dict(world_size=lambda: 2, machine_size=lambda: 2, max_across_ranks=lambda value: value, say=print)
+    for name, answer in two_ranks.items():
+        monkeypatch.setattr(training.parallel, name, answer)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, int(GPUS[gpu].gib * GIB)))
+    assert training.pick_sharding(config, model, torch.device("cuda", 0)) == expected
+    assert capsys.readouterr().out == f"sharding={expected}, picked for GPUs of {GPUS[gpu].gib:.1f} GiB\n"
 
 
 def test_sharding_is_picked_by_what_fits():
