@@ -2,9 +2,11 @@
 transformers loop.
 """
 
+import errno
 import json
 import math
 import os
+from concurrent import futures
 from functools import partial
 from types import SimpleNamespace
 
@@ -31,6 +33,7 @@ from world import (
 
 import train_sft
 from packing import local_batches, step_examples
+from plumbing.checkpoint import Checkpointer
 from plumbing.config import load
 from plumbing.logbook import Logbook
 
@@ -242,6 +245,30 @@ def test_evaluations_of_a_run(world, tmp_path):
     evaluations = metrics(tmp_path / "sft", "eval/loss")
     assert [line["step"] for line in evaluations] == [0, 2, 3]
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+
+
+def fill_the_disk_at_step_2():
+    """In the process of a run, before it starts. Its steps take as long as it takes to find that out."""
+
+    def write(self, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def check_once_written(self):
+        if self._pending:
+            futures.wait([self._pending])
+        check(self)
+
+    check = Checkpointer.check
+    Checkpointer._write, Checkpointer.check = write, check_once_written
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_ends_the_run_at_its_next_step(world, tmp_path):
+    """Not at its next save, which may be hours of training later."""
+    config_path = write_config(tmp_path, world, save_every=2, num_epochs=4, max_steps=8)
+    done = launch("sft", config_path, prepare=fill_the_disk_at_step_2)
+    assert done.codes == [1] and os.strerror(errno.ENOSPC) in done.err[0]
+    assert [line["step"] for line in metrics(tmp_path / "sft")] == [1, 2, 3]
 
 
 def test_a_kill_while_metrics_are_cut_back_costs_none(world, tmp_path, ranks, monkeypatch):
