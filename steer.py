@@ -71,6 +71,7 @@ from analysis.sweep import (
 from analysis.vector import (
     MODELS,
     MODES,
+    SPECTRUM,
     Vector,
     bar,
     check_lengths,
@@ -96,7 +97,7 @@ from plumbing.config import (
     setting,
     words_and_options,
 )
-from plumbing.files import UserError, read_verified_json, table, write_json
+from plumbing.files import UserError, read_verified_json, retract, sha256_of, table, write_result
 from plumbing.lock import lock
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import save_pretrained
@@ -417,10 +418,10 @@ def print_spectrum(vector, config, last):
     print(table(head, lines[-last:], left=(-1,)))
     if last < len(lines):
         print(f"layers below: {vector.folder}/spectrum.json")
-    write_json(
-        vector.folder / "spectrum.json", {"side": config.side, "pooling": config.pooling, "layers": rows}
-    )
-    save_file({"components": torch.stack(components).numpy()}, vector.folder / "spectrum.safetensors")
+    report, arrays = vector.folder / SPECTRUM[0], SPECTRUM[1]
+    retract(report, [arrays])
+    save_file({"components": torch.stack(components).numpy()}, vector.folder / arrays)
+    write_result(report, {"side": config.side, "pooling": config.pooling, "layers": rows}, [arrays])
 
 
 def run_generate(targets, config, _):
@@ -573,7 +574,7 @@ def _sweep_inputs(vector, config, measure, prompts, documents):
         prompts.label.tolist(),
         prompts.axioms,
     )
-    inputs["vector"] = hashlib.sha256((vector.folder / "vector.safetensors").read_bytes()).hexdigest()
+    inputs["vector"] = sha256_of(vector.folder / "vector.safetensors")
     inputs["prompts"] = hashlib.sha256(repr(labelled).encode()).hexdigest()
     inputs["groups"] = hashlib.sha256(repr(prompts.group.tolist()).encode()).hexdigest()
     inputs["dtype"] = str(dtype_for(model_config(locate(vector.manifest["sft_path"])[0])))

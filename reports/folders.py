@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.files import UserError, read_json, read_verified_json
+from plumbing.files import UserError, read_json, read_verified_json, sha256_of
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,18 @@ def _read_run(folder):
 def _read_steering(folder):
     spectrum = []
     if (folder / "spectrum.json").is_file():
-        for layer in read_json(folder / "spectrum.json")["layers"]:
+        for layer in read_verified_json(folder / "spectrum.json")["layers"]:
             spectrum.append(layer | {"centred": layer["explained_centred"][0]})
-    sweeps = {}
+    sweeps, vector = {}, sha256_of(folder / "vector.safetensors")
     for path in sorted(folder.glob("*/aqi.json")):
         sweeps[path.parent] = _read_sweep(path)
+        if sweeps[path.parent]["inputs"]["vector"] != vector:
+            raise UserError(f"{path}: along another vector than {folder} holds now; expected a new sweep")
     if not sweeps and not spectrum:
         raise UserError(
             f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run"
         )
-    return Steering(folder, read_json(folder / "manifest.json"), spectrum, sweeps)
+    return Steering(folder, read_verified_json(folder / "manifest.json"), spectrum, sweeps)
 
 
 def _json_lines(path):

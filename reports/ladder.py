@@ -8,14 +8,13 @@ after its sweep is a line of its own, not validated.
 """
 
 import argparse
-import hashlib
 import math
 import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.files import UserError, read_json, table
+from plumbing.files import UserError, read_json, read_verified_json, sha256_of, table
 from reports.folders import has_nulls, read
 from reports.summary import two_digits
 
@@ -70,11 +69,11 @@ def find(root):
             runs[manifest["stage"]][manifest["exported"]] = name, read(folder)
         if not (folder / "vector.safetensors").is_file():
             continue
-        vector = hashlib.sha256((folder / "vector.safetensors").read_bytes()).hexdigest()
+        vector = sha256_of(folder / "vector.safetensors")
         inputs = manifest["inputs"]
         has_models = not any(is_deleted(inputs[key]) for key in ("sft_path", "dpo_path"))
         for aqi in sorted(folder.glob("*/aqi.json")):
-            report = read_json(aqi)
+            report = read_verified_json(aqi)
             named = f"{name} ({report['inputs']['inject']})"
             if has_nulls(report) and has_models and report["inputs"]["vector"] == vector:
                 sweeps.append(Sweep(named, inputs["sft"], inputs["dpo"], report))

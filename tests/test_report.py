@@ -1,5 +1,6 @@
 """report.py: the right numbers at the right places of the page, from folders made by hand."""
 
+import hashlib
 import json
 import math
 import re
@@ -141,7 +142,7 @@ def write_steering(folder):
     }
     entry = done | {"kl_from_sft": 0.125, "kl_to_dpo": 0.5, "repeated_4grams": 0.0}
     sweep = {
-        "inputs": {"lambdas": [0, 1.0], "inject": "matched"}, "verdicts": [verdict | {"category": "overall", "level": 0.05}, axiom],
+        "inputs": {"lambdas": [0, 1.0], "inject": "matched", "vector": hashlib.sha256().hexdigest()}, "verdicts": [verdict | {"category": "overall", "level": 0.05}, axiom],
         "texts": {"texts": 80, "groups": 60, "effective": 50.0, "grouped_by": "words"},
         "behaviour_of": {"pairs": 25, "kl_texts": 8, "continued": 7, "unsafe": 16, "safe": 15},
         "warnings": ["saturated at 55.00"], "notes": [], "profile": profile, "oracle": {"lambdas": [0, 1.0], "separation": [1.0, 3.0], "change": 2.0},
@@ -594,6 +595,14 @@ def test_a_vector_alone_shows_nothing(tmp_path):
     (tmp_path / "vector.safetensors").touch()
     with pytest.raises(ValueError, match="a vector and nothing on it"):
         read(tmp_path)
+
+
+def test_a_sweep_along_another_vector_is_named(tmp_path):
+    """The vector was made anew since; steer.py sweep measures it again, and reports.ladder leaves it out."""
+    folder = write_steering(tmp_path / "steer")
+    (folder / "vector.safetensors").write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"sweep_matched/aqi.json: along another vector than .*/steer holds"):
+        read(folder)
 
 
 def test_more_runs_than_colours(tmp_path):
