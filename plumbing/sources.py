@@ -472,6 +472,8 @@ def _open_csv(file, start: int) -> _TextFile:
             header = cells
             if len(set(header)) < len(header):
                 raise ValueError(f"columns {header}; expected names that differ")
+            if len(header) == 1 and set(";\t|") & set(header[0]):
+                raise ValueError(f"one column, {header[0]!r}; expected commas between the cells")
         elif cells:
             if len(cells) != len(header):
                 raise _BadRow(len(spans), f"{len(cells)} cells; expected {len(header)}")

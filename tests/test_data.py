@@ -1395,7 +1395,7 @@ def test_a_row_that_cannot_be_read_is_named_by_its_own_number(tmp_path, name):
 
 
 BROKEN = {"a.parquet": b"PAR1 no", "b.jsonl.gz": b"no gzip", "c.json.gz": gzip.compress(b"[]" * 99)[:20], "d.csv": b"a,a\n1,2\n",
-          "e.csv.gz": gzip.compress(b"a\n" * 99)[:-20] + b"no" * 6}  # fmt: skip
+          "e.csv.gz": gzip.compress(b"a\n" * 99)[:-20] + b"no" * 6, "f.csv": b"prompt;answer\na, b;c\n", "g.csv": b"a\tb\n1\t2\n"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BROKEN)
