@@ -50,6 +50,7 @@ class Steering:
     manifest: dict  # empty for a sweep's own folder
     spectrum: list  # a dict per layer; empty where `spectrum` has not run
     sweeps: dict  # {folder: what its aqi.json holds}
+    outdated: list  # folders of sweeps along a vector that was here before
 
 
 def read(folder):
@@ -62,7 +63,7 @@ def read(folder):
     if (folder / "vector.safetensors").is_file():
         return _read_steering(folder)
     if (folder / "aqi.json").is_file():
-        return Steering(folder, {}, [], {folder: _read_sweep(folder / "aqi.json")})
+        return Steering(folder, {}, [], {folder: _read_sweep(folder / "aqi.json")}, [])
     expected = "a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)"
     raise UserError(f"{folder}: expected {expected}")
 
@@ -90,16 +91,18 @@ def _read_steering(folder):
     if (folder / "spectrum.json").is_file():
         for layer in read_verified_json(folder / "spectrum.json")["layers"]:
             spectrum.append(layer | {"centred": layer["explained_centred"][0]})
-    sweeps, vector = {}, sha256_of(folder / "vector.safetensors")
+    sweeps, outdated, vector = {}, [], sha256_of(folder / "vector.safetensors")
     for path in sorted(folder.glob("*/aqi.json")):
-        sweeps[path.parent] = _read_sweep(path)
-        if sweeps[path.parent]["inputs"]["vector"] != vector:
-            raise UserError(f"{path}: along another vector than {folder} holds now; expected a new sweep")
+        report = _read_sweep(path)
+        if report["inputs"]["vector"] == vector:
+            sweeps[path.parent] = report
+        else:
+            outdated.append(path.parent)
     if not sweeps and not spectrum:
         raise UserError(
             f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run"
         )
-    return Steering(folder, read_verified_json(folder / "manifest.json"), spectrum, sweeps)
+    return Steering(folder, read_verified_json(folder / "manifest.json"), spectrum, sweeps, outdated)
 
 
 def _json_lines(path):

@@ -597,12 +597,14 @@ def test_a_vector_alone_shows_nothing(tmp_path):
         read(tmp_path)
 
 
-def test_a_sweep_along_another_vector_is_named(tmp_path):
-    """The vector was made anew since; steer.py sweep measures it again, and reports.ladder leaves it out."""
+def test_a_sweep_along_another_vector_is_left_out(tmp_path, capsys):
+    """As reports.ladder leaves it out: the vector was made anew since."""
     folder = write_steering(tmp_path / "steer")
     (folder / "vector.safetensors").write_bytes(b"another")
-    with pytest.raises(ValueError, match=r"sweep_matched/aqi.json: along another vector than .*/steer holds"):
-        read(folder)
+    assert read(folder).sweeps == {}
+    report.write([folder], tmp_path / "page.html")
+    said = f"{folder}/sweep_matched: left out, a sweep along a vector that was in {folder} before\n"
+    assert capsys.readouterr().out == said
 
 
 def test_more_runs_than_colours(tmp_path):
