@@ -418,10 +418,11 @@ def print_spectrum(vector, config, last):
     print(table(head, lines[-last:], left=(-1,)))
     if last < len(lines):
         print(f"layers below: {vector.folder}/spectrum.json")
-    report, arrays = vector.folder / SPECTRUM[0], SPECTRUM[1]
-    retract(report, [arrays])
+    report, arrays = SPECTRUM
+    retract(vector.folder / report, [arrays])
     save_file({"components": torch.stack(components).numpy()}, vector.folder / arrays)
-    write_result(report, {"side": config.side, "pooling": config.pooling, "layers": rows}, [arrays])
+    about = {"side": config.side, "pooling": config.pooling}
+    write_result(vector.folder / report, about | {"layers": rows}, [arrays])
 
 
 def run_generate(targets, config, _):

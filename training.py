@@ -358,7 +358,7 @@ def pick_sharding(config, model, device):
     machine = parallel.machine_size()
     sharding = budget.choose_sharding(model.config, config, sizes, count, machine, *stream, card)
     if config.sharding == "auto":
-        where = f"GPUs of {card / 2**30:.1f} GiB" if card < math.inf else "CPUs"
+        where = f"GPUs of {card / budget.GIB:.1f} GiB" if card < math.inf else "CPUs"
         parallel.say(f"sharding={sharding}, picked for {where}")
     return sharding
 

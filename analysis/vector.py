@@ -50,7 +50,7 @@ from plumbing.weights import stored_weights
 SIDES = ("chosen", "rejected")
 MODELS = ("sft", "dpo")
 FILES = ("vector.safetensors", *(f"differences_{side}.npy" for side in SIDES))  # beside manifest.json
-SPECTRUM = ("spectrum.json", "spectrum.safetensors")  # what `steer.py spectrum` finds in them
+SPECTRUM = ("spectrum.json", "spectrum.safetensors")  # what `steer.py spectrum` writes: report, arrays
 MODES = {
     "sanity": 100,
     "full": 1000,
@@ -182,9 +182,9 @@ def extract(config, name):
     if is_done(folder / "manifest.json", inputs):
         return
     # The manifest is written last: without it, what a killed extraction left behind is no vector.
-    retract(folder / "manifest.json", FILES)
-    retract(folder / SPECTRUM[0], SPECTRUM[1:])
-    for stale in (*FILES, *SPECTRUM):
+    of_another = (*FILES, *SPECTRUM)
+    retract(folder / "manifest.json", of_another)
+    for stale in of_another:
         (folder / stale).unlink(missing_ok=True)
 
     layers, hidden_size = _shape(config.sft_path)

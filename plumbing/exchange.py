@@ -38,8 +38,11 @@ def all_gather(wholes, owns):
     """
     if wholes[0].is_cuda:
         return [dist.group.WORLD.allgather_into_tensor_coalesced(wholes, owns)]
-    parts = [whole.chunk(dist.get_world_size()) for whole in wholes]
-    return [dist.all_gather(list(each), own, async_op=True) for each, own in zip(parts, owns, strict=True)]
+    works = []
+    for whole, own in zip(wholes, owns, strict=True):
+        parts = list(whole.chunk(dist.get_world_size()))
+        works.append(dist.all_gather(parts, own, async_op=True))
+    return works
 
 
 @dataclass

@@ -499,8 +499,9 @@ def main(argv):
 def write(folders, out):
     """The page of run and steering folders, as the file `out`."""
     found = [read(folder) for folder in folders]
-    for one in found:
-        for sweep in [] if isinstance(one, Run) else one.outdated:
+    steered = [one for one in found if not isinstance(one, Run)]
+    for one in steered:
+        for sweep in one.outdated:
             print(f"{sweep}: left out, a sweep along a vector that was in {one.folder} before")
     lead = [str(folder) for folder in folders]
     out.write_text(page("Report", lead, sections(found)))
