@@ -7,7 +7,8 @@ On the rows of bench/world.py, one GPU, steady state.
 hf_sft, hf_lora        transformers in a bare loop: no trainer, no logging, nothing but the step
 trl_sft                TRL's SFTTrainer
 trl_dpo, trl_dpo_lora  TRL's DPOTrainer with precomputed reference log-probs
-titan_sft              torchtitan's Trainer, compiled: float32 masters and FSDP2, on one GPU pure bf16
+titan_sft, titan_fp8   torchtitan's Trainer, compiled: float32 masters and FSDP2, on one GPU pure bf16;
+                       titan_fp8 with torchao's float8 matmuls, a scale per tensor or per row (--fp8)
 
 Full fine-tuning with transformers and TRL is pure bf16 (weights, gradients, AdamW's states), less than ours
 keeps. LoRA: r = 64, alpha = 128 on all linears of a bf16 model, float32 adapters under autocast, the defaults
@@ -59,6 +60,7 @@ DEFAULTS = {
     "trl_dpo": DPO,
     "trl_dpo_lora": DPO,
     "titan_sft": SFT | {"micro_batch": 3, "accumulate": 4, "recompute": "selective"},
+    "titan_fp8": SFT | {"micro_batch": 3, "accumulate": 4, "recompute": "selective"},
 }
 TITAN_FLAVORS = {"llama-3.1-8b": "8B", "tiny": "debugmodel"}
 
@@ -368,6 +370,14 @@ def run_titan(args, documents):
     job.activation_checkpoint.mode = args.recompute
     job.activation_checkpoint.selective_ac_option = "op"  # as its own configs of Llama 3 say
     job.parallelism.fsdp_reshard_after_forward = args.reshard
+    if args.name == "titan_fp8":
+        job.model.converters = ["quantize.linear.float8"]
+        fp8 = job.quantize.linear.float8
+        fp8.filter_fqns = ["output"]  # the head stays bf16, as ours
+        if args.fp8 == "rowwise":
+            fp8.recipe_name = "rowwise"
+        else:  # as its documentation runs it on several GPUs
+            fp8.enable_fsdp_float8_all_gather = fp8.precompute_float8_dynamic_scale_for_fsdp = RANKS > 1
     with tempfile.TemporaryDirectory() as folder:
         job.job.dump_folder = folder
         trainer = Timed(job)
@@ -408,7 +418,10 @@ def main():
         "--reshard",
         choices=("default", "never"),
         default="default",
-        help="titan_sft: FSDP2's blocks after forward",
+        help="torchtitan: FSDP2's blocks after forward",
+    )
+    parser.add_argument(
+        "--fp8", choices=("tensorwise", "rowwise"), default="tensorwise", help="titan_fp8: one scale for what"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--liger", action="store_true", help="with Liger's kernels")
@@ -418,7 +431,7 @@ def main():
     args = argparse.Namespace(**settings, tokenizer=Tokenizer.from_dir(args.world / "base"))
 
     sides = read_rows(args)
-    if args.name == "titan_sft":
+    if args.name.startswith("titan_"):
         result = run_titan(args, sides[0])
     else:
         result = run_trl(args, sides) if args.name.startswith("trl_") else fastest_hf(args, sides[0])
@@ -434,8 +447,8 @@ def main():
     }
     line["settings"] = {key: value for key, value in settings.items() if key not in line}
     peers = ("torch", "transformers", "peft", "trl", "liger_kernel")
-    if args.name == "titan_sft":
-        peers = ("torch", "torchtitan")
+    if args.name.startswith("titan_"):
+        peers = ("torch", "torchtitan", "torchao")
     used = [name for name in peers if name in sys.modules]
     line["versions"] = {name: importlib.metadata.version(name) for name in used}
     line |= {
