@@ -1241,7 +1241,10 @@ def main(names):
         try:
             outcome, numbers = "ok", check()
         except Exception as exception:  # one failure must not hide the others
-            failed, outcome, numbers = failed + 1, "FAILED", {type(exception).__name__: str(exception)[:300]}
+            failed, outcome, text = failed + 1, "FAILED", str(exception)
+            # A traceback says at its end what went wrong.
+            text = text if len(text) <= 700 else f"{text[:200]} .. {text[-500:]}"
+            numbers = {type(exception).__name__: text}
         shown = ", ".join(
             f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in numbers.items()
