@@ -69,9 +69,8 @@ def serve(listener):
     warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         request = connection.Connection(listener.accept()[0].detach())
-        import warm  # now, because most who run a single test need none of it
+        import warm  # noqa: F401  now, because most who run a single test need none of it
 
-        assert not warm.torch.cuda.is_initialized(), "an import has started CUDA, which no fork can use then"
         if os.fork() == 0:
             keep(request)
         request.close()

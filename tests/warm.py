@@ -7,6 +7,9 @@ import os
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
     os.environ["TRITON_INTERPRET"] = "1"
 
+# torchao, where it is installed, asks for GPUs when it is imported: without this no fork could use them then.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
 # The hub's client, the peers of tools/diff_open_instruct.py, and what torch imports with AdamW's first step.
 import datasets  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
