@@ -407,9 +407,9 @@ def main():
         "--preset", default="llama-3.1-8b", help="shape, of LlamaConfig.preset (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=float, default=40.0, help="of steady steps (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, help="examples (default: 2, of DPO 16 pairs)")
+    parser.add_argument("--micro-batch", type=int, help="examples (default: 2, torchtitan 3, DPO 16 pairs)")
     parser.add_argument(
-        "--accumulate", type=int, help="micro-batches in an optimizer step (default: 4, of DPO 2)"
+        "--accumulate", type=int, help="micro-batches a step (default: 6, torchtitan 4, DPO 2)"
     )
     parser.add_argument(
         "--no-recompute", dest="recompute", action="store_const", const="none", help="keep all activations"
