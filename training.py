@@ -39,7 +39,14 @@ from planner import budget
 from plumbing import hub, parallel, watchdog
 from plumbing.adapters import save_adapter
 from plumbing.checkpoint import Checkpointer
-from plumbing.config import Config, check_capability, check_world_size, resume_dict, unused_flash4
+from plumbing.config import (
+    Config,
+    check_capability,
+    check_packages,
+    check_world_size,
+    resume_dict,
+    unused_flash4,
+)
 from plumbing.files import UserError, read_json, write_json
 from plumbing.lock import lock
 from plumbing.logbook import Logbook
@@ -197,6 +204,7 @@ def start(stage, config, load_data, facts):
     # main_first: rank 0 does what writes to a shared disk, and the others find it done.
     world = parallel.init(config.deterministic)
     check_world_size(config, world.size, parallel.machine_size())
+    check_packages(config)
     watchdog.start(world, 0, watchdog.PREPARING)
     if config.fresh and parallel.restarts():
         world.say("--fresh: not again, this is a restart; the run goes on from its checkpoints")
@@ -347,16 +355,13 @@ def pick_sharding(config, model, device):
     The same on every rank, and said once. model: on the meta device, with its adapters. Without a GPU, "auto"
     is "optimizer".
     """
-    count, tokens = parallel.world_size(), config.tokens_per_microbatch
+    count = parallel.world_size()
     if count == 1:
         return "none"
     card = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
     card = -parallel.max_across_ranks(-card)  # the smallest decides for all
-    # the largest stream there can be: every token supervised, and all of it a prefix that two documents share
-    sizes = budget.Sizes.of(model)
-    stream = (tokens, tokens, 2 * tokens)
-    machine = parallel.machine_size()
-    sharding = budget.choose_sharding(model.config, config, sizes, count, machine, *stream, card)
+    sizes, machine = budget.Sizes.of(model), parallel.machine_size()
+    sharding = budget.choose_sharding(model.config, config, sizes, count, machine, card)
     if config.sharding == "auto":
         where = f"GPUs of {card / budget.GIB:.1f} GiB" if card < math.inf else "CPUs"
         parallel.say(f"sharding={sharding}, picked for {where}")

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 train_dpo.py configs/tulu10.py
 
 Numbers: the Tulu 3 8B recipe (arXiv 2411.15124) at a tenth of its data; the seed run used the same.
-Hardware: one node of 8 GPUs with 80 GB, 290 GB of disk. Time: not measured.
+Hardware: one node of 8 GPUs with 80 GB, 350 GB of disk. Time: not measured.
 """
 
 _root = "runs/tulu10"

@@ -8,7 +8,7 @@ January 2026, differs from configs/tulu10.py:
   token in a short micro-batch weighs more. token_mean, one mean over the step, is the nearest here.
 - seed=123, in another shuffle. The picked rows are ours (de8a14f3f, 2025-07-21), and all are trained on.
 - The template was the tokenizer's own unless named (d880e8610, 2025-09-24). Llama-3.1-8B has none: tulu.
-Hardware: one node of 8 GPUs with 80 GB, 290 GB of disk. Time: not measured.
+Hardware: one node of 8 GPUs with 80 GB, 350 GB of disk. Time: not measured.
 """
 
 _root = "runs/tulu10_asrun"

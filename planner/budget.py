@@ -228,24 +228,27 @@ def sharers(config, count, machine=MACHINE):
     return min(count, machine) if config.sharding == "hybrid" else count
 
 
-def choose_sharding(shape, config, sizes, count, machine, tokens, targets, keys, card):
+def choose_sharding(shape, config, sizes, count, machine, card):
     """What config.sharding stands for on `count` GPUs, `machine` on each machine (0: unequally many).
 
     "auto" is "optimizer" where that fits, or where bf16 moments or gradients want it, else "hybrid" where
-    that fits. tokens, targets, keys: as of peak_bytes. card: bytes of the smallest GPU, free or not: a run
-    goes on as it began, also where a killed one still holds memory.
+    that fits. card: bytes of the smallest GPU, free or not: a run goes on as it began, also where a killed
+    one still holds memory. The data is not asked, so that a plan that has not read it picks as the run does.
     """
     if config.sharding != "auto":
         return config.sharding
     if "bf16" in (config.moments, config.gradients):
         return "optimizer"
+    # The largest stream there can be: every token supervised, all of it a prefix that two documents share.
+    tokens = config.tokens_per_microbatch
+    stream = tokens, tokens, 2 * tokens
     candidates = ["optimizer"]
     if are_equal_machines(count, machine):
         candidates.append("hybrid")
     for sharding in candidates:
         tried = dataclasses.replace(config, sharding=sharding)
         holders = sharers(tried, count, machine)
-        _, terms = peak_bytes(shape, tried, sizes, holders, tokens, targets, keys, accumulates=True)
+        _, terms = peak_bytes(shape, tried, sizes, holders, *stream, accumulates=True)
         if sum(terms.values()) * (1 + ERROR) <= card - CONTEXT_GIB * GIB:
             return sharding
     return "full"
@@ -415,13 +418,14 @@ def training_seconds(work, model, config, gpu):
 
 
 def optimizer_seconds(config, sizes, count, gpu):
-    """Seconds of one AdamW step.
+    """Seconds of one AdamW step on one of the `count` GPUs that share it out (sharers).
 
-    Every byte of weights and moments is read and written, the gradients are read twice (norm, update).
+    Each steps its rows, also where it holds all weights. Every byte of weights and moments is read and
+    written, the gradients are read twice (norm, update).
     """
-    state = state_bytes(config, sizes, count)
-    kept = sum(state.values()) - state.get("frozen weights", 0) - state["gradients"]
-    return (2 * kept + 2 * state["gradients"]) / (gpu.tb_s * 1e12 * OPTIMIZER)
+    state = state_bytes(config, sizes, 1)
+    trained = sum(state.values()) - state.get("frozen weights", 0)
+    return 2 * trained / count / (gpu.tb_s * 1e12 * OPTIMIZER)
 
 
 def exchange_seconds(size, count, gpu):

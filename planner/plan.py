@@ -267,8 +267,8 @@ class Plan:
     @cached_property
     def resolved(self):
         """The config with what sharding="auto" stands for on these GPUs."""
-        gpus, card = (self.count, MACHINE), self.gpu.gib * GIB
-        sharding = choose_sharding(self.shape, self.config, self.sizes, *gpus, *self.stream, card)
+        card = self.gpu.gib * GIB
+        sharding = choose_sharding(self.shape, self.config, self.sizes, self.count, MACHINE, card)
         return dataclasses.replace(self.config, sharding=sharding)
 
     @property
@@ -382,28 +382,36 @@ def remedies(plan):
     fewest GPUs that do.
     """
     config, longest = plan.config, plan.config.max_seq_len * (2 if plan.stage == "dpo" else 1)
-    knobs = [
-        ("recompute", mode) for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]
-    ]
+    exact = {"moments": "fp32", "gradients": "fp32"}  # what LoRA and FSDP2 ask for
+    knobs = []
+    if plan.count > 1 and plan.resolved.sharding != "full":
+        knobs.append({"sharding": "full"} | exact)
+    for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]:
+        knobs.append({"recompute": mode})
     if config.tokens_per_microbatch > longest:
-        knobs.append(("tokens_per_microbatch", longest))
+        knobs.append({"tokens_per_microbatch": longest})
     if plan.count == 1 and not config.lora_rank and config.precision != "fp32" and config.sharding != "full":
-        knobs += [(name, "bf16") for name in ("moments", "gradients") if getattr(config, name) == "fp32"]
+        knobs += [{name: "bf16"} for name in exact if getattr(config, name) == "fp32"]
     tried = []
-    for name, value in knobs:
-        plan = plan.turned(**{name: value})
-        tried.append((f"--{name}={value}", plan))
+    for keys in knobs:
+        before, plan = plan, plan.turned(**keys)
+        tried.append((_typed(before, keys), plan))
         if plan.fits:
             return tried
     if not config.lora_rank:
-        lora = plan.turned(lora_rank=64, lora_alpha=128.0, moments="fp32", gradients="fp32")
-        tried.append(("or --lora_rank=64 --lora_alpha=128", lora))
+        lora = {"lora_rank": 64, "lora_alpha": 128} | exact
+        tried.append((f"or {_typed(plan, lora)}", plan.turned(**lora)))
     count = plan.count
     while (count := 2 * count) <= config.global_batch_size:
-        more = plan.turned(count=count, moments="fp32", gradients="fp32")
+        more = plan.turned(count=count, **exact)
         if more.fits:
-            return tried + [(f"or --count {count}", more)]
+            return tried + [(f"or --count {count} {_typed(plan, exact)}".rstrip(), more)]
     return tried
+
+
+def _typed(plan, keys):
+    """The arguments that give a plan these keys: those of them that it has not."""
+    return " ".join(f"--{key}={value}" for key, value in keys.items() if getattr(plan.config, key) != value)
 
 
 def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
@@ -466,10 +474,11 @@ def _memory_lines(plan):
     lines.append(f"         {plan.gib:7.2f} GiB  of {plan.gpu.gib} GiB: {_verdict(plan)}")
     if plan.fits:
         return lines
-    lines.append("turn, in this order, each together with those above it:")
+    lines.append("turn, in this order, each together with those above it (a key twice: the later value):")
     tried = remedies(plan)
+    width = max([34, *(len(what) for what, _ in tried)])
     for what, other in tried:
-        lines.append(f"         {what:<34} {other.gib:7.2f} GiB  {_price(other)}; {_verdict(other)}")
+        lines.append(f"         {what:<{width}} {other.gib:7.2f} GiB  {_price(other)}; {_verdict(other)}")
     if not any(other.fits for _, other in tried):
         lines.append(
             f"         nothing that this program has makes it fit on {plan.gpu_name}: take a larger GPU"
@@ -664,8 +673,8 @@ def _steering_rows(path, plans):
     from analysis.nulls import null_count  # here: `--plan` of a training starts without it
 
     dpo = plans["dpo"]
-    hours = sum(plan.hours for plan in plans.values())
-    rows = []
+    hours, rows = sum(plan.hours for plan in plans.values()), []
+    all_fit = all(plan.fits for plan in plans.values())
     config, measure = load("steer", [path]), load("aqi", [path])
     nulls, mean = measure.nulls or null_count(config.mode), dpo.train.keys // (2 * dpo.train.examples)
     passes = steering_passes(config, dpo.shape, dpo.gpu, mean, nulls, measure.oracle)
@@ -673,14 +682,13 @@ def _steering_rows(path, plans):
         hours += seconds / 3600
         gib = width * (dpo.sizes.trained + dpo.sizes.frozen) / GIB + CONTEXT_GIB  # one model at a time
         said = "on one GPU" if gib < dpo.gpu.gib else f"does not fit, {gib - dpo.gpu.gib:.1f} GiB too much"
+        all_fit &= gib < dpo.gpu.gib
         # The others are rented meanwhile.
         price = _usd([seconds / 3600 * price for price in dpo.usd_per_hour])
         rows.append([path, stage, "", f"{tokens:,.0f}*", f"{gib:.1f}", f"{seconds / 3600:.2f}", price, said])
     total = _usd([hours * price for price in dpo.usd_per_hour])
-    return [
-        *rows,
-        [path, "total", "", "", "", f"{hours:.2f}", total, "loading, tokenising and saving not counted"],
-    ]
+    said = f"{'' if all_fit else 'if it did fit; '}loading, tokenising and saving not counted"
+    return [*rows, [path, "total", "", "", "", f"{hours:.2f}", total, said]]
 
 
 def steering_passes(config, shape, gpu, text_tokens, nulls, oracle):

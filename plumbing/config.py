@@ -258,12 +258,6 @@ class Config(Section):
         if c.attention == "flash4" and c.precision == "fp32":
             needs = "flash kernels take 16 bits; expected precision='bf16' or 'fp8'"
             yield ("attention", "precision"), f"attention='flash4', precision='fp32': {needs}"
-        if c.attention == "flash4" and not _is_installed("flash_attn.cute"):
-            needs = "expected the package flash-attn-4, not installed here (pip install .[fast])"
-            yield ("attention",), f"attention={c.attention!r}: {needs}"
-        if c.tensorboard and not _is_installed("tensorboard"):
-            needs = "expected the package, which is not installed (pip install tensorboard)"
-            yield ("tensorboard",), f"tensorboard={c.tensorboard}: {needs}"
 
 
 def _is_installed(module):
@@ -384,6 +378,16 @@ def check_world_size(config, world_size, machine_size):
         problem = f"a batch that cannot be formed on {world_size} ranks"
         expected = f"expected at least {world_size}, or fewer ranks"
         raise UserError(f"global_batch_size={config.global_batch_size}: {problem}; {expected}")
+
+
+def check_packages(config):
+    """UserError if a key needs a package that is not installed. A plan, which needs none, does not ask."""
+    if config.attention == "flash4" and not _is_installed("flash_attn.cute"):
+        needs = "expected the package flash-attn-4, not installed here (pip install .[fast])"
+        raise UserError(f"attention={config.attention!r}: {needs}")
+    if config.tensorboard and not _is_installed("tensorboard"):
+        needs = "expected the package, which is not installed (pip install tensorboard)"
+        raise UserError(f"tensorboard={config.tensorboard}: {needs}")
 
 
 def check_capability(config, capability, device="this GPU"):

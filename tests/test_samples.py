@@ -22,7 +22,7 @@ from families import load_pretrained
 from model import generate
 from plumbing import config as config_module
 from plumbing import hub
-from plumbing.config import load
+from plumbing.config import check_packages, load
 from plumbing.files import progress_bar
 from plumbing.logbook import Logbook, commit
 from plumbing.tokenizer import Tokenizer
@@ -172,12 +172,16 @@ def test_tensorboard_gets_every_metric(world, tmp_path, ranks, monkeypatch):
     assert log._events.purge_step == 2, "step 1 is kept"
 
 
-def test_tensorboard_must_be_installed(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name: None)
-    path = str(write_config(tmp_path, world))
-    assert load("sft", [path]).tensorboard is False
-    with pytest.raises(ValueError, match="tensorboard=True: expected the package, which is not installed"):
-        load("sft", [path, "--tensorboard"])
+def hide_packages():
+    config_module._is_installed = lambda module: False
+
+
+def test_tensorboard_must_be_installed(world, tmp_path):
+    config = write_config(tmp_path, world)
+    check_packages(load("sft", [str(config)]))
+    done = launch("sft", config, "--tensorboard", prepare=hide_packages)
+    expected = "tensorboard=True: expected the package, which is not installed (pip install tensorboard)"
+    assert any(done.codes) and expected in done.err[0]
 
 
 def test_a_machine_without_git_has_a_manifest_too(tmp_path, monkeypatch):
