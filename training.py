@@ -204,7 +204,6 @@ def start(stage, config, load_data, facts):
     # main_first: rank 0 does what writes to a shared disk, and the others find it done.
     world = parallel.init(config.deterministic)
     check_world_size(config, world.size, parallel.machine_size())
-    check_packages(config)
     watchdog.start(world, 0, watchdog.PREPARING)
     if config.fresh and parallel.restarts():
         world.say("--fresh: not again, this is a restart; the run goes on from its checkpoints")
@@ -296,12 +295,13 @@ def sum_losses(losses):
 def read_model_config(config, directory, tokenizer, device):
     """The LlamaConfig of a Hugging Face folder.
 
-    No weight is read: tokenising, which takes minutes, comes after this. UserError when tokenizer and model
-    do not fit together, a weight file is missing or cut short, or the model cannot read documents of
-    max_seq_len, run in fused blocks or multiply in float8.
+    No weight is read: tokenising, which takes minutes, comes after this. UserError when a GPU is too old or a
+    package missing for a key, tokenizer and model do not fit together, a weight file is missing or cut short,
+    or the model cannot read documents of max_seq_len, run in fused blocks or multiply in float8.
     """
     if device.type == "cuda":
         check_capability(config, torch.cuda.get_device_capability(device))
+    check_packages(config)  # behind it: no package mends an older card
     # Everything below reads headers only, a few KB, however large the model.
     model_config = LlamaConfig.from_hf(directory)
     check_sizes(model_config, Path(directory))

@@ -656,8 +656,8 @@ def test_missing_weight_files_are_named_and_pickles_refused(base, tokenizer, mon
 
 
 def test_broken_model_folders_are_refused_before_the_data_are_read(base, tokenizer):
-    """read_shape comes before tokenising, load_weights after it."""
-    config = SimpleNamespace(max_seq_len=8, precision="fp32", kernels="blocks")
+    """read_model_config comes before tokenising, load_weights after it."""
+    config = SimpleNamespace(max_seq_len=8, precision="fp32", attention="flash2", tensorboard=False)
     assert read_model_config(config, base, tokenizer, torch.device("cpu")).hidden_size == 40
     os.truncate(base / "model.safetensors", 500)
     with pytest.raises(ValueError, match="model.safetensors: truncated"):

@@ -300,7 +300,8 @@ def test_what_cannot_run_is_refused():
 )
 def test_a_gpu_that_a_key_does_not_run_on_is_refused_before_anything_is_read(monkeypatch, keys, runs_from):
     """A T4, an A100, an L40S and an H100. Where it runs, the folder is read, and found missing."""
-    config = SimpleNamespace(**{"precision": "bf16", "attention": "flash2"} | keys)
+    config = SimpleNamespace(**{"precision": "bf16", "attention": "flash2", "tensorboard": False} | keys)
+    monkeypatch.setattr("plumbing.config._is_installed", lambda module: True)
     for major, minor in ((7, 5), (8, 0), (8, 9), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=(major, minor): found)
         refused = f"on this GPU, {major}.{minor}: expected a GPU of compute capability"
