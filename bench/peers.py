@@ -53,14 +53,15 @@ DEVICE = (
 )
 SFT = dict(data="sft_fixed.jsonl", max_seq_len=4096, micro_batch=2, accumulate=6, recompute="full")
 DPO = dict(data="dpo_fixed.jsonl", max_seq_len=2048, micro_batch=16, accumulate=2, recompute="full")
+TITAN = SFT | dict(micro_batch=3, accumulate=4, recompute="selective")
 DEFAULTS = {
     "hf_sft": SFT,
     "hf_lora": SFT | {"recompute": "best"},
     "trl_sft": SFT,
     "trl_dpo": DPO,
     "trl_dpo_lora": DPO,
-    "titan_sft": SFT | {"micro_batch": 3, "accumulate": 4, "recompute": "selective"},
-    "titan_fp8": SFT | {"micro_batch": 3, "accumulate": 4, "recompute": "selective"},
+    "titan_sft": TITAN,
+    "titan_fp8": TITAN,
 }
 TITAN_FLAVORS = {"llama-3.1-8b": "8B", "tiny": "debugmodel"}
 

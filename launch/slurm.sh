@@ -20,5 +20,6 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restart begins with a new store:
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280   # seconds for a step and its save before torchrun kills; 30 by default
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 3 \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/torchrun \
+  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 3 \
   --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" "$@"

@@ -394,8 +394,8 @@ def remedies(plan):
         knobs += [{name: "bf16"} for name in exact if getattr(config, name) == "fp32"]
     tried = []
     for keys in knobs:
-        before, plan = plan, plan.turned(**keys)
-        tried.append((_typed(before, keys), plan))
+        typed, plan = _typed(plan, keys), plan.turned(**keys)
+        tried.append((typed, plan))
         if plan.fits:
             return tried
     if not config.lora_rank:

@@ -63,7 +63,9 @@ def read(folder):
     if (folder / "vector.safetensors").is_file():
         return _read_steering(folder)
     if (folder / "aqi.json").is_file():
-        return Steering(folder, {}, [], {folder: _read_sweep(folder / "aqi.json")}, [])
+        report = read_verified_json(folder / "aqi.json")
+        _check_nulls(folder, report)
+        return Steering(folder, {}, [], {folder: report}, [])
     expected = "a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)"
     raise UserError(f"{folder}: expected {expected}")
 
@@ -91,18 +93,31 @@ def _read_steering(folder):
     if (folder / "spectrum.json").is_file():
         for layer in read_verified_json(folder / "spectrum.json")["layers"]:
             spectrum.append(layer | {"centred": layer["explained_centred"][0]})
-    sweeps, outdated, vector = {}, [], sha256_of(folder / "vector.safetensors")
-    for path in sorted(folder.glob("*/aqi.json")):
-        report = _read_sweep(path)
-        if report["inputs"]["vector"] == vector:
-            sweeps[path.parent] = report
+    sweeps, outdated = {}, []
+    for sweep, report, is_current in read_sweeps(folder):
+        _check_nulls(sweep, report)
+        if is_current:
+            sweeps[sweep] = report
         else:
-            outdated.append(path.parent)
+            outdated.append(sweep)
     if not sweeps and not spectrum:
         raise UserError(
             f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run"
         )
     return Steering(folder, read_verified_json(folder / "manifest.json"), spectrum, sweeps, outdated)
+
+
+def read_sweeps(folder):
+    """[(folder, what its aqi.json holds, whether it is along the vector that is there now)].
+
+    The sweeps below a steering folder, whose vector may have been extracted anew since.
+    """
+    vector, found = sha256_of(folder / "vector.safetensors"), []
+    for path in sorted(folder.glob("*/aqi.json")):
+        report = read_verified_json(path)
+        is_current = report["inputs"].get("vector") == vector  # older versions did not say
+        found.append((path.parent, report, is_current))
+    return found
 
 
 def _json_lines(path):
@@ -131,9 +146,7 @@ def has_nulls(report):
     return "nulls" in report["verdicts"][0]
 
 
-def _read_sweep(path):
-    """What an aqi.json holds. UserError for one of a version that had no null directions."""
-    report = read_verified_json(path)
+def _check_nulls(sweep, report):
     if not has_nulls(report):
-        raise UserError(f"{path}: of an older version, without null directions; expected a new sweep")
-    return report
+        found = f"{sweep}/aqi.json: of an older version, without null directions"
+        raise UserError(f"{found}; expected a new sweep")

@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.files import UserError, read_json, read_verified_json, sha256_of, table
-from reports.folders import has_nulls, read
+from plumbing.files import UserError, read_json, table
+from reports.folders import has_nulls, read, read_sweeps
 from reports.summary import two_digits
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -69,13 +69,11 @@ def find(root):
             runs[manifest["stage"]][manifest["exported"]] = name, read(folder)
         if not (folder / "vector.safetensors").is_file():
             continue
-        vector = sha256_of(folder / "vector.safetensors")
         inputs = manifest["inputs"]
         has_models = not any(is_deleted(inputs[key]) for key in ("sft_path", "dpo_path"))
-        for aqi in sorted(folder.glob("*/aqi.json")):
-            report = read_verified_json(aqi)
+        for _, report, is_current in read_sweeps(folder):
             named = f"{name} ({report['inputs']['inject']})"
-            if has_nulls(report) and has_models and report["inputs"]["vector"] == vector:
+            if has_nulls(report) and has_models and is_current:
                 sweeps.append(Sweep(named, inputs["sft"], inputs["dpo"], report))
             else:
                 outdated.append(named)

@@ -44,7 +44,6 @@ from planner.budget import (
     sweep_seconds,
     training_seconds,
 )
-from plumbing import config as config_module
 from plumbing.config import check_capability, check_packages, load
 from plumbing.files import UserError
 from plumbing.tokenizer import Tokenizer
@@ -150,10 +149,10 @@ def test_forward_and_optimizer_rates_measured_on_h200():
     config, _, sizes = parts(**FULL)
     assert optimizer_seconds(config, sizes, 1, GPUS["h200"]) == pytest.approx(0.049, rel=0.05)
     # AdamW's kernels took 38.5 ms on one H200 and 19.7 on each of two: a GPU steps its rows only.
-    for sharding in ("optimizer", "full"):
-        config, _, sizes = parts(**FULL if sharding == "optimizer" else {}, sharding=sharding)
-        both = [optimizer_seconds(config, sizes, count, GPUS["h200"]) for count in (1, 2)]
-        assert both[1] == both[0] / 2, sharding
+    for keys in (FULL | {"sharding": "optimizer"}, {"sharding": "full"}):
+        config, _, sizes = parts(**keys)
+        alone, each_of_two = (optimizer_seconds(config, sizes, count, GPUS["h200"]) for count in (1, 2))
+        assert each_of_two == alone / 2, keys
 
 
 @pytest.mark.parametrize(
@@ -1040,7 +1039,7 @@ def test_a_key_that_needs_a_newer_card_is_refused(gpu, runs):
 
 
 def test_a_plan_needs_no_package_of_the_run(monkeypatch):
-    monkeypatch.setattr(config_module, "_is_installed", lambda module: False)
+    monkeypatch.setattr("plumbing.config._is_installed", lambda module: False)
     keys = ["--attention=flash4", "--tensorboard=true"]
     planned, *_ = plan.make("sft", str(CONFIGS / "tulu10.py"), keys, "h100", 8)
     with pytest.raises(UserError, match="'flash4': expected the package flash-attn-4, not installed here"):
