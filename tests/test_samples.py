@@ -14,6 +14,7 @@ from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_models import random_documents
 from world import final_weights, largest_difference, launch, metrics, save_at_once, stage_parts, write_config
 
@@ -26,7 +27,7 @@ from plumbing.config import check_packages, load
 from plumbing.files import progress_bar
 from plumbing.logbook import Logbook, commit
 from plumbing.tokenizer import Tokenizer
-from training import SAMPLE_PROMPTS, SAMPLE_TOKENS, sample
+from training import SAMPLE_PROMPTS, SAMPLE_TOKENS, read_model_config, sample
 
 LORA = dict(lora_rank=4, lora_alpha=8.0)
 MEASURED = ("step_s", "tokens_per_s", "peak_mem_gib")
@@ -172,16 +173,14 @@ def test_tensorboard_gets_every_metric(world, tmp_path, ranks, monkeypatch):
     assert log._events.purge_step == 2, "step 1 is kept"
 
 
-def hide_packages():
-    config_module._is_installed = lambda module: False
-
-
-def test_tensorboard_must_be_installed(world, tmp_path):
-    config = write_config(tmp_path, world)
-    check_packages(load("sft", [str(config)]))
-    done = launch("sft", config, "--tensorboard", prepare=hide_packages)
-    expected = "tensorboard=True: expected the package, which is not installed (pip install tensorboard)"
-    assert any(done.codes) and expected in done.err[0]
+def test_tensorboard_must_be_installed(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("plumbing.config._is_installed", lambda module: False)
+    path = str(write_config(tmp_path, world))
+    check_packages(load("sft", [path]))
+    config = load("sft", [path, "--tensorboard"])
+    expected = "tensorboard=True: expected the package, which is not installed"
+    with pytest.raises(ValueError, match=expected):  # before the folder is read
+        read_model_config(config, "nowhere", None, torch.device("cpu"))
 
 
 def test_a_machine_without_git_has_a_manifest_too(tmp_path, monkeypatch):
