@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import gzip
 import importlib
+import inspect
 import io
 import json
 import os
@@ -1022,12 +1023,23 @@ def test_a_prompt_with_outer_blanks_is_on_its_own_side(tokenizer, template):
     assert texts[0] == texts[1]
 
 
-def test_the_cache_depends_on_the_code_of_the_side(monkeypatch):
-    """A prompt that moved to the other side must not be read from a cache of the older rule."""
-    hashed = []
-    monkeypatch.setattr(data.token_cache, "hash_code", lambda parts: hashed.extend(parts))
-    data._token_code.__wrapped__()
-    assert data.is_held_out in hashed and data.opening_prompt in hashed
+@pytest.mark.parametrize(
+    "part, old, new",
+    [
+        (data, "fraction * 2**64", "fraction * 2**63"),  # a prompt on the other side
+        (data, 'STRIPS_CONTENTS = ("llama3", "gemma")', 'STRIPS_CONTENTS = ("llama3",)'),
+        (data.Tokenizer, "self.core.post_processor = None", "pass"),
+    ],
+)
+def test_the_cache_depends_on_all_that_decides_ids_and_sides(monkeypatch, part, old, new):
+    before, read = data._token_code.__wrapped__(), inspect.getsource
+
+    def changed(this):
+        return read(this).replace(old, new) if this is part else read(this)
+
+    assert old in read(part)
+    monkeypatch.setattr(data.token_cache.inspect, "getsource", changed)
+    assert data._token_code.__wrapped__() != before
 
 
 def test_held_out_data_can_be_another_mixture(tokenizer, config):
