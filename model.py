@@ -700,13 +700,16 @@ def adapters_disabled(model):
             adapter.enabled = True
 
 
-def training_flops(model, forward_flops, tokens):
+def training_flops(model, forward_flops, attention_flops, tokens):
     """FLOPs of a forward and a backward pass over `tokens` tokens, whose forward pass has forward_flops.
 
-    A matmul has two gradients, so the backward pass costs two forwards; frozen weights under LoRA have none.
+    A product has two gradients, so the backward pass costs two forwards. Under LoRA a frozen weight has none;
+    attention, which has attention_flops of the forward_flops, multiplies no weights and keeps both.
     """
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    return 2 * forward_flops + 6 * adapters * tokens if adapters else 3 * forward_flops
+    if not adapters:
+        return 3 * forward_flops
+    return 2 * forward_flops + attention_flops + 6 * adapters * tokens
 
 
 # ---------------------------------------------------------------- generation

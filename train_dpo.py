@@ -443,7 +443,8 @@ def _compute_reference(model, pairs, ids, config, world):
         for micro_batch_ids, batch, _ in micro_batches:
             logps, _ = answer_logps(model, batch, len(micro_batch_ids))
             values[[row_of[pair] for pair in micro_batch_ids.tolist()]] = logps.T.cpu().numpy()
-    parallel.require_finite(values.sum(axis=1), [[pairs.row_ids[i]] for i in ids])
+    rows = [[pairs.row_ids[i]] for i in ids]
+    parallel.require_finite(values.sum(axis=1), rows, "the reference's log-probs are not finite")
     return _sum_of_tables(values)
 
 

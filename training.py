@@ -133,7 +133,9 @@ class Run:
             metrics["weights_changed"] = weights_changed(before, self.model)
         # of the whole step, from lengths alone: no rank has to ask the others what they computed
         tokens = self.data.lengths[ids].sum()
-        flops = training_flops(self.model, self.data.flops(self.model.config, ids).sum(), tokens)
+        forward = self.data.flops(self.model.config, ids).sum()
+        attention = self.data.attention_flops(self.model.config, ids).sum()
+        flops = training_flops(self.model, forward, attention, tokens)
         self.log.step(step + 1, metrics, tokens, flops)
 
     def save(self, step):

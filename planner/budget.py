@@ -404,7 +404,7 @@ def forward_seconds(work, model_config, gpu):
 def training_seconds(work, model, config, gpu):
     """Seconds of forward and backward, on one GPU."""
     rate, matmuls = gpu.tflops * 1e12 * MATMUL, work.flops - work.attention
-    flops = training_flops(model, matmuls, work.tokens) * slowed(model.config.hidden_size, NARROW)
+    flops = training_flops(model, matmuls, 0, work.tokens) * slowed(model.config.hidden_size, NARROW)
     matmuls_trained = flops / (rate * (LORA if config.lora_rank else FULL))
     # Backward: five products to forward's two, under LoRA too.
     attention = 3.5 * work.slow_attention / (rate * ATTENTION)

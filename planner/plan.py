@@ -438,7 +438,7 @@ def make(stage, path, overrides, gpu, count, usd_per_hour=None, log=print):
 def describe(plan, origin, counted):
     """The lines of `--plan`."""
     config, sizes, work = plan.config, plan.sizes, plan.trained
-    flops = training_flops(plan.model, work.flops, work.tokens)
+    flops = training_flops(plan.model, work.flops, work.attention, work.tokens)
     kind, total = ("pairs" if plan.stage == "dpo" else "documents"), sizes.trained + sizes.frozen
     lines = [
         f"{plan.stage} on {plan.count} x {plan.gpu_name}: a plan by arithmetic, nothing is run",

@@ -530,8 +530,8 @@ def require_same(world, **found):
         raise UserError(f"{names}: not the same on all ranks; {expected}")
 
 
-def require_finite(values, rows):
-    """FloatingPointError on every rank when any rank's value is NaN or infinite.
+def require_finite(values, rows, what="the loss is not finite; no step was taken"):
+    """FloatingPointError, saying `what`, on every rank when any rank's value is NaN or infinite.
 
     rows[i] names the examples behind values[i].
     """
@@ -543,8 +543,7 @@ def require_finite(values, rows):
     (count,) = sum_across_ranks([len(suspects)])
     if count:
         examples = suspects or "on another rank"
-        problem = "the loss is not finite; no step was taken. Examples of the micro-batch"
-        raise FloatingPointError(f"{problem}: {examples}")
+        raise FloatingPointError(f"{what}. Examples of the micro-batch: {examples}")
 
 
 def clip_grad_norm(params, max_norm):

@@ -287,11 +287,11 @@ def test_flops_by_hand():
     assert config.flops(3) == 3936 + 192
     assert config.flops(3, logits=1) == 3936 + 192 - 2 * 2 * 80  # logits of one position only
     model = random_llama(config)
-    assert training_flops(model, 1000, tokens=3) == 3000
+    assert training_flops(model, 1000, 100, tokens=3) == 3000
     apply_lora(
         model, rank=2, alpha=2.0, targets=("q_proj", "k_proj")
     )  # A 2x8 and B 8x2, A 2x8 and B 4x2: 56 weights
-    assert training_flops(model, 1000, tokens=3) == 2000 + 6 * 56 * 3
+    assert training_flops(model, 1000, 100, tokens=3) == 2000 + 100 + 6 * 56 * 3
 
 
 @pytest.mark.slow  # the counter imports a compiler
@@ -313,7 +313,33 @@ def test_flops_are_those_that_torch_counts(monkeypatch):
     assert forward.get_total_flops() == expected
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
-    assert expected + backward.get_total_flops() == training_flops(llama, expected, tokens=length)
+    assert expected + backward.get_total_flops() == training_flops(llama, expected, 0, tokens=length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", (False, True))
+def test_flops_of_attention_are_three_forwards_also_under_lora(monkeypatch, lora):
+    """Of one document, in plain products, which torch counts without the causal half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def products(q, k, v, *_, **__):  # (T, H, K), (T, G, K)
+        q, k, v = (x.transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], dim=0) for x in (q, k, v))
+        return (q @ k.transpose(1, 2) @ v).transpose(0, 1)
+
+    def counted(attention):
+        monkeypatch.setattr("model.attention", attention)
+        with FlopCounterMode(display=False) as counter:
+            (llama(*stream([torch.arange(11)])) @ llama.lm_head.weight.T).sum().backward()
+        return counter.get_total_flops()
+
+    llama = random_llama(tiny_config())
+    if lora:
+        apply_lora(llama, rank=2, alpha=2.0)
+    without = counted(lambda q, k, v, *_, **__: q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1))
+    heads = llama.config.num_attention_heads * llama.config.head_dim
+    forward = llama.config.num_hidden_layers * 2 * 2 * 11 * 11 * heads
+    added = counted(products) - without
+    assert added == training_flops(llama, forward, forward, tokens=0) == 3 * forward
 
 
 # ---------------------------------------------------------------- recompute
