@@ -440,24 +440,9 @@ def test_evaluation_by_hand(stage, world):
     assert result == pytest.approx(expected, rel=2e-6)
 
 
-def test_pairs_of_one_prompt_by_hand():
-    """Deviations 1, 1, -2 of prompts 0, 0, 1: products 1 * 1 twice. Their variance sum is 1 + 1 + 4 + 2 = 8,
-    that of the groups 2^2 + 2^2.
-    """
-    deviations = np.array([1.0, 1.0, -2.0])
-    assert train_dpo.same_prompt_products(deviations, np.array([0, 0, 1])) == 2
-    assert train_dpo.same_prompt_products(deviations, np.array([0, 0, 0])) == -6, (
-        "0 in all: the mean is fixed"
-    )
-    noise = np.random.default_rng(0).normal(size=1000)
-    assert train_dpo.same_prompt_products(noise, np.arange(1000)) == 0, "to the bit"
-
-
 @pytest.mark.slow
-def test_intervals_are_over_prompts(stage, monkeypatch):
-    """Every pair four times: the means stay, and so do the intervals, which would halve over pairs. Of pairs
-    that are alone the numbers are those without groups, bit for bit.
-    """
+def test_intervals_are_over_prompts(stage):
+    """Every pair four times: the means stay, and so do the intervals, which would halve over pairs."""
     n, pairs = len(stage.pairs), stage.pairs
     reference = fake_reference(pairs)
     rest = stage.config, stage.ranks, SilentLog()
@@ -467,15 +452,9 @@ def test_intervals_are_over_prompts(stage, monkeypatch):
 
     vars(pairs)["prompts"] = np.arange(n)
     alone = evaluated(pairs, reference)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_dpo, "same_prompt_products", lambda *_: 0.0)
-        assert evaluated(pairs, reference) == alone
     rows = np.tile(np.arange(n), 4)
     repeated = Repeated(pairs, rows)
     four = evaluated(repeated, reference[rows])
-    for key in alone:
-        if key.endswith("_ci95"):
-            four[key] /= (n / (n - 1)) ** 0.5  # whose spread is taken for that of all
     assert four == pytest.approx(alone, rel=1e-5)
     repeated.prompts = np.zeros(len(rows), dtype=np.int64)
     assert four.keys() - evaluated(repeated, reference[rows]).keys() == {
