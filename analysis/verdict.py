@@ -10,6 +10,7 @@ measures how often each answer is wrong. Letters: n texts, D hidden size, A axio
 
 import math
 
+import numpy as np
 import torch
 
 from analysis.curves import FEWEST
@@ -60,18 +61,15 @@ def level_interval(curve, category, level):
 
 
 def student_quantile(p, degrees):
-    """Quantile of Student's t, by its expansion around the normal's.
+    """Quantile of Student's t, for p above 0.5 and 1 degree or more, by integration.
 
-    Abramowitz & Stegun 26.7.5: 0.5 % off at 4 degrees.
+    t = sqrt(degrees) / tan(angle), where the angle, from 0 to pi / 2, has the density
+    sin(angle)^(degrees - 1). (The expansion around the normal's is 12 % short at 4 degrees and p .99995.)
     """
-    z = normal_quantile(p)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / degrees**power for power, term in enumerate(terms))
+    angle = np.pi / 2 * np.linspace(0, 1, 20_001) ** 2  # dense near 0, where t is large
+    density = np.sin(angle) ** (degrees - 1)
+    mass = np.cumsum(np.diff(angle, prepend=0) * (density + np.roll(density, 1)) / 2)
+    return math.sqrt(degrees) / math.tan(np.interp(2 * (1 - p) * mass[-1], mass, angle))
 
 
 def normal_quantile(p):

@@ -3,6 +3,7 @@ known.
 """
 
 import pytest
+import scipy.stats
 import torch
 
 from analysis import curves
@@ -138,8 +139,8 @@ def test_the_planted_separation_is_the_populations(points):
     assert found[0, 0].item() == pytest.approx(points, abs=0.2)
 
 
-@pytest.mark.parametrize(
-    "degrees, expected", [(4, 2.776), (9, 2.262), (19, 2.093), (99, 1.984), (10**6, 1.960)]
-)
-def test_student_quantile(degrees, expected):
-    assert student_quantile(0.975, degrees) == pytest.approx(expected, rel=5e-3)
+@pytest.mark.parametrize("degrees", (1, 1.5, 4, 19.5, 99, 10_000))
+@pytest.mark.parametrize("p", (0.6, 0.975, 0.99995))
+def test_student_quantile_is_scipys(p, degrees):
+    """Also where one pair of many lambdas is judged, and few groups carry a change."""
+    assert student_quantile(p, degrees) == pytest.approx(scipy.stats.t.ppf(p, degrees), rel=1e-4)
