@@ -118,9 +118,8 @@ def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, path=None
 
     Starts from the principal components, the first with a standard deviation of 1e-4; from a normal sample of
     that size where a seed is given; from `start` (n, dims) where that is. Gradient descent with momentum and
-    a gain per coordinate, learning rate n / 48, at least min(n, 50). KL after 500 steps from one start, here
-    and scikit-learn's exact and tree codes (same formula): n = 200: 0.99, 1.77, 1.72; 400: 1.64, 2.00, 2.33;
-    1,400: 2.42, 3.54, 2.45. path: "plain", "fused" (Triton), or None: fused for three dimensions on CUDA.
+    a gain per coordinate, learning rate n / 48, at least min(n, 50). path: "plain", "fused" (Triton), or None:
+    fused for three dimensions on CUDA.
     UserError for values that are not finite, fewer points than 2 + perplexity, points that are all the same
     (they have no principal component to start from), or a path that cannot run.
     """

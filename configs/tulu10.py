@@ -1,9 +1,10 @@
-"""10 % of Tulu 3 on Llama-3.1-8B, full fine-tuning: the seed run, and the rung to start with on rented GPUs.
+"""10 % of Tulu 3 on Llama-3.1-8B, full fine-tuning: the rung to start with on rented GPUs.
 
     torchrun --nproc-per-node 8 train_sft.py configs/tulu10.py
     torchrun --nproc-per-node 8 train_dpo.py configs/tulu10.py
 
-Numbers: the Tulu 3 8B recipe (arXiv 2411.15124) at a tenth of its data; the seed run used the same.
+Numbers: the Tulu 3 8B recipe (arXiv 2411.15124) at a tenth of its data. The published 10 % run left it
+in two places: configs/tulu10_asrun.py.
 Hardware: one node of 8 GPUs with 80 GB, 350 GB of disk. Time: not measured.
 """
 

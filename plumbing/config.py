@@ -180,7 +180,7 @@ class Config(Section):
         default=False, affects_results=False)
     precision: Literal["fp32", "bf16", "fp8"] = setting(
         "machine", "name",
-        "of compute; fp8: bf16, but float8 in the blocks' linears; parameters and AdamW are fp32 in all",
+        "of compute; fp8: bf16, but float8 in the blocks' linears; what AdamW updates is fp32 in all",
         default="bf16")
 
     out_dir: str = setting(
