@@ -398,8 +398,7 @@ def _read_table(path, n):
     """(n, 2) of an earlier run, NaN where it was not computed. UserError when a bit is not as written."""
     if not path.exists():
         return np.full((n, 2), np.nan, dtype=np.float32)
-    tensors, _ = read_verified(path)
-    return tensors["logps"].numpy()
+    return read_verified(path)["logps"].numpy()
 
 
 def _require_plausible(path, table, pairs):

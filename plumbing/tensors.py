@@ -73,16 +73,15 @@ def is_finite(tensor):
     return math.isfinite(low) and math.isfinite(high)
 
 
-def write_verified(path, tensors, metadata=None):
+def write_verified(path, tensors):
     """Write {name: tensor} so that read_verified finds any change of a bit.
 
-    By a rename when all of it is on the disk. The sha256 in the header covers the header's other entries and
-    the tensors. For small files: they are hashed first.
+    By a rename when all of it is on the disk. The sha256 in the header covers the tensors and the header's
+    other entries. For small files: they are hashed first.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    metadata = {"format": "pt"} | (metadata or {})
-    metadata["sha256"] = _content_hash(tensors, metadata)
+    metadata = {"format": "pt", "sha256": _content_hash(tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     temporary = temporary_beside(path)
@@ -92,24 +91,22 @@ def write_verified(path, tensors, metadata=None):
 
 
 def read_verified(path):
-    """({name: tensor}, metadata) of write_verified.
+    """{name: tensor} of write_verified.
 
     UserError when a bit differs from what was written, or no hash is there.
     """
     file = open_safetensors(path)
     tensors = {name: file.get_tensor(name) for name in file.keys()}
-    metadata = dict(file.metadata() or {})
-    if metadata.pop("sha256", None) != _content_hash(tensors, metadata):
+    if file.metadata() != {"format": "pt", "sha256": _content_hash(tensors)}:
         problem = f"{path}: damaged, or not written by this project"
         raise UserError(f"{problem}: its sha256 is not the one in its header; delete it")
-    del metadata["format"]
-    return tensors, metadata
+    return tensors
 
 
-def _content_hash(tensors, metadata):
-    """sha256 (hex) of names, dtypes, shapes, metadata and bytes."""
+def _content_hash(tensors):
+    """sha256 (hex) of names, dtypes, shapes and bytes."""
     about = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
-    digest = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([about, {"format": "pt"}], sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(_raw_bytes(tensors[name], tensors[name].dtype, tensors[name].shape))
     return digest.hexdigest()

@@ -60,10 +60,10 @@ def test_every_bit_of_a_verified_file_counts(tmp_path):
         "logps": torch.tensor([[-1.5, -2.0], [float("nan"), -3.0]]),
         "half": torch.ones(3, dtype=torch.bfloat16),
     }
-    write_verified(path, tensors, {"of": "x"})
+    write_verified(path, tensors)
     assert [file.name for file in path.parent.iterdir()] == ["table.safetensors"]
-    found, metadata = read_verified(path)
-    assert metadata == {"of": "x"} and torch.equal(found["half"], tensors["half"])
+    found = read_verified(path)
+    assert torch.equal(found["half"], tensors["half"])
     assert torch.equal(found["logps"].view(torch.int32), tensors["logps"].view(torch.int32))
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
