@@ -36,7 +36,7 @@ from optim import (
 )
 from packing import steps_per_epoch
 from planner import budget
-from plumbing import hub, parallel, watchdog
+from plumbing import hub, parallel, restarts, watchdog
 from plumbing.adapters import save_adapter
 from plumbing.checkpoint import Checkpointer
 from plumbing.config import (
@@ -207,7 +207,7 @@ def start(stage, config, load_data, facts):
     world = parallel.init(config.deterministic)
     check_world_size(config, world.size, parallel.machine_size())
     watchdog.start(world, 0, watchdog.PREPARING)
-    if config.fresh and parallel.restarts():
+    if config.fresh and restarts.started_over(config.out_dir, world):
         world.say("--fresh: not again, this is a restart; the run goes on from its checkpoints")
         config = dataclasses.replace(config, fresh=False)
     if config.push:  # a wrong name or token is found out before training, not after it
@@ -243,6 +243,8 @@ def start(stage, config, load_data, facts):
     identity = resume_dict(config) | provenance
     checkpointer = Checkpointer(config.out_dir, config.keep_last, identity, fresh=config.fresh)
     parallel.background_work.append(checkpointer.wait)
+    if config.fresh:
+        restarts.record(config.out_dir, world)
     latest = checkpointer.latest()  # another configuration's is refused before anything is written over
     if done := parallel.from_main(world, checkpointer.finished):
         world.say(done)

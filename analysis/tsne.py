@@ -118,7 +118,7 @@ def tsne(X, perplexity=30.0, dims=3, steps=500, seed=None, start=None, path=None
 
     Starts from the principal components, the first with a standard deviation of 1e-4; from a normal sample of
     that size where a seed is given; from `start` (n, dims) where that is. Gradient descent with momentum and
-    a gain per coordinate, learning rate n / 48, at least min(n, 50). path: "plain", "fused" (Triton), or None:
+    a gain per coordinate, learning rate n / 48, at least min(n, 50). path: "plain", "fused" (Triton) or None:
     fused for three dimensions on CUDA.
     UserError for values that are not finite, fewer points than 2 + perplexity, points that are all the same
     (they have no principal component to start from), or a path that cannot run.

@@ -80,12 +80,6 @@ def init(deterministic=False):
     return World(rank, dist.get_world_size(), device)
 
 
-def restarts():
-    """How often torchrun (--max-restarts) or SLURM (--requeue) has started this command again by itself."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return sum(int(os.environ.get(name, 0)) for name in counts)
-
-
 def _restarts_on_one_machine():
     """Whether torchrun has started these processes again (--max-restarts) with a store of its own.
 
@@ -170,7 +164,13 @@ def main_first(world, work):
 
 def from_main(world, work):
     """The text that work() returns on rank 0, on every rank. Only rank 0 calls it."""
-    return gather_texts(work() if world.main else "")[0]
+    data = torch.tensor(list(work().encode() if world.main else b""), dtype=torch.uint8)
+    length = torch.tensor(len(data))
+    dist.broadcast(length, 0)
+    if not world.main:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(data, 0)
+    return bytes(data.tolist()).decode()
 
 
 def gather_texts(text, group=None):

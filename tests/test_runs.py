@@ -41,7 +41,7 @@ from world import (
 import model
 import train_dpo
 import train_sft
-from plumbing import checkpoint, logbook, watchdog
+from plumbing import checkpoint, logbook, restarts, watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -287,9 +287,9 @@ def test_evaluations_are_logged_once(world, tmp_path):
     assert last["eval/rewards/margins"] > 0.1
 
 
-def requeued():
-    """Nobody typed the command again."""
-    os.environ["SLURM_RESTART_COUNT"] = "1"
+def of_a_job(number, count):
+    """Nobody typed the command again where SLURM counts a restart."""
+    os.environ |= {"SLURM_JOB_ID": str(number), "SLURM_RESTART_COUNT": str(count)}
 
 
 def test_fresh_starts_over(world, tmp_path):
@@ -301,11 +301,34 @@ def test_fresh_starts_over(world, tmp_path):
         "step 0" not in again
         and "sft/final: this run is finished; nothing is trained. --fresh starts it over" in again
     )
-    assert "step 00001" in launch("sft", config, "--fresh").ok().out[0]
-    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
-    restarted = launch("sft", config, "--fresh", prepare=requeued).ok().out[0]
+    # once more in the same job, and in one whose first attempt died before it had started over
+    for job, count in ((7, 0), (7, 0), (8, 1)):
+        prepare = partial(of_a_job, job, count)
+        assert "step 00001" in launch("sft", config, "--fresh", prepare=prepare).ok().out[0]
+        assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    restarted = launch("sft", config, "--fresh", prepare=partial(of_a_job, 8, 1)).ok().out[0]
     assert "--fresh: not again, this is a restart" in restarted and "nothing is trained" in restarted
     assert final_bytes(run) == first
+
+
+def test_fresh_starts_over_once_a_torchrun(tmp_path, monkeypatch, ranks):
+    """Where one of several torchruns is new, and by the start of the process, whose number may come again."""
+
+    def under(*agents):
+        monkeypatch.setattr(restarts, "_names_of_all_ranks", lambda: set(agents))
+
+    under("torchrun: process 7 on a", "torchrun: process 7 on b")
+    assert not restarts.started_over(tmp_path, ranks)
+    restarts.record(tmp_path, ranks)
+    under("torchrun: process 9 on a", "torchrun: process 7 on b")
+    assert restarts.started_over(tmp_path, ranks)
+    under("torchrun: process 9 on a", "torchrun: process 9 on b")
+    assert not restarts.started_over(tmp_path, ranks)
+    monkeypatch.undo()
+    assert restarts._names() == [] == list(restarts._names_of_all_ranks())  # of a process without a launcher
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    (name,) = restarts._names_of_all_ranks()
+    assert f"process {os.getppid()} on " in name and name.endswith(restarts._started(os.getppid()))
 
 
 def test_a_finished_run_of_other_settings_is_not_replaced(world, tmp_path):
