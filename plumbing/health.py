@@ -4,7 +4,7 @@ import math
 
 
 class Health:
-    """Looks at every step's metrics for what usually means a mistake. Each kind is said once.
+    """Looks at every step's metrics for what usually means a mistake. Each kind is said once a run.
 
     The metrics are equal on all ranks, so that all of them stop at the same step where loss_spike="stop".
     """
@@ -12,7 +12,7 @@ class Health:
     WINDOW = 20  # steps
     SPIKE = 2.0  # times the largest loss of the window
     ZERO_STEPS = 3
-    NEAR_ZERO = 0.1  # of the first losses of this process
+    NEAR_ZERO = 0.1  # of the run's first losses
 
     def __init__(self, loss_spike):
         self.loss_spike = loss_spike
@@ -53,6 +53,18 @@ class Health:
             yield from self._once("overfit", f"{problem}: {advice}")
         self.lowest_eval = min(self.lowest_eval, loss)
 
+    def take_up(self, lines):
+        """The warnings of metrics lines of before, as if they were this process's own; they stop nothing."""
+        asked, self.loss_spike = self.loss_spike, "warn"
+        found = []
+        for line in lines:
+            if "loss" in line:
+                found += self.after_step(line)
+            elif line.get("eval/loss") is not None:  # null where it was not finite
+                found += self.after_evaluation(line["step"], line)
+        self.loss_spike = asked
+        return found
+
     def _once(self, kind, text):
         if kind not in self.said:
             self.said.add(kind)
@@ -61,10 +73,4 @@ class Health:
 
 def warnings_of(lines):
     """What a run of these metrics lines was warned of, or, one that is over, would have been."""
-    health, found = Health("warn"), []
-    for line in lines:
-        if "loss" in line:
-            found += health.after_step(line)
-        elif "eval/loss" in line:
-            found += health.after_evaluation(line["step"], line)
-    return [text.removeprefix("warning: ") for text in found]
+    return [text.removeprefix("warning: ") for text in Health("warn").take_up(lines)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import hub, watchdog
+from plumbing import hub, parallel, watchdog
 from plumbing.config import config_dict
 from plumbing.files import finite, named, progress_bar, read_json, write_json
 from plumbing.health import Health
@@ -100,13 +100,15 @@ class Logbook:
         if left and final.is_dir() and not self.fresh:
             reason = "of a finished run whose last step is in no checkpoint (save_every)"
             self.world.say(f"{final}: {reason}: {left} steps are trained again, then it is replaced")
-        if self.world.main:
-            self._open_files(step, left)
+        # On all ranks, or one would stop alone. A restart before a step with loss_spike stops there again.
+        earlier = parallel.from_main(self.world, lambda: json.dumps(self._open_files(step, left)))
+        self.health.take_up(json.loads(earlier))
         self._first_step = step
         self._start = self._resumed = time.perf_counter()
         watchdog.start(self.world, step)
 
     def _open_files(self, step, left):
+        """Open what is appended to; return what Health reads of the metrics lines up to `step`."""
         if left:
             earlier = [process for process in self._manifest["processes"] if process["after_step"] < step]
             this = {key: self._manifest[key] for key in ("started", "commit", "hardware", "world_size")}
@@ -114,8 +116,11 @@ class Logbook:
             write_json(self.folder / "manifest.json", self._manifest)
         path = self.folder / "metrics.jsonl"
         # distinct: a line that stands twice makes up for none that is lost
-        trained = {entry["step"] for entry in _forget_after(step, path, self.world.say) if "loss" in entry}
-        missing = step - len(trained)
+        if step == 0 and path.exists() and not self.fresh:
+            lines = len(path.read_bytes().splitlines())
+            self.world.say(f"{path}: {lines:,} lines of a run without a checkpoint are written over")
+        kept = _forget_after(step, path, self.world.say)
+        missing = step - len({entry["step"] for entry in kept if "loss" in entry})
         if missing:  # of a power cut, a torn line, or an editor
             lost = f"{missing} of the {step} steps before are not in it, nor will they be in the card"
             self.world.say(f"{path}: {lost}")
@@ -127,6 +132,8 @@ class Logbook:
             # TensorBoard forgets what an earlier process wrote of the steps that are trained again
             purge = step + 1 if step else 0
             self._events = SummaryWriter(self.folder / "tensorboard", purge_step=purge)
+        wanted = {"step", "loss", "grad_norm", "eval/loss"}
+        return [{key: entry[key] for key in entry.keys() & wanted} for entry in kept]
 
     def step(self, step, metrics, tokens, flops):
         """Record finished optimizer step number `step` (1-based).

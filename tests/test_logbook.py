@@ -72,16 +72,16 @@ def test_held_out_loss_that_rises_while_training_loss_nears_zero_is_said_once():
     )  # it rises, but the training loss is not near 0
 
 
-def make_logbook(folder, monkeypatch, total_steps=100):
+def make_logbook(folder, monkeypatch, total_steps=100, loss_spike="warn"):
     monkeypatch.setattr(logbook.watchdog, "start", lambda *args: None)
     monkeypatch.setattr(logbook, "config_dict", vars)
     config = types.SimpleNamespace(
-        out_dir=str(folder), fresh=False, log_every=1, tensorboard=False, loss_spike="warn"
+        out_dir=str(folder), fresh=False, log_every=1, tensorboard=False, loss_spike=loss_spike
     )
     return Logbook(config, World(0, 1, torch.device("cpu")), total_steps, {})
 
 
-def test_torn_lines_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+def test_torn_lines_are_named_and_left_out(tmp_path, monkeypatch, capsys, ranks):
     """A torn line in the middle, a line that is no entry, bytes that are no text: the run goes on without
     them.
     """
@@ -112,7 +112,7 @@ def test_torn_lines_are_named_and_left_out(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("steps", "said"), [((1, 2, 2, 3, 3), None), ((1, 1, 3, 3), "1 of the 3 steps before are not in it")]
 )
-def test_a_line_that_stands_twice_is_one_step(tmp_path, monkeypatch, capsys, steps, said):
+def test_a_line_that_stands_twice_is_one_step(tmp_path, monkeypatch, capsys, ranks, steps, said):
     """An editor, or a copy that was appended: as many lines as steps may still lack one."""
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in steps]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -121,7 +121,28 @@ def test_a_line_that_stands_twice_is_one_step(tmp_path, monkeypatch, capsys, ste
     assert (found and found[1]) == said
 
 
-def test_step_line_says_the_time_so_far_and_the_time_left(tmp_path, monkeypatch):
+def test_a_restart_stops_at_the_same_loss_again(tmp_path, monkeypatch, capsys, ranks):
+    """A restart (--max-restarts) begins between the losses of before and the one that jumped; an evaluation
+    that was not finite is null. A jump that was only warned of before stops nothing.
+    """
+    lines = [{"step": step, "loss": 9.0 if step == 22 else 1.0} for step in range(1, 31)]
+    lines.insert(4, {"step": 4, "eval/loss": None})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = make_logbook(tmp_path, monkeypatch, loss_spike="stop")
+    log.resume_at(30, tmp_path / "checkpoints/step_000030")
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(FloatingPointError, match="step 31: loss 19 is over 2 times"):
+        log.step(31, {"loss": 19.0, "grad_norm": 1.0}, 100, 0)
+
+
+def test_lines_that_no_checkpoint_holds_are_not_dropped_in_silence(tmp_path, monkeypatch, capsys, ranks):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n' * 21)
+    make_logbook(tmp_path, monkeypatch).resume_at(0)
+    said = "metrics.jsonl: 21 lines of a run without a checkpoint are written over"
+    assert said in capsys.readouterr().out
+
+
+def test_step_line_says_the_time_so_far_and_the_time_left(tmp_path, monkeypatch, ranks):
     log = make_logbook(tmp_path, monkeypatch)
     log.resume_at(20)
     line = log._step_line({"step": 30, "loss": 0.5}, seconds=50.0)  # 10 steps in 50 s: 70 more take 350 s
