@@ -98,7 +98,9 @@ class Checkpointer:
         Called after latest().
         """
         final, manifest = self.run_dir / "final", self.run_dir / "manifest.json"
-        if self.fresh or not final.is_dir() or "finished" not in read_json(manifest):
+        if self.fresh or not final.is_dir() or not manifest.is_file():
+            return ""
+        if "finished" not in read_json(manifest):
             return ""
         try:
             verify_hashes(final)

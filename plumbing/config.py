@@ -18,6 +18,7 @@ import json
 import math
 import os
 import runpy
+import sys
 import traceback
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -487,7 +488,7 @@ def _read_sections(path):
         names = runpy.run_path(path)
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:  # the file is a program: it may raise anything
+    except (Exception, SystemExit) as error:  # the file is a program: it may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame.lineno for frame in frames if frame.filename == path][-1]
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
@@ -501,7 +502,9 @@ def _read_sections(path):
         elif not isinstance(value, dict):
             problems.append(f"{path}: {name}: expected a dict, got {type(value).__name__}")
         else:
-            sections[name] = value
+            sections[name] = {key: value[key] for key in value if isinstance(key, str)}
+            for key in value.keys() - sections[name].keys():
+                problems.append(f"{path}: {name}: key {key!r}: expected a name")
             for only, why in COMMAND_LINE_ONLY.items():
                 if only in value:
                     expected = f"expected on the command line only; here it would {why}"
@@ -617,8 +620,8 @@ def _unfit(field, value):
 
 
 def _within(value, bounds):
-    # NaN is neither below nor above anything, so every comparison would let it pass.
-    if not math.isfinite(value):
+    # NaN is neither below nor above anything, so every comparison but this one would let it pass.
+    if not abs(value) <= sys.float_info.max:
         return False
     if bounds["above"] is not None and value <= bounds["above"]:
         return False

@@ -230,6 +230,8 @@ IN_THE_FILE = [
     ),
     ("dpo |= dict(dpo_beta=0.1)", "x.py: dpo: unknown key 'dpo_beta', did you mean 'beta'?"),
     ("stf = dict()", "x.py: unknown section 'stf', did you mean 'sft'?"),
+    ("common = {3: 4}", "x.py: common: key 3: expected a name"),
+    ("import sys\nsys.exit(3)", "x.py, line 6: SystemExit: 3"),
     (
         "root = 'runs'",
         "x.py: unknown section 'root'; expected common, sft, dpo, steer, aqi (a private name starts with _)",
@@ -251,6 +253,7 @@ IN_THE_FILE = [
         "sft |= dict(seed=2**32)",
         "x.py: sft: seed=4294967296: expected int >= 0 and < 4294967296",
     ),  # as numpy's RandomState has it
+    ("sft |= dict(lr=10**400)", f"x.py: sft: lr={10**400}: expected float > 0"),  # no float is as large
     ("sft |= dict(lr=True)", "x.py: sft: lr=True: expected float > 0, got bool"),
     ("sft |= dict(lr=None)", "x.py: sft: lr=None: expected float > 0, got NoneType"),
     ("sft |= dict(max_steps='None')", f"x.py: sft: max_steps='None': expected int >= 1 or None, {QUOTED}"),
