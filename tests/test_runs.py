@@ -311,6 +311,16 @@ def test_fresh_starts_over(world, tmp_path):
     assert final_bytes(run) == first
 
 
+def test_a_deleted_manifest_is_made_anew(world, tmp_path):
+    """As docs/troubleshooting.md advises for a torn one: the run goes on from its checkpoint, and exports."""
+    config, run = write_config(tmp_path, world, save_every=2), tmp_path / "sft"
+    launch("sft", config).ok()
+    first = final_bytes(run)
+    (run / "manifest.json").unlink()
+    assert "step_000004: goes on after step 4 of 4" in launch("sft", config).ok().out[0]
+    assert "finished" in json.loads((run / "manifest.json").read_text()) and final_bytes(run) == first
+
+
 def test_fresh_starts_over_once_a_torchrun(tmp_path, monkeypatch, ranks):
     """Where one of several torchruns is new, and by the start of the process, whose number may come again."""
 
