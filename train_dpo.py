@@ -428,7 +428,8 @@ def _compute_reference(model, pairs, ids, config, world):
             logps, _ = answer_logps(model, batch, len(micro_batch_ids))
             values[[row_of[pair] for pair in micro_batch_ids.tolist()]] = logps.T.cpu().numpy()
     rows = [[pairs.row_ids[i]] for i in ids]
-    parallel.require_finite(values.sum(axis=1), rows, "the reference's log-probs are not finite")
+    what = "the reference's log-probs are not finite; no step was taken"
+    parallel.require_finite(values.sum(axis=1), rows, what)
     return _sum_of_tables(values)
 
 
