@@ -100,7 +100,7 @@ class Logbook:
         if left and final.is_dir() and not self.fresh:
             reason = "of a finished run whose last step is in no checkpoint (save_every)"
             self.world.say(f"{final}: {reason}: {left} steps are trained again, then it is replaced")
-        # On all ranks, or one would stop alone. A restart before a step with loss_spike stops there again.
+        # With loss_spike="stop" a restart stops at the same loss again, on all ranks: one must not stop alone.
         earlier = parallel.from_main(self.world, lambda: json.dumps(self._open_files(step, left)))
         self.health.take_up(json.loads(earlier))
         self._first_step = step
@@ -116,9 +116,9 @@ class Logbook:
             write_json(self.folder / "manifest.json", self._manifest)
         path = self.folder / "metrics.jsonl"
         # distinct: a line that stands twice makes up for none that is lost
-        if step == 0 and path.exists() and not self.fresh:
-            lines = len(path.read_bytes().splitlines())
-            self.world.say(f"{path}: {lines:,} lines of a run without a checkpoint are written over")
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        if step == 0 and lines and not self.fresh:
+            self.world.say(f"{path}: {len(lines):,} lines of a run without a checkpoint are written over")
         kept = _forget_after(step, path, self.world.say)
         missing = step - len({entry["step"] for entry in kept if "loss" in entry})
         if missing:  # of a power cut, a torn line, or an editor
