@@ -100,7 +100,7 @@ class Logbook:
         if left and final.is_dir() and not self.fresh:
             reason = "of a finished run whose last step is in no checkpoint (save_every)"
             self.world.say(f"{final}: {reason}: {left} steps are trained again, then it is replaced")
-        # With loss_spike="stop" a restart stops at the same loss again, on all ranks: one must not stop alone.
+        # With loss_spike="stop" a restart stops at the same loss again, and on all ranks.
         earlier = parallel.from_main(self.world, lambda: json.dumps(self._open_files(step, left)))
         self.health.take_up(json.loads(earlier))
         self._first_step = step
