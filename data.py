@@ -334,7 +334,7 @@ class Documents:
         return config.flops(self.lengths[ids], self.num_targets[ids])
 
     def attention_flops(self, config, ids) -> np.ndarray:
-        """(B,) of these, attention's."""
+        """(B,) what attention has of `flops`."""
         return config.attention_flops(self.lengths[ids])
 
     def pack(self, ids) -> PackedBatch:
@@ -404,7 +404,7 @@ class Pairs:
         return both - config.flops(self.prefixes[ids], logits=0)
 
     def attention_flops(self, config, ids) -> np.ndarray:
-        """(B,) of these, attention's."""
+        """(B,) what attention has of `flops`."""
         both = self.chosen.attention_flops(config, ids) + self.rejected.attention_flops(config, ids)
         return both - config.attention_flops(self.prefixes[ids])
 

@@ -299,6 +299,14 @@ def forward_backward(model, pairs, reference, ids, config, world):
     return metrics | {"loss": loss, "padding_waste": padding_waste}, gap
 
 
+def sum_of_tables(values):
+    """One float64 table of the ranks' tables `values`, whose rows are one rank's and zeros on the others.
+
+    So the sum is exact, and NaN stays NaN.
+    """
+    return np.reshape(parallel.sum_across_ranks(values.flatten().tolist()), values.shape)
+
+
 @torch.no_grad()
 def evaluate(model, pairs, reference, config, world, log):
     """Means over the held-out pairs; of accuracy and margin also half of a 95 % interval (1.96 errors).
@@ -317,8 +325,7 @@ def evaluate(model, pairs, reference, config, world, log):
             losses_and_rewards = preference_loss(config, policy_logps, ref_logps, counts)
             table[micro_batch_ids] = pair_metrics(*losses_and_rewards, policy_logps).T.cpu().numpy()
     parallel.release(model)
-    # A pair is on one rank and zero on the others, so the tables' sum is exact.
-    table = np.reshape(parallel.sum_across_ranks(table.flatten().tolist()), table.shape)
+    table = sum_of_tables(table)
     means = table.mean(axis=0)
     metrics = {f"eval/{name}": mean for name, mean in zip(METRICS, means.tolist(), strict=True)}
     if config.sft_weight:  # as in training: the token mean over all chosen answers
@@ -373,7 +380,7 @@ def reference_logps(model, pairs, steps, key, config, world, log):
     # Use rank 0's copy everywhere: ranks with different tables disagree on what is missing, and deadlock.
     nothing = np.zeros((len(pairs), 2))
     table = parallel.main_first(world, lambda: _read_table(path, len(pairs)) if world.main else nothing)
-    table = _sum_of_tables(table)
+    table = sum_of_tables(table).astype(np.float32)
     _require_plausible(path, table, pairs)
     known = ~np.isnan(table[:, 0])
     # A whole step, if there is one, is compared in the packing that wrote it: its difference is 0 to the bit.
@@ -418,7 +425,6 @@ def _write_table(path, table):
 
 def _compute_reference(model, pairs, ids, config, world):
     """(B, 2) float32 log-probs of one step's pairs, on every rank."""
-    # Every pair is on one rank and zero on the others, so their sum over ranks is exact.
     values = np.zeros((len(ids), 2))
     row_of = {pair: row for row, pair in enumerate(ids.tolist())}
     # Under LoRA the reference is the frozen model below the adapters, whatever these have become.
@@ -430,13 +436,7 @@ def _compute_reference(model, pairs, ids, config, world):
     rows = [[pairs.row_ids[i]] for i in ids]
     what = "the reference's log-probs are not finite; no step was taken"
     parallel.require_finite(values.sum(axis=1), rows, what)
-    return _sum_of_tables(values)
-
-
-def _sum_of_tables(values):
-    """(n, 2) float32, on every rank, of one table (n, 2) per rank."""
-    # one float32 and zeros, added in float64: exact, and NaN stays NaN
-    return np.array(parallel.sum_across_ranks(values.flatten().tolist()), dtype=np.float32).reshape(-1, 2)
+    return sum_of_tables(values).astype(np.float32)
 
 
 def _verify_reference(model, pairs, table, ids, path, config, world):

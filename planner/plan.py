@@ -383,19 +383,17 @@ def remedies(plan):
     """
     config, longest = plan.config, plan.config.max_seq_len * (2 if plan.stage == "dpo" else 1)
     exact = {"moments": "fp32", "gradients": "fp32"}  # what LoRA and FSDP2 ask for
-    asks_for_bf16 = any(getattr(config, name) == "bf16" for name in exact)
-    could_shard = plan.count > 1 and plan.resolved.sharding != "full"
     knobs = []
-    if could_shard and not asks_for_bf16:
-        knobs.append({"sharding": "full"} | exact)
     for mode in ("half", "full")[("none", "half", "full").index(config.recompute) :]:
         knobs.append({"recompute": mode})
     if config.tokens_per_microbatch > longest:
         knobs.append({"tokens_per_microbatch": longest})
     if plan.count == 1 and not config.lora_rank and config.precision != "fp32" and config.sharding != "full":
         knobs += [{name: "bf16"} for name in exact if getattr(config, name) == "fp32"]
-    if could_shard and asks_for_bf16:  # last: it takes back what was asked for
-        knobs.append({"sharding": "full"} | exact)
+    if plan.count > 1 and plan.resolved.sharding != "full":
+        # first; last where it takes back what was asked for
+        asks_for_bf16 = any(getattr(config, name) == "bf16" for name in exact)
+        knobs.insert(len(knobs) if asks_for_bf16 else 0, {"sharding": "full"} | exact)
     tried = []
     for keys in knobs:
         typed, plan = _typed(plan, keys), plan.turned(**keys)

@@ -115,11 +115,11 @@ class Logbook:
             self._manifest["processes"] = [*earlier, {"after_step": step, **this}]
             write_json(self.folder / "manifest.json", self._manifest)
         path = self.folder / "metrics.jsonl"
-        # distinct: a line that stands twice makes up for none that is lost
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        if step == 0 and lines and not self.fresh:
-            self.world.say(f"{path}: {len(lines):,} lines of a run without a checkpoint are written over")
+        if step == 0 and path.exists() and not self.fresh:
+            if count := len(path.read_bytes().splitlines()):
+                self.world.say(f"{path}: {count:,} lines of a run without a checkpoint are written over")
         kept = _forget_after(step, path, self.world.say)
+        # distinct: a line that stands twice makes up for none that is lost
         missing = step - len({entry["step"] for entry in kept if "loss" in entry})
         if missing:  # of a power cut, a torn line, or an editor
             lost = f"{missing} of the {step} steps before are not in it, nor will they be in the card"

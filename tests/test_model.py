@@ -294,6 +294,11 @@ def test_flops_by_hand():
     assert training_flops(model, 1000, 100, tokens=3) == 2000 + 100 + 6 * 56 * 3
 
 
+def without_products(q, k, v, *_, **__):
+    """In the place of attention: as dependent on queries, keys and values, and of no product."""
+    return q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
 @pytest.mark.slow  # the counter imports a compiler
 def test_flops_are_those_that_torch_counts(monkeypatch):
     """Forward, and forward with backward. Attention stands aside: torch counts it without the causal half,
@@ -301,10 +306,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch):
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.setattr(
-        "model.attention",
-        lambda q, k, v, *_, **__: q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1),
-    )
+    monkeypatch.setattr("model.attention", without_products)
     llama, length = random_llama(tiny_config()), 11
     batch = stream([torch.arange(length)])
     with FlopCounterMode(display=False) as forward:
@@ -335,10 +337,9 @@ def test_flops_of_attention_are_three_forwards_also_under_lora(monkeypatch, lora
     llama = random_llama(tiny_config())
     if lora:
         apply_lora(llama, rank=2, alpha=2.0)
-    without = counted(lambda q, k, v, *_, **__: q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1))
     heads = llama.config.num_attention_heads * llama.config.head_dim
     forward = llama.config.num_hidden_layers * 2 * 2 * 11 * 11 * heads
-    added = counted(products) - without
+    added = counted(products) - counted(without_products)
     assert added == training_flops(llama, forward, forward, tokens=0) == 3 * forward
 
 
