@@ -48,4 +48,5 @@ for peer in $peers; do
   grep "per_s\|peak_mem\|clocks\|recompute\|Error" "$out/$peer.log" | cut -c1-200
   say "$peer"
 done
-tar czf "$out/runs.tgz" runs/bench/*.clocks.csv runs/bench/*/config.json runs/bench/*/manifest.json runs/bench/*/metrics.jsonl runs/bench/peers.jsonl 2> /dev/null
+shopt -s nullglob # what a call did not measure is not there
+tar czf "$out/runs.tgz" runs/bench/*.clocks.csv runs/bench/*/{config,manifest}.json* runs/bench/*/metrics.jsonl* runs/bench/peers.jsonl*
