@@ -44,6 +44,7 @@ from plumbing.config import (
     check_capability,
     check_packages,
     check_world_size,
+    config_dict,
     resume_dict,
     unused_flash4,
 )
@@ -205,6 +206,8 @@ def start(stage, config, load_data, facts):
     # First what takes milliseconds: names, keys, headers; then data and weights, which take minutes.
     # main_first: rank 0 does what writes to a shared disk, and the others find it done.
     world = parallel.init(config.deterministic)
+    # Every rank reads the config by itself: ranks with two rates, say, would train a mixture of two runs.
+    parallel.require_same(world, **config_dict(config))
     check_world_size(config, world.size, parallel.machine_size())
     watchdog.start(world, 0, watchdog.PREPARING)
     if config.fresh and restarts.started_over(config.out_dir, world):
@@ -237,8 +240,11 @@ def start(stage, config, load_data, facts):
     # What a run is: the settings that change its numbers, and hashes of its weights and data. A checkpoint of
     # another identity is refused, so the same command always goes on with what it began. This comes after the
     # model: --fresh deletes checkpoints, and should not for a run that then finds no memory.
-    weights = parallel.from_main(world, lambda: fingerprint(directory))
+    # One rank a machine hashes: where disks are not shared, one path may hold two models.
+    found = fingerprint(directory) if parallel.first_of_machine() else None
+    weights = parallel.from_main(world, lambda: found)
     data_eval = held_out and held_out.fingerprint
+    parallel.require_same(world, weights=found or weights, data=data.fingerprint, data_eval=data_eval)
     provenance = {"weights": weights, "data": data.fingerprint, "held_out": data_eval}
     identity = resume_dict(config) | provenance
     checkpointer = Checkpointer(config.out_dir, config.keep_last, identity, fresh=config.fresh)
@@ -251,8 +257,7 @@ def start(stage, config, load_data, facts):
         if world.main:
             push_if_asked(config)
         raise SystemExit(0)
-    # Ranks that disagree here would each do what they found, and deadlock or average two runs.
-    parallel.require_same(world, data=data.fingerprint, data_eval=data_eval, checkpoint=str(latest))
+    parallel.require_same(world, checkpoint=str(latest))  # else each would go on from what it found
     # what no key states: two runs with equal keys and unequal numbers differ in one of these
     manifest = provenance | {"stage": stage, "warmup_steps": warmup, **implicit(config, model), **facts}
     log = Logbook(config, world, total_steps, manifest)

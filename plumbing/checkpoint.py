@@ -49,13 +49,13 @@ class Checkpointer:
 
     run_identity: the configuration values that decide the numbers; a checkpoint saved under others is
     refused. keep_last: how many finished checkpoints stay (a new one is finished before an old one goes).
-    fresh=True deletes those of an earlier run. UserError, before anything is deleted, when the end of the run
-    could not write final/ or adapter/ because other files are there.
+    fresh=True deletes those of an earlier run, after its manifest. UserError, before anything is deleted,
+    when the end of the run could not write final/ or adapter/ because other files are there.
     """
 
     def __init__(self, run_dir, keep_last, run_identity, fresh=False):
         self.run_dir = Path(run_dir)
-        self.folder = self.run_dir / "checkpoints"
+        self.folder, self.manifest = self.run_dir / "checkpoints", self.run_dir / "manifest.json"
         self.keep_last, self.fresh = keep_last, fresh
         # as it will be read back: tuples become lists
         self.run_identity = json.loads(json.dumps(run_identity))
@@ -67,6 +67,8 @@ class Checkpointer:
         check_replaceable(self.run_dir / "final", "config.json")
         check_replaceable(self.run_dir / "adapter", ADAPTER_CONFIG)
         if dist.get_rank() == 0:
+            if fresh:  # first: it says that final/ is this run's end, also if the new run dies at its start
+                self.manifest.unlink(missing_ok=True)
             for path in list(self.folder.glob("*step_*")):
                 is_unfinished = not (path / "COMPLETED").exists() or path.suffix == ".damaged"
                 if OWN_NAME.fullmatch(path.name) and (fresh or is_unfinished):
@@ -79,7 +81,7 @@ class Checkpointer:
         """The newest finished checkpoint whose checkpoint.json is intact, or None when there is none at all.
 
         UserError when it, or a finished run without any, is of another configuration, and when all are
-        damaged.
+        damaged. A final/ without a manifest is of a run that was started over.
         """
         for path in reversed(self._finished()):
             try:
@@ -88,7 +90,7 @@ class Checkpointer:
             except Damaged as error:
                 self._damaged[path] = str(error)
         self._refuse_if_damaged()
-        if not self.fresh and (self.run_dir / "final").is_dir():
+        if not self.fresh and (self.run_dir / "final").is_dir() and self.manifest.is_file():
             self._check_finished_run()
         return None
 
@@ -97,10 +99,10 @@ class Checkpointer:
 
         Called after latest().
         """
-        final, manifest = self.run_dir / "final", self.run_dir / "manifest.json"
-        if self.fresh or not final.is_dir() or not manifest.is_file():
+        final = self.run_dir / "final"
+        if self.fresh or not final.is_dir() or not self.manifest.is_file():
             return ""
-        if "finished" not in read_json(manifest):
+        if "finished" not in read_json(self.manifest):
             return ""
         try:
             verify_hashes(final)
@@ -112,7 +114,7 @@ class Checkpointer:
 
     def _check_finished_run(self):
         config = read_json(self.run_dir / "config.json")
-        manifest = read_json(self.run_dir / "manifest.json")
+        manifest = read_json(self.manifest)
         # config.json names weights and data by path, the identity by content, as the manifest does
         there = config | {key: manifest.get(key) for key in ("weights", "data", "held_out")}
         common = self.run_identity.keys() & there.keys()

@@ -117,6 +117,11 @@ def machine_size():
     return mine if smallest == largest else 0
 
 
+def first_of_machine():
+    """Whether this is the first rank of its machine, as torchrun counts them."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def say(text):
     """Print once, from rank 0."""
     if dist.get_rank() == 0:
@@ -514,9 +519,9 @@ def max_across_ranks(value):
 
 
 def require_same(world, **found):
-    """UserError on every rank, naming the keys, where a rank found another text than rank 0.
+    """UserError on every rank, naming the keys, where a rank found another value (of JSON) than rank 0.
 
-    Each rank reads data and folders by itself.
+    Each rank reads config, data and folders by itself.
     """
     wanted = json.loads(from_main(world, lambda: json.dumps(found)))
     differing = []
@@ -526,7 +531,7 @@ def require_same(world, **found):
             differing.append(key)
     if differing:
         names = ", ".join(differing)
-        expected = "expected files that do not change while a run starts"
+        expected = "expected the same command and files on every machine, unchanged while a run starts"
         raise UserError(f"{names}: not the same on all ranks; {expected}")
 
 

@@ -41,7 +41,8 @@ from world import (
 import model
 import train_dpo
 import train_sft
-from plumbing import checkpoint, logbook, restarts, watchdog
+import training
+from plumbing import checkpoint, logbook, restarts, watchdog, weights
 
 pytestmark = pytest.mark.slow
 
@@ -311,6 +312,46 @@ def test_fresh_starts_over(world, tmp_path):
     assert final_bytes(run) == first
 
 
+def killed_before_the_manifest():
+    logbook.Logbook._describe = lambda log: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("key", ["--lr=0.01", "--lr=0.003"])
+def test_fresh_is_withdrawn_from_a_finished_run_at_once(world, tmp_path, key):
+    """A new run that dies at its start, of the same settings or others, is trained by the same command."""
+    config, run = write_config(tmp_path, world, save_every=2), tmp_path / "sft"
+    launch("sft", config).ok()
+    first = final_bytes(run)
+    assert any(launch("sft", config, "--fresh", key, prepare=killed_before_the_manifest).codes)
+    assert not list((run / "checkpoints").iterdir()) and final_bytes(run) == first
+    again = launch("sft", config, key).ok().out[0]
+    assert "step 00001" in again and "then it is replaced" in again
+    assert (final_bytes(run) == first) == (key == "--lr=0.01")
+
+
+def of_two_machines(folder):
+    """Rank 0 in folder/0, rank 1 in folder/1."""
+    os.chdir(folder / os.environ["RANK"])
+
+
+@pytest.mark.parametrize("differs", ["weights", "lr", "save_every"])
+def test_machines_that_differ_are_refused(world, tmp_path, differs):
+    """Where disks are not shared, a name may mean two models, or two configs: a mixture, or a deadlock."""
+    for rank in (0, 1):
+        shutil.copytree(world / "base", tmp_path / f"{rank}/base")
+    if differs == "weights":
+        change_weights(tmp_path / "1/base", lambda weights: weights["model.norm.weight"].mul_(1.5))
+    config = write_config(tmp_path, world, model_path="base")
+    if differs != "weights":
+        text = f"import os\nsft |= dict({differs}=1 + int(os.environ['RANK']))\n"
+        config.write_text(config.read_text() + text)
+    outcome = launch("sft", config, ranks=2, machine=1, prepare=partial(of_two_machines, tmp_path))
+    assert outcome.codes == [1, 1], outcome.err
+    expected = "expected the same command and files on every machine, unchanged while a run starts"
+    assert f"error: {differs}: not the same on all ranks; {expected}\n" in "".join(outcome.err)
+    assert not (tmp_path / "sft/checkpoints").exists() and not (tmp_path / "sft/metrics.jsonl").exists()
+
+
 def test_a_deleted_manifest_is_made_anew(world, tmp_path):
     """As docs/troubleshooting.md advises for a torn one: the run goes on from its checkpoint, and exports."""
     config, run = write_config(tmp_path, world, save_every=2), tmp_path / "sft"
@@ -492,6 +533,32 @@ def test_a_rank_that_hangs_while_it_loads_is_named(world, tmp_path):
     assert re.search(
         r"error: no progress for \d+ s before the first step; what hangs: rank 1\n", "".join(outcome.err)
     )
+
+
+def export_slowly():
+    """Rank 0 takes longer than the patience over all tensors, and not over any of them."""
+    watchdog.PATIENCE = 4.0  # the watch looks twenty times in it
+    save, is_finite = training.save_model, weights.is_finite
+
+    def slow(tensor):
+        time.sleep(0.2 * (os.environ["RANK"] == "0"))
+        return is_finite(tensor)
+
+    def hooked(*args):
+        watchdog._watch.patience = 1.5
+        weights.is_finite = slow
+        return save(*args)
+
+    training.save_model = hooked
+
+
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_ranks_that_wait_for_an_export_do_not_end_it(world, tmp_path, sharding):
+    """Under "optimizer" every rank has all of the weights, and would be through with them at once."""
+    config = write_config(tmp_path, world, max_steps=1, warmup_steps=0, sharding=sharding, **LORA)
+    start = time.monotonic()
+    assert "final" in launch("sft", config, ranks=2, prepare=export_slowly).ok().out[0]
+    assert time.monotonic() - start > 4
 
 
 def test_two_runs_in_one_folder(world, tmp_path):
