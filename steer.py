@@ -24,7 +24,7 @@ extract and validate take several configs and names; their settings but for the 
 Keys stand in the sections steer and aqi of a config, or on the command line as --key=value; COMMAND --help
 lists them. extract and sweep do nothing when their folder already holds the result of the same inputs
 (settings, weights, tokens); that of other inputs is replaced, unless --out_dir, or --report_dir of a sweep,
-names another folder.
+names another folder. A vector of another pair, or of weights that have changed since, is refused.
 """
 
 # Reading order: keys, targets, the commands, output, main. What is computed stands in analysis/ and aqi.py.
@@ -50,7 +50,14 @@ from safetensors.numpy import save_file
 
 import aqi
 from analysis.baselines import baselines, probe, separation_of, warnings_of
-from analysis.behaviour import KL_TEXTS, asked_prompts, final_logits, model_behaviour, steered_behaviour
+from analysis.behaviour import (
+    KL_TEXTS,
+    OPENING,
+    asked_prompts,
+    final_logits,
+    model_behaviour,
+    steered_behaviour,
+)
 from analysis.curves import bootstrap, permute
 from analysis.groups import effective_size
 from analysis.indices import holds_labels
@@ -59,6 +66,7 @@ from analysis.oracle import ceiling
 from analysis.steering import STEERED_LAYERS, bake, packed_batches, pool, spectrum, steering_tap
 from analysis.sweep import (
     CONTINUED,
+    beginnings,
     continuations,
     coordinate_scale,
     direction_curve,
@@ -81,6 +89,7 @@ from analysis.vector import (
     labelled_documents,
     last_layers,
     plain_document,
+    reading_limit,
 )
 from analysis.verdict import judge, power
 from data import encode_chat
@@ -358,7 +367,33 @@ def find_vector(targets, config):
     if len(pairs) != 1:
         raise UserError(f"targets {', '.join(pairs)}: expected one pair")
     (pair,) = pairs.values()
-    return Vector.load(pair.out_dir)
+    vector = Vector.load(pair.out_dir)
+    _require_pair(vector, pair)
+    if targets[0].endswith(".py"):
+        _say_other_texts(vector, pair)
+    vector.require_models()
+    return vector
+
+
+def _require_pair(vector, pair):
+    """UserError where the vector in a pair's folder is another pair's: several runs may have one folder."""
+    for key in ("sft_path", "dpo_path", "template"):
+        wanted, found = getattr(pair, key), vector.manifest[key]
+        if wanted not in (None, found):
+            made = f"the vector in {vector.folder} was made with {found!r}"
+            raise UserError(f"{key}={wanted!r}: {made}; extract again, with another --out_dir to keep both")
+
+
+def _say_other_texts(vector, pair):
+    """A line where a config has other keys of the vector's texts than the vector: extract takes more of them
+    than the commands that read its vector.
+    """
+    own = dataclasses.replace(pair, count=pair.count or MODES[pair.mode])
+    differing = [key for key in _TEXTS if getattr(own, key) != vector.manifest[key]]
+    if differing:
+        there = ", ".join(f"{key}={vector.manifest[key]!r}" for key in differing)
+        here = ", ".join(f"{key}={getattr(own, key)!r}" for key in differing)
+        print(f"note: the vector in {vector.folder} was made with {there}; the config has {here}")
 
 
 # ---------------------------------------------------------------- extract, spectrum, generate, bake
@@ -435,9 +470,7 @@ def run_generate(targets, config, _):
     if config.prompt is None:
         if not Path(config.questions).is_file():
             raise UserError(f"questions={config.questions!r}: no such file; expected one prompt a line")
-        prompts = Path(config.questions).read_text().splitlines()
-        if not prompts:
-            raise UserError(f"questions={config.questions!r}: an empty file; expected one prompt a line")
+        prompts = _read_questions(config.questions)
     answers = {}
     for name in MODELS:
         strengths = [x for x in config.lambdas if (x < 0) == (name == "dpo")]
@@ -449,12 +482,28 @@ def run_generate(targets, config, _):
             print(f"  lambda {strength:g} on {'sft' if strength >= 0 else 'dpo'}: {answers[strength][i]}")
 
 
+def _read_questions(path):
+    """The prompts of a file, one a line. UserError for a line without one."""
+    try:
+        prompts = Path(path).read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"questions={path!r}: byte {error.start} is not UTF-8; expected text") from error
+    if not prompts:
+        raise UserError(f"questions={path!r}: an empty file; expected one prompt a line")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"questions={path!r}: line {number} is empty; expected one prompt a line")
+    return prompts
+
+
 def _answers(vector, name, strengths, prompts, config):
     """{lambda: [answer to each prompt]} of the model `name`, without end tokens."""
     model, tokenizer = vector.model(name)
     add, eos = vector.additions(config, model, tokenizer, name), model.config.eos_token_id
     ends = eos if isinstance(eos, tuple) else (eos,)
     ids = [_prompt_ids(prompt, tokenizer, vector.manifest["template"]) for prompt in prompts]
+    key = "prompt" if config.questions is None else f"questions={config.questions!r}"
+    check_lengths(key, [(tokens, None) for tokens in ids], vector.manifest["sft_path"], config.max_new_tokens)
     answers = {}
     for strength in strengths:
         tap = steering_tap(add, strength, config.rescale)
@@ -517,10 +566,15 @@ def sweep(vector, config, measure):
     options = vector.manifest["max_text_tokens"], encoder(vector.manifest["compat"])
     documents = labelled_documents(prompts.texts, tokenizer, *options)
     check_lengths(f"prompts {measure.prompts!r}", documents, vector.manifest["sft_path"])
+    vector.require_models()
+    texts = _read_texts(vector, prompts, documents, tokenizer)
+    begun = [(ids, None) for ids in beginnings(texts.held_out["chosen"])]
+    key = f"first halves of texts {vector.manifest['texts']!r}"
+    check_lengths(key, begun, vector.manifest["sft_path"], config.max_new_tokens)
     inputs = _sweep_inputs(vector, config, measure, prompts, documents)
     lock(folder, None)
     if not is_done(folder / "aqi.json", inputs):
-        _measure_sweep(vector, config, measure, prompts, documents, folder, inputs)
+        _measure_sweep(vector, config, measure, texts, folder, inputs)
     report = read_verified_json(folder / "aqi.json")
     rows = [row for row in report["rows"] if row["category"] == aqi.OVERALL]
     (folder / "tables.txt").write_text(summary.tables(report, aqi.table(rows)))
@@ -594,25 +648,34 @@ class Texts:
     documents: list  # (n,) of the prompts
     held_out: dict  # {side: documents}
     asked: dict  # {"unsafe": [ids], "safe": [ids]}: prompts as questions
+    too_long: int  # prompts that are not asked, because the model does not read so far
 
 
 def _read_texts(vector, prompts, documents, tokenizer):
-    """The Texts of a sweep. The prompts that are answered are rendered as the vector's texts are."""
+    """The Texts of a sweep. The prompts that are answered are rendered as the vector's texts are, uncut.
+
+    UserError when no prompt of a label leaves room for an answer, or the vector's texts are others by now.
+    """
+    path = vector.manifest["sft_path"]
+    limit, name = reading_limit(path)
     held_out = {side: parts[1] for side, parts in vector.texts(tokenizer).items()}
-    asked = {}
-    for name, rows in asked_prompts(prompts.label).items():
-        asked[name] = [
-            _prompt_ids(prompts.texts[row], tokenizer, vector.manifest["template"]) for row in rows
-        ]
-    return Texts(prompts, documents, held_out, asked)
+    asked, too_long = {}, 0
+    for label, rows in asked_prompts(prompts.label).items():
+        questions = [_prompt_ids(prompts.texts[row], tokenizer, vector.manifest["template"]) for row in rows]
+        asked[label] = [ids for ids in questions if len(ids) + OPENING <= limit]
+        too_long += len(questions) - len(asked[label])
+        if not asked[label]:
+            wanted = f"expected some that leave {OPENING} of {name}={limit} of {path!r} for an answer"
+            raise UserError(f"prompts: all {label} ones are too long as questions; {wanted}")
+    return Texts(prompts, documents, held_out, asked, too_long)
 
 
-def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
-    """All of a sweep's measurements, and its plots, into `folder`. documents: the tokens of the prompts."""
-    dpo_point = _measure_dpo(vector, config, prompts, documents)
+def _measure_sweep(vector, config, measure, texts, folder, inputs):
+    """All of a sweep's measurements, and its plots, into `folder`."""
+    prompts, documents = texts.prompts, texts.documents
+    dpo_point = _measure_dpo(vector, texts)
     model, tokenizer = vector.model("sft")
     add, device = vector.additions(config, model, tokenizer), device_of(model)
-    texts = _read_texts(vector, prompts, documents, tokenizer)
     raw, shifts, profile = embed(model, documents, prompts, add, vector, config, bar("steered"))
     # As published: raw distances. Otherwise in units of the unsteered states' deviations, one scale for all
     # that follows.
@@ -656,21 +719,20 @@ def _measure_sweep(vector, config, measure, prompts, documents, folder, inputs):
         profile=aqi.score(profile, "sweep"),
         errors=injection_errors(model, vector.texts(tokenizer)[config.side], vector, config),
         nulls={kind: values[:, :, -1].tolist() for kind, values in nulls.curves.items()},
-        notes=_notes(vector, prompts, measure, rows, found),
+        notes=_notes(vector, texts, measure, rows, found),
         **found,
     )
 
 
-def _measure_dpo(vector, config, prompts, documents):
+def _measure_dpo(vector, texts):
     """The DPO model itself, the last point of every curve.
 
     Embeddings (n, D), behaviour, logits of held-out texts.
     """
     model, tokenizer = vector.model("dpo")
-    texts = _read_texts(vector, prompts, documents, tokenizer)
-    embeddings = torch.zeros(len(documents), model.config.hidden_size)
+    embeddings = torch.zeros(len(texts.documents), model.config.hidden_size)
     pooling = text_pooling(vector)
-    for rows, batch in packed_batches(documents, device_of(model), bar("DPO model")):
+    for rows, batch in packed_batches(texts.documents, device_of(model), bar("DPO model")):
         with torch.no_grad():
             hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
         embeddings[torch.from_numpy(rows)] = pool(hidden, batch.cu_seqlens, pooling).cpu()
@@ -792,9 +854,12 @@ def _less_preferred(found):
     return [f"log-prob of chosen less rejected held-out texts falls, {changed}: {asked}"]
 
 
-def _notes(vector, prompts, measure, rows, found):
+def _notes(vector, texts, measure, rows, found):
     """Sentences on what these texts and weights cannot carry."""
-    notes = [*_less_preferred(found), *warnings_of(found["baselines"])]
+    prompts, notes = texts.prompts, [*_less_preferred(found), *warnings_of(found["baselines"])]
+    if texts.too_long:
+        total = texts.too_long + sum(map(len, texts.asked.values()))
+        notes.append(f"{texts.too_long} of {total} prompts are not asked: longer than the model reads")
     if measure.oracle and "oracle" not in found:
         notes.append(
             f"no oracle: {_independent(prompts)} independent groups of a label; expected 4, for two halves"

@@ -166,13 +166,17 @@ def injection_errors(model, texts, vector, config):
     return errors
 
 
+def beginnings(texts):
+    """The ids of the first halves of CONTINUED texts."""
+    return [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in texts[:CONTINUED]]
+
+
 def continuations(model, texts, add, config):
-    """Repetition, a share per lambda, in greedy continuations of the first halves of CONTINUED texts."""
-    beginnings = [ids[: max(1, len(ids) // 2)].tolist() for ids, _ in texts[:CONTINUED]]
-    found = []
+    """Repetition, a share per lambda, in greedy continuations of beginnings(texts)."""
+    prompts, found = beginnings(texts), []
     for strength in config.lambdas:
         tap = steering_tap(add, strength, config.rescale)
-        answers = generate(model, beginnings, config.max_new_tokens, model.config.eos_token_id, tap=tap)
+        answers = generate(model, prompts, config.max_new_tokens, model.config.eos_token_id, tap=tap)
         found.append(repetition(answers))
     return found
 

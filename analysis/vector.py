@@ -105,17 +105,28 @@ def labelled_documents(texts, tokenizer, max_tokens, encode=plain_document, log=
     return documents
 
 
-def check_lengths(key, documents, path):
-    """UserError for documents of config key `key` that the model at `path` cannot read, as in training."""
-    config = model_config(locate(path)[0])
+def check_lengths(key, documents, path, answer=0):
+    """UserError for documents of config key `key` that the model at `path` cannot read, as in training.
+
+    answer: so many tokens are written behind each of them.
+    """
+    limit, name = reading_limit(path)
     longest = max(len(ids) for ids, _ in documents)
+    if longest + answer > limit:
+        found = f"the longest text has {longest:,} tokens"
+        wanted = f"expected at most {name}={limit} of {path!r}"
+        if answer:
+            raise UserError(f"{key}: {found}, and {answer:,} are written behind it; {wanted}")
+        raise UserError(f"{key}: {found}; {wanted}, by --max_text_tokens={limit}")
+
+
+def reading_limit(path):
+    """(tokens, name of the config.json key) that a text may have for the model at `path`; inf without any."""
+    config = model_config(locate(path)[0])
     # Gemma 2's windows are masked; a Llama's (Mistral's) are not.
     names = ["max_position_embeddings"] + ["sliding_window"] * isinstance(config, LlamaConfig)
-    for name in names:
-        limit = getattr(config, name)
-        if limit and longest > limit:
-            wanted = f"expected at most {name}={limit} of {path!r}, by --max_text_tokens={limit}"
-            raise UserError(f"{key}: the longest text has {longest:,} tokens; {wanted}")
+    limits = [(getattr(config, name), name) for name in names if getattr(config, name)]
+    return min(limits, default=(math.inf, ""))
 
 
 def text_pairs(source, count, tokenizer, template, max_tokens, encode=plain_document, held_out=0, log=print):
@@ -468,14 +479,26 @@ class Vector:
     def model(self, name):
         """(model, tokenizer) of "sft" or "dpo".
 
-        ValueError when the folder no longer holds the weights that the vector was made from.
+        UserError when the folder no longer holds the weights that the vector was made from.
         """
+        self._require_weights(name)
+        return load_model(self.manifest[f"{name}_path"])
+
+    def require_models(self):
+        """As model(), of both, which are not read.
+
+        Of folders: a model of the hub changes here with its revision only, and may be deleted (keep_weights).
+        """
+        for name in MODELS:
+            if Path(self.manifest[f"{name}_path"]).is_dir():
+                self._require_weights(name)
+
+    def _require_weights(self, name):
         path, wanted = self.manifest[f"{name}_path"], self.manifest[name]
         found = weights_hash(path)
         if found != wanted:
             vector = f"those of the vector in {self.folder} to {wanted}"
             raise UserError(f"{path}: its weights hash to {found}, {vector}; extract again")
-        return load_model(path)
 
     def layers(self, count):
         """The last `count` layers, ascending."""

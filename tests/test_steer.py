@@ -573,6 +573,58 @@ def test_a_vector_of_other_weights_is_refused(lab):
     assert vector.model("dpo")
 
 
+@pytest.mark.slow
+def test_a_finished_sweep_of_what_has_changed_is_not_shown(lab, capsys):
+    """Its DPO model trained again, or its texts edited: the vector's own manifest does not know."""
+    shutil.copytree(lab / "dpo", lab / "stale_dpo")
+    shutil.copy(lab / "texts.jsonl", lab / "stale.jsonl")
+    extract(lab, "stale", dpo="stale_dpo", texts="stale.jsonl")
+    again = partial(sweep, lab, "sweep_stale", "--lambdas=0,1", folder="stale")
+    again()
+    rows = (lab / "stale.jsonl").read_text().splitlines()
+    (lab / "stale.jsonl").write_text("\n".join([rows[1], *rows[1:]]) + "\n")
+    with pytest.raises(ValueError, match="stale.jsonl': not the token ids of the vector in .*stale; expected"):
+        again()
+    (lab / "stale.jsonl").write_text("\n".join(rows) + "\n")
+    assert again() and "finished, of the same inputs" in capsys.readouterr().out
+    change_weights(lab / "stale_dpo", lambda weights: weights["model.norm.weight"].add_(1e-3))
+    pair = [f"{lab}/sft", f"{lab}/stale_dpo", f"--out_dir={lab}/stale"]
+    for command in (["spectrum"], ["generate", "--prompt=help"], ["bake", "--strength=1", f"--bake_dir={lab}/none"]):
+        with pytest.raises(ValueError, match="stale_dpo: its weights hash to .*; extract again"):
+            steer.main([command[0], *pair, *command[1:]])
+    with pytest.raises(ValueError, match="stale_dpo: its weights hash to .*; extract again"):
+        again()
+
+
+def test_the_vector_of_another_pair_is_refused(lab, capsys):
+    """Two runs in one folder, like the DPO runs of one SFT model, have one steer_MODE beside them."""
+    sizes = dict(max_seq_len=64, global_batch_size=4, tokens_per_microbatch=128, lr=1e-3, data={"x": 1.0})
+    shutil.copytree(lab / "dpo", lab / "one/final")
+    shutil.copytree(lab / "sft", lab / "two/final")
+    extract(lab, "both", dpo="one/final")
+    for name in ("one", "two"):
+        dpo = sizes | dict(model_path=f"{lab}/sft", out_dir=f"{lab}/{name}")
+        own = dict(texts=f"{lab}/texts.jsonl", out_dir=f"{lab}/both")
+        (lab / f"{name}.py").write_text(f"dpo = {dpo!r}\nsteer = {own!r}\n")
+    capsys.readouterr()
+    steer.main(["spectrum", f"{lab}/one.py"])
+    said = f"note: the vector in {lab}/both was made with count={COUNT}; the config has count="
+    assert said in capsys.readouterr().out
+    commands = (
+        ["spectrum"],
+        ["generate", "--prompt=help"],
+        ["bake", "--strength=1", f"--bake_dir={lab}/none"],
+        ["sweep", f"--prompts={lab}/prompts.csv"],
+    )
+    made = f"the vector in {lab}/both was made with '{lab}/one/final'; extract again, with another --out_dir"
+    for command, *keys in commands:
+        for target in ([f"{lab}/two.py"], [f"{lab}/sft", f"{lab}/two/final", f"--out_dir={lab}/both"]):
+            with pytest.raises(ValueError, match=f"dpo_path='{lab}/two/final': {made} to keep both"):
+                steer.main([command, *target, *keys])
+    with pytest.raises(ValueError, match=f"template='tulu': the vector in {lab}/both was made with None"):
+        steer.main(["spectrum", f"{lab}/one.py", "--template=tulu"])
+
+
 def test_what_is_wrong_with_a_text_or_a_vector_is_named(lab):
     """A row that is no transcript; a vector that a copy left torn or behind."""
     rows = [json.loads(line) for line in (lab / "texts.jsonl").read_text().splitlines()]
@@ -680,6 +732,13 @@ def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch)
             "questions='.*empty.txt': an empty file; expected one prompt a line",
         ),
         (("--questions=none.txt",), "questions='none.txt': no such file; expected one prompt a line"),
+        (("--questions={lab}/utf16.txt",), "questions='.*utf16.txt': byte 0 is not UTF-8; expected text"),
+        (("--questions={lab}/gap.txt",), "gap.txt': line 2 is empty; expected one prompt a line"),
+        (
+            ("--prompt=" + "help " * 105, "--max_new_tokens=9"),
+            "prompt: the longest text has 12. tokens, and 9 are written behind it; expected at most "
+            "max_position_embeddings=128",
+        ),
         (("--prompt=help", "--temperature=-1"), "temperature=-1.0: expected float >= 0"),
         (("--prompt=help", "--temperature=nan"), "temperature=nan: expected float >= 0"),
         (
@@ -691,6 +750,8 @@ def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch)
 )
 def test_generations_that_cannot_be(lab, argv, message):
     (lab / "empty.txt").touch()
+    (lab / "utf16.txt").write_bytes("help".encode("utf-16"))
+    (lab / "gap.txt").write_text("help\n\nhelp\n")
     with pytest.raises(ValueError, match=message):
         steer.main(["generate", f"{lab}/steer", "--layers=1", *SHORT, *(x.format(lab=lab) for x in argv)])
 
@@ -1132,12 +1193,16 @@ def test_new_plots_do_not_stand_beside_an_older_report(lab, swept, monkeypatch):
 
 @pytest.mark.slow
 def test_prompts_that_are_cut_elsewhere_are_another_sweep(lab, capsys):
-    """All texts fit either length, so the vector is the same to the bit; a prompt of 100 words does not."""
+    """All texts fit either length, so the vector is the same to the bit; a prompt of 100 words does not.
+
+    It is not asked: the answer would lie beyond what the model reads.
+    """
     rows = (lab / "prompts.csv").read_text().splitlines()
     (lab / "long.csv").write_text("\n".join([*rows, "calm,safe," + "good " * 100]) + "\n")
     for length in (512, 64):
         vector = extract(lab, "cut", f"--max_text_tokens={length}")
-        sweep(lab, "sweep_cut", f"--prompts={lab}/long.csv", "--lambdas=0,1", folder="cut")
+        report = sweep(lab, "sweep_cut", f"--prompts={lab}/long.csv", "--lambdas=0,1", folder="cut")
+        assert "1 of 25 prompts are not asked: longer than the model reads" in report["notes"]
     assert (
         all(len(ids) < 64 for side in vectors.SIDES for ids, _ in documents(lab, side))
         and vector.manifest["max_text_tokens"] == 64
