@@ -287,8 +287,12 @@ def mixture_rows(n: int, amount: float | int, rule: str = "choice") -> np.ndarra
 def is_held_out(messages: list[dict], fraction: float) -> bool:
     """Whether the first user message hashes into `fraction`: dialogues that open alike fall on one side."""
     # By content and not by row number: a prompt that occurs twice must not be trained on and held out.
-    prompt = opening_prompt(messages)
-    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) < fraction * 2**64
+    return opening_hash(messages) < fraction * 2**64
+
+
+def opening_hash(messages: list[dict]) -> int:
+    """The first 64 bits of the opening prompt's sha256."""
+    return int.from_bytes(hashlib.sha256(opening_prompt(messages).encode()).digest()[:8])
 
 
 def opening_prompt(messages: list[dict]) -> str:
@@ -309,6 +313,7 @@ class Documents:
     loss_mask: np.ndarray  # (total,) bool, True where the token is trained on
     offsets: np.ndarray  # (n + 1,) int64, document i is [offsets[i], offsets[i + 1])
     row_ids: np.ndarray  # (n,) str, "source#row"
+    openings: np.ndarray | None = None  # (n,) uint64, opening_hash of each; None of documents made by hand
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -343,7 +348,7 @@ class Documents:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of ids, mask and offsets: equal means the same tokens in the same order."""
-        # row_ids are left out: the same tokens from a file of another name are the same data.
+        # row_ids and openings are left out: the same tokens from a file of another name are the same data.
         digest = hashlib.sha256()
         for column in (self.input_ids, self.loss_mask, self.offsets):
             digest.update(np.ascontiguousarray(column))
@@ -418,8 +423,17 @@ class Pairs:
         return self.chosen.row_ids
 
     @property
+    def openings(self) -> np.ndarray | None:
+        return self.chosen.openings
+
+    @property
     def fingerprint(self) -> str:
         return hashlib.sha256((self.chosen.fingerprint + self.rejected.fingerprint).encode()).hexdigest()
+
+
+def count_trained_openings(train: Documents | Pairs, held_out: Documents | Pairs) -> int:
+    """How many rows of `held_out` have the opening prompt of a row of `train`."""
+    return int(np.isin(held_out.openings, train.openings).sum())
 
 
 def load_sft(config, tokenizer: Tokenizer, log=print) -> tuple[Documents, Documents | None]:
@@ -479,8 +493,14 @@ def _load(config, sides: tuple[str, ...], tokenizer: Tokenizer, log):
         token_cache.write(folders[key], columns, meta)
 
     loaded = {key: _read_cache(folder, sides, key, log) for key, folder in folders.items()}
-    held_out = loaded["data_eval"]["train"] if "data_eval" in loaded else loaded["data"].get("eval")
-    return loaded["data"]["train"], held_out
+    if "data_eval" not in loaded:
+        return loaded["data"]["train"], loaded["data"].get("eval")
+    train, held_out = loaded["data"]["train"], loaded["data_eval"]["train"]
+    # Said and not refused: the loss on a sample of the trained rows may be what is wanted.
+    if count := count_trained_openings(train[0], held_out[0]):
+        shared = f"{count:,} of {len(held_out[0]):,} rows have a prompt that is trained on too"
+        log(f"data_eval: {shared}: in eval/, they are not held-out data")
+    return train, held_out
 
 
 # ---------------------------------------------------------------- pairs without a cache
@@ -673,8 +693,8 @@ def _tokenise(parts: list[_Part], sides, tokenizer: Tokenizer, settings: dict) -
                     if isinstance(row, str):
                         tally.dropped[row] += 1
                     else:
-                        split, documents = row
-                        kept[split].add(f"{part.name}#{number}", documents)
+                        split, documents, opening = row
+                        kept[split].add(f"{part.name}#{number}", documents, opening)
                 progress.update(len(numbers))
             tally.check_source(part)
     stats = tally.stats(parts, {split: len(kept[split].row_ids) for split in splits})
@@ -689,14 +709,15 @@ class _Kept:
     """The documents of a split, side by side, until all are there."""
 
     def __init__(self, sides):
-        self.row_ids = []
+        self.row_ids, self.openings = [], []
         self.ids = {side: [] for side in sides}
         self.masks = {side: [] for side in sides}
 
-    def add(self, row_id: str, documents: list[tuple]) -> None:
-        """Add a row's (ids, mask) per side."""
+    def add(self, row_id: str, documents: list[tuple], opening: int) -> None:
+        """Add a row's (ids, mask) per side, and the hash of its opening prompt."""
         # Both sides at once: chosen[i] and rejected[i] are of one row because they are added together.
         self.row_ids.append(row_id)
+        self.openings.append(opening)
         for side, (ids, mask) in zip(self.ids, documents):
             self.ids[side].append(ids)
             self.masks[side].append(mask)
@@ -711,6 +732,7 @@ class _Kept:
             columns[f"{split}.{side}.loss_mask"] = np.concatenate(self.masks[side])
             columns[f"{split}.{side}.offsets"] = np.cumsum(lengths, dtype=np.int64)
             columns[f"{split}.{side}.row_ids"] = np.array(self.row_ids)
+            columns[f"{split}.{side}.openings"] = np.array(self.openings, dtype=np.uint64)
         return columns
 
 
@@ -849,7 +871,7 @@ def _check_characters(text: str, row: dict) -> None:
 
 
 def _encode_rows(part: _Part, numbers, rendered: list, tokenizer: Tokenizer, settings: dict, tally: _Tally):
-    """Per row of `rendered`: ("train" or "eval", [(ids, mask) per side]), or the reason why it is dropped."""
+    """Per row of `rendered`: ("train" or "eval", [(ids, mask) per side], opening_hash), or why not kept."""
     texts = []
     for row in rendered:
         if not isinstance(row, str):
@@ -874,7 +896,9 @@ def _encode_rows(part: _Part, numbers, rendered: list, tokenizer: Tokenizer, set
         tally.counts["equal"] += len(cut) == 2 and np.array_equal(cut[0][0], cut[1][0])
         for (ids, mask), (all_ids, _, straddling) in zip(cut, whole):
             tally.see_document(ids, mask, straddling, len(all_ids) > limit)
-        yield "eval" if is_held_out(row[0].messages, settings["held_out"]) else "train", cut
+        messages = row[0].messages
+        split = "eval" if is_held_out(messages, settings["held_out"]) else "train"
+        yield split, cut, opening_hash(messages)
 
 
 def _why_drop(row: list[_Rendered], cut: list[tuple], limit: int) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import TEMPLATES, end_of_turn, resolve_template
+from data import TEMPLATES, count_trained_openings, end_of_turn, resolve_template
 from model import (
     Llama,
     LlamaConfig,
@@ -260,6 +260,9 @@ def start(stage, config, load_data, facts):
     parallel.require_same(world, checkpoint=str(latest))  # else each would go on from what it found
     # what no key states: two runs with equal keys and unequal numbers differ in one of these
     manifest = provenance | {"stage": stage, "warmup_steps": warmup, **implicit(config, model), **facts}
+    if held_out:
+        trained = count_trained_openings(data, held_out)
+        manifest["held_out_rows"] = {"all": len(held_out), "with_a_trained_prompt": trained}
     log = Logbook(config, world, total_steps, manifest)
     return Run(config, world, tokenizer, model, optimizer, data, held_out, weights, total_steps, warmup,
                checkpointer, latest, log)  # fmt: skip

@@ -59,11 +59,11 @@ def card(run_dir):
         "`weights` and `data` are hashes of the weights that the run started from and of the token ids "
         "and masks it was trained on."
     )
+    about_metrics = f"Of the training steps and, `eval/`, of {_evaluated(run.manifest)}"
     parts = [
         _front_matter(_lineage(Path(run_dir)), tags),
         f"# {name}\n\n{about}",
-        "## Metrics\n\nOf the training steps and, `eval/`, of held-out data; ± is half of a 95 % "
-        f"interval.\n\n{_metrics(run)}",
+        f"## Metrics\n\n{about_metrics}; ± is half of a 95 % interval.\n\n{_metrics(run)}",
         f"## Configuration\n\n{_block(decisive)}",
         f"## Provenance\n\n{provenance}\n\n{_block({key: run.manifest[key] for key in SETUP})}",
     ]
@@ -98,6 +98,15 @@ def _front_matter(lineage, tags):
     if datasets:
         lines.append(f"datasets: {json.dumps(datasets)}")
     return "\n".join([*lines, f"tags: {json.dumps(tags)}", "---"])
+
+
+def _evaluated(manifest):
+    """What eval/ is of. Older manifests lack the count, and those of runs without held-out data."""
+    rows = manifest.get("held_out_rows", {"with_a_trained_prompt": 0})
+    if not rows["with_a_trained_prompt"]:
+        return "held-out data"
+    shared = f"{rows['with_a_trained_prompt']:,} have a prompt that was trained on too and are not held out"
+    return f"the {rows['all']:,} rows of `data_eval`, of which {shared}"
 
 
 def _metrics(run):

@@ -1048,6 +1048,42 @@ def test_held_out_data_can_be_another_mixture(tokenizer, config):
     assert (len(train), len(held_out)) == (30, 3)
 
 
+@pytest.mark.parametrize(
+    "held_out, count",
+    [
+        (["Hi 2", "Hi", "yo"], 0),  # Hi 2 is in the file and not picked
+        (["Hi 1", "yo", " Hi 1\n", "Hi 2", "Hi"], 2),
+        (["Hi 0", "Hi 1", "Hi 0"], 3),
+    ],
+)
+@pytest.mark.parametrize("load", [data.load_sft, data.load_preferences])
+def test_held_out_prompts_that_are_trained_too_are_counted(
+    tokenizer, config, monkeypatch, load, held_out, count
+):
+    """Hi 0 and Hi 1 are trained: the first 2 of 3 rows. The answers differ, and outer blanks do not count.
+
+    A start that finds the cache says the same.
+    """
+
+    def write(path, prompts, answer):
+        rows = [{"prompt": prompt, "chosen": f"{answer} you", "rejected": answer} for prompt in prompts]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    config.rows, path = "first", config.path.with_name("held_out.jsonl")
+    write(config.path, ["Hi 0", "Hi 1", "Hi 2"], "yo")
+    write(path, held_out, "us")
+    config.data, config.data_eval = {str(config.path): 2}, {str(path): 1.0}
+    first, again = [], []
+    documents = load(config, tokenizer, first.append)
+    assert data.count_trained_openings(*documents) == count
+    shared = f"data_eval: {count} of {len(held_out)} rows have a prompt that is trained on too: "
+    expected = [f"{shared}in eval/, they are not held-out data"] if count else []
+    assert [line for line in first if "trained on too" in line] == expected
+    monkeypatch.setattr(data, "_tokenise", never)
+    load(config, tokenizer, again.append)
+    assert again == first
+
+
 def test_missing_held_out_data_is_found_before_anything_is_tokenised(tokenizer, config, monkeypatch):
     monkeypatch.setattr(data, "_tokenise", never)
     config.data_eval = {"missing.jsonl": 1.0}

@@ -178,13 +178,21 @@ def test_every_rung_is_a_pair_of_what_its_scripts_write():
 @pytest.mark.slow
 def test_both_stages_are_joined_and_describe_themselves(world, tmp_path):
     """The DPO run begins at the SFT run's weights; the cards parse as the hub parses them, and the models
-    still load.
+    still load. Held-out rows that are trained on too are said, in the cards too.
     """
     (tmp_path / "runs").mkdir()
     keys = dict(data_eval={f"{world}/pref.jsonl": 8}, max_steps=2)
-    config = write_config(tmp_path / "runs", world, dpo=keys | dict(model_path=f"{tmp_path}/runs/sft/final"))
-    for stage in ("sft", "dpo", "dpo"):  # the third run replaces the second's final/ and card
-        launch(stage, config).ok()
+    config = write_config(
+        tmp_path / "runs",
+        world,
+        sft=dict(data_eval={f"{world}/sft.jsonl": 5}),
+        dpo=keys | dict(model_path=f"{tmp_path}/runs/sft/final"),
+    )
+    for stage, rows in (("sft", 5), ("dpo", 8), ("dpo", 8)):  # the last replaces the second's final/ and card
+        done = launch(stage, config).ok()
+        assert f"data_eval: {rows} of {rows} rows have a prompt" in done.out[0]
+        text = (tmp_path / "runs" / stage / "final/README.md").read_text()
+        assert f"of the {rows} rows of `data_eval`, of which {rows} have a prompt that was trained on" in text
     runs, _, _ = ladder.find(tmp_path / "runs")
     ((started, (sft_name, sft)),) = runs["sft"].items()
     ((trained, (dpo_name, dpo)),) = runs["dpo"].items()
@@ -241,7 +249,7 @@ def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = card.card(tmp_path / "runs/x/dpo")
     assert "| `loss` | 2.0000 | 1.0000 |\n| `eval/loss` | 1.0000 ± 0.1000 | 0.2500 ± 0.0250 |" in text
-    assert " 4 optimizer steps of 4 examples " in text
+    assert " 4 optimizer steps of 4 examples " in text and "`eval/`, of held-out data; ±" in text
     about = huggingface_hub.ModelCard(card.write("runs/x/dpo").read_text()).data.to_dict()
     assert about["base_model"] == "org/base" and about["datasets"] == ["org/chats", "org/pairs"]
     assert about["tags"] == ["dpo", "lora", "glassbox"] and "license" not in about

@@ -532,7 +532,9 @@ def load_pairs(path):
 
 
 def test_pairs_that_teach_nothing_are_counted(world, tmp_path):
-    """One pair of three has equal answers; the held-out file's line says that it is held out."""
+    """One pair of three has equal answers; the held-out file's line says that it is held out, and the next one
+    that its prompt is not.
+    """
     rows = [
         {"prompt": "the cat", "chosen": answer, "rejected": "a dog"} for answer in ("a dog", "fast", "slow")
     ]
@@ -544,8 +546,9 @@ def test_pairs_that_teach_nothing_are_counted(world, tmp_path):
     assert [line.split(",")[0] for line in lines] == [
         "data: 3 rows: 3 train",
         "data_eval: 3 rows: 3 held out",
+        "data_eval: 3 of 3 rows have a prompt that is trained on too: in eval/",
     ]
-    assert all(line.endswith("; 1 pairs with two equal answers (they teach nothing)") for line in lines)
+    assert all(line.endswith("; 1 pairs with two equal answers (they teach nothing)") for line in lines[:2])
 
 
 # ---------------------------------------------------------------- the reference cache
