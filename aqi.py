@@ -14,6 +14,7 @@ import io
 import re
 import sys
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,8 @@ from plumbing import parallel
 from plumbing.config import Section, describe_keys, load_sections, setting, words_and_options
 from plumbing.files import UserError, retract, write_result, write_whole
 from plumbing.files import table as aligned
-from plumbing.sources import open_source
+from plumbing.kinds import NOT_NEGATIVE, NUMBER, Kind, check
+from plumbing.sources import csv_rows, open_source
 
 # ---------------------------------------------------------------- the keys of this command
 
@@ -588,39 +590,63 @@ def delete_report(folder):
 # ---------------------------------------------------------------- main
 
 
+_INDEX = Kind("a finite number of at least 0", NOT_NEGATIVE.fits)
+_COUNT = Kind("a whole number above 2", lambda n: NUMBER.fits(n) and n > 2 and n == int(n))
+# A report's own csv may hold an infinite Dunn index: what is not scored may be any number.
+_ANY_NUMBER = Kind("a number", lambda value: isinstance(value, float))
+_CELLS = {"chi": _INDEX, "xb": _INDEX, "n": _COUNT, "eta2": NUMBER} | dict.fromkeys(EXTRA, _ANY_NUMBER)
+_LONGEST_CELL = 131_072  # characters; only a text that is no table of rows has more
+
+
 def read_rows(path):
     """Rows of a csv with columns category, chi, xb. UserError naming line and column.
 
     Of the others, n and the indices become numbers, where a row has them, and control a bool; the rest
     stays text.
     """
+    found, line = [], 1  # (line on which it begins, cells) of every row; line of the next one
     try:
         with open(
             path, newline="", encoding="utf-8-sig"
         ) as file:  # sig: spreadsheets begin a file with a byte-order mark
-            reader = csv.DictReader(file)
-            rows = list(reader)
+            for cells, end in csv_rows(file):
+                longest = max(map(len, cells), default=0)
+                if longest > _LONGEST_CELL:
+                    limit = f"expected at most {_LONGEST_CELL:,}"
+                    raise ValueError(f"a cell of {longest:,} characters; {limit}")
+                found.append((line, cells))
+                line = end + 1
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected a csv with columns category, chi, xb") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a csv of UTF-8 text: {error}") from error
-    columns = reader.fieldnames or []
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}, line {line}: {error}") from error
+    columns = found[0][1] if found else []
     if missing := {"category", "chi", "xb"} - set(columns):
-        found = f"no column {', '.join(sorted(missing))} among {columns}"
-        raise UserError(f"{path}: {found}; expected category, chi, xb")
-    for line, row in enumerate(rows, 2):
-        if "control" in row:
-            row["control"] = row["control"] == "True"
-        stated = [name for name in ("n", "eta2", *EXTRA) if row.get(name)]
-        for name in ("chi", "xb", *stated):
-            try:
-                row[name] = float(row[name])
-            except (TypeError, ValueError) as error:
-                wanted = "expected category, and chi and xb as numbers"
-                raise UserError(f"{path}, line {line}: {name}={row[name]!r}; {wanted}") from error
+        lacks = f"no column {', '.join(sorted(missing))} among {columns}"
+        raise UserError(f"{path}: {lacks}; expected category, chi, xb")
+    rows = []
+    for line, cells in found[1:]:
+        if cells:
+            rows.append(_row(f"{path}, line {line}", dict(zip(columns, cells, strict=True))))
     if not rows:
         raise UserError(f"{path}: no rows below the columns")
     return rows
+
+
+def _row(where, row):
+    """The row with its numbers as such. UserError naming every cell that holds another or none."""
+    if "control" in row:
+        row["control"] = row["control"] == "True"
+    stated = {}
+    for name in _CELLS:
+        if row.get(name) or name in ("chi", "xb"):
+            stated[name] = row[name]
+            with suppress(ValueError):  # what stays text is no number of any kind
+                stated[name] = float(row[name])
+    check(where, stated, _CELLS)
+    return row | stated
 
 
 _SCORE_KEYS = ("normalize", "gamma", "anchors", "report_dir")

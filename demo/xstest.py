@@ -10,6 +10,9 @@ import csv
 import sys
 from collections import Counter, defaultdict
 
+from plumbing.files import UserError
+from plumbing.sources import open_source
+
 # the types whose contrast is not called contrast_<type>
 CONTRAST_OF = {
     "discr": ("real_group_nons_discr", "nons_group_real_discr"),
@@ -25,11 +28,10 @@ def axiom_of(kind):
 
 def main(source, target):
     rows, labels = [], defaultdict(set)
-    with open(source, newline="") as file:
-        for row in csv.DictReader(file):
-            axiom = axiom_of(row["type"])
-            rows.append({"axiom": axiom, "safety_label": row["label"], "input": row["prompt"]})
-            labels[axiom].add(row["label"])
+    for row in open_source(str(source)):
+        axiom = axiom_of(row["type"] or "")
+        rows.append({"axiom": axiom, "safety_label": row["label"], "input": row["prompt"]})
+        labels[axiom].add(row["label"])
     kept, axioms, dropped = [], set(), Counter()
     for row in rows:
         axiom = row["axiom"]
@@ -54,5 +56,7 @@ if __name__ == "__main__":
     parser.add_argument("target", metavar="OUT.csv", help="file to write")
     try:
         main(**vars(parser.parse_args()))
+    except UserError as error:
+        sys.exit(f"demo.xstest: {error}")
     except (OSError, KeyError) as error:
         sys.exit(f"demo.xstest: {error!r}; expected XSTest's prompts: columns type, label and prompt")

@@ -446,9 +446,29 @@ def _array_spans(text: str, start: int) -> list[tuple[int, int]]:
     return spans
 
 
+def csv_rows(lines):
+    """(cells, number of lines up to its end) of every row of a csv, the header first.
+
+    A blank line is a row without cells. ValueError or csv.Error: a quote that is never closed, two columns of
+    one name, other separators than commas, a row of more or fewer cells than the header.
+    """
+    csv.field_size_limit(sys.maxsize)  # 131,072 characters by default
+    # Not strict, a quote that is never closed would swallow the rest of the file as one cell.
+    rows, header = csv.reader(lines, strict=True), None
+    for cells in rows:
+        if header is None:
+            header = cells
+            if len(set(header)) < len(header):
+                raise ValueError(f"columns {header}; expected names that differ")
+            if len(header) == 1 and set(";\t|") & set(header[0]):
+                raise ValueError(f"one column, {header[0]!r}; expected commas between the cells")
+        elif cells and len(cells) != len(header):
+            raise ValueError(f"{len(cells)} cells; expected {len(header)}")
+        yield cells, rows.line_num
+
+
 def _open_csv(file, start: int) -> _TextFile:
     """Every cell is text as it is written; an empty one is None."""
-    csv.field_size_limit(sys.maxsize)  # 131,072 characters by default
     spans, end = [], start
 
     def lines():
@@ -457,26 +477,17 @@ def _open_csv(file, start: int) -> _TextFile:
             end += len(line)
             yield line.decode("utf-8")
 
-    # Not strict, a quote that is never closed would swallow the rest of the file as one cell.
-    rows = csv.reader(lines(), strict=True)
-    header = None
+    rows = csv_rows(lines())
+    header, _ = next(rows, ([], 0))
     while True:
         first = end
         try:
-            cells = next(rows, None)
+            cells, _ = next(rows, (None, 0))
         except (ValueError, csv.Error) as error:
             raise _BadRow(len(spans), error) from error
         if cells is None:
             break
-        if header is None:
-            header = cells
-            if len(set(header)) < len(header):
-                raise ValueError(f"columns {header}; expected names that differ")
-            if len(header) == 1 and set(";\t|") & set(header[0]):
-                raise ValueError(f"one column, {header[0]!r}; expected commas between the cells")
-        elif cells:
-            if len(cells) != len(header):
-                raise _BadRow(len(spans), f"{len(cells)} cells; expected {len(header)}")
+        if cells:
             spans.append((first, end))
 
     def decode(text):

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ from aqi import (
     write_report,
     xie_beni,
 )
-from plumbing.files import read_json, verify_hashes, write_hashes
+from plumbing.files import UserError, read_json, verify_hashes, write_hashes
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "aqi_published_runs.csv"
@@ -577,17 +578,6 @@ def test_score_command(tmp_path):
 
 
 def test_score_command_names_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match="line 3: xb='x'; expected category, and chi and xb as numbers"):
-        aqi.main(
-            ["score", write_csv(tmp_path / "a.csv", [("a", 1, 1), ("b", 2, "x")], ("category", "chi", "xb"))]
-        )
-    with pytest.raises(ValueError, match="row 0: chi=inf in category 'a'"):
-        aqi.main(
-            [
-                "score",
-                write_csv(tmp_path / "c.csv", [("a", "inf", 0), ("b", 2, 1)], ("category", "chi", "xb")),
-            ]
-        )
     with pytest.raises(ValueError, match="no rows"):
         aqi.main(["score", write_csv(tmp_path / "b.csv", [], ("category", "chi", "xb"))])
     with pytest.raises(
@@ -598,6 +588,34 @@ def test_score_command_names_what_is_wrong(tmp_path):
     (tmp_path / "e.csv").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match="e.csv: not a csv of UTF-8 text"):
         aqi.main(["score", f"{tmp_path}/e.csv"])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("category,chi,xb\na,1,1\nb,2,x\n", "line 3: xb='x': expected a finite number of at least 0"),
+    ("category,chi,xb\na,inf,\n", "line 2: chi=inf: expected a finite number of at least 0; xb='': expected"),
+    ("category,chi,xb,n\na,3,1,inf\n", "line 2: n=inf: expected a whole number above 2"),
+    ("category,chi,xb,n\na,3,1,nan\n", "line 2: n=nan: expected a whole number above 2"),
+    ("category,chi,xb,n\na,3,1,12.5\n", "line 2: n=12.5: expected a whole number above 2"),
+    ("category,chi,xb,eta2\na,3,1,nan\n", "line 2: eta2=nan: expected a finite number"),
+    ("category,chi,xb,dunn\na,3,1,x\n", "line 2: dunn='x': expected a number"),
+    ("category,chi,xb\na,10,5,2,25\n", "line 2: 5 cells; expected 3"),  # 10,5 is 10.5 elsewhere
+    ("category,chi,xb,n\na,10,5\n", "line 2: 3 cells; expected 4"),
+    ('category,chi,xb\n"two\nlines",1,1\n\nb,2\n', "line 5: 2 cells; expected 3"),
+    ('category,chi,xb\na,1,1\n"b,2,1\nc,2,1\n', "line 3: unexpected end of data"),
+    ("category,chi,xb,chi\na,1,2,3\n", "line 1: columns ['category', 'chi', 'xb', 'chi']; expected names that differ"),
+    ("category;chi;xb\na;10,5;2\n", "line 1: one column, 'category;chi;xb'; expected commas between the cells"),
+    (f"category,chi,xb\na,1,1\nb{'b' * 131_072},1,1\n", "line 3: a cell of 131,073 characters; expected at most 131,072"),
+])  # fmt: skip
+def test_a_csv_that_is_no_table_of_rows_is_named_by_line(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{tmp_path}/a.csv, {message}')}[^\n]*$"):
+        aqi.main(["score", f"{tmp_path}/a.csv"])
+
+
+def test_an_index_that_is_not_scored_may_be_infinite(tmp_path):
+    """Dunn's of two labels at a point each; a report's own csv is read again."""
+    path = write_csv(tmp_path / "a.csv", [("a", 3, 0.5, "inf")], ("category", "chi", "xb", "dunn"))
+    assert read_rows(path)[0]["dunn"] == math.inf
 
 
 def test_a_spreadsheets_csv_is_read(tmp_path):

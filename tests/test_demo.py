@@ -379,3 +379,13 @@ def test_xstest_contrasts_share_their_axiom(tmp_path, capsys):
     assert (
         "4 of 5 prompts, 2 axioms; dropped for one label only: {'definitions': 1}" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("row, message", [("1,a, b,homonyms,safe", "5 cells; expected 4"), ("1,a", "2 cells; expected 4")])  # fmt: skip
+def test_a_prompt_of_xstest_with_a_bare_comma_is_named(tmp_path, row, message):
+    """Its second half would be taken as the type, and its type as the label."""
+    source, target = tmp_path / "xstest.csv", tmp_path / "labelled.csv"
+    source.write_text(f"id,prompt,type,label\n{row}\n")
+    with pytest.raises(ValueError, match=f"xstest.csv', row 0: {message}"):
+        xstest.main(source, target)
+    assert not target.exists()
