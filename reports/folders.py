@@ -8,6 +8,8 @@ from pathlib import Path
 
 from plumbing.files import UserError, read_json, read_verified_json, sha256_of
 
+POOLED = {"last": "last token", "mean": "mean of the tokens"}  # a pooling in words
+
 
 @dataclass(frozen=True)
 class Run:
@@ -49,6 +51,7 @@ class Steering:
     folder: Path
     manifest: dict  # empty for a sweep's own folder
     spectrum: list  # a dict per layer; empty where `spectrum` has not run
+    spectrum_of: str  # the states that it is of, which may be others than a sweep's; "" without one
     sweeps: dict  # {folder: what its aqi.json holds}
     outdated: list  # folders of sweeps along a vector that was here before
 
@@ -65,7 +68,7 @@ def read(folder):
     if (folder / "aqi.json").is_file():
         report = read_verified_json(folder / "aqi.json")
         _check_nulls(folder, report)
-        return Steering(folder, {}, [], {folder: report}, [])
+        return Steering(folder, {}, [], "", {folder: report}, [])
     expected = "a run folder (with metrics.jsonl) or a steering folder (with vector.safetensors or aqi.json)"
     raise UserError(f"{folder}: expected {expected}")
 
@@ -89,9 +92,11 @@ def _read_run(folder):
 
 
 def _read_steering(folder):
-    spectrum = []
+    spectrum, spectrum_of = [], ""
     if (folder / "spectrum.json").is_file():
-        for layer in read_verified_json(folder / "spectrum.json")["layers"]:
+        found = read_verified_json(folder / "spectrum.json")
+        spectrum_of = f"{found['side']} texts, {POOLED[found['pooling']]}"
+        for layer in found["layers"]:
             spectrum.append(layer | {"centred": layer["explained_centred"][0]})
     sweeps, outdated = {}, []
     for sweep, report, is_current in read_sweeps(folder):
@@ -104,7 +109,8 @@ def _read_steering(folder):
         raise UserError(
             f"{folder}: a vector and nothing on it; expected steer.py spectrum or sweep to have run"
         )
-    return Steering(folder, read_verified_json(folder / "manifest.json"), spectrum, sweeps, outdated)
+    manifest = read_verified_json(folder / "manifest.json")
+    return Steering(folder, manifest, spectrum, spectrum_of, sweeps, outdated)
 
 
 def read_sweeps(folder):

@@ -252,8 +252,7 @@ def manifest_table(found):
 
 def steering_section(folders):
     """(title, [(heading, table or charts)]) of all steering folders and the sweeps in them."""
-    sweeps, spectra = named_sweeps(folders), named_spectra(folders)
-    parts = []
+    sweeps, parts = named_sweeps(folders), []
     if sweeps:
         overall, *axioms = separation_charts(sweeps)
         effects = [change_forest(sweeps), *axiom_forests(sweeps)]
@@ -272,8 +271,8 @@ def steering_section(folders):
             ("What steering did to the states", state_charts(sweeps)),
             (ERRORS, errors(sweeps)),
         ]
-    if spectra:
-        parts.append((SPECTRUM, spectrum_charts(spectra)))
+    if spectra := [one for one in folders if one.spectrum]:
+        parts.append(spectrum_part(spectra))
     if sweeps:
         parts.append(("Terms", table(["term", "meaning"], list(TERMS.items()), text=2, kind="terms")))
     return "Steering", parts
@@ -334,14 +333,22 @@ def named_sweeps(folders):
     return list(zip(short_names(paths), paths.values()))
 
 
-def named_spectra(folders):
-    """[(name, rows over layers)] of the folders that have one; names as of named_sweeps."""
-    folders = [one for one in folders if one.spectrum]
+def spectrum_part(folders):
+    """(heading, charts) of folders with a spectrum; names as of named_sweeps.
+
+    The heading says which texts and tokens the spectra are of, or each name where they differ.
+    """
     pairs = [one.manifest.get("pair") for one in folders]
     names = pairs
     if None in pairs or len(set(pairs)) < len(pairs):
         names = names_of(folders)
-    return [(name, one.spectrum) for name, one in zip(names, folders)]
+    heading, kinds = SPECTRUM, [one.spectrum_of for one in folders]
+    if len(set(kinds)) == 1:
+        heading = f"{SPECTRUM}: {kinds[0]}"
+    else:
+        names = [f"{name} ({kind})" for name, kind in zip(names, kinds)]
+    spectra = [one.spectrum for one in folders]
+    return heading, spectrum_charts(list(zip(names, spectra)))
 
 
 def by_sweep(sweeps, head, rows, text, kind=""):

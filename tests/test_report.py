@@ -79,8 +79,8 @@ def write_run(folder, lines=LINES, samples=(), **config):
     return folder
 
 
-def write_steering(folder):
-    """A spectrum of two layers and a sweep over two lambdas with one axiom."""
+def write_steering(folder, side="chosen", pooling="last"):
+    """A spectrum of two layers, of that side and pooling, and a sweep over two lambdas with one axiom."""
     (folder / "sweep_matched").mkdir(parents=True)
     (folder / "vector.safetensors").touch()
     (folder / "manifest.json").write_text(
@@ -93,7 +93,9 @@ def write_steering(folder):
         "rank_one": 0.75,
         "effective_rank": 3.0,
     }
-    (folder / "spectrum.json").write_text(json.dumps({"layers": [layer | {"layer": i} for i in range(2)]}))
+    about = {"side": side, "pooling": pooling}
+    layers = [layer | {"layer": i} for i in range(2)]
+    (folder / "spectrum.json").write_text(json.dumps(about | {"layers": layers}))
     verdict = {
         "verdict": "rising",
         "because": [],
@@ -427,6 +429,22 @@ def test_charts_of_a_sweep(tmp_path):
     blocks = {"sweep_matched at the last lambda": "2.000", "sweep_matched unsteered": "1.000"}
     assert page.figures["Steering", "Separation after each block"] == blocks
     assert page.figures["Steering", "First component"] == {"steer raw": "0.7500", "steer centred": "0.2500"}
+
+
+def test_a_spectrum_says_which_texts_and_tokens_it_is_of(tmp_path):
+    """In the heading; of folders that differ, in each curve's name."""
+    chosen = write_steering(tmp_path / "a")
+    rejected = write_steering(tmp_path / "b", "rejected", "mean")
+    again = write_steering(tmp_path / "c", "rejected", "mean")
+    text, page = show(tmp_path, chosen)
+    assert f"<h3>{report.SPECTRUM}: chosen texts, last token</h3>" in text
+    text, page = show(tmp_path, rejected, again)
+    assert f"<h3>{report.SPECTRUM}: rejected texts, mean of the tokens</h3>" in text
+    assert page.figures["Steering", "Effective rank"].keys() == {"b", "c"}
+    text, page = show(tmp_path, chosen, rejected)
+    assert f"<h3>{report.SPECTRUM}</h3>" in text
+    names = {"a (chosen texts, last token)", "b (rejected texts, mean of the tokens)"}
+    assert page.figures["Steering", "Effective rank"].keys() == names
 
 
 def test_a_reason_is_given_once():
