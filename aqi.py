@@ -637,8 +637,11 @@ def read_rows(path):
 
 def _row(where, row):
     """The row with its numbers as such. UserError naming every cell that holds another or none."""
-    if "control" in row:
-        row["control"] = row["control"] == "True"
+    if "control" in row:  # spreadsheets write TRUE
+        word = row["control"].lower()
+        if word not in ("", "true", "false"):
+            raise UserError(f"{where}: control={row['control']!r}: expected True or False")
+        row["control"] = word == "true"
     stated = {}
     for name in _CELLS:
         if row.get(name) or name in ("chi", "xb"):

@@ -597,6 +597,7 @@ def test_score_command_names_what_is_wrong(tmp_path):
     ("category,chi,xb,n\na,3,1,nan\n", "line 2: n=nan: expected a whole number above 2"),
     ("category,chi,xb,n\na,3,1,12.5\n", "line 2: n=12.5: expected a whole number above 2"),
     ("category,chi,xb,eta2\na,3,1,nan\n", "line 2: eta2=nan: expected a finite number"),
+    ("category,chi,xb,control\na,3,1,yes\n", "line 2: control='yes': expected True or False"),
     ("category,chi,xb,dunn\na,3,1,x\n", "line 2: dunn='x': expected a number"),
     ("category,chi,xb\na,10,5,2,25\n", "line 2: 5 cells; expected 3"),  # 10,5 is 10.5 elsewhere
     ("category,chi,xb,n\na,10,5\n", "line 2: 3 cells; expected 4"),
@@ -619,13 +620,13 @@ def test_an_index_that_is_not_scored_may_be_infinite(tmp_path):
 
 
 def test_a_spreadsheets_csv_is_read(tmp_path):
-    """A byte-order mark before the first column's name; n known of some rows only."""
-    path = Path(
-        write_csv(tmp_path / "a.csv", [("a", 3, 0.5, 8), ("b", 2, 1, "")], ("category", "chi", "xb", "n"))
-    )
+    """A byte-order mark before the first column's name; n known of some rows only; TRUE for True."""
+    rows = [("a", 3, 0.5, 8, "TRUE"), ("b", 2, 1, "", "False")]
+    path = Path(write_csv(tmp_path / "a.csv", rows, ("category", "chi", "xb", "n", "control")))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert aqi.main(["score", str(path), "--normalize=sweep"]) == 0
-    assert [(row["category"], row["n"]) for row in read_rows(path)] == [("a", 8), ("b", "")]
+    found = [(row["category"], row["n"], row["control"]) for row in read_rows(path)]
+    assert found == [("a", 8, True), ("b", "", False)]
 
 
 def test_a_csv_that_is_not_there():
