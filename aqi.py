@@ -595,7 +595,6 @@ _COUNT = Kind("a whole number above 2", lambda n: NUMBER.fits(n) and n > 2 and n
 # A report's own csv may hold an infinite Dunn index: what is not scored may be any number.
 _ANY_NUMBER = Kind("a number", lambda value: isinstance(value, float))
 _CELLS = {"chi": _INDEX, "xb": _INDEX, "n": _COUNT, "eta2": NUMBER} | dict.fromkeys(EXTRA, _ANY_NUMBER)
-_LONGEST_CELL = 131_072  # characters; only a text that is no table of rows has more
 
 
 def read_rows(path):
@@ -610,10 +609,6 @@ def read_rows(path):
             path, newline="", encoding="utf-8-sig"
         ) as file:  # sig: spreadsheets begin a file with a byte-order mark
             for cells, end in csv_rows(file):
-                longest = max(map(len, cells), default=0)
-                if longest > _LONGEST_CELL:
-                    limit = f"expected at most {_LONGEST_CELL:,}"
-                    raise ValueError(f"a cell of {longest:,} characters; {limit}")
                 found.append((line, cells))
                 line = end + 1
     except FileNotFoundError as error:
