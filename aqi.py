@@ -44,7 +44,7 @@ from plumbing.config import Section, describe_keys, load_sections, setting, word
 from plumbing.files import UserError, retract, write_result, write_whole
 from plumbing.files import table as aligned
 from plumbing.kinds import NOT_NEGATIVE, NUMBER, Kind, check
-from plumbing.sources import csv_rows, open_source
+from plumbing.sources import check_columns, csv_rows, open_source
 
 # ---------------------------------------------------------------- the keys of this command
 
@@ -609,6 +609,8 @@ def read_rows(path):
             path, newline="", encoding="utf-8-sig"
         ) as file:  # sig: spreadsheets begin a file with a byte-order mark
             for cells, end in csv_rows(file):
+                if not found:
+                    check_columns(cells)
                 found.append((line, cells))
                 line = end + 1
     except FileNotFoundError as error:

@@ -433,6 +433,7 @@ class Pairs:
 
 def count_trained_openings(train: Documents | Pairs, held_out: Documents | Pairs) -> int:
     """How many rows of `held_out` have the opening prompt of a row of `train`."""
+    assert train.openings is not None and held_out.openings is not None, "of data that _load has read"
     return int(np.isin(held_out.openings, train.openings).sum())
 
 

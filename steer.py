@@ -24,7 +24,8 @@ extract and validate take several configs and names; their settings but for the 
 Keys stand in the sections steer and aqi of a config, or on the command line as --key=value; COMMAND --help
 lists them. extract and sweep do nothing when their folder already holds the result of the same inputs
 (settings, weights, tokens); that of other inputs is replaced, unless --out_dir, or --report_dir of a sweep,
-names another folder. A vector of another pair, or of weights that have changed since, is refused.
+names another folder. Where TARGET is a pair, the vector of another pair, or of weights that have changed
+since, is refused.
 """
 
 # Reading order: keys, targets, the commands, output, main. What is computed stands in analysis/ and aqi.py.
@@ -377,22 +378,22 @@ def find_vector(targets, config):
 
 def _require_pair(vector, pair):
     """UserError where the vector in a pair's folder is another pair's: several runs may have one folder."""
-    for key in ("sft_path", "dpo_path", "template"):
+    # sft/ and ./sft are one folder; a name of the hub stays another than every other
+    for key, spelt in (("sft_path", os.path.realpath), ("dpo_path", os.path.realpath), ("template", str)):
         wanted, found = getattr(pair, key), vector.manifest[key]
-        if wanted not in (None, found):
+        if wanted is not None and spelt(wanted) != spelt(found):
             made = f"the vector in {vector.folder} was made with {found!r}"
             raise UserError(f"{key}={wanted!r}: {made}; extract again, with another --out_dir to keep both")
 
 
 def _say_other_texts(vector, pair):
-    """A line where a config has other keys of the vector's texts than the vector: extract takes more of them
-    than the commands that read its vector.
+    """A line where a config says other texts than the vector was made of: extract was given keys, or the
+    config was edited since.
     """
-    own = dataclasses.replace(pair, count=pair.count or MODES[pair.mode])
-    differing = [key for key in _TEXTS if getattr(own, key) != vector.manifest[key]]
+    differing = [key for key in _TEXTS if getattr(pair, key) not in (None, vector.manifest[key])]
     if differing:
         there = ", ".join(f"{key}={vector.manifest[key]!r}" for key in differing)
-        here = ", ".join(f"{key}={getattr(own, key)!r}" for key in differing)
+        here = ", ".join(f"{key}={getattr(pair, key)!r}" for key in differing)
         print(f"note: the vector in {vector.folder} was made with {there}; the config has {here}")
 
 
@@ -471,11 +472,17 @@ def run_generate(targets, config, _):
         if not Path(config.questions).is_file():
             raise UserError(f"questions={config.questions!r}: no such file; expected one prompt a line")
         prompts = _read_questions(config.questions)
+    # before a model is read, too
+    path, template = vector.manifest["sft_path"], vector.manifest["template"]
+    tokenizer = Tokenizer.from_dir(locate(path)[0])
+    asked = [_prompt_ids(prompt, tokenizer, template) for prompt in prompts]
+    key = "prompt" if config.questions is None else f"questions={config.questions!r}"
+    check_lengths(key, [(ids, None) for ids in asked], path, config.max_new_tokens)
     answers = {}
     for name in MODELS:
         strengths = [x for x in config.lambdas if (x < 0) == (name == "dpo")]
         if strengths:
-            answers |= _answers(vector, name, strengths, prompts, config)
+            answers |= _answers(vector, name, strengths, asked, config)
     for i, prompt in enumerate(prompts):
         print(f"\n> {prompt}")
         for strength in config.lambdas:
@@ -485,7 +492,7 @@ def run_generate(targets, config, _):
 def _read_questions(path):
     """The prompts of a file, one a line. UserError for a line without one."""
     try:
-        prompts = Path(path).read_text().splitlines()
+        prompts = Path(path).read_text().rstrip().splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"questions={path!r}: byte {error.start} is not UTF-8; expected text") from error
     if not prompts:
@@ -496,19 +503,16 @@ def _read_questions(path):
     return prompts
 
 
-def _answers(vector, name, strengths, prompts, config):
-    """{lambda: [answer to each prompt]} of the model `name`, without end tokens."""
+def _answers(vector, name, strengths, asked, config):
+    """{lambda: [answer to each prompt]} of the model `name`, without end tokens. asked: the prompts' ids."""
     model, tokenizer = vector.model(name)
     add, eos = vector.additions(config, model, tokenizer, name), model.config.eos_token_id
     ends = eos if isinstance(eos, tuple) else (eos,)
-    ids = [_prompt_ids(prompt, tokenizer, vector.manifest["template"]) for prompt in prompts]
-    key = "prompt" if config.questions is None else f"questions={config.questions!r}"
-    check_lengths(key, [(tokens, None) for tokens in ids], vector.manifest["sft_path"], config.max_new_tokens)
     answers = {}
     for strength in strengths:
         tap = steering_tap(add, strength, config.rescale)
         answers[strength] = []
-        for tokens in generate(model, ids, config.max_new_tokens, eos, config.temperature, tap=tap):
+        for tokens in generate(model, asked, config.max_new_tokens, eos, config.temperature, tap=tap):
             answers[strength].append(tokenizer.decode([token for token in tokens if token not in ends]))
     return answers
 

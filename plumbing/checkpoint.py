@@ -49,13 +49,15 @@ class Checkpointer:
 
     run_identity: the configuration values that decide the numbers; a checkpoint saved under others is
     refused. keep_last: how many finished checkpoints stay (a new one is finished before an old one goes).
-    fresh=True deletes those of an earlier run, after its manifest. UserError, before anything is deleted,
-    when the end of the run could not write final/ or adapter/ because other files are there.
+    fresh=True deletes those of an earlier run, and before them what says that final/ is its end. UserError,
+    before anything is deleted, when the end of the run could not write final/ or adapter/ because other files
+    are there.
     """
 
     def __init__(self, run_dir, keep_last, run_identity, fresh=False):
         self.run_dir = Path(run_dir)
-        self.folder, self.manifest = self.run_dir / "checkpoints", self.run_dir / "manifest.json"
+        self.folder = self.run_dir / "checkpoints"
+        self.config, self.manifest = self.run_dir / "config.json", self.run_dir / "manifest.json"
         self.keep_last, self.fresh = keep_last, fresh
         # as it will be read back: tuples become lists
         self.run_identity = json.loads(json.dumps(run_identity))
@@ -67,8 +69,9 @@ class Checkpointer:
         check_replaceable(self.run_dir / "final", "config.json")
         check_replaceable(self.run_dir / "adapter", ADAPTER_CONFIG)
         if dist.get_rank() == 0:
-            if fresh:  # first: it says that final/ is this run's end, also if the new run dies at its start
+            if fresh:  # first: a run that dies at its start must not seem to be finished, or another's
                 self.manifest.unlink(missing_ok=True)
+                self.config.unlink(missing_ok=True)
             for path in list(self.folder.glob("*step_*")):
                 is_unfinished = not (path / "COMPLETED").exists() or path.suffix == ".damaged"
                 if OWN_NAME.fullmatch(path.name) and (fresh or is_unfinished):
@@ -81,7 +84,7 @@ class Checkpointer:
         """The newest finished checkpoint whose checkpoint.json is intact, or None when there is none at all.
 
         UserError when it, or a finished run without any, is of another configuration, and when all are
-        damaged. A final/ without a manifest is of a run that was started over.
+        damaged.
         """
         for path in reversed(self._finished()):
             try:
@@ -90,7 +93,7 @@ class Checkpointer:
             except Damaged as error:
                 self._damaged[path] = str(error)
         self._refuse_if_damaged()
-        if not self.fresh and (self.run_dir / "final").is_dir() and self.manifest.is_file():
+        if not self.fresh and (self.run_dir / "final").is_dir():
             self._check_finished_run()
         return None
 
@@ -113,10 +116,14 @@ class Checkpointer:
         return f"{final}: this run is finished; nothing is trained. {how}"
 
     def _check_finished_run(self):
-        config = read_json(self.run_dir / "config.json")
-        manifest = read_json(self.manifest)
-        # config.json names weights and data by path, the identity by content, as the manifest does
-        there = config | {key: manifest.get(key) for key in ("weights", "data", "held_out")}
+        # config.json names weights and data by path, the identity by content, as the manifest does. Of a run
+        # that was started over there is neither; where the manifest was deleted, the settings still count.
+        there = read_json(self.config) if self.config.is_file() else {}
+        contents = read_json(self.manifest) if self.manifest.is_file() else {}
+        for key in ("weights", "data", "held_out"):
+            there.pop(key, None)
+            if contents:
+                there[key] = contents.get(key)
         common = self.run_identity.keys() & there.keys()
         _refuse_other(self.run_dir / "final", there, {key: self.run_identity[key] for key in common})
 

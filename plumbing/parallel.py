@@ -524,15 +524,12 @@ def require_same(world, **found):
     Each rank reads config, data and folders by itself.
     """
     wanted = json.loads(from_main(world, lambda: json.dumps(found)))
-    differing = []
-    counts = sum_across_ranks([found[key] != wanted[key] for key in found])
-    for key, count in zip(found, counts, strict=True):
-        if count:
-            differing.append(key)
-    if differing:
-        names = ", ".join(differing)
+    # a key that is missing on one side differs: other versions of the program have other keys
+    differing = [key for key in wanted | found if key not in found or found[key] != wanted.get(key)]
+    names = set(",".join(gather_texts(",".join(differing))).split(",")) - {""}
+    if names:
         expected = "expected the same command and files on every machine, unchanged while a run starts"
-        raise UserError(f"{names}: not the same on all ranks; {expected}")
+        raise UserError(f"{', '.join(sorted(names))}: not the same on all ranks; {expected}")
 
 
 def require_finite(values, rows, what="the loss is not finite; no step was taken"):

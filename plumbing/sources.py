@@ -449,22 +449,26 @@ def _array_spans(text: str, start: int) -> list[tuple[int, int]]:
 def csv_rows(lines):
     """(cells, number of lines up to its end) of every row of a csv, the header first.
 
-    A blank line is a row without cells. ValueError or csv.Error: a quote that is never closed, two columns of
-    one name, other separators than commas, a row of more or fewer cells than the header.
+    A blank line is a row without cells. csv.Error for a quote that is never closed, ValueError for a row of
+    more or fewer cells than the header.
     """
     csv.field_size_limit(sys.maxsize)  # 131,072 characters by default
     # Not strict, a quote that is never closed would swallow the rest of the file as one cell.
-    rows, header = csv.reader(lines, strict=True), None
+    rows, count = csv.reader(lines, strict=True), None
     for cells in rows:
-        if header is None:
-            header = cells
-            if len(set(header)) < len(header):
-                raise ValueError(f"columns {header}; expected names that differ")
-            if len(header) == 1 and set(";\t|") & set(header[0]):
-                raise ValueError(f"one column, {header[0]!r}; expected commas between the cells")
-        elif cells and len(cells) != len(header):
-            raise ValueError(f"{len(cells)} cells; expected {len(header)}")
+        if count is None:
+            count = len(cells)
+        elif cells and len(cells) != count:
+            raise ValueError(f"{len(cells)} cells; expected {count}")
         yield cells, rows.line_num
+
+
+def check_columns(names):
+    """ValueError for a csv's header that has two columns of one name, or other separators than commas."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"columns {names}; expected names that differ")
+    if len(names) == 1 and set(";\t|") & set(names[0]):
+        raise ValueError(f"one column, {names[0]!r}; expected commas between the cells")
 
 
 def _open_csv(file, start: int) -> _TextFile:
@@ -477,8 +481,7 @@ def _open_csv(file, start: int) -> _TextFile:
             end += len(line)
             yield line.decode("utf-8")
 
-    rows = csv_rows(lines())
-    header, _ = next(rows, ([], 0))
+    rows, header = csv_rows(lines()), None
     while True:
         first = end
         try:
@@ -487,7 +490,10 @@ def _open_csv(file, start: int) -> _TextFile:
             raise _BadRow(len(spans), error) from error
         if cells is None:
             break
-        if cells:
+        if header is None:
+            header = cells
+            check_columns(header)
+        elif cells:
             spans.append((first, end))
 
     def decode(text):

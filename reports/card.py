@@ -74,7 +74,8 @@ def _lineage(run_dir):
     """[(config, manifest)] of this run, of the run whose final/ it started from, and so on."""
     config, manifest = read_json(run_dir / "config.json"), read_json(run_dir / "manifest.json")
     start = Path(config["model_path"])
-    if start.name != "final" or not (start.parent / "config.json").is_file():
+    names = ("config.json", "manifest.json")  # without one it is no run, or one that is being started over
+    if start.name != "final" or not all((start.parent / name).is_file() for name in names):
         return [(config, manifest)]
     return [(config, manifest), *_lineage(start.parent)]
 

@@ -305,6 +305,14 @@ def check_same(ranks):
         assert str(error).startswith("data_eval: not the same on all ranks") and ranks.size > 1
     else:
         assert ranks.size == 1
+    more, fewer = ({"b": None, "a": 1}, {"a": 1}) if ranks.main else ({"a": 1}, {"a": 1, "b": None})
+    for found in (more, fewer):  # keys of two versions of the program
+        try:
+            parallel.require_same(ranks, **found)
+        except ValueError as error:
+            assert str(error).startswith("b: not the same on all ranks") and ranks.size > 1
+        else:
+            assert ranks.size == 1
 
 
 def check_finite(ranks):

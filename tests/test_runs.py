@@ -360,6 +360,10 @@ def test_a_deleted_manifest_is_made_anew(world, tmp_path):
     (run / "manifest.json").unlink()
     assert "step_000004: goes on after step 4 of 4" in launch("sft", config).ok().out[0]
     assert "finished" in json.loads((run / "manifest.json").read_text()) and final_bytes(run) == first
+    shutil.rmtree(run / "checkpoints")
+    (run / "manifest.json").unlink()
+    expect_message(launch("sft", config, "--lr=0.5"), "sft/final was saved under another configuration: lr=")
+    assert final_bytes(run) == first
 
 
 def test_fresh_starts_over_once_a_torchrun(tmp_path, monkeypatch, ranks):

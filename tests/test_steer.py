@@ -604,12 +604,13 @@ def test_the_vector_of_another_pair_is_refused(lab, capsys):
     extract(lab, "both", dpo="one/final")
     for name in ("one", "two"):
         dpo = sizes | dict(model_path=f"{lab}/sft", out_dir=f"{lab}/{name}")
-        own = dict(texts=f"{lab}/texts.jsonl", out_dir=f"{lab}/both")
+        own = dict(texts=f"{lab}/texts.jsonl", out_dir=f"{lab}/both", count=5)
         (lab / f"{name}.py").write_text(f"dpo = {dpo!r}\nsteer = {own!r}\n")
     capsys.readouterr()
     steer.main(["spectrum", f"{lab}/one.py"])
-    said = f"note: the vector in {lab}/both was made with count={COUNT}; the config has count="
+    said = f"note: the vector in {lab}/both was made with count={COUNT}; the config has count=5"
     assert said in capsys.readouterr().out
+    steer.main(["spectrum", f"{lab}/./sft/", f"{lab}/one/final", f"--out_dir={lab}/both"])
     commands = (
         ["spectrum"],
         ["generate", "--prompt=help"],
@@ -751,7 +752,7 @@ def test_generations_are_shown_without_their_end_token(lab, capsys, monkeypatch)
 def test_generations_that_cannot_be(lab, argv, message):
     (lab / "empty.txt").touch()
     (lab / "utf16.txt").write_bytes("help".encode("utf-16"))
-    (lab / "gap.txt").write_text("help\n\nhelp\n")
+    (lab / "gap.txt").write_text("help\n\nhelp\n\n")
     with pytest.raises(ValueError, match=message):
         steer.main(["generate", f"{lab}/steer", "--layers=1", *SHORT, *(x.format(lab=lab) for x in argv)])
 
