@@ -48,7 +48,7 @@ from plumbing.config import (
     resume_dict,
     unused_flash4,
 )
-from plumbing.files import UserError, read_json, write_json
+from plumbing.files import UserError, read_json, remove_tree, write_json
 from plumbing.lock import lock
 from plumbing.logbook import Logbook
 from plumbing.tokenizer import Tokenizer
@@ -182,7 +182,10 @@ class Run:
         self.world.say(f"wrote {final}")
         watchdog.stop()  # an upload may take hours
         if self.world.main:
-            manifest = Path(self.config.out_dir) / "manifest.json"
+            out_dir = Path(self.config.out_dir)
+            if not self.config.lora_rank and (out_dir / "adapter").is_dir():
+                remove_tree(out_dir / "adapter")  # an earlier run's (--fresh): it would be pushed with final/
+            manifest = out_dir / "manifest.json"
             # what was trained from this model, or steered along it, names this hash: the ladder joins them
             write_json(manifest, read_json(manifest) | {"exported": fingerprint(final)})
             card.write(self.config.out_dir)

@@ -7,7 +7,7 @@
 Numbers: allenai/open-instruct docs/olmo2.md, "1B", as added in 89b4f62a5 (2025-06-03). b5dd5621d (2026-04-14)
 corrects two tokenizer names there. DPO supervises all turns: the last alone only since 2025-06-26. Not
 checked, for want of the hub: the rows of the preference mix, the tokenizer's files.
-Hardware: one GPU of 48 GB or more, 55 GB of disk. Time: not measured here; theirs 9 + 2 hours on 8 H100s.
+Hardware: one GPU of 48 GB or more, 70 GB of disk. Time: not measured here; theirs 9 + 2 hours on 8 H100s.
 """
 
 _root = "runs/olmo1b"

@@ -5,7 +5,7 @@
 
 Numbers: configs/olmo1b.py, with a tenth of both data sets; so its checkpoints are not the published ones, and
 its schedule is a tenth as long.
-Hardware: one GPU of 48 GB or more, 55 GB of disk. Time: not measured here.
+Hardware: one GPU of 48 GB or more, 70 GB of disk. Time: not measured here.
 """
 
 _root = "runs/olmo1b_10"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import huggingface_hub  # its parts, and an HTTP client with them, are loaded when they are first named
 
-from plumbing.files import UserError
+from plumbing.files import UserError, read_json
 
 # {"org/name@revision" or "datasets/org/name", as the config has it: commit}; manifests record it
 COMMITS = {}
@@ -87,9 +87,10 @@ def open_for_push(repository):
 
 
 def final_of(run_dir):
-    """run_dir/final. UserError when no finished model is there."""
-    final = Path(run_dir) / "final"
-    if not (final / "config.json").is_file():
+    """run_dir/final. UserError when no finished model is there: one may be an earlier run's (--fresh)."""
+    final, manifest = Path(run_dir) / "final", Path(run_dir) / "manifest.json"
+    is_finished = manifest.is_file() and "finished" in read_json(manifest)
+    if not is_finished or not (final / "config.json").is_file():
         raise UserError(f"{final}: no finished model; expected the out_dir of a run that has ended")
     return final
 

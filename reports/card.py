@@ -71,13 +71,16 @@ def card(run_dir):
 
 
 def _lineage(run_dir):
-    """[(config, manifest)] of this run, of the run whose final/ it started from, and so on."""
+    """[(config, manifest)] of this run, of the run whose final/ it started from, and so on.
+
+    By the hash of the weights: the folder may be another program's, or its run started over since.
+    """
     config, manifest = read_json(run_dir / "config.json"), read_json(run_dir / "manifest.json")
-    start = Path(config["model_path"])
-    names = ("config.json", "manifest.json")  # without one it is no run, or one that is being started over
-    if start.name != "final" or not all((start.parent / name).is_file() for name in names):
+    start = Path(config["model_path"]).parent
+    about = read_json(start / "manifest.json") if (start / "manifest.json").is_file() else {}
+    if about.get("exported") != manifest["weights"]:
         return [(config, manifest)]
-    return [(config, manifest), *_lineage(start.parent)]
+    return [(config, manifest), *_lineage(start)]
 
 
 def _front_matter(lineage, tags):

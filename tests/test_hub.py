@@ -45,10 +45,11 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture
 def sharded(monkeypatch, tmp_path, world):
-    """run/final, world/base in eleven shards."""
+    """run/final of a finished run, world/base in eleven shards."""
     with monkeypatch.context() as patch:
         patch.setattr(weights, "MAX_FILE_BYTES", 10_000)
         weights.save_pretrained(*families.load_pretrained(world / "base"), tmp_path / "run/final")
+    (tmp_path / "run/manifest.json").write_text('{"finished": "now"}')
     return tmp_path / "run/final"
 
 
@@ -356,6 +357,10 @@ def test_a_pushed_model_comes_back(server, sharded, world, tmp_path):
     assert repository.files == contents(sharded) | adapter and repository.visibility == "private"
     assert torch.equal(logits("org/name"), logits(world / "base"))
     weights.save_pretrained(*families.load_pretrained(sharded), tmp_path / "again/final")
+    (tmp_path / "again/manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="again/final: no finished model; expected the out_dir of a run that"):
+        push.main([f"{tmp_path}/again", "org/name"])  # final/ is an earlier run's
+    shutil.copy(tmp_path / "run/manifest.json", tmp_path / "again/manifest.json")
     assert push.main([f"{tmp_path}/again", "org/name"]) == 0
     assert repository.files == contents(tmp_path / "again/final") | {"README.md": b"a card\n"}
     assert torch.equal(logits("org/name"), logits(world / "base"))
@@ -391,6 +396,9 @@ def test_push_after_the_run_and_again_without_training(server, world, tmp_path, 
         tmp_path / "sft/adapter", "adapter/"
     )
     assert len(server.asked("PUT .*")) == 2, "model.safetensors and adapter_model.safetensors went up twice"
+    keys = "--fresh", "--lora_rank=0", "--lora_alpha=none", "--push=org/good"
+    launch("sft", config, *keys, ranks=ranks, prepare=on(server, tmp_path)).ok()
+    assert repository.files == contents(tmp_path / "sft/final") and not (tmp_path / "sft/adapter").exists()
     assert weights.resolve("org/good").is_dir() and "adapter/adapter_config.json" not in server.downloads()
 
 

@@ -236,7 +236,8 @@ def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
         folder = tmp_path / "runs/x" / stage
         (folder / "final").mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(config))
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"hub": commits[stage]}))
+        about = {"hub": commits[stage], "exported": f"of {stage}", "weights": {"sft": "of base", "dpo": "of sft"}[stage]}
+        (folder / "manifest.json").write_text(json.dumps(manifest | about))
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     evaluations = [{"step": step, "eval/loss": 1 / step, "eval/loss_ci95": 0.1 / step} for step in (1, 4)]
     lines = [
@@ -253,3 +254,8 @@ def test_a_card_names_hub_sources_of_the_whole_lineage(tmp_path, monkeypatch):
     about = huggingface_hub.ModelCard(card.write("runs/x/dpo").read_text()).data.to_dict()
     assert about["base_model"] == "org/base" and about["datasets"] == ["org/chats", "org/pairs"]
     assert about["tags"] == ["dpo", "lora", "glassbox"] and "license" not in about
+    # the SFT run was started over since, or another program has a config.json and a final/ there
+    for other in ({"stage": "sft"}, {"exported": "of another run"}):
+        (tmp_path / "runs/x/sft/manifest.json").write_text(json.dumps(other))
+        about = huggingface_hub.ModelCard(card.card(tmp_path / "runs/x/dpo")).data.to_dict()
+        assert "base_model" not in about and about["datasets"] == ["org/pairs"]
