@@ -377,8 +377,8 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
              depends on its own row alone, so lambdas, models and set sizes compare. No floor; gamma has no
              effect, as CHI and XB are one statistic. A row without n is taken as balanced: n = 4 chi xb + 2.
     UserError for a row without its keys, chi or xb that is no finite number of at least 0 (CHI is infinite
-    where each label is one point, and NaN where both are the same one), an n of at most 2 (sweep), an unknown
-    normalize, a missing anchor.
+    where each label is one point, and NaN where both are the same one), an n of at most 2 (sweep), a category
+    that stands twice in a run (per_run), an unknown normalize, a missing anchor.
     """
     if normalize not in _NORMALIZE:
         raise UserError(f"normalize={normalize!r}: expected one of {list(_NORMALIZE)}")
@@ -406,8 +406,11 @@ def score(rows, normalize="per_run", gamma=0.5, anchors=("base", "dpo")):
     return scored
 
 
+_RUN = ("model", "injection", "control", "tap", "lambda", "layer", "seed")  # what makes rows another run's
+
+
 def _run(row):
-    return tuple(row.get(key) for key in ("model", "injection", "control", "tap", "lambda", "layer", "seed"))
+    return tuple(row.get(key) for key in _RUN)
 
 
 def _column(rows, key):
@@ -419,6 +422,11 @@ def _sigmoid(x):
 
 
 def _per_run(rows, _):
+    category, count = Counter(row["category"] for row in rows).most_common(1)[0]
+    if count > 1:
+        run = ", ".join(f"{key}={rows[0][key]}" for key in _RUN if rows[0].get(key) is not None)
+        found = f"category {category!r} stands {count} times in one run ({run})"
+        raise UserError(f"{found}; expected once: per_run's scale is of the categories of a run")
     chis, xbs = _column(rows, "chi"), _column(rows, "xb")
     spread = chis.max() - chis.min()
     chi_norm = 100 * ((chis - chis.min()) / spread) if spread >= 1e-9 else np.full(len(rows), 50.0)

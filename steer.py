@@ -652,26 +652,35 @@ class Texts:
     documents: list  # (n,) of the prompts
     held_out: dict  # {side: documents}
     asked: dict  # {"unsafe": [ids], "safe": [ids]}: prompts as questions
-    too_long: int  # prompts that are not asked, because the model does not read so far
+    cut: int  # of these: longer than the model reads with an answer behind them, and asked without their ends
 
 
 def _read_texts(vector, prompts, documents, tokenizer):
-    """The Texts of a sweep. The prompts that are answered are rendered as the vector's texts are, uncut.
+    """The Texts of a sweep. The prompts that are answered are rendered as the vector's texts are.
 
-    UserError when no prompt of a label leaves room for an answer, or the vector's texts are others by now.
+    UserError when the vector's texts are others by now.
     """
-    path = vector.manifest["sft_path"]
-    limit, name = reading_limit(path)
+    template, limit = vector.manifest["template"], reading_limit(vector.manifest["sft_path"])[0] - OPENING
     held_out = {side: parts[1] for side, parts in vector.texts(tokenizer).items()}
-    asked, too_long = {}, 0
-    for label, rows in asked_prompts(prompts.label).items():
-        questions = [_prompt_ids(prompts.texts[row], tokenizer, vector.manifest["template"]) for row in rows]
-        asked[label] = [ids for ids in questions if len(ids) + OPENING <= limit]
-        too_long += len(questions) - len(asked[label])
-        if not asked[label]:
-            wanted = f"expected some that leave {OPENING} of {name}={limit} of {path!r} for an answer"
-            raise UserError(f"prompts: all {label} ones are too long as questions; {wanted}")
-    return Texts(prompts, documents, held_out, asked, too_long)
+    asked, cut = {}, 0
+    for name, rows in asked_prompts(prompts.label).items():
+        asked[name] = []
+        for row in rows:
+            ids, is_cut = _short_prompt_ids(prompts.texts[row], tokenizer, template, limit)
+            asked[name].append(ids)
+            cut += is_cut
+    return Texts(prompts, documents, held_out, asked, cut)
+
+
+def _short_prompt_ids(prompt, tokenizer, template, limit):
+    """(ids, is_cut): _prompt_ids of the prompt, or of as much of its beginning as `limit` tokens hold."""
+    ids, whole = _prompt_ids(prompt, tokenizer, template), prompt
+    while len(ids) > limit and prompt:
+        kept = tokenizer.encode(prompt)
+        # half a character at the end would be encoded as a whole one
+        prompt = tokenizer.decode(kept[: max(0, len(kept) + limit - len(ids))]).rstrip("\ufffd")
+        ids = _prompt_ids(prompt, tokenizer, template)
+    return ids, prompt != whole
 
 
 def _measure_sweep(vector, config, measure, texts, folder, inputs):
@@ -861,9 +870,9 @@ def _less_preferred(found):
 def _notes(vector, texts, measure, rows, found):
     """Sentences on what these texts and weights cannot carry."""
     prompts, notes = texts.prompts, [*_less_preferred(found), *warnings_of(found["baselines"])]
-    if texts.too_long:
-        total = texts.too_long + sum(map(len, texts.asked.values()))
-        notes.append(f"{texts.too_long} of {total} prompts are not asked: longer than the model reads")
+    if texts.cut:
+        cut = f"{texts.cut} of {sum(map(len, texts.asked.values()))} prompts are asked without their ends"
+        notes.append(f"{cut}, which the model cannot read")
     if measure.oracle and "oracle" not in found:
         notes.append(
             f"no oracle: {_independent(prompts)} independent groups of a label; expected 4, for two halves"

@@ -101,6 +101,7 @@ raw_rows = st.lists(
     ),
     min_size=2,
     max_size=8,
+    unique_by=lambda row: row["category"],
 )
 
 
@@ -111,6 +112,14 @@ def test_per_run_stays_in_its_range(rows):
     scored = score(rows, "per_run")
     assert all(0 <= row["chi_norm"] <= 100 and 10 <= row["xb_norm"] <= 100 for row in scored)
     assert [row["category"] for row in scored] == [row["category"] for row in rows]
+
+
+def test_a_category_stands_once_in_a_run():
+    """Two runs in one csv, of one model and lambda, would share a scale."""
+    rows = [{"category": c, "chi": 2.0, "xb": 1.0, "model": "m", "lambda": "0.5"} for c in "aba"]
+    with pytest.raises(ValueError, match=r"'a' stands 2 times in one run \(model=m, lambda=0.5\); expected once"):
+        score(rows, "per_run")
+    assert len(score(rows, "sweep")) == 3
 
 
 def test_per_run_by_hand():

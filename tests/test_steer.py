@@ -1196,19 +1196,31 @@ def test_new_plots_do_not_stand_beside_an_older_report(lab, swept, monkeypatch):
 def test_prompts_that_are_cut_elsewhere_are_another_sweep(lab, capsys):
     """All texts fit either length, so the vector is the same to the bit; a prompt of 100 words does not.
 
-    It is not asked: the answer would lie beyond what the model reads.
+    It is asked without its end: an answer to all of it would lie beyond what the model reads.
     """
     rows = (lab / "prompts.csv").read_text().splitlines()
     (lab / "long.csv").write_text("\n".join([*rows, "calm,safe," + "good " * 100]) + "\n")
     for length in (512, 64):
         vector = extract(lab, "cut", f"--max_text_tokens={length}")
         report = sweep(lab, "sweep_cut", f"--prompts={lab}/long.csv", "--lambdas=0,1", folder="cut")
-        assert "1 of 25 prompts are not asked: longer than the model reads" in report["notes"]
+        assert "1 of 25 prompts are asked without their ends, which the model cannot read" in report["notes"]
     assert (
         all(len(ids) < 64 for side in vectors.SIDES for ids, _ in documents(lab, side))
         and vector.manifest["max_text_tokens"] == 64
     )
     assert "sweep_cut/aqi.json: made from other prompts: done again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template", [None, "tulu"])
+@pytest.mark.parametrize("word", ["good ", "é", "🙂"])
+def test_a_prompt_is_cut_to_what_the_model_reads(lab, word, template):
+    tokenizer = Tokenizer.from_dir(lab / "sft")
+    whole = steer._prompt_ids(word * 90, tokenizer, template)
+    assert steer._short_prompt_ids(word * 90, tokenizer, template, len(whole)) == (whole, False)
+    for limit in (len(whole) - 1, 70):
+        ids, is_cut = steer._short_prompt_ids(word * 90, tokenizer, template, limit)
+        assert is_cut and limit - 8 <= len(ids) <= limit
+        assert ids[:8] == whole[:8] and ids[-3:] == whole[-3:]  # the template's own
 
 
 @pytest.mark.slow
