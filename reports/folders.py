@@ -35,6 +35,11 @@ class Run:
         _, values = self.points(metric)
         return values[-1] if values else None
 
+    def earlier(self, metric):
+        """Of which step its last value is, as " (step 20)", where that is not the run's last, else ""."""
+        steps, _ = self.points(metric)
+        return f" (step {steps[-1]:,})" if steps and steps[-1] < self.lines[-1]["step"] else ""
+
     def clipped(self):
         """Number of steps whose gradient was longer than max_grad_norm."""
         limit = self.config["max_grad_norm"]

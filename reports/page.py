@@ -133,12 +133,12 @@ def outcome(name, run):
     _, seconds = run.points("step_s")
     return {
         "run": name,
-        "steps": steps[-1],
+        "steps": steps[-1] if "finished" in run.manifest else f"{steps[-1]:,}, unfinished",
         "loss, step 1": losses[0],
         "loss, last step": losses[-1],
-        "held-out loss": run.last("eval/loss"),
-        "held-out accuracy": spread(run.lines, "eval/rewards/accuracies"),
-        "held-out margin": spread(run.lines, "eval/rewards/margins"),
+        "held-out loss": held_out(run, "eval/loss"),
+        "held-out accuracy": held_out(run, "eval/rewards/accuracies"),
+        "held-out margin": held_out(run, "eval/rewards/margins"),
         "clipped": f"{run.clipped() / len(steps):.0%}",
         "share of weights changed": run.last("weights_changed"),
         "tokens/s": statistics.median(rates),
@@ -146,6 +146,14 @@ def outcome(name, run):
         "GiB": run.last("peak_mem_gib"),
         "time of steps": str(datetime.timedelta(seconds=round(sum(seconds)))),
     }
+
+
+def held_out(run, metric):
+    """`spread` of a run, with the step of the value where that is not the last: "0.6931 (step 0)"."""
+    value, earlier = spread(run.lines, metric), run.earlier(metric)
+    if not earlier:
+        return value
+    return f"{value if isinstance(value, str) else number(value)}{earlier}"
 
 
 def spread(lines, metric):

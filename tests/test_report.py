@@ -33,7 +33,7 @@ CONFIG = {
 }
 LOSSES = {name: loss.facts() for name, loss in train_dpo.LOSSES.items()}
 MANIFEST = {"stage": "dpo", "loss": LOSSES["dpo_norm"], "weights": "0123456789abcdef" * 4, "versions": {"torch": "2.13"},
-            "commit": "a" * 40 + "+changes"}  # fmt: skip
+            "commit": "a" * 40 + "+changes", "finished": "2026-11-30T01:38:42+0000"}  # fmt: skip
 NORMS = (0.5, 1.5, 1.0)  # one of three is clipped: 1.0 is not above 1.0
 PROMPT = "<|user|>\n<script>alert(\"x\")</script> & 'more'\n"
 
@@ -252,6 +252,25 @@ def test_one_run(tmp_path, capsys):
     )
     assert ("DPO", "Settings that differ") not in page.tables
     assert capsys.readouterr().out == f"wrote {tmp_path}/page.html\n"
+
+
+def test_a_half_finished_run_is_said_to_be_one(tmp_path):
+    """Beside a finished run: its steps so far, and of which step its held-out numbers are. One that was
+    evaluated after its last step has numbers of that step, finished or not."""
+    done, half, paused = (write_run(tmp_path / name, lines) for name, lines in
+                          (("done", LINES), ("half", LINES[:-1]), ("paused", LINES)))  # fmt: skip
+    started = {key: value for key, value in MANIFEST.items() if key != "finished"}
+    for folder in (half, paused):
+        (folder / "manifest.json").write_text(json.dumps(started))
+    _, page = show(tmp_path, done, half, paused)
+    head, *rows = page.tables["DPO", "Outcome"]
+    names = ("run", "steps", "held-out loss", "held-out accuracy", "held-out margin")
+    last = ["0.6000", "0.982 ± 0.016", "2.00 ± 0.50"]
+    assert [[row[head.index(name)] for name in names] for row in rows] == [
+        ["done", "3", *last],
+        ["half", "3, unfinished", "0.6000 (step 0)", "0.000 ± 0.000 (step 0)", "2.00 ± 0.50 (step 0)"],
+        ["paused", "3, unfinished", *last],
+    ]
 
 
 def test_what_a_run_was_warned_of(tmp_path):
