@@ -80,7 +80,7 @@ def read(folder):
 
 def _read_run(folder):
     config, manifest = read_json(folder / "config.json"), read_json(folder / "manifest.json")
-    lines = _json_lines(folder / "metrics.jsonl")
+    lines = _json_lines(folder / "metrics.jsonl", manifest)
     if not any("loss" in line for line in lines):
         raise UserError(f"{folder}/metrics.jsonl: no step yet; expected a run that has finished one")
     has_reference = manifest.get("loss", {}).get("needs_reference")  # a run before 2026-11-28 does not say
@@ -92,7 +92,7 @@ def _read_run(folder):
                 line[f"logratios/{side}"] = line[f"rewards/{side}"] / config["beta"]
     samples = []
     if (folder / "samples.jsonl").is_file():
-        samples = _json_lines(folder / "samples.jsonl")
+        samples = _json_lines(folder / "samples.jsonl", manifest)
     return Run(folder, config, manifest, lines, samples)
 
 
@@ -131,13 +131,17 @@ def read_sweeps(folder):
     return found
 
 
-def _json_lines(path):
+def _json_lines(path, manifest):
+    """The objects in a .jsonl file of the run that the manifest is of."""
+    mended = "going on with the run mends it"
+    if "finished" in manifest:  # the command that trained it trains nothing more, and writes no line again
+        mended = "the run is finished, so delete that line"
     lines = []
     for row, text in enumerate(path.read_text().splitlines(), 1):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {row} is torn; going on with the run mends it") from error
+            raise UserError(f"{path}: line {row} is torn; {mended}") from error
     return lines
 
 

@@ -55,29 +55,40 @@ class Sweep:
 
 
 def find(root):
-    """(runs, sweeps, names of sweeps that are left out) below `root`.
+    """(runs, sweeps, names of sweeps that are left out, folders that cannot be read) below `root`.
 
-    {stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name]. Names are folders relative to
-    `root`. A run without an export, still training or stopped, is none. A sweep is left out when its vector
-    was made anew since, a model of its pair is deleted, or an older version measured it.
+    {stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name], {name: why}. Names are folders
+    relative to `root`. A run without an export, still training or stopped, is none. A sweep is left out when
+    its vector was made anew since, a model of its pair is deleted, or an older version measured it.
     """
-    runs, sweeps, outdated = {"sft": {}, "dpo": {}}, [], []
+    runs, sweeps, outdated, unread = {"sft": {}, "dpo": {}}, [], [], {}
     for path in sorted(root.rglob("manifest.json")):
-        folder, manifest = path.parent, read_json(path)
+        folder = path.parent
         name = str(folder.relative_to(root))
-        if "exported" in manifest:
-            runs[manifest["stage"]][manifest["exported"]] = name, read(folder)
-        if not (folder / "vector.safetensors").is_file():
-            continue
-        inputs = manifest["inputs"]
-        has_models = not any(is_deleted(inputs[key]) for key in ("sft_path", "dpo_path"))
-        for _, report, is_current in read_sweeps(folder):
-            named = f"{name} ({report['inputs']['inject']})"
-            if has_nulls(report) and has_models and is_current:
-                sweeps.append(Sweep(named, inputs["sft"], inputs["dpo"], report))
-            else:
-                outdated.append(named)
-    return runs, sweeps, outdated
+        try:
+            manifest = read_json(path)
+            if "exported" in manifest:
+                runs[manifest["stage"]][manifest["exported"]] = name, read(folder)
+            if (folder / "vector.safetensors").is_file():
+                found, left_out = _sweeps(folder, name, manifest["inputs"])
+                sweeps += found
+                outdated += left_out
+        except (UserError, OSError) as error:  # one torn file must not hide all other runs
+            unread[name] = error
+    return runs, sweeps, outdated, unread
+
+
+def _sweeps(folder, name, inputs):
+    """([Sweep], names of those that are left out) of a steering folder, whose vector is of `inputs`."""
+    sweeps, outdated = [], []
+    has_models = not any(is_deleted(inputs[key]) for key in ("sft_path", "dpo_path"))
+    for _, report, is_current in read_sweeps(folder):
+        named = f"{name} ({report['inputs']['inject']})"
+        if has_nulls(report) and has_models and is_current:
+            sweeps.append(Sweep(named, inputs["sft"], inputs["dpo"], report))
+        else:
+            outdated.append(named)
+    return sweeps, outdated
 
 
 def is_deleted(path):
@@ -85,10 +96,11 @@ def is_deleted(path):
     return not Path(path).is_dir() and (Path(path).is_absolute() or path.count("/") != 1)
 
 
-def rows(runs, sweeps, pairs):
+def rows(runs, sweeps, pairs, unread=()):
     """A line per sweep, per trained run that none of them is of, and per rung of `pairs` that was not run.
 
-    runs, sweeps: of `find`. A pair that says how it was made is a published one or a control, no rung.
+    runs, sweeps, unread: of `find`. A pair that says how it was made is a published one or a control, no
+    rung.
     """
     lines, seen = [], set()
     for sweep in sweeps:
@@ -108,16 +120,18 @@ def rows(runs, sweeps, pairs):
     trained = {name for name, _ in runs["dpo"].values()}
     for name, pair in pairs.items():
         folder = Path(pair.get("dpo", "")).parent  # runs/tulu10/dpo/final -> runs/tulu10/dpo
-        is_rung = folder.parts[:1] == ("runs",) and "made" not in pair
-        if is_rung and str(folder.relative_to("runs")) not in trained:
-            lines.append([name, "", "", "", *UNSTEERED, "not run", ""])
+        if folder.parts[:1] != ("runs",) or "made" in pair:
+            continue
+        run = str(folder.relative_to("runs"))
+        if run not in trained:
+            lines.append([name, "", "", "", *UNSTEERED, "not readable" if run in unread else "not run", ""])
     return lines
 
 
 def _training(sft, dpo):
     """Last SFT loss, DPO accuracy and margin.
 
-    Held out where the run held any out, else of the last step, marked.
+    Held out where the run held any out, else of the last step, marked; so is the step of an earlier value.
     """
     return [_last(sft, "loss"), _last(dpo, "rewards/accuracies"), _last(dpo, "rewards/margins")]
 
@@ -133,7 +147,7 @@ def _last(run, metric):
     if not math.isfinite(value):
         return "not finite"
     interval = "" if half is None else f" ± {half:.3f}"
-    return f"{value:.3f}{interval}{'' if held_out else ' (train)'}"
+    return f"{value:.3f}{interval}{run.earlier(name) if held_out else ' (train)'}"
 
 
 def _steering(report):
@@ -158,18 +172,20 @@ def main(argv):
         raise UserError(f"{given}: no such folder; expected one that holds run folders")
     root = given or Path("runs")
     pairs = runpy.run_path(str(Path(__file__).parent.parent / "configs/pairs.py"))["PAIRS"]
-    runs, sweeps, outdated = find(root)
+    runs, sweeps, outdated, unread = find(root)
     published = []
     for name, curve in PUBLISHED.items():
         published.append(
             [name, "", "", "", *(f"{x:.2f}" for x in curve), "", "", "", "published, per_run", ""]
         )
     count = len(runs["sft"]) + len(runs["dpo"])
-    print(
-        f"{root}/: finished runs {count}, sweeps {len(sweeps)}. Columns 0 to 1: separation at that lambda; "
-        "in published lines AQI"
-    )
-    print(table(HEAD, [*rows(runs, sweeps, pairs), *published], left=(0, -2, -1)))
+    counts = f"finished runs {count}, sweeps {len(sweeps)}"
+    if unread:
+        counts += f", folders that cannot be read {len(unread)}"
+    print(f"{root}/: {counts}. Columns 0 to 1: separation at that lambda; in published lines AQI")
+    print(table(HEAD, [*rows(runs, sweeps, pairs, unread), *published], left=(0, -2, -1)))
+    for name, error in unread.items():
+        print(f"cannot be read, {name}: {error}")
     if outdated:
         why = "of a vector or a model that is there no more, or of an older version"
         print(f"left out, {why}: {', '.join(outdated)}")

@@ -91,7 +91,7 @@ def test_runs_and_sweeps_are_joined_by_their_weights(tmp_path):
     }
     own["odd"] = dict(not_representable="")
     curve = ["1.00", "-", "2.00", "-", "3.00", "+2.00 [+1.50, +2.50]", "+3.5", "0.05", "rising", "go on"]
-    runs, sweeps, outdated = ladder.find(tmp_path)
+    runs, sweeps, outdated, _ = ladder.find(tmp_path)
     assert ladder.rows(runs, sweeps, own) == [
         ["validate/hub (matched)", "-", "-", "-", *curve],
         ["validate/tiny (matched)", "1.250", "0.900 ± 0.050", "-", *curve],
@@ -131,6 +131,31 @@ def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
     assert [line.split()[0] for line in lines[:11]] == [*rungs, "tulu_full"]
     assert all(line.rstrip().endswith("not run") for line in lines[:11]) and len(lines) == 17
     assert {line.index("published") for line in lines[11:]} == {head.index("verdict")}
+
+
+def test_folders_that_cannot_be_read_are_named_beside_the_others(tmp_path, capsys):
+    """A torn line of a run, a torn manifest, a torn sweep: each is a line, and its rung is not called `not
+    run`; the whole run stays in the table, with the step of a held-out value that is not of its last."""
+    write_run(tmp_path / "smol/dpo", "dpo", "s", "d", {"eval/rewards/accuracies": 0.5}, {"step": 3})
+    write_run(tmp_path / "tiny/dpo", "dpo", "s", "d2")
+    with (tmp_path / "tiny/dpo/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    write_run(tmp_path / "olmo1b/dpo", "dpo", "s", "d3")
+    (tmp_path / "olmo1b/dpo/manifest.json").write_text("{")
+    write_sweep(tmp_path / "validate", "s", "d4")
+    (tmp_path / "validate/sweep_matched/aqi.json").write_text("{")
+    assert ladder.main([str(tmp_path)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "finished runs 1, sweeps 0, folders that cannot be read 3." in first
+    why = [line for line in lines if line.startswith("cannot be read, ")]
+    assert [line.split(": ")[:2] for line in why] == [
+        ["cannot be read, olmo1b/dpo", f"{tmp_path}/olmo1b/dpo/manifest.json"],
+        ["cannot be read, tiny/dpo", f"{tmp_path}/tiny/dpo/metrics.jsonl"],
+        ["cannot be read, validate", f"{tmp_path}/validate/sweep_matched/aqi.json"],
+    ]
+    table = {line.split()[0]: line for line in lines}
+    assert all(table[rung].rstrip().endswith("not readable") for rung in ("tiny", "olmo1b"))
+    assert table["smol/dpo"].rstrip().endswith("not validated") and "0.500 (step 2)" in table["smol/dpo"]
 
 
 def test_a_sweep_along_an_earlier_vector_is_named(tmp_path, capsys):
@@ -193,7 +218,7 @@ def test_both_stages_are_joined_and_describe_themselves(world, tmp_path):
         assert f"data_eval: {rows} of {rows} rows have a prompt" in done.out[0]
         text = (tmp_path / "runs" / stage / "final/README.md").read_text()
         assert f"of the {rows} rows of `data_eval`, of which {rows} have a prompt that was trained on" in text
-    runs, _, _ = ladder.find(tmp_path / "runs")
+    runs, *_ = ladder.find(tmp_path / "runs")
     ((started, (sft_name, sft)),) = runs["sft"].items()
     ((trained, (dpo_name, dpo)),) = runs["dpo"].items()
     assert (sft_name, dpo_name) == ("sft", "dpo") and sft.manifest["weights"] == fingerprint(world / "base")

@@ -605,7 +605,11 @@ def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
 
 
 BROKEN = {
-    "torn": (break_line, "metrics.jsonl: line 6 is torn"),
+    "torn": (break_line, "metrics.jsonl: line 6 is torn; the run is finished, so delete that line"),
+    "torn, unfinished": (
+        lambda folder: (break_line(folder), (folder / "manifest.json").write_text("{}")),
+        "line 6 is torn; going on with the run mends it",
+    ),
     "no steps": (
         lambda folder: (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n"),
         "no step yet",

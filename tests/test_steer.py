@@ -1674,7 +1674,7 @@ def test_validate_compares_pairs_on_one_scale_and_resumes(pairs, capsys, tmp_pat
     )
     assert again.splitlines()[-3:] == first.splitlines()[-3:]
     found = json.loads(report.read_text())
-    _, (far, near), _ = ladder.find(tmp_path / "v")
+    _, (far, near), *_ = ladder.find(tmp_path / "v")
     assert (near.name, far.name) == ("near_sanity (cumulative)", "far_sanity (cumulative)")
     assert near.report["verdicts"] == found["verdicts"] and near.sft == far.sft and near.dpo != far.dpo
     assert (near.report["pair"], far.report["pair"]) == ("near", "far")
