@@ -57,9 +57,9 @@ class Sweep:
 def find(root):
     """(runs, sweeps, names of sweeps that are left out, folders that cannot be read) below `root`.
 
-    {stage: {hash of the exported weights: (name, Run)}}, [Sweep], [name], {name: why}. Names are folders
-    relative to `root`. A run without an export, still training or stopped, is none. A sweep is left out when
-    its vector was made anew since, a model of its pair is deleted, or an older version measured it.
+    {stage: {name: Run}}, [Sweep], [name], {name: why}. Names are folders relative to `root`. A run without an
+    export, still training or stopped, is none. A sweep is left out when its vector was made anew since, a
+    model of its pair is deleted, or an older version measured it.
     """
     runs, sweeps, outdated, unread = {"sft": {}, "dpo": {}}, [], [], {}
     for path in sorted(root.rglob("manifest.json")):
@@ -68,7 +68,7 @@ def find(root):
         try:
             manifest = read_json(path)
             if "exported" in manifest:
-                runs[manifest["stage"]][manifest["exported"]] = name, read(folder)
+                runs[manifest["stage"]][name] = read(folder)
             if (folder / "vector.safetensors").is_file():
                 found, left_out = _sweeps(folder, name, manifest["inputs"])
                 sweeps += found
@@ -96,6 +96,14 @@ def is_deleted(path):
     return not Path(path).is_dir() and (Path(path).is_absolute() or path.count("/") != 1)
 
 
+def exporter(runs, weights):
+    """The Run of {name: Run} that exported these weights, of copies the first; None without any."""
+    for run in runs.values():
+        if run.manifest["exported"] == weights:
+            return run
+    return None
+
+
 def rows(runs, sweeps, pairs, unread=()):
     """A line per sweep, per trained run that none of them is of, and per rung of `pairs` that was not run.
 
@@ -104,26 +112,24 @@ def rows(runs, sweeps, pairs, unread=()):
     """
     lines, seen = [], set()
     for sweep in sweeps:
-        _, sft = runs["sft"].get(sweep.sft, ("", None))
-        _, dpo = runs["dpo"].get(sweep.dpo, ("", None))
+        sft, dpo = exporter(runs["sft"], sweep.sft), exporter(runs["dpo"], sweep.dpo)
         seen |= {sweep.sft, sweep.dpo}
         lines.append([sweep.name, *_training(sft, dpo), *_steering(sweep.report)])
-    for weights, (name, dpo) in runs["dpo"].items():
-        if weights not in seen:
+    for name, dpo in runs["dpo"].items():
+        if dpo.manifest["exported"] not in seen:
             start = dpo.manifest["weights"]
-            _, sft = runs["sft"].get(start, ("", None))
             seen.add(start)
-            lines.append([name, *_training(sft, dpo), *UNSTEERED, "not validated", ""])
-    for weights, (name, sft) in runs["sft"].items():
-        if weights not in seen:
+            training = _training(exporter(runs["sft"], start), dpo)
+            lines.append([name, *training, *UNSTEERED, "not validated", ""])
+    for name, sft in runs["sft"].items():
+        if sft.manifest["exported"] not in seen:
             lines.append([name, *_training(sft, None), *UNSTEERED, "no DPO yet", ""])
-    trained = {name for name, _ in runs["dpo"].values()}
     for name, pair in pairs.items():
         folder = Path(pair.get("dpo", "")).parent  # runs/tulu10/dpo/final -> runs/tulu10/dpo
         if folder.parts[:1] != ("runs",) or "made" in pair:
             continue
         run = str(folder.relative_to("runs"))
-        if run not in trained:
+        if run not in runs["dpo"]:
             lines.append([name, "", "", "", *UNSTEERED, "not readable" if run in unread else "not run", ""])
     return lines
 

@@ -133,6 +133,21 @@ def test_the_table_without_any_run(tmp_path, capsys, monkeypatch):
     assert {line.index("published") for line in lines[11:]} == {head.index("verdict")}
 
 
+def test_a_copy_of_a_run_hides_no_rung(tmp_path, capsys):
+    """Both folders of one hash are counted, and have a line each until a sweep is of their weights."""
+    write_run(tmp_path / "tiny/sft", "sft", "base", "s")
+    write_run(tmp_path / "tiny/dpo", "dpo", "s", "d", {"eval/rewards/accuracies": 0.5})
+    shutil.copytree(tmp_path / "tiny/dpo", tmp_path / "tiny/zdpo_copy")
+    assert ladder.main([str(tmp_path)]) == 0
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert "finished runs 3, sweeps 0." in first
+    assert [line.split()[0] for line in lines[:3]] == ["tiny/dpo", "tiny/zdpo_copy", "smol"]
+    write_sweep(tmp_path / "validate", "s", "d")
+    runs, sweeps, *_ = ladder.find(tmp_path)
+    (line,) = ladder.rows(runs, sweeps, {"tiny": dict(dpo="runs/tiny/dpo/final")})
+    assert line[:3] == ["validate (matched)", "2.000 (train)", "0.500"]
+
+
 def test_folders_that_cannot_be_read_are_named_beside_the_others(tmp_path, capsys):
     """A torn line of a run, a torn manifest, a torn sweep: each is a line, and its rung is not called `not
     run`; the whole run stays in the table, with the step of a held-out value that is not of its last."""
@@ -219,8 +234,9 @@ def test_both_stages_are_joined_and_describe_themselves(world, tmp_path):
         text = (tmp_path / "runs" / stage / "final/README.md").read_text()
         assert f"of the {rows} rows of `data_eval`, of which {rows} have a prompt that was trained on" in text
     runs, *_ = ladder.find(tmp_path / "runs")
-    ((started, (sft_name, sft)),) = runs["sft"].items()
-    ((trained, (dpo_name, dpo)),) = runs["dpo"].items()
+    ((sft_name, sft),) = runs["sft"].items()
+    ((dpo_name, dpo),) = runs["dpo"].items()
+    started, trained = sft.manifest["exported"], dpo.manifest["exported"]
     assert (sft_name, dpo_name) == ("sft", "dpo") and sft.manifest["weights"] == fingerprint(world / "base")
     assert started == dpo.manifest["weights"] != trained == fingerprint(tmp_path / "runs/dpo/final")
     steps, _ = dpo.points("loss")
