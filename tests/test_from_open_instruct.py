@@ -100,6 +100,51 @@ def test_dpo(translated):
     )
 
 
+@pytest.mark.parametrize(
+    "yaml, said",
+    [
+        (SFT, "overrides its epochs (num_train_epochs: 2 in the YAML) warm-up"),
+        (SFT.replace("num_train_epochs: 2\n", ""), "overrides its epochs warm-up"),
+        (DPO, "overrides its epochs (num_epochs: 1 in the YAML) warm-up"),
+        (DPO.replace("num_epochs: 1\n", ""), "overrides its epochs warm-up"),
+    ],
+)
+def test_max_train_steps_overrides_the_epochs(translated, yaml, said):
+    """The run has 5000 steps whatever its data: with one step an epoch, the fewest, and with 2,121."""
+    stage = "dpo" if "beta" in yaml else "sft"
+    options = ("--processes", "8", "--stage", stage)
+    code, config, text, _ = translated(yaml + "max_train_steps: 5000\n", *options)
+    assert code == 0 and config.max_steps == 5000
+    assert [min(config.num_epochs * steps, config.max_steps) for steps in (1, 2121)] == [5000, 5000]
+    words = " ".join(text.replace("\n#", "").split())
+    assert said in words and "default, 2" not in words
+    code, _, _, err = translated(yaml + "max_train_steps: 0\n", *options, "--date", "2026-08-20")
+    assert code == 1 and err.count("\n") == 1 and "max_steps=0: expected int >= 1" in err
+
+
+def test_a_revision_becomes_part_of_the_models_name(translated):
+    """Also one that reads as a number; the tokenizer is of the same revision."""
+    for revision in ("v1", "'1.0'", "'1234567'"):
+        yaml = SFT.replace("revision: main", f"revision: {revision}")
+        for tokenizer in ("", f"tokenizer_revision: {revision}\n"):
+            code, config, _, _ = translated(yaml + tokenizer, "--processes", "8")
+            assert code == 0
+            assert config.model_path == f"meta-llama/Llama-3.1-8B@{revision.strip(chr(39))}"
+
+
+def test_a_configuration_is_part_of_the_data_sets_name(translated):
+    """As the refusal of dataset_config_name says."""
+    yaml = SFT.replace("other/set:", "'other/set[old/test]':")
+    code, config, _, _ = translated(yaml, "--processes", "8")
+    assert code == 0 and config.data["other/set[old/test]"] == 5000
+
+
+def test_what_has_an_equivalent_outside_the_yaml_is_named(translated):
+    _, _, text, _ = translated(SFT + "push_to_hub: true\nzero_stage: 3\n", "--processes", "8")
+    words = " ".join(text.replace("\n#", "").split())
+    assert "--push=org/name uploads" in words and "tensorboard=True" in words and "sharding" in words
+
+
 def test_zephyr_says_that_open_instruct_trains_a_newline_more(translated):
     _, _, text, _ = translated(SFT + "chat_template_name: zephyr\n", "--processes", "8")
     assert "the newline after every answer" in " ".join(text.replace("\n#", "").split())
@@ -130,6 +175,11 @@ def test_written_to_a_file(translated, tmp_path):
         (SFT.replace("5000", "1"), "other/set=1: cannot be represented: 1 meant all rows before 2025-01-28"),
         (SFT + "add_bos: true\nchat_template_name: zephyr\n", "add_bos=True: cannot be represented: expected chat_template_name tulu"),
         (SFT + "use_qlora: true\n", "use_qlora=True: cannot be represented"),
+        (SFT + "use_8bit_optimizer: true\n", "fp32 here, or bf16 with moments='bf16'"),
+        (SFT + "dataset_config_name: old\n", "expected it in the data set's name, as org/name[config/split]"),
+        (SFT + "tokenizer_revision: v1\n", "tokenizer_revision='v1': cannot be represented: the tokenizer is that of"),
+        (SFT.replace("revision: main", "revision: 1.10"), "model_revision=1.1: cannot be represented: expected text"),
+        (DPO + "model_revision: v1\n", "model_revision='v1': cannot be represented: expected text, for a model org/name"),
         (SFT + "final_lr_ratio: 0.1\n", "final_lr_ratio=0.1: cannot be represented"),
         (SFT + "chat_template_name: olmo\n", "chat_template_name='olmo': cannot be represented: expected"),
         (SFT.replace(": linear", ": constant"), "lr_scheduler_type='constant': cannot be represented"),

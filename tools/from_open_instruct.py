@@ -18,6 +18,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from plumbing import hub
 from plumbing.config import section
 from plumbing.files import UserError
 from tools import open_instruct_yaml as theirs
@@ -143,12 +144,13 @@ def translate(given, stage, processes, date=None):
 
 
 def _model(t):
-    t.values["model_path"] = model = t.take("model_name_or_path")
+    model = t.take("model_name_or_path")
     if model is None:
         t.problems.append("model_name_or_path: not in the YAML; expected a model")
     tokenizer = t.take("tokenizer_name", "tokenizer_name_or_path")
     if tokenizer not in (None, model):
         t.refuse("tokenizer_name", tokenizer, f"the tokenizer is that of model_path={model!r}")
+    t.values["model_path"] = _with_revision(t, model)
     template = t.take("chat_template_name")
     if template is None:
         template = t.behaviour("template", "template", "tulu")
@@ -175,6 +177,19 @@ def _model(t):
     ]
     t.values["recompute"] = "full" if any(saves_memory) else "none"
     t.note("weights")
+
+
+def _with_revision(t, model):
+    """The model's name, with the commit, tag or branch of the YAML where that is not main."""
+    revision, of_tokenizer = t.take("model_revision") or "main", t.take("tokenizer_revision")
+    if of_tokenizer not in (None, revision):
+        t.refuse("tokenizer_revision", of_tokenizer, f"the tokenizer is that of model_revision={revision!r}")
+    if revision == "main":
+        return model
+    name = f"{model}@{revision}"
+    if not isinstance(revision, str) or Path(str(model)).is_dir() or hub.parse(name) is None:
+        t.refuse("model_revision", revision, "expected text, for a model org/name of the hub")
+    return name
 
 
 def _mixture(t):
@@ -262,10 +277,17 @@ def _schedule(t):
         t.refuse("lr_scheduler_type", schedule, "expected linear or cosine, to 0 at the last step")
     for key in ("warmup_ratio", "weight_decay", "seed"):
         t.values[key] = t.take(key)
-    t.values |= {
-        "num_epochs": t.take("num_train_epochs", "num_epochs"),
-        "max_steps": t.take("max_train_steps"),
-    }
+    epochs = ("num_train_epochs", "num_epochs")
+    t.values["max_steps"] = steps = t.take("max_train_steps")
+    if type(steps) is int and steps > 0:
+        # Ours ends with the epochs or with max_steps, whichever is first. The rows are not known here, but an
+        # epoch has at least one step, so max_steps epochs never end the run before max_steps does.
+        t.asked |= dict.fromkeys(epochs)
+        said = "".join(f" ({key}: {value!r} in the YAML)" for key, value in t.pop(epochs).items())
+        t.values["num_epochs"] = steps
+        t.note("steps", steps, said)
+    else:
+        t.values["num_epochs"] = t.take(*epochs)
     t.note("warmup")
     t.values["max_grad_norm"] = t.take("clip_grad_norm", "max_grad_norm")
     if t.values["max_grad_norm"] in (None, -1, 0):  # switches off the script's own clipping, not DeepSpeed's

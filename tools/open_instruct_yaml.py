@@ -46,10 +46,12 @@ CHANGED = {
 }
 
 NO_EQUIVALENT = {
-    "no tracker is called; metrics.jsonl holds every step": "with_tracking report_to wandb_project "
+    "no tracker is called; metrics.jsonl holds every step, tensorboard=True writes event files": "report_to "
+    "with_tracking wandb_project "
     "wandb_project_name wandb_entity "
     "wandb_group_name exp_name run_name do_not_randomize_output_dir verbose",
-    "nothing is uploaded, launched or announced": "push_to_hub hf_entity hf_repo_id hf_repo_revision "
+    "no key of a config: --push=org/name uploads a run; nothing is launched or announced": "push_to_hub "
+    "hf_entity hf_repo_id hf_repo_revision "
     "hf_repo_url save_to_hub "
     "hf_metadata_dataset try_launch_beaker_eval_jobs try_auto_save_to_beaker gs_bucket_path oe_eval_tasks "
     "oe_eval_max_length "
@@ -60,8 +62,8 @@ NO_EQUIVALENT = {
     "cache_dataset_only "
     "dataset_target_columns target_columns",
     "the tokenizer is always the fast one": "use_slow_tokenizer use_fast",
-    "speed and memory only; here precision, recompute and tokens_per_microbatch": "low_cpu_mem_usage "
-    "use_flash_attn attn_implementation "
+    "speed and memory only; here precision, recompute, sharding and tokens_per_microbatch": "use_flash_attn "
+    "low_cpu_mem_usage attn_implementation "
     "use_liger_kernel fused_optimizer sync_each_batch packing concatenated_forward zero_stage "
     "offload_optimizer offload_param "
     "zero_hpz_partition_size fsdp_shard_degree fsdp_num_replicas dpo_use_paged_optimizer "
@@ -76,19 +78,17 @@ WHY_NOT = {key: why for why, keys in NO_EQUIVALENT.items() for key in keys.split
 
 # {key: (values that change nothing, what it would mean)}; null is always one of them.
 ONLY_NEUTRAL = {
-    "model_revision": (("main",), "no revisions here; download that one and name its folder"),
-    "tokenizer_revision": (("main",), "no revisions here; download that one and name its folder"),
     "config_name": ((), "the config comes from model_path"),
     "additional_model_arguments": (({}, "{}"), "the model is what its config.json says"),
     "rope_scaling_factor": ((), "the model is what its config.json says"),
     "trust_remote_code": ((False,), "no code is taken from a hub"),
-    "dataset_config_name": ((), "a data set has no configuration name here"),
+    "dataset_config_name": ((), "expected it in the data set's name, as org/name[config/split]"),
     "max_train_samples": (
         (),
         "state a row count in the data mixture (SFT ignores this key since 2025-01-28)",
     ),
     "use_qlora": ((False,), "no quantisation here"),
-    "use_8bit_optimizer": ((False,), "AdamW's state is fp32 here"),
+    "use_8bit_optimizer": ((False,), "AdamW's state is fp32 here, or bf16 with moments='bf16'"),
     "optimizer_type": (("adamw",), "AdamW only"),
     "optimizer_kwargs": (({}, "{}"), "AdamW only, betas 0.9, 0.999"),
     "load_balancing_loss": ((False,), "no mixture-of-experts model here"),
@@ -104,6 +104,8 @@ ONLY_NEUTRAL = {
         "it changes how many processes share a batch; state the equivalent run without it",
     ),
 }
+# Text by definition, also where it reads as a number; so are the amounts of a mixer list.
+TEXT = {"checkpointing_steps", "model_revision", "tokenizer_revision"}
 TRANSFORMS = {"sft_tulu_tokenize_and_truncate_v1": "all", "last_turn_tulu_tokenize_and_truncate_v1": "last",
               "preference_tulu_tokenize_and_truncate_v1": "all"}  # fmt: skip
 FILTERS = {"sft_tulu_filter_v1", "preference_tulu_filter_v1"}
@@ -120,7 +122,7 @@ NOTES = {
     "zephyr": "chat_template_name=zephyr: open-instruct also trains the newline after every answer; here "
     "an answer ends with its EOS",
     "weights": "open-instruct loads the weights as bf16 and leaves fp32 copies to DeepSpeed; here "
-    "parameters are fp32 and compute is bf16",
+    "what AdamW updates is fp32 and compute is bf16",
     "dropout": "lora_dropout={}: no dropout here, so that log-probs can be compared",
     "rows": "data: a share or count picks the rows that open-instruct picks since 2025-07-21 (de8a14f3f). "
     "From 2025-01-28 (45fd51f99) "
@@ -130,6 +132,8 @@ NOTES = {
     "only the last one, under the same transform name; here supervise='last' says that",
     "order": "the order of the rows: another shuffle, so the losses of single steps are of other rows",
     "batch": "global_batch_size = {} per device * {} accumulation * {} processes",
+    "steps": "num_epochs: {}, as many as max_steps, so that max_steps decides whatever the data: "
+    "open-instruct's max_train_steps overrides its epochs{}",
     "warmup": "warm-up: int(steps * ratio) steps here. In open-instruct the schedule counts processes, "
     "int(processes * steps * ratio) / "
     "processes steps: up to one step longer",
@@ -181,9 +185,7 @@ def unparsed(key, value):
         yield f"{key}: the string {value!r} is not null; expected null, or no such line"
     elif value.strip().lower() in ("true", "false"):
         yield f"{key}: the string {value!r} is no bool; expected it without quotes"
-    elif (
-        "mixer_list" not in key and key != "checkpointing_steps" and is_number(value)
-    ):  # those two are strings of numbers by definition
+    elif "mixer_list" not in key and key not in TEXT and is_number(value):
         number = f"{float(value):.1e}"
         yield f"{key}: {value!r} is a string in YAML 1.1; expected a number with a point, like {number}"
 
