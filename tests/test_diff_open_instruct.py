@@ -162,6 +162,17 @@ def test_what_is_missing_is_not_compared(compared):
         assert why in out
 
 
+@pytest.mark.slow
+def test_a_template_that_an_old_checkout_lacks_is_not_compared(world, tmp_path, capsys):
+    """Before 2025 the templates were a dict."""
+    edit = ("dataset_transformation", "get_tokenizer_tulu_v2_2", "get_tokenizer")
+    root = write(tmp_path / "checkout", edit)
+    (root / "open_instruct/dataset_processor.py").write_text("CHAT_TEMPLATES = {'tulu': ''}\n")
+    rows = ["--model", str(world / "base"), "--data", str(world / "pref.jsonl"), "--rows", "2"]
+    assert main(["--checkout", str(root), *rows, "--template", "zephyr"]) == 2
+    assert "raised KeyError: 'zephyr'" in capsys.readouterr().out
+
+
 UPDATE = """
 class DatasetConfig:
     def update_range(self, wanted):

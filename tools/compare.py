@@ -24,6 +24,7 @@ from families import device_of, load_model
 from plumbing import parallel
 from plumbing.files import UserError, table
 from plumbing.weights import resolve, stored_weights
+from tools.arguments import at_least
 
 ROWS = 4096  # of a tensor that are read at once: 64 MB in float32 where they are 4,096 wide
 
@@ -210,12 +211,13 @@ def parse(argv):
     parser.add_argument("--base", help="the model that both were trained from")
     parser.add_argument("--texts", help="preference pairs, as for steer.py extract")
     parser.add_argument("--template", choices=list(TEMPLATES), help="renders them; none: transcripts")
-    parser.add_argument("--count", type=int, default=100, help="of the pairs")
-    parser.add_argument("--max-text-tokens", type=int, default=512)
+    parser.add_argument("--count", type=at_least(1), default=100, help="of the pairs")
+    parser.add_argument("--max-text-tokens", type=at_least(2), default=512)
     parser.add_argument("--vectors", nargs=2, metavar="FOLDER", help="of our pair and of the published one")
     parser.add_argument("--side", choices=SIDES, default="chosen")
     parser.add_argument("--pooling", choices=("last", "mean"), default="last")
-    parser.add_argument("--tensors", type=int, default=8, help="that are farthest apart, to print")
+    tensors = "that are farthest apart, to print"
+    parser.add_argument("--tensors", type=at_least(0), default=8, help=tensors)
     return parser.parse_args(argv)
 
 

@@ -19,11 +19,12 @@ from types import SimpleNamespace
 
 import torch
 
-from data import mixture_rows
+from data import TEMPLATES, mixture_rows
 from optim import learning_rate
 from plumbing.files import UserError
 from tools import diff_trl, quantities, run_logs
 from tools.agreement import DIFFERS, SKIPPED, NotCompared, Row, call, items, numbers, print_table
+from tools.arguments import at_least
 from tools.checkout import Checkout, NotFound
 from tools.same_rows import SCRIPT, Case
 
@@ -214,11 +215,13 @@ def main(argv):
     parser.add_argument("--model", help="Hugging Face folder; fp32 on the CPU, so a small one")
     parser.add_argument("--data", help="rows, as in a config's data")
     parser.add_argument("--stage", choices=["sft", "dpo"], default="dpo", help="(default: %(default)s)")
-    parser.add_argument("--template", default="tulu", help="of both sides (default: %(default)s)")
+    template = "of both sides (default: %(default)s)"
+    parser.add_argument("--template", choices=list(TEMPLATES), default="tulu", help=template)
     parser.add_argument(
-        "--rows", type=int, default=8, help="of the data, so many are compared (default: %(default)s)"
+        "--rows", type=at_least(1), default=8, help="of the data, so many are compared (default: %(default)s)"
     )
-    parser.add_argument("--max-seq-len", type=int, default=512, help="tokens of each (default: %(default)s)")
+    length = "tokens of each (default: %(default)s)"
+    parser.add_argument("--max-seq-len", type=at_least(2), default=512, help=length)
     parser.add_argument("--their-log", help="what an open-instruct run printed")
     parser.add_argument("--our-run", help="the run folder of ours beside it")
     args = parser.parse_args(argv)

@@ -20,11 +20,13 @@ from unittest.mock import MagicMock
 
 import torch
 
+from data import TEMPLATES
 from kernels import fused_block
 from optim import adamw, apply_gradients
 from plumbing import parallel
 from plumbing.files import UserError
 from tools.agreement import DIFFERS, EQUAL, INTENDED, NotCompared, Row, call, numbers, print_table
+from tools.arguments import above_zero, at_least
 from tools.quantities import TOLERANCE, gradient, gradients, our_pairs
 from tools.same_rows import Case, by_side
 from train_dpo import LOSSES, answer_logps, preference_loss
@@ -274,12 +276,15 @@ def main(argv):
     parser = argparse.ArgumentParser(prog="python -m tools.diff_trl", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder; fp32 on the CPU, so a small one")
     parser.add_argument("--data", required=True, help="pairs, as in a config's data")
-    parser.add_argument("--train", type=int, required=True, metavar="N", help="optimizer steps of both")
-    parser.add_argument("--rows", type=int, default=16, help="of the data (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="pairs a step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-5, help="(default: %(default)s)")
-    parser.add_argument("--template", default="tulu", help="of both sides (default: %(default)s)")
-    parser.add_argument("--max-seq-len", type=int, default=512, help="tokens of each (default: %(default)s)")
+    steps = "optimizer steps of both"
+    parser.add_argument("--train", type=at_least(1), required=True, metavar="N", help=steps)
+    parser.add_argument("--rows", type=at_least(1), default=16, help="of the data (default: %(default)s)")
+    parser.add_argument("--batch", type=at_least(1), default=4, help="pairs a step (default: %(default)s)")
+    parser.add_argument("--lr", type=above_zero, default=1e-5, help="(default: %(default)s)")
+    template = "of both sides (default: %(default)s)"
+    parser.add_argument("--template", choices=list(TEMPLATES), default="tulu", help=template)
+    length = "tokens of each (default: %(default)s)"
+    parser.add_argument("--max-seq-len", type=at_least(2), default=512, help=length)
     args = parser.parse_args(argv)
     args.stage = "dpo"
     print(f"TRL {version()}, {args.train} steps of {args.batch} pairs, dpo_norm, beta 5, lr {args.lr:g}\n")

@@ -22,6 +22,7 @@ from plumbing import hub
 from plumbing.config import section
 from plumbing.files import UserError
 from tools import open_instruct_yaml as theirs
+from tools.arguments import at_least
 from tools.checkout import Checkout
 
 
@@ -392,7 +393,7 @@ def main(argv):
         "yaml", metavar="FILE.yaml", help="a training config of open-instruct, of finetune or DPO"
     )
     parser.add_argument("--stage", choices=["sft", "dpo"], help="default: the one that the keys belong to")
-    parser.add_argument("--processes", type=int, help="GPUs of the run, over all nodes")
+    parser.add_argument("--processes", type=at_least(1), help="GPUs of the run, over all nodes")
     parser.add_argument("--out", help="file to write; default: print it")
     when = parser.add_mutually_exclusive_group()
     when.add_argument("--date", help="YYYY-MM-DD, of the open-instruct that ran it: some defaults changed")

@@ -81,9 +81,8 @@ class Case:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(self.args.model)
-            tokenizer.chat_template = self.checkout.find(["CHAT_TEMPLATES"], ["dataset_processor"])[
-                self.args.template
-            ]
+            templates = self.checkout.find(["CHAT_TEMPLATES"], ["dataset_processor"])
+            tokenizer.chat_template = call(templates.__getitem__, self.args.template)  # may not have it
         # Transformers 5 returns a dict unless asked; code written for 4 does not ask.
         render = tokenizer.apply_chat_template
         tokenizer.apply_chat_template = lambda *args, **kwargs: render(

@@ -42,6 +42,7 @@ from plumbing.checkpoint import Checkpointer  # noqa: E402
 from plumbing.files import UserError, table  # noqa: E402
 from plumbing.tensors import read_verified  # noqa: E402
 from plumbing.tokenizer import Tokenizer  # noqa: E402
+from tools.arguments import at_least  # noqa: E402
 
 KEYS = dict(max_steps=4, save_every=1, keep_last=1, lora_rank=4, lora_alpha=8.0, data_eval=None)
 ALL_BITS = 600  # bytes: of smaller files every bit is flipped
@@ -508,7 +509,7 @@ FAULTS = {
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m tools.torture", description=__doc__)
     parser.add_argument("faults", nargs="*", help=f"default: all of {', '.join(FAULTS)}")
-    parser.add_argument("--number", type=int, help="of kills, of runs, of bits of a large file")
+    parser.add_argument("--number", type=at_least(1), help="of kills, of runs, of bits of a large file")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     unknown = [name for name in args.faults if name not in FAULTS]
