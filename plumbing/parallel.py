@@ -524,8 +524,8 @@ def require_same(world, **found):
     Each rank reads config, data and folders by itself.
     """
     wanted = json.loads(from_main(world, lambda: json.dumps(found)))
-    # a key that is missing on one side differs: other versions of the program have other keys
-    differing = [key for key in wanted | found if key not in found or found[key] != wanted.get(key)]
+    # ...: a key that is missing on one side differs, as other versions of the program have other keys
+    differing = [key for key in wanted | found if found.get(key, ...) != wanted.get(key, ...)]
     names = set(",".join(gather_texts(",".join(differing))).split(",")) - {""}
     if names:
         expected = "expected the same command and files on every machine, unchanged while a run starts"

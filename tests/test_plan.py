@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import statistics
 import types
 from pathlib import Path
 
@@ -553,13 +554,15 @@ def test_seconds_of_a_step_measured_on_two_gpus_that_share_the_optimizer(keys, m
     ("sft_lora_2gpu", "sft", LORA, DOCUMENT.times(12), 12288), ("dpo_lora_2gpu", "dpo", LORA, PAIR.times(32), 8320),
     ("dpo_full_shared_4gpu", "dpo", FULL, PAIR.times(32), 8320)])  # fmt: skip
 def test_scaling_measured_on_two_and_four_gpus(line, stage, keys, work, microbatch):
-    """Rates of bench/results.jsonl, of a GPU among several beside one of the same machine, within 1 %; and
-    memory within 3 %.
+    """Rates of bench/results.jsonl, of a GPU among several beside one of the same machine, within 1 % of the
+    mean over machines, which are up to 2 % apart; and memory within 3 %.
     """
     lines = [json.loads(text) for text in (ROOT / "bench/results.jsonl").read_text().splitlines()]
-    measured = [
+    beside_one = [
         found for found in lines if found["metric"] == line and (found["peer"] or "").startswith("one GPU of")
-    ][-1]
+    ]
+    measured = beside_one[-1]
+    ratio = statistics.mean(found["ratio"] for found in beside_one)
     peak = [found for found in lines if found["metric"] == f"mem_{line}"][-1]["value"]
     config = (SFTConfig if stage == "sft" else DPOConfig)(
         **VALUES | keys | dict(tokens_per_microbatch=microbatch)
@@ -573,7 +576,7 @@ def test_scaling_measured_on_two_and_four_gpus(line, stage, keys, work, microbat
     )
     training = [planned.seconds["training"] + planned.seconds["optimizer"] for planned in (several, alone)]
     assert several.resolved.sharding == "optimizer"
-    assert training[1] / training[0] == pytest.approx(measured["ratio"], rel=0.01)
+    assert training[1] / training[0] == pytest.approx(ratio, rel=0.01)
     assert several.gib - plan.CONTEXT_GIB == pytest.approx(peak, rel=0.03)
 
 

@@ -248,7 +248,8 @@ def test_an_interval_beside_its_number_is_noted(change, interval, low, decision,
     no_words = {"length": {"auc": None}, "words": {"auc": None}}
     vector = SimpleNamespace(manifest={"rounding_share": None})
     found = {"verdicts": [verdict], "baselines": no_words, "behaviour": []}
-    notes = steer._notes(vector, None, SimpleNamespace(oracle=False), [], found)
+    texts = SimpleNamespace(prompts=None, cut=0)
+    notes = steer._notes(vector, texts, SimpleNamespace(oracle=False), [], found)
     assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
 
 
